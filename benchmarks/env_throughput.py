@@ -1,0 +1,251 @@
+"""Turns per second of the environments, beside torchrl's and beside the physical floor.
+
+A scripted policy answers N conversations for a few turns with about 150 sampled tokens each, and a user
+message follows every answer. One turn is ``step``, ``step_mdp`` and the new messages. The systems:
+
+- ours in its three modes (exact ids, mask and log-probs in each);
+- torchrl's ``ChatEnv`` in history mode, alone, and with its ``IncrementalTokenizer`` (re-rendering, as its
+  wrappers hand it no tokens here; inexact either way);
+- the floor: the tokenizer's ``encode_batch`` of the same new messages, its ``decode_batch`` of the same
+  answers, and one concatenation of prompt, answer and messages a conversation. Nothing can be faster that
+  keeps messages and tokens.
+
+    python benchmarks/env_throughput.py [--quick] [--json] [--tokenizer FOLDER]
+
+The second table is the cost of a turn from turn 1 to turn 64, ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.data.llm import History
+from torchrl.envs.llm import ChatEnv as TorchRLChatEnv
+from torchrl.envs.llm.transforms import IncrementalTokenizer
+from torchrl.modules.llm.policies import ChatHistory, LogProbs, Tokens
+
+from torchrl_chat.envs import ChatEnv, columns
+from torchrl_chat.templates import ChatTemplate
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ["the", "answer", "of", "this", "question", "is", "found", "by", "adding", "all", "numbers", "that", "we", "know", "so", "far", "and", "then", "we", "divide", "them", "because", "every", "person", "gets", "a", "fair", "share", "of", "what", "was", "bought", "in", "town", "on", "monday", "before", "noon", "twelve", "apples", "cost", "3.50", "dollars", "each,", "so", "12", "*", "3.50", "=", "42", "and", "therefore", "Natalia", "sold", "48", "clips", "to", "her", "friends", "in", "April"]
+
+
+def load_tokenizer(folder: str | None):
+    """The tokenizer of a folder, with ChatML; by default Qwen2.5's from the shared corpus, or a trained one."""
+    from transformers import AutoTokenizer
+
+    shared = Path(os.environ.get("TORCHRL_CHAT_SHARED", "../shared")) / "corpus/tokenizers/qwen2.5"
+    if folder or shared.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(folder or shared)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.eos_token = "<|im_end|>"
+        name = folder or "qwen2.5 (151,643 tokens)"
+    else:
+        tokenizer, name = train_tokenizer(), "byte-level BPE trained on the spot"
+    tokenizer.chat_template = CHATML
+    return tokenizer, name
+
+
+def train_tokenizer():
+    """A small byte-level BPE."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS)] * 10, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+class Script:
+    """What is said: answers of about ``length`` tokens, user messages of about 26."""
+
+    def __init__(self, tokenizer, rows: int, length: int, seed: int = 0):
+        draw = random.Random(seed)
+
+        def text(tokens: int) -> str:
+            words: list[str] = []
+            while len(tokenizer(" ".join(words))["input_ids"]) < tokens:
+                words += draw.choices(WORDS, k=8)
+            return " ".join(words)
+
+        self.queries = [text(26) for _ in range(rows)]
+        self.users = [text(26) for _ in range(rows)]
+        self.answers = [text(draw.randint(length - 20, length + 20)) for _ in range(rows)]
+        self.ids = [
+            torch.tensor([*tokenizer(a, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+            for a in self.answers
+        ]
+        self.log_probs = [torch.full((len(ids),), -0.5) for ids in self.ids]
+        self.texts = [answer + tokenizer.eos_token for answer in self.answers]
+
+
+def run_ours(mode: str, tokenizer, script: Script, turns: int) -> list[float]:
+    """Seconds of each turn."""
+    rows = len(script.queries)
+    env = ChatEnv(input_mode=mode, tokenizer=tokenizer, batch_size=(rows,))
+    td = env.reset(TensorDict(query=list(script.queries), batch_size=(rows,)))
+    spent = []
+    for _ in range(turns):
+        td.set("tokens", columns.ragged(Tokens, "response", script.ids, td.batch_size, None))
+        td.set("log_probs", columns.ragged(LogProbs, "response", script.log_probs, td.batch_size, None))
+        start = time.perf_counter()
+        td = env.append_messages(env.step_mdp(env.step(td)), script.users)
+        spent.append(time.perf_counter() - start)
+    return spent
+
+
+def run_torchrl(tokenizer, script: Script, turns: int, with_tokens: bool) -> list[float]:
+    """Seconds of each turn of torchrl's environment in history mode."""
+    rows = len(script.queries)
+    env = TorchRLChatEnv(input_mode="history", tokenizer=tokenizer, batch_size=(rows,))
+    incremental = IncrementalTokenizer(tokenizer, chat_template=CHATML) if with_tokens else None
+    td = env.reset(TensorDict(query=list(script.queries), batch_size=(rows,)))
+    spent = []
+    for _ in range(turns):
+        prompts = td["history"].prompt.unbind(0)
+        fulls = [
+            lazy_stack([*p.unbind(0), History(role="assistant", content=a)])
+            for p, a in zip(prompts, script.answers, strict=True)
+        ]
+        td["history"] = ChatHistory._from_tensordict(TensorDict({"full": lazy_stack(fulls)}, batch_size=(rows,)))
+        start = time.perf_counter()
+        td = env.step_mdp(env.step(td))
+        prompts = [
+            lazy_stack([*p.unbind(0), History(role="user", content=u)])
+            for p, u in zip(td["history"].prompt.unbind(0), script.users, strict=True)
+        ]
+        td["history"].prompt = lazy_stack(prompts)
+        if incremental is not None:
+            td = incremental._reset(td, td)  # tokens of the whole history, as on reset
+        spent.append(time.perf_counter() - start)
+    return spent
+
+
+def run_floor(tokenizer, script: Script, turns: int) -> list[float]:
+    """Seconds of each turn of the bare tokenizer and one concatenation."""
+    backend = tokenizer.backend_tokenizer
+    template = ChatTemplate(tokenizer)
+    messages = [[{"role": "user", "content": q}] for q in script.queries]
+    prompts = [torch.tensor(rendered.ids) for rendered in template.render_batch(messages)]
+    said = [[*m, {"role": "assistant", "content": "4"}] for m in messages]
+    new = [[{"role": "user", "content": u}] for u in script.users]
+    follows = [follow.text for follow in template.follow_batch(said, new)]
+    spent = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        texts = backend.decode_batch([row.tolist() for row in script.ids], skip_special_tokens=False)
+        encoded = backend.encode_batch_fast(follows, add_special_tokens=False)
+        prompts = [
+            torch.cat((prompt, ids, torch.tensor(new.ids)))
+            for prompt, ids, new in zip(prompts, script.ids, encoded, strict=True)
+        ]
+        spent.append(time.perf_counter() - start)
+        del texts, encoded
+    return spent
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All systems, in turn, several times; medians over the repetitions."""
+    tokenizer, name = load_tokenizer(args.tokenizer)
+    script = Script(tokenizer, args.rows, args.length)
+    systems = {
+        "floor": lambda: run_floor(tokenizer, script, args.turns),
+        "ours, tokens": lambda: run_ours("tokens", tokenizer, script, args.turns),
+        "ours, text": lambda: run_ours("text", tokenizer, script, args.turns),
+        "ours, history": lambda: run_ours("history", tokenizer, script, args.turns),
+    }
+    slow = {
+        "torchrl, history": lambda: run_torchrl(tokenizer, script, args.turns, False),
+        "torchrl, history + IncrementalTokenizer": lambda: run_torchrl(tokenizer, script, args.turns, True),
+    }
+    gc.collect()
+    gc.freeze()  # the interpreter's own objects; otherwise every system pays for scanning them
+    spent: dict[str, list[float]] = {key: [] for key in (*systems, *slow)}
+    for key in systems:
+        systems[key]()  # warm up
+    for repeat in range(args.repeats):
+        for key, run in (systems | slow if repeat < args.slow_repeats else systems).items():
+            gc.collect()  # no system pays for another's garbage; each pays for its own
+            spent[key].append(sum(run()))
+    turns = args.rows * args.turns
+    rates = {key: turns / statistics.median(values) for key, values in spent.items()}
+    growth = {}
+    for mode in ("tokens", "text", "history"):
+        runs = [run_ours(mode, tokenizer, script, 64) for _ in range(args.growth_repeats)]
+        medians = [statistics.median(run[turn] for run in runs) for turn in range(64)]
+        # A window of four turns at each end: the buffers double now and then.
+        growth[mode] = {
+            "turns 1-4, us": statistics.mean(medians[:4]) / args.rows * 1e6,
+            "turns 61-64, us": statistics.mean(medians[-4:]) / args.rows * 1e6,
+            "turn 64 / turn 1": statistics.mean(medians[-4:]) / statistics.mean(medians[:4]),
+        }
+    return {
+        "tokenizer": name,
+        "rows": args.rows,
+        "turns": args.turns,
+        "sampled tokens a turn": statistics.mean(len(ids) for ids in script.ids),
+        "turns per second": rates,
+        "times torchrl with tokens": {
+            key: rate / rates["torchrl, history + IncrementalTokenizer"] for key, rate in rates.items()
+        },
+        "share of the floor": {key: rate / rates["floor"] for key, rate in rates.items()},
+        "growth": growth,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256, help="conversations (default 256)")
+    parser.add_argument("--turns", type=int, default=4, help="turns of each (default 4)")
+    parser.add_argument("--length", type=int, default=150, help="sampled tokens a turn (default 150)")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    args = parser.parse_args()
+    args.repeats, args.slow_repeats, args.growth_repeats = (5, 1, 2) if args.quick else (15, 3, 5)
+    warnings.filterwarnings("ignore")
+    result = measure(args)
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['rows']} conversations, {result['turns']} turns, {result['sampled tokens a turn']:.0f} sampled "
+        f"tokens a turn; tokenizer: {result['tokenizer']}\n"
+    )
+    print(f"{'system':42s} {'turns/s':>9s} {'us/turn':>9s} {'x torchrl':>10s} {'of floor':>9s}")
+    for key, rate in result["turns per second"].items():
+        print(
+            f"{key:42s} {rate:9,.0f} {1e6 / rate:9.0f} {result['times torchrl with tokens'][key]:10.1f} "
+            f"{result['share of the floor'][key]:9.0%}"
+        )
+    print(f"\n{'growth, ours':42s} {'turns 1-4':>12s} {'turns 61-64':>12s} {'ratio':>7s}")
+    for mode, row in result["growth"].items():
+        first, last, ratio = row.values()
+        print(f"{mode:42s} {first:9.0f} us {last:9.0f} us {ratio:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""``ChatEnv``: the batched chat environment, a function from TensorDicts to TensorDicts.
+
+Its one job is to keep the ledger (:class:`~torchrl_chat.transcript.Transcript`) of every row and to show it in
+the form that the policy reads. The environment object holds configuration only; whatever a turn
+needs travels in the TensorDict, so a saved TensorDict can be stepped again, branched, or stepped by
+another environment of the same configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase, set_list_to_stack
+from torchrl.data import Composite, NonTensor
+from torchrl.data.llm import History
+from torchrl.envs import EnvBase
+from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
+
+from torchrl_chat.envs import columns, responses, specs
+from torchrl_chat.envs.stepping import FlatStepping
+from torchrl_chat.messages import Message, as_messages
+from torchrl_chat.templates import BridgeError, ChatTemplate
+from torchrl_chat.transcript import Transcript
+
+InputMode = Literal["history", "text", "tokens"]
+_role = itemgetter("role")
+_NOT_CARRIED = {"_reset", "next", "done", "terminated", "truncated"}
+_MODES = ("history", "text", "tokens")
+
+
+class ChatEnv(FlatStepping, EnvBase):
+    """A batch of conversations, token-exact over turns.
+
+    Reset takes the first user message of each row (or a whole list of messages) from ``data_key`` and
+    returns a prompt. A step reads the policy's response, appends the very ids that it sampled to the
+    row's ledger, and closes the turn. What follows (a tool's result, the next user message) is appended
+    with :meth:`append_messages`, by a transform or by hand; the next prompt then starts with this turn's
+    prompt and response, id for id, whatever the chat template.
+
+    ============= =============================== ============================================
+    input_mode    the policy reads                the policy writes one of
+    ============= =============================== ============================================
+    ``"history"`` ``("history", "prompt")``       ``("history", "response")``, ``("history", "full")``
+    ``"text"``    ``("text", "prompt")``          ``("text", "response")``, ``("text", "full")``
+    ``"tokens"``  ``("tokens", "prompt")``        ``("tokens", "response")``, ``("tokens", "full")``
+    ============= =============================== ============================================
+
+    In every mode a policy may hand the ids that it sampled in ``("tokens", "response")`` and their
+    log-probs in ``("log_probs", "response")``: then these are the ledger, and text and history are views of
+    them. And in every mode (given a tokenizer) the observation carries what training needs, ragged over
+    rows, all of the prompt's length T:
+
+    - ``("tokens", "prompt")``: int64 (T,);
+    - ``("masks", "all_assistant_mask")``: bool (T,), true exactly on sampled tokens;
+    - ``("log_probs", "prompt")``: float32 (T,), 0 where not sampled (or not reported by the policy);
+    - ``"transcript"``: the ledger itself, with the messages.
+
+    Keyword Args:
+        input_mode: what the policy reads and writes.
+        batch_size: the number of conversations, ``(B,)`` or ``(B1, B2)``. Defaults to ``(1,)``.
+        system_prompt: a system message put in front of every conversation.
+        tokenizer: a fast Hugging Face tokenizer with a chat template. Needed in text and tokens mode;
+            without it, history mode keeps messages only.
+        template_kwargs: variables for the chat template, e.g. ``{"enable_thinking": False}``;
+            ``chat_template`` and ``tools`` are taken too.
+        system_role, user_role, policy_role: the roles of the messages that the environment makes.
+        data_key: the entry that reset reads. Defaults to ``"query"``.
+        device: where observations live. The ledger itself stays on the CPU.
+        on_prompt_mismatch: what to do when a policy reports a prompt other than the ledger's:
+            ``"raise"``, or ``"adopt"`` what the policy saw.
+
+    Raises:
+        ValueError: an unknown ``input_mode``, an empty batch size, or no tokenizer where one is needed.
+        ChatTemplateError: the tokenizer has no chat template.
+
+    Example:
+        >>> env = ChatEnv(input_mode="text", tokenizer=tokenizer, batch_size=(2,))
+        >>> td = env.reset(TensorDict(query=["2 + 2?", "3 + 3?"], batch_size=(2,)))
+        >>> td["text"].response = ["4<|im_end|>", "6<|im_end|>"]
+        >>> td = env.step_mdp(env.step(td))
+        >>> td = env.append_messages(td, ["Are you sure?", None])  # the second row is left alone
+        >>> print(td["text"][0].prompt)
+        <|im_start|>user
+        2 + 2?<|im_end|>
+        <|im_start|>assistant
+        4<|im_end|>
+        <|im_start|>user
+        Are you sure?<|im_end|>
+        <|im_start|>assistant
+    """
+
+    text_key = ("text", "prompt")
+    response_key = ("text", "response")
+    data_key = "query"
+
+    def __init__(
+        self,
+        *,
+        input_mode: InputMode = "history",
+        batch_size: int | Sequence[int] | torch.Size | None = None,
+        system_prompt: str | None = None,
+        tokenizer: Any = None,
+        template_kwargs: dict[str, Any] | None = None,
+        system_role: str = "system",
+        user_role: str = "user",
+        policy_role: str = "assistant",
+        data_key: str | None = None,
+        device: torch.device | str | None = None,
+        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
+    ):
+        if input_mode not in _MODES:
+            raise ValueError(f"input_mode is {input_mode!r}: expected one of {', '.join(map(repr, _MODES))}.")
+        if on_prompt_mismatch not in ("raise", "adopt"):
+            raise ValueError(f"on_prompt_mismatch is {on_prompt_mismatch!r}: expected 'raise' or 'adopt'.")
+        size = torch.Size(
+            [1] if batch_size is None else [batch_size] if isinstance(batch_size, int) else batch_size
+        )
+        if len(size) not in (1, 2) or size.numel() == 0:
+            raise ValueError(
+                f"batch_size is {tuple(size)}: {type(self).__name__} is batched, give (B,) or (B1, B2), e.g. (1,)."
+            )
+        if tokenizer is None and input_mode != "history":
+            raise ValueError(f"input_mode={input_mode!r} needs a tokenizer: pass tokenizer=...")
+        super().__init__(batch_size=size, device=device)
+        # A user's td["text"].response = ["...", "..."] must become a column, a string a row.
+        set_list_to_stack(True).set()
+        self.input_mode = input_mode
+        self.system_prompt = system_prompt
+        self.tokenizer = tokenizer
+        self.template_kwargs = dict(template_kwargs or {})
+        self.system_role = system_role
+        self.user_role = user_role
+        self.policy_role = policy_role
+        self.on_prompt_mismatch = on_prompt_mismatch
+        if data_key is not None:
+            self.data_key = data_key
+        self.template = ChatTemplate(tokenizer, **self.template_kwargs) if tokenizer is not None else None
+        self._make_specs()
+
+    def _make_specs(self) -> None:
+        batch, device = self.batch_size, self.device
+        observation: dict[str, Any] = {}
+        if self.template is not None:
+            vocab = self.template.codec.vocab_size
+            observation["tokens"] = specs.tokens_spec("prompt", batch, vocab)
+            observation["masks"] = specs.masks_spec(batch)
+            observation["log_probs"] = specs.log_probs_spec(batch)
+        if self.input_mode == "tokens":
+            action = specs.tokens_spec("response", batch, vocab)
+        elif self.input_mode == "text":
+            observation["text"] = specs.text_spec("prompt", batch)
+            action = specs.text_spec("response", batch)
+        else:
+            observation["history"] = specs.history_spec("prompt", batch)
+            action = specs.history_spec("response", batch)
+        observation["transcript"] = NonTensor(shape=batch, example_data=Transcript.start([], ()))
+        query = NonTensor(shape=batch, example_data="a question")
+        self.full_observation_spec = _composite(observation, batch, device)
+        self.full_action_spec = _composite({self.input_mode: action}, batch, device)
+        self.full_state_spec = _composite({self.data_key: query}, batch, device)
+        # Rewards come from transforms: a blank environment has none.
+        self.full_reward_spec = Composite(shape=batch, device=device)
+
+    @classmethod
+    def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> Any:
+        """A :class:`~torchrl_chat.envs.DatasetChatEnv` over a dataloader; see its ``from_dataloader``."""
+        from torchrl_chat.envs.dataset import DatasetChatEnv
+
+        return DatasetChatEnv.from_dataloader(dataloader, **kwargs)
+
+    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        """A short random response a row."""
+        action = self.full_action_spec.rand()
+        if tensordict is None:
+            return action
+        return tensordict.update(action)
+
+    # ------------------------------------------------------------------ reset
+    def _reset(self, tensordict: TensorDictBase | None, **_: Any) -> TensorDictBase:
+        queries = self._queries(tensordict)
+        chosen = self._reset_rows(tensordict)
+        conversations = [
+            self._conversation(queries[i], i) for i in range(len(queries)) if chosen is None or chosen[i]
+        ]
+        if self.template is None:
+            started = [Transcript.start([], messages) for messages in conversations]
+        else:
+            rendered = self.template.render_batch(conversations)
+            keep = self.input_mode == "text"
+            started = [
+                Transcript.start(prompt.ids, messages, prompt.text if keep else None)
+                for prompt, messages in zip(rendered, conversations, strict=True)
+            ]
+        if chosen is not None:
+            # torchrl keeps the other rows as they were; they only need something of the right form here.
+            fresh, filler = iter(started), started[0]
+            started = [next(fresh) if wanted else filler for wanted in chosen]
+        td = self._observe(started)
+        # The other columns of the row (an answer to grade against, ...) stay beside the conversation.
+        for key, column in tensordict.items():
+            if key not in _NOT_CARRIED and key not in td.keys():
+                td.set(key, column)
+        return td
+
+    def _queries(self, tensordict: TensorDictBase | None) -> list[Any]:
+        column = None if tensordict is None else tensordict.get(self.data_key, None)
+        if column is None:
+            found = "no TensorDict" if tensordict is None else f"the keys {sorted(map(str, tensordict.keys()))}"
+            raise KeyError(
+                f"reset needs {self.data_key!r}: a string or a list of messages for each of the "
+                f"{self.batch_size.numel()} row(s), in a TensorDict of batch size {tuple(self.batch_size)}; "
+                f"got {found}."
+            )
+        if isinstance(column, History):
+            rows = columns.read_rows(column, self.batch_size)
+            return [responses.history_messages(row, 0) for row in rows]
+        return columns.read_objects(column, self.batch_size)
+
+    def _reset_rows(self, tensordict: TensorDictBase | None) -> list[bool] | None:
+        reset = None if tensordict is None else tensordict.get("_reset", None)
+        if reset is None or reset.all():
+            return None
+        return reset.reshape(self.batch_size.numel(), -1).any(-1).tolist()
+
+    def _conversation(self, query: Any, row: int) -> list[Message]:
+        messages = as_messages(query, role=self.user_role, where=f"{self.data_key!r} of row {row}")
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": self.system_role, "content": self.system_prompt})
+        return messages
+
+    # ------------------------------------------------------------------ step
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        held = self._transcripts(tensordict)
+        if self.template is None:
+            return self._observe(self._answered_without_tokens(tensordict, held))
+        transcripts = responses.check_prompts(tensordict, held, self.batch_size, self.on_prompt_mismatch == "adopt")
+        return self._observe(self._answered(tensordict, transcripts, self.template))
+
+    def _answered(
+        self, td: TensorDictBase, transcripts: list[Transcript], template: ChatTemplate
+    ) -> list[Transcript]:
+        ids = responses.read_tokens(td, transcripts, self.batch_size)
+        if ids is None:
+            ids = responses.tokenize(self._read_texts(td, transcripts), template)
+        responses.check_ids(ids, template.codec.vocab_size)
+        log_probs = responses.read_log_probs(td, ids, self.batch_size)
+        closes = [template.try_close([*map(_role, t.messages), self.policy_role]) for t in transcripts]
+        parsed = template.parse_batch([row.tolist() for row in ids], closes)
+        keep = self.input_mode == "text"
+        answered = []
+        for transcript, row, scores, close, read in zip(transcripts, ids, log_probs, closes, parsed, strict=True):
+            message = {"role": self.policy_role, "content": read.content}
+            if isinstance(close, BridgeError):  # nothing can follow this turn; it may well be the last
+                tail, text = None, read.text
+            else:
+                tail = close.ids(read.ended)
+                text = read.text + close.text(read.ended) if keep else ""
+            answered.append(transcript.sampled(row, scores, message, ended=read.ended, close=tail, text=text))
+        return answered
+
+    def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[str]:
+        if self.input_mode == "text":
+            texts = responses.read_text(td, transcripts, self.batch_size)
+        elif self.input_mode == "history":
+            texts = responses.read_history(td, transcripts, self.batch_size, self.policy_role)
+        else:
+            texts = None
+        if texts is None:
+            raise KeyError(
+                f"step needs the policy's response in ({self.input_mode!r}, 'response') or "
+                f"({self.input_mode!r}, 'full'); got the keys {sorted(map(str, td.keys()))}."
+            )
+        return texts
+
+    def _answered_without_tokens(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[Transcript]:
+        none = torch.empty(0, dtype=torch.int64)
+        return [
+            transcript.sampled(none, None, {"role": self.policy_role, "content": text}, ended=True)
+            for transcript, text in zip(transcripts, self._read_texts(td, transcripts), strict=True)
+        ]
+
+    # ------------------------------------------------------------------ new messages
+    def append_messages(self, tensordict: TensorDictBase, messages: Sequence[Any]) -> TensorDictBase:
+        """Append messages to conversations: their tokens and the generation prompt follow.
+
+        Args:
+            tensordict: an observation whose rows end with a closed assistant turn: what ``step`` wrote
+                under ``"next"``, or that after ``step_mdp``. It is not changed.
+            messages: for each row (in row-major order) a string (a user message), a message, a list of
+                messages, or ``None`` to leave the row as it is.
+
+        Returns:
+            A shallow copy of the TensorDict with the new prompts.
+
+        Raises:
+            ValueError: the number of rows is wrong.
+            MessageError: a message is malformed.
+            BridgeError: the template's continuation cannot be proved exact.
+        """
+        rows = self.batch_size.numel()
+        if isinstance(messages, str) or len(messages) != rows:
+            raise ValueError(f"append_messages needs an entry for each of the {rows} rows, got {messages!r:.60}.")
+        new = [
+            None if value is None else as_messages(value, role=self.user_role, where=f"messages[{i}]")
+            for i, value in enumerate(messages)
+        ]
+        transcripts = self._appended(self._transcripts(tensordict), new)
+        return columns.replaced(tensordict, self._observe(transcripts))
+
+    def _appended(self, transcripts: list[Transcript], new: Sequence[list[Message] | None]) -> list[Transcript]:
+        places = [i for i, messages in enumerate(new) if messages]
+        added = [messages for messages in new if messages]
+        if self.template is None:
+            for i, messages in zip(places, added, strict=True):
+                transcripts[i] = transcripts[i].appended([], messages)
+            return transcripts
+        conversations = [transcripts[i].messages for i in places]
+        for i, conversation in zip(places, conversations, strict=True):
+            if transcripts[i].ended is None:
+                raise BridgeError(
+                    f"row {i} ends with a message of role {conversation[-1]['role']!r} and waits for the policy: "
+                    f"messages are appended after an answer."
+                )
+        follows = self.template.follow_batch(conversations, added)
+        for i, messages, follow in zip(places, added, follows, strict=True):
+            transcripts[i] = transcripts[i].appended(follow.ids, messages, follow.text)
+        return transcripts
+
+    # ------------------------------------------------------------------ transcripts <-> TensorDict
+    def _transcripts(self, tensordict: TensorDictBase) -> list[Transcript]:
+        """The ledger of each row, with what a torchrl transform appended to the history alone."""
+        column = tensordict.get("transcript", None)
+        if column is None:
+            raise KeyError(
+                f"step needs 'transcript', the ledger that reset wrote; got the keys "
+                f"{sorted(map(str, tensordict.keys()))}. Start from env.reset(...)."
+            )
+        transcripts = columns.read_objects(column, self.batch_size)
+        if self.input_mode == "history":
+            transcripts = self._with_foreign_messages(tensordict, transcripts)
+        return transcripts
+
+    def _with_foreign_messages(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[Transcript]:
+        """Take up messages that a transform wrote into ``("history", "prompt")``, behind the ledger's back."""
+        rows = columns.read_field(td.get("history", None), "prompt", self.batch_size)
+        if rows is None:
+            return transcripts
+        new: list[list[Message] | None] = [None] * len(transcripts)
+        for i, (row, transcript) in enumerate(zip(rows, transcripts, strict=True)):
+            count, known = row.batch_size[0], len(transcript.messages)
+            if count > known:
+                new[i] = responses.history_messages(row, known)
+            elif count < known:
+                raise responses.ResponseError(
+                    f"row {i}: ('history', 'prompt') has {count} messages, the ledger {known}: a conversation "
+                    f"is append-only."
+                )
+        return self._appended(transcripts, new) if any(new) else transcripts
+
+    def _observe(self, transcripts: list[Transcript]) -> TensorDict:
+        """The columns that show these transcripts to a policy."""
+        batch, device = self.batch_size, self.device
+        leaves: dict[str, Any] = {"transcript": columns.objects(transcripts, batch, device)}
+        if self.template is not None:
+            for name, container, key, rows in (
+                ("tokens", Tokens, "prompt", [t.tokens for t in transcripts]),
+                ("masks", Masks, "all_assistant_mask", [t.mask for t in transcripts]),
+                ("log_probs", LogProbs, "prompt", [t.log_probs for t in transcripts]),
+            ):
+                leaves[name] = columns.ragged(container, key, _to(rows, device), batch, device)
+        if self.input_mode == "text":
+            leaves["text"] = columns.texts("prompt", [self._text(t) for t in transcripts], batch, device)
+        elif self.input_mode == "history":
+            entries = [self._entries(t) for t in transcripts]
+            leaves["history"] = columns.histories("prompt", entries, batch, device)
+        return TensorDict._new_unsafe(leaves, batch_size=batch, device=device, names=None, lock=False)
+
+    def _entries(self, transcript: Transcript) -> list[TensorDict]:
+        """The entries of the row's ``History``: those of the turn before, and the new ones."""
+        entries, device = transcript.shown or ([], self.device)
+        if device != self.device or not isinstance(entries, list):
+            entries = []
+        if len(entries) < len(transcript.messages):
+            entries = entries + columns.history_messages(transcript.messages[len(entries) :], self.device)
+            transcript.shown = (entries, self.device)
+        return entries
+
+    def _text(self, transcript: Transcript) -> str:
+        if transcript.text is None:  # it comes from an environment of another mode
+            assert self.template is not None
+            return self.template.codec.decode([transcript.tokens.tolist()])[0]
+        return transcript.text
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Nothing here is random: data order is seeded where the data are, sampling in the policy."""
+
+
+def _composite(entries: dict[str, Any], batch: torch.Size, device: torch.device | None) -> Composite:
+    composite = Composite(entries, shape=batch)
+    return composite if device is None else composite.to(device)
+
+
+def _to(rows: list[torch.Tensor], device: torch.device | None) -> list[torch.Tensor]:
+    """Rows on the environment's device, with one transfer for all of them."""
+    if device is None or device.type == "cpu" or not rows:
+        return rows
+    return list(torch.cat(rows).to(device, non_blocking=True).split([len(row) for row in rows]))

@@ -1,0 +1,232 @@
+"""``DatasetChatEnv``: conversations whose first message comes from a dataset."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torchrl.data import Composite
+from torchrl.envs import EnvBase, TransformedEnv
+
+from torchrl_chat.envs.chat import ChatEnv, InputMode
+from torchrl_chat.envs.loading import RowPrimer, make_dataloader
+from torchrl_chat.envs.stepping import FlatStepping
+
+
+class DatasetChatEnv(FlatStepping, TransformedEnv):
+    """:class:`ChatEnv` with a primer that draws a row of a dataset for every conversation.
+
+    The columns of the dataset become entries of the TensorDict, ``data_key`` (``"query"``) being the
+    first user message (a string, or a list of messages). The others (``"answer"``, say) stay beside the
+    conversation for rewards to read.
+
+    Keyword Args:
+        dataset: a hub name, a local folder, a JSON, JSONL, Parquet or CSV file, or a ``datasets.Dataset``.
+        shuffle: whether rows come in random order. Defaults to ``True``.
+        name, split: the configuration and the split; ``"train"`` where there is one.
+        num_envs: the number of conversations (of different rows, with ``group_repeats``).
+        repeats: how many conversations each row is used for (the group size of GRPO).
+        batch_size_dl: how many rows are read from the dataset at a time.
+        seed: the order of rows; the same seed gives the same order. Random if ``None``.
+        group_repeats: whether all repeats of a row are in the same batch: the batch size is then
+            ``num_envs * repeats``, each row standing ``repeats`` times in a row.
+        tokenizer, device, template_kwargs, input_mode, data_key, system_prompt: as for :class:`ChatEnv`.
+        apply_template: accepted for torchrl's sake; the template is applied wherever there is a tokenizer.
+        collate_fn: rows to columns, a list of dicts to a dict of lists.
+        primers: specs of the columns, if they are not to be inferred from the first row.
+        ray_backend, dataloader_actor_name: load the rows in one Ray actor shared by several environments
+            (torchrl's ``RayDataLoadingPrimer``; extra ``ray``).
+
+    Raises:
+        DatasetError: the dataset cannot be opened.
+
+    Example:
+        >>> rows = [{"query": "2 + 2?", "answer": "4"}, {"query": "3 + 3?", "answer": "6"}]
+        >>> env = DatasetChatEnv(dataset=rows, tokenizer=tokenizer, input_mode="text", num_envs=4, repeats=2)
+        >>> td = env.reset()
+        >>> td["query"], td["answer"]  # doctest: +SKIP
+        (['3 + 3?', '3 + 3?', '2 + 2?', '2 + 2?'], ['6', '6', '4', '4'])
+    """
+
+    SYSTEM_PROMPT: str | None = None
+
+    def __init__(
+        self,
+        *,
+        dataset: Any,
+        shuffle: bool = True,
+        name: str | None = None,
+        split: str | None = None,
+        num_envs: int = 1,
+        repeats: int | None = None,
+        batch_size_dl: int = 1,
+        seed: int | None = None,
+        group_repeats: bool = False,
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        apply_template: bool | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        input_mode: InputMode = "history",
+        data_key: str | None = None,
+        primers: Composite | None = None,
+        system_prompt: str | None = None,
+        ray_backend: bool = False,
+        dataloader_actor_name: str | None = None,
+    ):
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        factory = functools.partial(
+            make_dataloader,
+            dataset=dataset,
+            name=name,
+            split=split,
+            batch_size_dl=batch_size_dl,
+            shuffle=shuffle,
+            collate_fn=collate_fn,
+        )
+        self._build(
+            dataloader_factory=functools.partial(factory, seed=seed),
+            repeats=repeats,
+            group_repeats=group_repeats,
+            batch_size=num_envs,
+            primers=primers,
+            ray_backend=ray_backend,
+            dataloader_actor_name=dataloader_actor_name,
+            tokenizer=tokenizer,
+            device=device,
+            template_kwargs=template_kwargs,
+            input_mode=input_mode,
+            data_key=data_key,
+            system_prompt=system_prompt,
+        )
+        self.__dict__["_seeded_factory"] = factory
+
+    @classmethod
+    def from_dataloader(
+        cls,
+        dataloader: Any,
+        *,
+        repeats: int | None = None,
+        device: torch.device | str | None = None,
+        group_repeats: bool = False,
+        batch_size: int | tuple[int, ...] | torch.Size | None = None,
+        primers: Composite | None = None,
+        tokenizer: Any = None,
+        template_kwargs: dict[str, Any] | None = None,
+        input_mode: Literal["history", "text", "tokens"] = "history",
+        data_key: str | None = None,
+        system_prompt: str | None = None,
+        ray_backend: bool = False,
+        dataloader_actor_name: str | None = None,
+    ) -> DatasetChatEnv:
+        """The environment over an existing dataloader.
+
+        Args:
+            dataloader: an iterable of batches (mappings of columns, lists of rows, or TensorDicts), started
+                again when it ends.
+
+        Keyword Args:
+            batch_size: the number of conversations (as ``num_envs``). Defaults to ``(1,)``.
+
+        The others are as for the class.
+        """
+        self = cls.__new__(cls)
+        self._build(
+            dataloader=dataloader,
+            repeats=repeats,
+            group_repeats=group_repeats,
+            batch_size=batch_size,
+            primers=primers,
+            ray_backend=ray_backend,
+            dataloader_actor_name=dataloader_actor_name,
+            tokenizer=tokenizer,
+            device=device,
+            template_kwargs=template_kwargs,
+            input_mode=input_mode,
+            data_key=data_key,
+            system_prompt=system_prompt,
+        )
+        return self
+
+    def _build(
+        self,
+        *,
+        dataloader: Any = None,
+        dataloader_factory: Callable[[], Any] | None = None,
+        repeats: int | None,
+        group_repeats: bool,
+        batch_size: int | tuple[int, ...] | torch.Size | None,
+        primers: Composite | None,
+        ray_backend: bool,
+        dataloader_actor_name: str | None,
+        device: torch.device | str | None,
+        system_prompt: str | None,
+        **chat: Any,
+    ) -> None:
+        size = torch.Size(
+            [1] if batch_size is None else [batch_size] if isinstance(batch_size, int) else batch_size
+        )
+        if len(size) != 1:
+            raise ValueError(f"{type(self).__name__} has one batch dimension, got batch_size={tuple(size)}.")
+        if repeats is not None and repeats < 1:
+            raise ValueError(f"repeats is {repeats}: expected a positive number, or None.")
+        if group_repeats and repeats:
+            size = torch.Size([size[0] * repeats])
+        if not ray_backend and dataloader_actor_name is not None:
+            raise ValueError("dataloader_actor_name is given without ray_backend=True.")
+        device = torch.device(device) if device is not None else None
+        arguments: dict[str, Any] = {
+            "dataloader": dataloader,
+            "dataloader_factory": dataloader_factory,
+            "repeats": repeats,
+            "primers": primers,
+            "batch_size": size,
+            "device": device,
+        }
+        if ray_backend:
+            from torchrl.envs.llm.transforms.dataloading import RayDataLoadingPrimer
+
+            primer: Any = RayDataLoadingPrimer(actor_name=dataloader_actor_name, **arguments)
+        else:
+            primer = RowPrimer(**arguments)
+        base = ChatEnv(
+            batch_size=size,
+            device=device,
+            system_prompt=self.SYSTEM_PROMPT if system_prompt is None else system_prompt,
+            **chat,
+        )
+        if base.data_key not in primer.primers.keys():
+            raise KeyError(
+                f"the dataset has no column {base.data_key!r} to start a conversation from: it has "
+                f"{sorted(map(str, primer.primers.keys()))}. Pass data_key=..., or a collate_fn that renames one."
+            )
+        TransformedEnv.__init__(self, base, primer)
+
+    @property
+    def primer(self) -> Any:
+        """The transform that loads the rows."""
+        transform = self.transform
+        return transform[0] if hasattr(transform, "__getitem__") else transform
+
+    def reset_dataloader(self) -> DatasetChatEnv:
+        """Start from the first row of the dataset again, in the order of the seed.
+
+        Returns:
+            the environment itself.
+        """
+        self.primer.reset_dataloader()
+        return self
+
+    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        """Seed the order of the rows; the dataset starts anew.
+
+        Only for an environment that made its dataloader itself: an existing one keeps its own order.
+        """
+        factory = self.__dict__.get("_seeded_factory")
+        if factory is not None and seed is not None and isinstance(self.primer, RowPrimer):
+            self.primer.dataloader_factory = functools.partial(factory, seed=seed)
+            self.primer.reset_dataloader()
+        return EnvBase.set_seed(self.base_env, seed, static_seed)

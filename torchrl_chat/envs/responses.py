@@ -1,0 +1,238 @@
+"""What the policy wrote, read from a TensorDict: sampled ids, their log-probs, or a text.
+
+Law of this file: sampled ids win. Where a policy hands ids, its text and its ``History`` are views of
+them and are not read; where it hands none, its text is tokenized once, here, and never again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat.envs import columns
+from torchrl_chat.envs.columns import read_field
+from torchrl_chat.messages import Message
+from torchrl_chat.templates import ChatTemplate
+from torchrl_chat.transcript import Transcript
+
+
+class ResponseError(ValueError):
+    """A policy's response cannot enter the ledger; the text names the row, the key and the value."""
+
+
+class Responses(NamedTuple):
+    """The responses of a batch, a value a row, in row-major order."""
+
+    ids: list[torch.Tensor]  # each int64 (R,), on the CPU
+    log_probs: list[torch.Tensor | None]  # each float32 (R,), on the CPU
+
+
+def read_tokens(
+    td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size
+) -> list[torch.Tensor] | None:
+    """The sampled ids of each row, from ``("tokens", "response")`` or ``("tokens", "full")``."""
+    tokens = td.get("tokens", None)
+    if tokens is None:
+        return None
+    padded = read_field(tokens, "padded", batch_size)
+    if padded is not None and any(padded):
+        raise ResponseError(
+            "('tokens', 'padded') is true: the ledger takes the sampled ids themselves. Give the policy "
+            "wrapper pad_output=False."
+        )
+    rows = read_field(tokens, "response", batch_size)
+    if rows is not None:
+        return _to_cpu([_as_ids(value, i, ("tokens", "response")) for i, value in enumerate(rows)])
+    rows = read_field(tokens, "full", batch_size)
+    if rows is None:
+        return None
+    fulls = _to_cpu([_as_ids(value, i, ("tokens", "full")) for i, value in enumerate(rows)])
+    responses = []
+    for i, (full, transcript) in enumerate(zip(fulls, transcripts, strict=True)):
+        if not torch.equal(full[: len(transcript)], transcript.tokens):
+            raise ResponseError(
+                f"row {i}: ('tokens', 'full') does not start with the prompt; "
+                + _first_difference(transcript.tokens, full)
+            )
+        responses.append(full[len(transcript) :])
+    return responses
+
+
+def read_log_probs(
+    td: TensorDictBase, ids: Sequence[torch.Tensor], batch_size: torch.Size
+) -> list[torch.Tensor | None]:
+    """The log-probs of the sampled ids, from ``("log_probs", "response")``; ``None`` where absent."""
+    rows = read_field(td.get("log_probs", None), "response", batch_size)
+    if rows is None:
+        return [None] * len(ids)
+    present = [row if isinstance(row, torch.Tensor) else None for row in rows]
+    moved = iter(_to_cpu([row.detach().float() for row in present if row is not None]))
+    log_probs = [None if row is None else next(moved) for row in present]
+    for i, (row, sampled) in enumerate(zip(log_probs, ids, strict=True)):
+        if row is not None and len(row) != len(sampled):
+            raise ResponseError(
+                f"row {i}: ('log_probs', 'response') has {len(row)} values for {len(sampled)} sampled ids."
+            )
+    return log_probs
+
+
+def read_text(td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size) -> list[str] | None:
+    """The response text of each row, from ``("text", "response")`` or ``("text", "full")``."""
+    text = td.get("text", None)
+    rows = read_field(text, "response", batch_size)
+    if rows is not None:
+        return [_as_text(value, i, ("text", "response")) for i, value in enumerate(rows)]
+    rows = read_field(text, "full", batch_size)
+    if rows is None:
+        return None
+    responses = []
+    for i, (value, transcript) in enumerate(zip(rows, transcripts, strict=True)):
+        full, prompt = _as_text(value, i, ("text", "full")), transcript.text or ""
+        if not full.startswith(prompt):
+            raise ResponseError(
+                f"row {i}: ('text', 'full') does not start with the prompt: {full[:60]!r} against {prompt[:60]!r}."
+            )
+        responses.append(full[len(prompt) :])
+    return responses
+
+
+def read_history(
+    td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size, policy_role: str
+) -> list[str] | None:
+    """The response of each row, from ``("history", "response")`` or the last of ``("history", "full")``."""
+    history = td.get("history", None)
+    for key in ("response", "full"):
+        rows = read_field(history, key, batch_size)
+        if rows is None:
+            continue
+        responses = []
+        for i, (row, transcript) in enumerate(zip(rows, transcripts, strict=True)):
+            messages = history_messages(row, 0)
+            expected = 1 if key == "response" else len(transcript.messages) + 1
+            if len(messages) != expected or messages[-1]["role"] != policy_role:
+                raise ResponseError(
+                    f"row {i}: ('history', {key!r}) has the roles {[m['role'] for m in messages]}: expected "
+                    f"{expected} message(s), the last of role {policy_role!r}."
+                )
+            responses.append(_as_text(messages[-1]["content"], i, ("history", key)))
+        return responses
+    return None
+
+
+def history_messages(row: Any, start: int) -> list[Message]:
+    """The messages of one row's ``History``, from position ``start`` on."""
+    row = columns.bare(row)
+    entries = row.unbind(0)[start:] if row.batch_dims else [row]
+    return [{"role": entry.get("role").data, "content": entry.get("content").data} for entry in entries]
+
+
+def tokenize(texts: Sequence[str], template: ChatTemplate) -> list[torch.Tensor]:
+    """The ids of responses that came as text: tokenized once, as a continuation of their prompts."""
+    return [torch.tensor(ids, dtype=torch.int64) for ids in template.codec.encode_continuation(list(texts))]
+
+
+def check_ids(ids: Sequence[torch.Tensor], vocab_size: int) -> None:
+    """Refuse empty responses and ids that the tokenizer does not have.
+
+    Raises:
+        ResponseError: naming the first such row.
+    """
+    for i, row in enumerate(ids):
+        if not len(row):
+            raise ResponseError(
+                f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
+            )
+    flat = torch.cat(list(ids)).numpy()  # numpy: no thread pool to wake for a few thousand ids
+    if int(flat.min()) >= 0 and int(flat.max()) < vocab_size:
+        return
+    for i, row in enumerate(ids):
+        for position, value in enumerate(row.tolist()):
+            if not 0 <= value < vocab_size:
+                raise ResponseError(
+                    f"row {i}: the response has id {value} at position {position}, outside the vocabulary "
+                    f"of {vocab_size} tokens."
+                )
+
+
+def check_prompts(
+    td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size, adopt: bool
+) -> list[Transcript]:
+    """Compare the prompt that the policy reports with the ledger's.
+
+    torchrl's wrappers render and tokenize on their own in history and text mode, and report what they
+    used in ``("tokens", "prompt")``. Ids that differ from the ledger's mean that the policy did not see
+    what the ledger holds.
+
+    Args:
+        adopt: take the policy's ids as the truth from here on, instead of raising.
+
+    Raises:
+        ResponseError: the prompts differ; the first difference is shown.
+    """
+    rows = read_field(td.get("tokens", None), "prompt", batch_size)
+    checked = list(transcripts)
+    if rows is None:
+        return checked
+    for i, (row, transcript) in enumerate(zip(rows, transcripts, strict=True)):
+        if not isinstance(row, torch.Tensor):
+            continue
+        held = transcript.tokens
+        if row.data_ptr() == held.data_ptr() and row.shape == held.shape:
+            continue
+        reported = row.detach().cpu()
+        if torch.equal(reported, held):
+            continue
+        if not adopt:
+            raise ResponseError(
+                f"row {i}: the policy reports a prompt in ('tokens', 'prompt') that is not the ledger's; "
+                + _first_difference(held, reported)
+                + " It rendered or tokenized the conversation on its own. Let it read ('tokens', 'prompt'), or "
+                "pass on_prompt_mismatch='adopt' to take what it saw as the truth."
+            )
+        checked[i] = transcript.adopted(reported)
+    return checked
+
+
+def _first_difference(expected: torch.Tensor, got: torch.Tensor) -> str:
+    shared = min(len(expected), len(got))
+    differs = (expected[:shared] != got[:shared]).nonzero()
+    at = int(differs[0]) if len(differs) else shared
+    return (
+        f"expected {len(expected)} ids, got {len(got)}; the first difference is at position {at}: "
+        f"expected {expected[at : at + 5].tolist()}, got {got[at : at + 5].tolist()}."
+    )
+
+
+def _as_ids(value: Any, row: int, key: tuple[str, str]) -> torch.Tensor:
+    if value is None:
+        raise ResponseError(f"row {row}: {key} is missing, though other rows have it.")
+    if not isinstance(value, torch.Tensor):
+        value = torch.as_tensor(value.tolist() if hasattr(value, "tolist") else value)
+    if value.dtype != torch.int64:
+        if value.is_floating_point() and value.numel():
+            raise ResponseError(f"row {row}: {key} has dtype {value.dtype}, expected token ids (int64).")
+        value = value.to(torch.int64)
+    if value.dim() != 1:
+        if value.numel() != value.shape[-1:].numel():
+            raise ResponseError(f"row {row}: {key} has shape {tuple(value.shape)}, expected (tokens,).")
+        value = value.reshape(-1)
+    return value
+
+
+def _as_text(value: Any, row: int, key: tuple[str, str]) -> str:
+    value = getattr(value, "data", value)
+    if not isinstance(value, str):
+        raise ResponseError(f"row {row}: {key} is a {type(value).__name__}, expected a string.")
+    if not value:
+        raise ResponseError(f"row {row}: {key} is empty: the policy wrote nothing.")
+    return value
+
+
+def _to_cpu(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Rows on the CPU, with one transfer for all of them."""
+    if not rows or all(row.device.type == "cpu" for row in rows):
+        return rows
+    return list(torch.cat(rows).cpu().split([len(row) for row in rows]))

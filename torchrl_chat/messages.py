@@ -1,0 +1,92 @@
+"""What a message is, and the checks that a conversation passes before anything renders it.
+
+A message is a plain dict, ``{"role": str, "content": str, ...}``, exactly as chat templates and
+OpenAI-style APIs know it: nothing is wrapped, so nothing has to be unwrapped. The content may also be
+a list of parts (``[{"type": "text", "text": ...}]``), or ``None`` beside ``tool_calls``.
+
+Law of this file: a conversation that passes :func:`as_messages` can be handed to any template; one
+that does not is refused with the key and the position that are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+"""One ``{"role", "content", ...}`` of the chat format. Treated as immutable everywhere."""
+
+
+class MessageError(ValueError):
+    """A message, or a list of messages, is malformed; the text names the key and the position."""
+
+
+def as_messages(value: Any, *, role: str = "user", where: str = "messages") -> list[Message]:
+    """One conversation from a string, a message, or a list of messages.
+
+    Args:
+        value: a string (becomes one message of ``role``), a message, or a sequence of messages.
+        role: the role given to a bare string.
+        where: how error messages name this value, e.g. ``"query of row 3"``.
+
+    Returns:
+        A new list with the messages, each checked.
+
+    Raises:
+        MessageError: a role or content is missing or of the wrong type, or there is no message.
+
+    Example:
+        >>> as_messages("2 + 2?")
+        [{'role': 'user', 'content': '2 + 2?'}]
+    """
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, Mapping):
+        return [check_message(value, where)]
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        if not value:
+            raise MessageError(f"{where} is empty: give a string or at least one message.")
+        return [check_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
+    raise MessageError(
+        f"{where} is a {type(value).__name__}: expected a string, a message "
+        f'{{"role": ..., "content": ...}} or a list of messages.'
+    )
+
+
+def check_message(message: Any, where: str = "message") -> Message:
+    """The message itself, as a dict, if a template can render it.
+
+    Raises:
+        MessageError: naming ``where`` and the offending key.
+    """
+    if not isinstance(message, Mapping):
+        raise MessageError(f"{where} is a {type(message).__name__}, not a message dict.")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise MessageError(f"{where} has no 'role': got {role!r}, expected a non-empty string.")
+    content = message.get("content")
+    if content is None:
+        if message.get("tool_calls"):
+            return dict(message)
+        raise MessageError(
+            f"{where} (role {role!r}) has no 'content': give a string (it may be empty), a list of "
+            f"parts, or 'tool_calls'."
+        )
+    if isinstance(content, str):
+        return dict(message)
+    if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
+        return dict(message)
+    raise MessageError(
+        f"{where} (role {role!r}) has a 'content' of type {type(content).__name__}: expected a string "
+        f"or a list of parts."
+    )
+
+
+def content_text(message: Message) -> str:
+    """The text of a message: its string content, or its text parts joined."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    return "".join(part.get("text", "") for part in content if part.get("type", "text") == "text")

@@ -1,0 +1,85 @@
+"""GSM8K (Cobbe et al. 2021, arXiv:2110.14168): grade-school word problems with one number as the answer.
+
+The reference is the dataset's own ``answer`` column: a worked solution that ends with ``#### 42``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+
+from torchrl_chat.rewards.numbers import extract_number, parse_number
+from torchrl_chat.rewards.verdict import Verdict
+
+_MARKED = re.compile(r"####[ \t]*(?P<hashes>[^\n#]*)|<answer>(?P<tag>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\f?boxed\s*\{")
+
+
+@dataclass(frozen=True)
+class GSM8KVerifier:
+    """Right if the response's final answer equals the reference's, as a number.
+
+    The final answer is the last one that is marked in any of the usual ways: ``#### 42``,
+    ``\\boxed{42}``, ``<answer>42</answer>``. Inside a mark, a currency sign, thousands separators, a percent
+    sign, a unit and a trailing period are read over.
+
+    Args:
+        last_number: without a mark, take the last number of the response.
+        format_reward: the score of a wrong answer that is at least marked (torchrl gives 0.1).
+
+    Example:
+        >>> verify = GSM8KVerifier()
+        >>> verify("So she has \\\\boxed{1,234}.", "... #### 1234").score
+        1.0
+        >>> verify("So she has 1,234.", "... #### 1234").answer is None
+        True
+    """
+
+    last_number: bool = False
+    format_reward: float = 0.0
+
+    def __call__(self, response: str, reference: str) -> Verdict:
+        """Grade one response."""
+        found, marked = self.extract(response)
+        expected = reference_number(reference)
+        correct = found is not None and found == expected
+        score = 1.0 if correct else self.format_reward if marked and found is not None else 0.0
+        return Verdict(score, None if found is None else str(found), correct)
+
+    def extract(self, response: str) -> tuple[Decimal | None, bool]:
+        """The final answer, and whether it was marked as such."""
+        candidates = [
+            (m.start(), m["hashes"] if m["tag"] is None else m["tag"]) for m in _MARKED.finditer(response)
+        ]
+        candidates += _boxes(response)
+        if candidates:
+            _, text = max(candidates)
+            number = parse_number(text)
+            return (extract_number(text) if number is None else number), True
+        return (extract_number(response) if self.last_number else None), False
+
+
+def reference_number(reference: str) -> Decimal:
+    """The number behind ``####`` of a GSM8K answer, or the reference itself as a number.
+
+    Raises:
+        ValueError: the reference holds no number.
+    """
+    number = parse_number(str(reference).rpartition("####")[2])
+    if number is None:
+        raise ValueError(f"the reference {reference!r:.80} does not end with a number ('#### 42', or '42').")
+    return number
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """``(position, content)`` of each ``\\boxed{...}`` whose braces close."""
+    boxes = []
+    for match in _BOXED.finditer(text):
+        depth, at = 1, match.end()
+        while at < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            at += 1
+        if depth == 0:
+            boxes.append((match.start(), text[match.end() : at - 1]))
+    return boxes

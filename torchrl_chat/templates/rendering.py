@@ -1,0 +1,91 @@
+"""Messages to text with the model's own Jinja template, contents guarded.
+
+The template is used as it is: never replaced, never patched, never chosen by the model's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchrl_chat.messages import Message
+from torchrl_chat.templates.codec import TokenCodec
+
+
+class ChatTemplateError(ValueError):
+    """The tokenizer has no chat template, or the template refuses the messages."""
+
+
+class Renderer:
+    """Renders conversations with one tokenizer's chat template.
+
+    Args:
+        codec: the tokenizer's codec; its special tokens decide which contents need guarding.
+        chat_template: Jinja source used instead of ``tokenizer.chat_template``.
+        tools: JSON schemas handed to the template with every conversation.
+        template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
+
+    Raises:
+        ChatTemplateError: if there is no chat template at all.
+    """
+
+    def __init__(
+        self,
+        codec: TokenCodec,
+        chat_template: str | None,
+        tools: Sequence[Any] | None,
+        template_kwargs: dict[str, Any],
+    ):
+        tokenizer = codec.tokenizer
+        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+            name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+            raise ChatTemplateError(
+                f"tokenizer {name!r} has no chat template: set tokenizer.chat_template, or pass "
+                f"chat_template=... with the Jinja source that the model was trained with."
+            )
+        self.codec = codec
+        self._kwargs: dict[str, Any] = dict(template_kwargs)
+        if tools:
+            self._kwargs["tools"] = list(tools)
+        if chat_template is not None:
+            self._kwargs["chat_template"] = chat_template
+
+    def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The template's text; raises :class:`ChatTemplateError` where the template does."""
+        import jinja2
+
+        try:
+            return self.codec.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+            roles = [message.get("role") for message in messages]
+            raise ChatTemplateError(
+                f"the chat template refuses a conversation with the roles {roles}: {error}"
+            ) from error
+
+    def guard(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
+        """The messages with look-alikes of special tokens marked, and whether there were any."""
+        if not any(map(self._suspicious, messages)):
+            return messages, False
+        return [self._marked(message) for message in messages], True
+
+    def _suspicious(self, message: Message) -> bool:
+        content = message.get("content")
+        if isinstance(content, str):
+            return self.codec.spells_special(content)
+        return content is not None and any(
+            self.codec.spells_special(part["text"]) for part in content if isinstance(part.get("text"), str)
+        )
+
+    def _marked(self, message: Message) -> Message:
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**message, "content": self.codec.mark_specials(content)}
+        if content is None:
+            return message
+        parts = [
+            {**part, "text": self.codec.mark_specials(part["text"])} if isinstance(part.get("text"), str) else part
+            for part in content
+        ]
+        return {**message, "content": parts}

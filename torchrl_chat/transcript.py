@@ -1,0 +1,260 @@
+"""The ledger of one conversation: token ids, who sampled them, their log-probs, and the messages.
+
+Law of this file: a transcript is a value. Extending one returns a new one that shares all earlier
+tokens with it, id for id; nothing that was written is ever changed. So a saved transcript can be
+stepped again, branched in two, or moved between environments.
+
+Sharing is what keeps a turn's cost independent of the history's length: the tokens of a conversation
+lie in one growing buffer, its *tape*, and a transcript is the tape's first ``len(transcript)`` tokens. The
+longest transcript of a tape writes behind its own end, in place; any other one (a branch, a saved
+step) gets a tape of its own first.
+
+In a TensorDict a transcript is a non-tensor leaf: it survives ``step_mdp``, ``rollout``, indexing,
+``lazy_stack``, ``clone``, ``to(device)``, pickling and replay buffers. The ledger lives on the CPU,
+where tokenizers are; what policies read on other devices are copies made by the environment.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchrl_chat.messages import Message
+
+_MIN_CAPACITY = 256  # tokens; a short single-turn conversation never has to grow
+_claim = threading.Lock()  # two threads may extend the same transcript: only one may write in place
+
+
+class _Tape:
+    """Growing buffers of token ids, mask and log-probs; ``used`` tokens of them are written."""
+
+    __slots__ = ("capacity", "ids", "ids_np", "log_probs", "log_probs_np", "mask", "mask_np", "used")
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.used = 0
+        self.ids_np = np.empty(capacity, dtype=np.int64)
+        self.mask_np = np.zeros(capacity, dtype=np.bool_)
+        self.log_probs_np = np.zeros(capacity, dtype=np.float32)
+        self.ids = torch.from_numpy(self.ids_np)
+        self.mask = torch.from_numpy(self.mask_np)
+        self.log_probs = torch.from_numpy(self.log_probs_np)
+
+
+class Transcript:
+    """The ledger of one conversation. Build one with :meth:`start`; a transcript never changes.
+
+    Attributes:
+        messages: the conversation, a tuple of message dicts.
+        ended: ``None`` while the policy is to answer; after an answer, whether it ended by itself
+            (``True``) or was cut by a limit (``False``).
+        closed: whether the end of the last turn stands in the tokens.
+        scored: whether every sampled token came with its log-prob (others read 0).
+        text: the tokens' text, where the environment keeps it (text mode); ``None`` elsewhere.
+        shown: a place where an environment keeps what it made of the messages, so that the next turn
+            adds to it; no part of the value.
+
+    Example:
+        >>> t = Transcript.start([1, 2, 3], ({"role": "user", "content": "Hi"},))
+        >>> answer = {"role": "assistant", "content": "Hello"}
+        >>> t = t.sampled(torch.tensor([7, 8]), torch.tensor([-0.5, -0.1]), answer, ended=True)
+        >>> t.tokens.tolist(), t.mask.tolist()
+        ([1, 2, 3, 7, 8], [False, False, False, True, True])
+    """
+
+    __slots__ = ("_length", "_tape", "closed", "ended", "messages", "scored", "shown", "text")
+
+    def __init__(
+        self,
+        tape: _Tape,
+        length: int,
+        messages: tuple[Message, ...],
+        ended: bool | None,
+        closed: bool,
+        scored: bool,
+        text: str | None,
+        shown: Any = None,
+    ):
+        self._tape = tape
+        self._length = length
+        self.messages = messages
+        self.ended = ended
+        self.closed = closed
+        self.scored = scored
+        self.text = text
+        self.shown = shown
+
+    # ------------------------------------------------------------------ reading
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return self._length
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """All token ids, int64 of shape (T,): a view, not to be written to."""
+        return self._tape.ids[: self._length]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """True exactly on the tokens that the policy sampled; bool of shape (T,)."""
+        return self._tape.mask[: self._length]
+
+    @property
+    def log_probs(self) -> torch.Tensor:
+        """Log-probs of the sampled tokens, 0 elsewhere; float32 of shape (T,)."""
+        return self._tape.log_probs[: self._length]
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of tokens that the policy sampled."""
+        return int(np.count_nonzero(self._tape.mask_np[: self._length]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Transcript):
+            return NotImplemented
+        n = self._length
+        return (
+            n == other._length
+            and self.messages == other.messages
+            and (self.ended, self.closed, self.scored, self.text)
+            == (other.ended, other.closed, other.scored, other.text)
+            and np.array_equal(self._tape.ids_np[:n], other._tape.ids_np[:n])
+            and np.array_equal(self._tape.mask_np[:n], other._tape.mask_np[:n])
+            and np.array_equal(self._tape.log_probs_np[:n], other._tape.log_probs_np[:n])
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
+
+    def __repr__(self) -> str:
+        roles = [message["role"] for message in self.messages]
+        return f"Transcript({self._length} tokens, {self.num_sampled} sampled, roles={roles}, ended={self.ended})"
+
+    # ------------------------------------------------------------------ writing
+    @classmethod
+    def start(cls, ids: Sequence[int], messages: Iterable[Message], text: str | None = None) -> Transcript:
+        """A conversation whose first prompt is ``ids``; the policy is to answer."""
+        tape = _Tape(max(_MIN_CAPACITY, 2 * len(ids)))
+        tape.ids_np[: len(ids)] = ids
+        tape.used = len(ids)
+        return cls(tape, len(ids), tuple(messages), None, False, True, text)
+
+    def sampled(
+        self,
+        ids: torch.Tensor,
+        log_probs: torch.Tensor | None,
+        message: Message,
+        *,
+        ended: bool,
+        close: Sequence[int] | None = (),
+        text: str = "",
+    ) -> Transcript:
+        """Append what the policy sampled, and then the end of the turn, which it did not sample.
+
+        Args:
+            ids: the sampled ids, int64 of shape (R,), on the CPU.
+            log_probs: their log-probs, of shape (R,); ``None`` if the policy reports none.
+            message: the same as a message.
+            ended: whether the policy ended the turn itself.
+            close: the ids still missing at the end of the turn; ``None`` if not known (then the turn
+                stays open until something follows it).
+            text: the text of ``ids`` and ``close``, where the transcript keeps its text.
+        """
+        start, count = self._length, len(ids)
+        tape = self._room(count + len(close or ()))
+        end = start + count
+        tape.ids_np[start:end] = ids.numpy()
+        tape.mask_np[start:end] = True
+        if log_probs is not None:
+            tape.log_probs_np[start:end] = log_probs.numpy()
+        length = end
+        if close:
+            length += len(close)
+            tape.ids_np[end:length] = close
+        return Transcript(
+            tape,
+            length,
+            (*self.messages, message),
+            ended,
+            close is not None,
+            self.scored and log_probs is not None,
+            None if self.text is None else self.text + text,
+            self.shown,
+        )
+
+    def appended(self, ids: Sequence[int], messages: Sequence[Message], text: str = "") -> Transcript:
+        """Append messages that the policy did not write, up to the next generation prompt.
+
+        Args:
+            ids: their ids.
+            messages: the messages.
+            text: the text of ``ids``, where the transcript keeps its text.
+        """
+        start = self._length
+        tape = self._room(len(ids))
+        length = start + len(ids)
+        tape.ids_np[start:length] = ids
+        return Transcript(
+            tape,
+            length,
+            (*self.messages, *messages),
+            None,
+            False,
+            self.scored,
+            None if self.text is None else self.text + text,
+            self.shown,
+        )
+
+    def adopted(self, ids: torch.Tensor) -> Transcript:
+        """The conversation with ``ids`` as its tokens, because the policy saw these instead.
+
+        The mask and the log-probs of the longest common prefix are kept; what differs counts as not
+        sampled.
+        """
+        shared = min(self._length, len(ids))
+        differs = (self.tokens[:shared] != ids[:shared]).nonzero()
+        keep = int(differs[0]) if len(differs) else shared
+        prefix = Transcript(self._tape, keep, self.messages, self.ended, self.closed, self.scored, self.text)
+        return prefix.appended(ids[keep:].tolist(), ())
+
+    def with_text(self, text: str) -> Transcript:
+        """The same conversation, keeping its text from here on."""
+        return Transcript(self._tape, self._length, self.messages, self.ended, self.closed, self.scored, text)
+
+    def _room(self, count: int) -> _Tape:
+        """A tape on which the next ``count`` tokens behind this transcript are ours to write."""
+        tape, length = self._tape, self._length
+        with _claim:
+            if tape.used == length and length + count <= tape.capacity:
+                tape.used = length + count
+                return tape
+        grown = _Tape(max(_MIN_CAPACITY, 2 * (length + count)))
+        grown.ids_np[:length] = tape.ids_np[:length]
+        grown.mask_np[:length] = tape.mask_np[:length]
+        grown.log_probs_np[:length] = tape.log_probs_np[:length]
+        grown.used = length + count
+        return grown
+
+    # ------------------------------------------------------------------ copying
+    def __copy__(self) -> Transcript:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Transcript:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        n, tape = self._length, self._tape
+        arrays = (tape.ids_np[:n].copy(), tape.mask_np[:n].copy(), tape.log_probs_np[:n].copy())
+        return _restore, (arrays, self.messages, self.ended, self.closed, self.scored, self.text)
+
+
+def _restore(arrays: tuple[np.ndarray, ...], messages: tuple[Message, ...], *state: Any) -> Transcript:
+    length = len(arrays[0])
+    tape = _Tape(max(_MIN_CAPACITY, length))
+    for target, source in zip((tape.ids_np, tape.mask_np, tape.log_probs_np), arrays, strict=True):
+        target[:length] = source
+    tape.used = length
+    return Transcript(tape, length, messages, *state)
