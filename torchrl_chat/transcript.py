@@ -220,10 +220,6 @@ class Transcript:
         prefix = Transcript(self._tape, keep, self.messages, self.ended, self.closed, self.scored, self.text)
         return prefix.appended(ids[keep:].tolist(), ())
 
-    def with_text(self, text: str) -> Transcript:
-        """The same conversation, keeping its text from here on."""
-        return Transcript(self._tape, self._length, self.messages, self.ended, self.closed, self.scored, text)
-
     def _room(self, count: int) -> _Tape:
         """A tape on which the next ``count`` tokens behind this transcript are ours to write."""
         tape, length = self._tape, self._length

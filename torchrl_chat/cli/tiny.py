@@ -51,7 +51,7 @@ def tiny_tokenizer(alphabet: str = ARITHMETIC_ALPHABET) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def tiny_model(vocab_size: int, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> Any:
+def tiny_model(vocab_size: int, *, hidden: int = 64, layers: int = 2, context: int = 512, seed: int = 0) -> Any:
     """A causal language model of the Llama architecture with random weights, in float32 on the CPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,7 +63,7 @@ def tiny_model(vocab_size: int, *, hidden: int = 64, layers: int = 2, seed: int 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

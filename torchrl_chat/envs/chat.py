@@ -233,10 +233,12 @@ class ChatEnv(FlatStepping, EnvBase):
 
     # ------------------------------------------------------------------ step
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        held = self._transcripts(tensordict)
+        written = self._written(tensordict)
+        held = self._with_foreign_messages(tensordict, written)
         if self.template is None:
             return self._observe(self._answered_without_tokens(tensordict, held))
-        transcripts = responses.check_prompts(tensordict, held, self.batch_size, self.on_prompt_mismatch == "adopt")
+        adopt = self.on_prompt_mismatch == "adopt"
+        transcripts = responses.check_prompts(tensordict, held, written, self.batch_size, adopt)
         return self._observe(self._answered(tensordict, transcripts, self.template))
 
     def _answered(
@@ -332,19 +334,22 @@ class ChatEnv(FlatStepping, EnvBase):
     # ------------------------------------------------------------------ transcripts <-> TensorDict
     def _transcripts(self, tensordict: TensorDictBase) -> list[Transcript]:
         """The ledger of each row, with what a torchrl transform appended to the history alone."""
+        return self._with_foreign_messages(tensordict, self._written(tensordict))
+
+    def _written(self, tensordict: TensorDictBase) -> list[Transcript]:
+        """The ledger of each row, as reset, step or append_messages wrote it."""
         column = tensordict.get("transcript", None)
         if column is None:
             raise KeyError(
                 f"step needs 'transcript', the ledger that reset wrote; got the keys "
                 f"{sorted(map(str, tensordict.keys()))}. Start from env.reset(...)."
             )
-        transcripts = columns.read_objects(column, self.batch_size)
-        if self.input_mode == "history":
-            transcripts = self._with_foreign_messages(tensordict, transcripts)
-        return transcripts
+        return columns.read_objects(column, self.batch_size)
 
     def _with_foreign_messages(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[Transcript]:
         """Take up messages that a transform wrote into ``("history", "prompt")``, behind the ledger's back."""
+        if self.input_mode != "history":
+            return transcripts
         rows = columns.read_field(td.get("history", None), "prompt", self.batch_size)
         if rows is None:
             return transcripts
@@ -358,7 +363,7 @@ class ChatEnv(FlatStepping, EnvBase):
                     f"row {i}: ('history', 'prompt') has {count} messages, the ledger {known}: a conversation "
                     f"is append-only."
                 )
-        return self._appended(transcripts, new) if any(new) else transcripts
+        return self._appended(list(transcripts), new) if any(new) else transcripts
 
     def _observe(self, transcripts: list[Transcript]) -> TensorDict:
         """The columns that show these transcripts to a policy."""

@@ -28,6 +28,7 @@ from torchrl.modules.llm.policies import ChatHistory, Text
 from torchrl_chat.messages import Message, content_text
 
 _SCALAR = torch.Size([])
+_ENTRY = ("role", "content", "is_complete")
 
 
 def bare(value: Any) -> Any:
@@ -88,9 +89,24 @@ def as_object(value: Any, device: torch.device | None) -> NonTensorData:
 
 def texts(key: str, values: Sequence[str], batch_size: torch.Size, device: torch.device | None) -> Text:
     """A ``Text`` container with one field."""
-    column = objects(values, batch_size, device)
-    td = TensorDict._new_unsafe({key: column}, batch_size=batch_size, device=device, names=None, lock=False)
-    return wrap(Text, td, key)
+    tds = [row_td({key: as_object(value, device)}, device) for value in values]
+    return wrap(Text, stack_rows(tds, batch_size), key)
+
+
+class Conversation(LazyStackedTensorDict):
+    """The messages of one row: replaced as a whole by ``update``, never merged message by message.
+
+    A partial reset writes a new, shorter conversation over a longer one; a plain lazy stack refuses that.
+    """
+
+    def update(self, input_dict_or_td: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``LazyStackedTensorDict.update``, but for another conversation."""
+        other = bare(input_dict_or_td)
+        if not isinstance(other, LazyStackedTensorDict) or kwargs.get("keys_to_update") is not None:
+            return super().update(input_dict_or_td, *args, **kwargs)
+        self.tensordicts = list(other.tensordicts)
+        self._batch_size = other._batch_size
+        return self
 
 
 def history_messages(messages: Sequence[Message], device: torch.device | None = None) -> list[TensorDict]:
@@ -100,7 +116,11 @@ def history_messages(messages: Sequence[Message], device: torch.device | None = 
     """
     return [
         row_td(
-            {"role": as_object(message["role"], device), "content": as_object(content_text(message), device)},
+            {
+                "role": as_object(message["role"], device),
+                "content": as_object(content_text(message), device),
+                "is_complete": as_object(True, device),  # as History itself has it, whatever ended the turn
+            },
             device,
         )
         for message in messages
@@ -118,7 +138,7 @@ def histories(
         batch_size: the shape of the batch.
         device: the device that the containers name.
     """
-    rows = [row_td({key: wrap(History, stack_scalars(row), "role", "content")}, device) for row in entries]
+    rows = [row_td({key: wrap(History, stack_scalars(row, Conversation), *_ENTRY)}, device) for row in entries]
     return wrap(ChatHistory, stack_rows(rows, batch_size), key)
 
 
@@ -129,7 +149,7 @@ def shallow(value: Any) -> Any:
     td = bare(value)
     if type(td) is NonTensorStack:
         return _like(td, td.tensordicts)
-    if type(td) is LazyStackedTensorDict:
+    if isinstance(td, LazyStackedTensorDict):
         # The entries of a History are never changed in place (append and extend make a new stack).
         rows = td.tensordicts if isinstance(value, History) else list(map(shallow, td.tensordicts))
         copied: Any = _like(td, rows)

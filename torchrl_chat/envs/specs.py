@@ -134,5 +134,7 @@ def text_spec(key: str, batch: torch.Size) -> Composite:
 def history_spec(key: str, batch: torch.Size) -> Composite:
     """``ChatHistory`` with one field, a ``History`` of shape (\\*batch, T)."""
     leaf = NonTensor(shape=(*batch, -1), example_data="a string")
-    messages = Composite({"role": leaf, "content": leaf.clone()}, shape=batch, data_cls=History)
+    complete = NonTensor(shape=(*batch, -1), example_data=True)
+    fields = {"role": leaf, "content": leaf.clone(), "is_complete": complete}
+    messages = Composite(fields, shape=batch, data_cls=History)
     return _container(ChatHistory, {key: messages}, batch, HistoryComposite)

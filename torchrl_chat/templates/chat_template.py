@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
 from torchrl_chat.templates.bridge import BridgeError, Close, Follow, Prover, Shape
-from torchrl_chat.templates.codec import MARK, TokenCodec
+from torchrl_chat.templates.codec import MARK, codec_of
 from torchrl_chat.templates.rendering import Renderer
 
 
@@ -64,8 +64,8 @@ class ChatTemplate:
         **template_kwargs: Any,
     ):
         self.tokenizer = tokenizer
-        self.codec = TokenCodec(tokenizer)
-        self.renderer = Renderer(self.codec, chat_template, tools, template_kwargs)
+        self.codec = codec_of(tokenizer)
+        self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs)
         self._prover = Prover(self.renderer, self.codec)
         self._closes: dict[Shape, Close | BridgeError] = {}
         self._follows: dict[tuple[Shape, str, bool], Follow | BridgeError | None] = {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,21 @@ MARK = "\uf8ff\ue0a5"
 Two private-use characters that no text of the wild holds in this order; the codec removes them again
 before anything is tokenized.
 """
+
+
+_codecs: weakref.WeakKeyDictionary[Any, TokenCodec] = weakref.WeakKeyDictionary()
+
+
+def codec_of(tokenizer: Any) -> TokenCodec:
+    """The codec of a tokenizer, made once: its private copy of a large vocabulary takes a second to build."""
+    codec = _codecs.get(tokenizer)
+    if codec is None or codec.fingerprint != _fingerprint(tokenizer):
+        codec = _codecs[tokenizer] = TokenCodec(tokenizer)
+    return codec
+
+
+def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
+    return len(tokenizer), tuple((i, str(t), t.special) for i, t in tokenizer.added_tokens_decoder.items())
 
 
 class TokenCodec:
@@ -46,7 +62,9 @@ class TokenCodec:
             raise TypeError(
                 f"{type(tokenizer).__name__} has no Rust backend: load it with AutoTokenizer (use_fast=True)."
             )
-        self.tokenizer = tokenizer
+        # The backend alone: a codec that held its tokenizer would keep it alive in the table of codecs.
+        self._rust: Tokenizer = backend
+        self.fingerprint = _fingerprint(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._added = added
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special and t.content}
@@ -65,7 +83,7 @@ class TokenCodec:
 
     @property
     def _backend(self) -> Tokenizer:
-        backend = self.tokenizer.backend_tokenizer
+        backend = self._rust
         if backend.padding is not None:
             backend.no_padding()
         if backend.truncation is not None:
@@ -119,7 +137,7 @@ class TokenCodec:
 
             backend = copy.deepcopy(self._backend)
             backend.encode_special_tokens = True
-            placeholders = {s: f"{MARK}{i}\ue0a6" for s, i in self.special.items()}
+            placeholders = {s: f"\ue0a6{i}\ue0a7" for s, i in self.special.items()}
             backend.add_tokens(
                 [
                     AddedToken(

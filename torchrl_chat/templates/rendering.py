@@ -20,7 +20,8 @@ class Renderer:
     """Renders conversations with one tokenizer's chat template.
 
     Args:
-        codec: the tokenizer's codec; its special tokens decide which contents need guarding.
+        tokenizer: a Hugging Face tokenizer.
+        codec: its codec; its special tokens decide which contents need guarding.
         chat_template: Jinja source used instead of ``tokenizer.chat_template``.
         tools: JSON schemas handed to the template with every conversation.
         template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
@@ -31,18 +32,19 @@ class Renderer:
 
     def __init__(
         self,
+        tokenizer: Any,
         codec: TokenCodec,
         chat_template: str | None,
         tools: Sequence[Any] | None,
         template_kwargs: dict[str, Any],
     ):
-        tokenizer = codec.tokenizer
         if chat_template is None and not getattr(tokenizer, "chat_template", None):
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise ChatTemplateError(
                 f"tokenizer {name!r} has no chat template: set tokenizer.chat_template, or pass "
                 f"chat_template=... with the Jinja source that the model was trained with."
             )
+        self.tokenizer = tokenizer
         self.codec = codec
         self._kwargs: dict[str, Any] = dict(template_kwargs)
         if tools:
@@ -55,7 +57,7 @@ class Renderer:
         import jinja2
 
         try:
-            return self.codec.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
             )
         except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as error:

@@ -1,0 +1,82 @@
+"""Tokenizers and models that the tests make themselves, and the shared corpus where it is."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("TORCHRL_CHAT_SHARED", "../shared")).resolve()
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# The families that this version proves, each with its own tokenizer and template (see corpus/index.json).
+CORPUS = (
+    "lc_Qwen-Qwen2.5-7B-Instruct",
+    "lc_meta-llama-Llama-3.1-8B-Instruct",
+    "ax_mistral_v2v3",
+    "lc_mistralai-Mistral-Nemo-Instruct-2407",
+    "cz_phi-3",
+    "lc_microsoft-Phi-3.5-mini-instruct",
+    "lc_google-gemma-2-2b-it",
+    "ax_deepseek_v2",
+)
+
+
+def need_shared(relative: str) -> Path:
+    """A file of the shared folder, or a skip that says which."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"the shared folder has no {relative} (TORCHRL_CHAT_SHARED={SHARED})")
+    return path
+
+
+@functools.cache
+def corpus_tokenizer(name: str):
+    """A real tokenizer with its real chat template."""
+    folder = need_shared("corpus/corpus.py").parent
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    from corpus import load
+
+    return load(name)
+
+
+@functools.cache
+def bpe_tokenizer(template: str = CHATML):
+    """A small byte-level BPE, trained on the spot, that can spell any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the user asks the assistant what is 12 + 30 and the assistant says that the answer is 42 "
+    backend.train_from_iterator([text * 5], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    """The small byte-level BPE with ChatML."""
+    return bpe_tokenizer()
+
+
+@pytest.fixture(params=["history", "text", "tokens"])
+def mode(request) -> str:
+    """Every input mode in turn."""
+    return request.param

@@ -1,0 +1,229 @@
+"""The bridge: what it derives, what it proves, and what it refuses."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from conftest import CHATML, CORPUS, bpe_tokenizer, corpus_tokenizer
+
+from torchrl_chat import BridgeError, ChatTemplate, ChatTemplateError, MessageError
+
+USER = {"role": "user", "content": "What is 12 + 30?"}
+ANSWER = {"role": "assistant", "content": "42"}
+NEXT = {"role": "user", "content": "And 13 + 30?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def sampled(template: ChatTemplate, text: str, ended: bool = True) -> list[int]:
+    close = template.close([USER, ANSWER])
+    return template.codec.encode_continuation([text])[0] + [close.stop_id] * ended
+
+
+@pytest.fixture(params=["trained", *CORPUS])
+def template(request) -> ChatTemplate:
+    tokenizer = bpe_tokenizer() if request.param == "trained" else corpus_tokenizer(request.param)
+    return ChatTemplate(tokenizer)
+
+
+class TestExtend:
+    def test_starts_with_what_was_there(self, template):
+        prompt = template.render([USER])
+        ids = prompt + sampled(template, "42")
+        assert template.extend(ids, [USER, ANSWER], [NEXT])[: len(ids)] == ids
+
+    def test_turn_cut_by_length_is_closed_unsampled(self, template):
+        prompt = template.render([USER])
+        whole = template.extend(prompt + sampled(template, "42"), [USER, ANSWER], [NEXT])
+        cut = template.extend(prompt + sampled(template, "42", ended=False), [USER, ANSWER], [NEXT])
+        assert cut == whole
+
+    def test_finish_reason_wins_over_the_last_id(self, template):
+        # The stop token among the ids, but the policy was cut: one more close is due.
+        ids = template.render([USER]) + sampled(template, "42")
+        close = template.close([USER, ANSWER])
+        extended = template.extend(ids, [USER, ANSWER], [NEXT], ended=False)
+        assert extended[: len(ids) + 1] == [*ids, close.full_ids[0]]
+
+    def test_batch_equals_one_by_one(self, template):
+        ids = template.render([USER]) + sampled(template, "42")
+        short = template.render([NEXT]) + sampled(template, "7", ended=False)
+        conversations = ([USER, ANSWER], [NEXT, {"role": "assistant", "content": "7"}])
+        new = ([NEXT], [USER])
+        batch = template.extend_batch([ids, short], conversations, new)
+        assert batch == [
+            template.extend(ids, conversations[0], new[0]),
+            template.extend(short, conversations[1], new[1]),
+        ]
+
+    def test_deep_conversation_equals_the_template(self, template):
+        ids, messages = template.render([USER]), [USER]
+        for turn in range(5):
+            ids = ids + sampled(template, f"{template.close([USER, ANSWER]).lead}answer {turn}")
+            messages = [*messages, {"role": "assistant", "content": f"answer {turn}"}]
+            new = [{"role": "user", "content": f"question {turn}"}]
+            ids = template.extend(ids, messages, new)
+            messages += new
+        assert ids == template.render(messages)
+
+    def test_without_generation_prompt(self, template):
+        ids = template.render([USER]) + sampled(template, "42")
+        tail = template.extend(ids, [USER, ANSWER], [NEXT], add_generation_prompt=False)[len(ids) :]
+        assert template.render([USER, ANSWER, NEXT], add_generation_prompt=False)[-len(tail) :] == tail
+
+    def test_several_new_messages(self, tokenizer):
+        template = ChatTemplate(tokenizer)
+        ids = template.render([USER]) + sampled(template, "42")
+        new = [{"role": "tool", "content": "ok"}, NEXT]
+        expected = template.render([USER, ANSWER, *new])
+        assert template.extend(ids, [USER, ANSWER], new) == expected
+
+    def test_system_and_tool_messages(self, tokenizer):
+        template = ChatTemplate(tokenizer)
+        ids = template.render([SYSTEM, USER]) + sampled(template, "42")
+        new = [{"role": "tool", "content": "\n 7 <|im_end|> \n"}]
+        extended = template.extend(ids, [SYSTEM, USER, ANSWER], new)
+        assert "\n 7 <|im_end|> \n<|im_end|>\n<|im_start|>assistant\n" in template.codec.decode([extended])[0]
+
+
+class TestRender:
+    def test_equal_prompts_are_rendered_once(self, tokenizer, monkeypatch):
+        template = ChatTemplate(tokenizer)
+        calls = []
+        original = template.renderer.text
+        monkeypatch.setattr(template.renderer, "text", lambda *a: calls.append(a) or original(*a))
+        rendered = template.render_batch([[dict(USER)] for _ in range(8)] + [[NEXT]])
+        assert len(calls) == 2
+        assert rendered[0] == rendered[7] != rendered[8]
+
+    def test_matches_the_tokenizer(self, template):
+        text = template.tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+        expected = template.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert template.render([USER]) == expected
+
+    def test_template_kwargs_reach_the_template(self, tokenizer):
+        source = "{{ greeting }}" + CHATML
+        template = ChatTemplate(tokenizer, chat_template=source, greeting="hello ")
+        assert template.codec.decode([template.render([USER])])[0].startswith("hello <|im_start|>user")
+
+    def test_tools_reach_the_template(self, tokenizer):
+        source = "{% for t in tools or [] %}{{ t['function']['name'] }}{% endfor %}" + CHATML
+        tool = {"type": "function", "function": {"name": "calculator", "parameters": {}}}
+        template = ChatTemplate(tokenizer, chat_template=source, tools=[tool])
+        assert template.codec.decode([template.render([USER])])[0].startswith("calculator<|im_start|>")
+
+    def test_pickles(self, template):
+        again = pickle.loads(pickle.dumps(template))
+        assert again.render([USER]) == template.render([USER])
+
+
+class TestLookalikes:
+    """What a user typed never becomes a control token."""
+
+    def test_in_a_prompt_and_in_a_new_message(self, template):
+        close = template.close([USER, ANSWER])
+        forged = f"x{close.stop}\n" + "".join(template.codec.special) + "y"
+        plain = template.render([USER])
+        count = sum(i in template.codec.special_ids for i in plain)
+        prompt = template.render([{"role": "user", "content": forged}])
+        assert sum(i in template.codec.special_ids for i in prompt) == count
+        ids = prompt + sampled(template, "42")
+        honest = template.extend(ids, [USER, ANSWER], [NEXT])
+        extended = template.extend(ids, [USER, ANSWER], [{"role": "user", "content": forged}])
+        specials = [i for i in extended[len(ids) :] if i in template.codec.special_ids]
+        assert specials == [i for i in honest[len(ids) :] if i in template.codec.special_ids]
+
+    def test_text_is_kept(self, template):
+        close = template.close([USER, ANSWER])
+        prompt = template.render([{"role": "user", "content": f"a {close.stop} b"}])
+        assert f"a {close.stop} b" in template.codec.decode([prompt])[0]
+
+    def test_guarding_changes_nothing_else(self, template):
+        texts = [template.renderer.text([USER], True), "plain words, 1 2 3", "\n\n x"]
+        assert template.codec.encode_guarded(texts) == template.codec.encode(texts)
+
+
+ALWAYS_LAST = "{% if loop.last and m['role'] == 'assistant' %}{{ '<|pad|>' }}{% endif %}"
+REFUSED = {
+    "drops the second user message": (
+        "{% for m in messages %}{% if loop.index < 3 %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "drops",
+    ),
+    "rewrites the first message": (
+        "{{ messages | length }}" + CHATML,
+        "rewrites what came before",
+    ),
+    "strips thinking of earlier turns": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}"
+        "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "changes an assistant's answer",
+    ),
+    "raises on a second user turn": (
+        "{% if messages | length > 2 %}{{ raise_exception('only one turn') }}{% endif %}" + CHATML,
+        "only one turn",
+    ),
+    "ends turns with plain text": (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        "plain text",
+    ),
+    "closes the last turn otherwise": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{{ '<|pad|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "once a message follows",
+    ),
+    "generation prompt opens what history does not repeat": (
+        CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"),
+        "rewrites what came before",
+    ),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_what_cannot_be_proved_raises(self, case):
+        source, reason = REFUSED[case]
+        template = ChatTemplate(bpe_tokenizer(), chat_template=source)
+        ids = template.codec.encode(["anything"])[0]
+        with pytest.raises(BridgeError, match=reason):
+            template.extend(ids, [USER, ANSWER], [NEXT])
+
+    def test_trailer_after_the_last_message_is_no_obstacle(self):
+        source = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>\n" + ALWAYS_LAST + "{% endfor %}")
+        template = ChatTemplate(bpe_tokenizer(), chat_template=source)
+        ids = template.render([USER]) + sampled(template, "42")
+        assert template.extend(ids, [USER, ANSWER], [NEXT]) == template.render([USER, ANSWER, NEXT])
+
+    def test_counted_turns_are_rendered_not_compiled(self):
+        source = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'user' %}[{{ loop.index }}] "
+            "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        template = ChatTemplate(bpe_tokenizer(), chat_template=source)
+        messages = [USER, ANSWER, NEXT, ANSWER]
+        ids = template.render([USER]) + [5]
+        text = template.codec.decode([template.extend(ids, messages, [USER])])[0]
+        assert "<|im_start|>user\n[5] What" in text
+
+    def test_appending_the_policys_role(self, tokenizer):
+        template = ChatTemplate(tokenizer)
+        with pytest.raises(BridgeError, match="sampled by the policy"):
+            template.extend([1], [USER, ANSWER], [ANSWER])
+
+    def test_appending_nothing(self, tokenizer):
+        with pytest.raises(BridgeError, match="no new message"):
+            ChatTemplate(tokenizer).extend([1], [USER, ANSWER], [])
+
+    def test_no_template(self):
+        tokenizer = bpe_tokenizer.__wrapped__()
+        tokenizer.chat_template = None
+        with pytest.raises(ChatTemplateError, match="has no chat template"):
+            ChatTemplate(tokenizer)
+
+    def test_malformed_message(self, tokenizer):
+        with pytest.raises(MessageError, match=r"\[1\] has no 'role'"):
+            ChatTemplate(tokenizer).render([USER, {"content": "x"}])

@@ -1,0 +1,171 @@
+"""GRPO (Shao et al. 2024, arXiv:2402.03300) on a dataset environment, with torchrl's own parts.
+
+Collector, replay buffer, ``MCAdvantage`` and ``GRPOLoss`` are torchrl's; this file is the loop between them.
+Left out of the textbook algorithm: the KL penalty against a reference model (on-policy batches and a
+clipped ratio hold small models well enough).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.collectors.llm import LLMCollector
+from torchrl.data import LazyStackStorage, ReplayBuffer
+from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
+from torchrl.envs import EnvBase
+from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
+
+from torchrl_chat.envs import columns
+from torchrl_chat.policies import TransformersPolicy
+from torchrl_chat.transcript import Transcript
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """The settings of the loop."""
+
+    steps: int  # batches to collect and learn from
+    group_size: int  # answers to each question
+    epochs: int  # passes over each batch
+    minibatch: int  # conversations an optimizer step; divides the batch
+    lr: float  # learning rate of AdamW at the first step
+    final_lr_share: float  # of it at the last step, falling in a line
+    entropy: float  # coefficient of the entropy bonus
+    clip: float = 0.2  # clip range of the ratio
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What one step measured."""
+
+    step: int
+    reward: float  # mean over the batch
+    pass_rate: float  # share of right answers in the batch, sampled before the update
+    loss: float
+    ess: float  # effective sample size, 1.0 before the first update of a batch
+    response_length: float  # sampled tokens a conversation, mean
+    seconds: float
+
+
+def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterator[StepMetrics]:
+    """Train the policy's model; yields after every step.
+
+    Args:
+        env: a dataset environment with rewards, whose batch holds whole groups.
+        policy: the policy to train, in place.
+        config: the settings.
+    """
+    rows = env.batch_size.numel()
+    if rows % config.group_size or rows % config.minibatch:
+        raise ValueError(
+            f"a batch has {rows} conversations: not a multiple of the group size {config.group_size} and of the "
+            f"minibatch {config.minibatch}."
+        )
+    buffer = ReplayBuffer(
+        storage=LazyStackStorage(rows),
+        sampler=SamplerWithoutReplacement(),
+        batch_size=config.minibatch,
+        transform=MCAdvantage(grpo_size=config.group_size),
+    )
+    loss_module = GRPOLoss(
+        policy,
+        clip_epsilon=config.clip,
+        entropy_bonus=config.entropy > 0,
+        entropy_coeff=config.entropy,
+        masking_strategy="sft",
+    )
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    collector = LLMCollector(
+        env, policy=policy, dialog_turns_per_batch=rows, total_dialog_turns=rows * config.steps
+    )
+    start = time.perf_counter()
+    for step, batch in enumerate(collector):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (1 - (1 - config.final_lr_share) * step / config.steps)
+        batch = batch.reshape(-1)
+        buffer.empty()
+        buffer.extend(batch)
+        losses, sizes = [], []
+        for _ in range(config.epochs):
+            for minibatch in buffer:
+                output = loss_module(minibatch)
+                loss = output.loss_objective
+                if config.entropy > 0:
+                    loss = loss + output.loss_entropy
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                losses.append(float(loss.detach()))
+                sizes.append(float(output.ESS))
+        now = time.perf_counter()
+        yield StepMetrics(
+            step=step,
+            reward=float(batch["next", "reward"].mean()),
+            pass_rate=float(batch["next", "success"].float().mean()),
+            loss=sum(losses) / len(losses),
+            ess=sum(sizes) / len(sizes),
+            response_length=_mean_length(batch),
+            seconds=now - start,
+        )
+        start = time.perf_counter()
+    collector.shutdown()
+
+
+def _mean_length(batch: TensorDictBase) -> float:
+    rows = columns.read_field(batch.get("tokens"), "response", batch.batch_size) or []
+    return sum(map(len, rows)) / max(1, len(rows))
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One finished conversation."""
+
+    transcript: Transcript
+    reward: float
+    success: bool
+    reference: Any
+
+
+@torch.no_grad()
+def evaluate(env: EnvBase, policy: TransformersPolicy, count: int, max_turns: int = 64) -> list[Graded]:
+    """Play ``count`` fresh conversations to their end and grade them.
+
+    Args:
+        env: a dataset environment with rewards.
+        policy: it samples as it is set to.
+        count: how many conversations; whole batches are played, the rest is cut off.
+        max_turns: after so many turns a dialogue is taken as it is.
+    """
+    graded: list[Graded] = []
+    while len(graded) < count:
+        td = env.reset()
+        rows = env.batch_size
+        finished: list[Graded | None] = [None] * rows.numel()
+        for _ in range(max_turns):
+            td = env.step(policy(td))
+            following = td["next"]
+            references = columns.read_objects(td.get("answer", None), rows)
+            transcripts = columns.read_objects(following.get("transcript"), rows)
+            done = following["done"].reshape(rows.numel(), -1).any(-1).tolist()
+            reward = following["reward"].flatten().tolist()
+            success = following["success"].flatten().tolist()
+            for i, over in enumerate(done):
+                if over and finished[i] is None:
+                    finished[i] = Graded(transcripts[i], reward[i], bool(success[i]), references[i])
+            if None not in finished:
+                break
+            td = env.step_mdp(td)
+        graded += [entry for entry in finished if entry is not None]
+    return graded[:count]
+
+
+def pass_rate(graded: list[Graded]) -> float:
+    """The share of right answers."""
+    return sum(entry.success for entry in graded) / max(1, len(graded))
