@@ -20,13 +20,11 @@ TINY_TEMPLATE = (
 """A chat template as small as they come: one special token opens a message, one closes it."""
 
 _SPECIAL = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
-ARITHMETIC_ALPHABET = "0123456789+-=? "
-TEXT_ALPHABET = (
-    ARITHMETIC_ALPHABET + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;!'\"()[]{}<>/\\#$%&*_|@^`~\n\t"
-)
+DIGIT_ALPHABET = "0123456789max(,)= "
+TEXT_ALPHABET = "\n\t" + "".join(map(chr, range(32, 127)))
 
 
-def tiny_tokenizer(alphabet: str = ARITHMETIC_ALPHABET) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(alphabet: str = DIGIT_ALPHABET) -> PreTrainedTokenizerFast:
     """A tokenizer with one token a character, a few special tokens and :data:`TINY_TEMPLATE`.
 
     Args:
@@ -74,16 +72,17 @@ def tiny_model(vocab_size: int, *, hidden: int = 64, layers: int = 2, context: i
         return LlamaForCausalLM(config).eval()
 
 
-def arithmetic_rows(count: int = 512, seed: int = 0, largest: int = 9) -> Dataset:
-    """Sums such as ``{"query": "3+4=", "answer": "7"}``, both numbers up to ``largest``.
+def larger_rows(count: int = 2048, seed: int = 0) -> Dataset:
+    """Questions for the larger of two digits, such as ``{"query": "max(3,7)=", "answer": "7"}``.
 
     Args:
         count: the number of rows.
         seed: the same seed gives the same rows.
-        largest: the largest number in a question.
     """
     from datasets import Dataset
 
     draw = random.Random(seed)
-    pairs = [(draw.randint(0, largest), draw.randint(0, largest)) for _ in range(count)]
-    return Dataset.from_dict({"query": [f"{a}+{b}=" for a, b in pairs], "answer": [str(a + b) for a, b in pairs]})
+    pairs = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(count)]
+    return Dataset.from_dict(
+        {"query": [f"max({a},{b})=" for a, b in pairs], "answer": [str(max(a, b)) for a, b in pairs]}
+    )

@@ -23,7 +23,7 @@ from tensordict import (
     is_tensorclass,
 )
 from torchrl.data.llm import History
-from torchrl.modules.llm.policies import ChatHistory, Text
+from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from torchrl_chat.messages import Message, content_text
 
@@ -41,6 +41,54 @@ def row_td(leaves: dict[str, Any], device: torch.device | None = None) -> Tensor
     return TensorDict._new_unsafe(leaves, batch_size=_SCALAR, device=device, names=None, lock=False)
 
 
+class Rows(LazyStackedTensorDict):
+    """The lazy stack inside a container.
+
+    What it mends of tensordict 0.14.3: ``apply(..., out=)`` on a container in a dense root hands the container
+    itself, not its stack, as ``out``, and a lazy stack refuses it; ``consolidate``, and so ``ParallelEnv``, fail.
+    """
+
+    def _apply_nest(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
+        return super()._apply_nest(*args, out=bare(out), **kwargs)
+
+
+def _mend_rebuilding(cls: Any) -> None:
+    """Let a container be rebuilt from a consolidated TensorDict when there is a lazy stack inside it.
+
+    tensordict 0.14.3 rebuilds every tensorclass from a dense TensorDict, so that what ``ParallelEnv`` sends
+    through its pipes cannot be read again: ``unexpected keyword argument 'stack_dim'``. Only that case, which
+    always fails otherwise, is taken over.
+    """
+    dense = cls._from_dict_validated
+
+    def rebuild(source: dict[str, Any], **metadata: Any) -> Any:
+        if "stack_dim" not in metadata:
+            return dense(source, **metadata)
+        return cls._from_tensordict(Rows._from_dict_validated(source, **metadata))
+
+    cls._from_dict_validated = staticmethod(rebuild)
+
+
+for _container in (Tokens, Masks, LogProbs, Text, ChatHistory, History):
+    _mend_rebuilding(_container)
+
+
+class Conversation(Rows):
+    """The messages of one row: replaced as a whole by ``update``, never merged message by message.
+
+    A partial reset writes a new, shorter conversation over a longer one; a plain lazy stack refuses that.
+    """
+
+    def update(self, input_dict_or_td: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``LazyStackedTensorDict.update``, but for another conversation."""
+        other = bare(input_dict_or_td)
+        if not isinstance(other, LazyStackedTensorDict) or kwargs.get("keys_to_update") is not None:
+            return super().update(input_dict_or_td, *args, **kwargs)
+        self.tensordicts = list(other.tensordicts)
+        self._batch_size = other._batch_size
+        return self
+
+
 def wrap(cls: type, td: TensorDictBase, *present: str) -> Any:
     """``cls._from_tensordict(td)`` for a ``td`` with the fields ``present``, without looking at its rows."""
     container = object.__new__(cls)
@@ -49,7 +97,7 @@ def wrap(cls: type, td: TensorDictBase, *present: str) -> Any:
     return container
 
 
-def stack_scalars(rows: Sequence[Any], cls: type = LazyStackedTensorDict) -> Any:
+def stack_scalars(rows: Sequence[Any], cls: type = Rows) -> Any:
     """A lazy stack of rows that are known to have no batch dimension and one device: nothing is compared."""
     stack = cls(rows[0], stack_dim=0)
     stack.tensordicts = list(rows)
@@ -57,7 +105,7 @@ def stack_scalars(rows: Sequence[Any], cls: type = LazyStackedTensorDict) -> Any
     return stack
 
 
-def stack_rows(rows: Sequence[Any], batch_size: torch.Size, cls: type = LazyStackedTensorDict) -> Any:
+def stack_rows(rows: Sequence[Any], batch_size: torch.Size, cls: type = Rows) -> Any:
     """A lazy stack of ``batch_size`` from rows in row-major order."""
     if len(batch_size) == 1:
         return stack_scalars(rows, cls)
@@ -91,22 +139,6 @@ def texts(key: str, values: Sequence[str], batch_size: torch.Size, device: torch
     """A ``Text`` container with one field."""
     tds = [row_td({key: as_object(value, device)}, device) for value in values]
     return wrap(Text, stack_rows(tds, batch_size), key)
-
-
-class Conversation(LazyStackedTensorDict):
-    """The messages of one row: replaced as a whole by ``update``, never merged message by message.
-
-    A partial reset writes a new, shorter conversation over a longer one; a plain lazy stack refuses that.
-    """
-
-    def update(self, input_dict_or_td: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``LazyStackedTensorDict.update``, but for another conversation."""
-        other = bare(input_dict_or_td)
-        if not isinstance(other, LazyStackedTensorDict) or kwargs.get("keys_to_update") is not None:
-            return super().update(input_dict_or_td, *args, **kwargs)
-        self.tensordicts = list(other.tensordicts)
-        self._batch_size = other._batch_size
-        return self
 
 
 def history_messages(messages: Sequence[Message], device: torch.device | None = None) -> list[TensorDict]:

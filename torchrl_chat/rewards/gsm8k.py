@@ -13,7 +13,7 @@ from torchrl_chat.rewards.numbers import extract_number, parse_number
 from torchrl_chat.rewards.verdict import Verdict
 
 _MARKED = re.compile(r"####[ \t]*(?P<hashes>[^\n#]*)|<answer>(?P<tag>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_BOXED = re.compile(r"\\f?boxed\s*\{")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 @dataclass(frozen=True)

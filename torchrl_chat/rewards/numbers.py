@@ -59,13 +59,24 @@ def _value(match: re.Match[str]) -> Decimal | None:
 class NumberVerifier:
     """Right if the last number of the response is the reference.
 
+    Args:
+        surrounded: the score of the right number with other text around it. Below 1, such an answer does
+            not count as right: the response has to be the number alone.
+
     Example:
         >>> NumberVerifier()("so it is 7", "7").score
         1.0
+        >>> NumberVerifier(surrounded=0.5)("so it is 7", "7")
+        Verdict(score=0.5, answer='7', correct=False)
     """
+
+    surrounded: float = 1.0
 
     def __call__(self, response: str, reference: str) -> Verdict:
         """Grade one response."""
         found, expected = extract_number(response), parse_number(str(reference))
-        correct = found is not None and found == expected
-        return Verdict(float(correct), None if found is None else str(found), correct)
+        if found is None or found != expected:
+            return Verdict(0.0, None if found is None else str(found), False)
+        if self.surrounded == 1.0 or parse_number(response) == expected:
+            return Verdict(1.0, str(found), True)
+        return Verdict(self.surrounded, str(found), False)
