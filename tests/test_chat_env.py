@@ -169,7 +169,11 @@ class TestResponses:
         td = env.reset(queries(env))
         answers = ["four<|im_end|>", "five"]
         prompts = [td["text"][i].prompt for i in range(2)]
-        setattr(td["text"], form, answers if form == "response" else [p + a for p, a in zip(prompts, answers)])
+        setattr(
+            td["text"],
+            form,
+            answers if form == "response" else [p + a for p, a in zip(prompts, answers, strict=False)],
+        )
         after = ledgers(env.step(td)["next"])
         assert [t.messages[-1]["content"] for t in after] == ["four", "five"]
         assert [t.ended for t in after] == [True, False]

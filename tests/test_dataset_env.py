@@ -141,7 +141,7 @@ class TestRepeats:
             reset = torch.tensor([[turn % 2 == 0], [True], [False], [turn % 3 == 0]])
             td["_reset"] = reset.clone()
             td = env.reset(td)
-            seen += [query for query, fresh in zip(td["query"], reset.flatten().tolist()) if fresh]
+            seen += [query for query, fresh in zip(td["query"], reset.flatten().tolist(), strict=False) if fresh]
         assert seen == [f"question {i // 3}" for i in range(len(seen))]
 
     def test_bad_repeats(self):

@@ -205,7 +205,7 @@ class TestRefusals:
         )
         template = ChatTemplate(bpe_tokenizer(), chat_template=source)
         messages = [USER, ANSWER, NEXT, ANSWER]
-        ids = template.render([USER]) + [5]
+        ids = [*template.render([USER]), 5]
         text = template.codec.decode([template.extend(ids, messages, [USER])])[0]
         assert "<|im_start|>user\n[5] What" in text
 

@@ -200,7 +200,7 @@ class ChatEnv(FlatStepping, EnvBase):
             started = [next(fresh) if wanted else filler for wanted in chosen]
         td = self._observe(started)
         # The other columns of the row (an answer to grade against, ...) stay beside the conversation.
-        for key, column in tensordict.items():
+        for key, column in () if tensordict is None else tensordict.items():
             if key not in _NOT_CARRIED and key not in td.keys():
                 td.set(key, column)
         return td

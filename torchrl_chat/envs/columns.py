@@ -91,7 +91,7 @@ class Conversation(Rows):
 
 def wrap(cls: type, td: TensorDictBase, *present: str) -> Any:
     """``cls._from_tensordict(td)`` for a ``td`` with the fields ``present``, without looking at its rows."""
-    container = object.__new__(cls)
+    container: Any = object.__new__(cls)
     missing = {field: None for field in cls.__expected_keys__ if field not in present}  # type: ignore[attr-defined]
     container.__dict__.update(_tensordict=td, _non_tensordict=missing)
     return container

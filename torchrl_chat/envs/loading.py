@@ -120,7 +120,7 @@ def make_dataloader(
     generator = torch.Generator()
     generator.manual_seed(seed)
     return DataLoader(
-        load_rows(dataset, name, split),  # type: ignore[arg-type]  # datasets.Dataset is a map-style dataset
+        load_rows(dataset, name, split),
         batch_size=batch_size_dl,
         shuffle=shuffle,
         collate_fn=collate_fn or collate,

@@ -150,7 +150,9 @@ class TokenCodec:
                     for s, i in self.special.items()
                 ]
             )
-            back = {backend.token_to_id(p): self.special[s] for s, p in placeholders.items()}
+            added = backend.get_added_tokens_decoder()
+            by_text = {token.content: i for i, token in added.items()}
+            back = {by_text[p]: self.special[s] for s, p in placeholders.items()}
             self._guarded = (backend, placeholders, back)
         return self._guarded
 

@@ -1,0 +1,91 @@
+"""The package as a whole: what importing it costs, what it exports, and that its examples run."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchrl_chat
+from torchrl_chat.messages import MessageError, as_messages
+
+ROOT = Path(__file__).parent.parent
+
+
+def imported_by(statement: str) -> set[str]:
+    code = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_is_cheap():
+    assert not {"torch", "torchrl", "transformers", "datasets"} & imported_by("import torchrl_chat")
+
+
+@pytest.mark.parametrize("room", ["rewards", "messages"])
+def test_ground_floor_knows_no_torch(room):
+    assert not {"torch", "torchrl", "transformers"} & imported_by(f"import torchrl_chat.{room}")
+
+
+def test_templates_know_no_torchrl():
+    assert "torchrl" not in imported_by("import torchrl_chat.templates")
+
+
+def test_optional_packages_are_not_imported():
+    loaded = imported_by("import torchrl_chat.envs, torchrl_chat.policies")
+    assert not {"matplotlib", "tqdm.auto.tqdm", "reasoning_gym", "ray", "vllm"} & loaded
+
+
+def test_every_export_is_there():
+    for name in torchrl_chat.__all__:
+        assert getattr(torchrl_chat, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = torchrl_chat.nothing
+
+
+def test_readme_example_runs():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", ["messages", "rewards.numbers", "rewards.gsm8k", "transcript"])
+def test_docstring_examples(module):
+    import torch
+
+    loaded = __import__(f"torchrl_chat.{module}", fromlist=["x"])
+    result = doctest.testmod(loaded, extraglobs={"torch": torch})
+    assert result.attempted
+    assert not result.failed
+
+
+class TestMessages:
+    def test_forms(self):
+        message = {"role": "user", "content": "x"}
+        assert as_messages("x") == as_messages(message) == as_messages([message]) == [message]
+        assert as_messages("x", role="tool")[0]["role"] == "tool"
+        assert as_messages([{"role": "assistant", "content": None, "tool_calls": [{}]}])
+        assert as_messages([{"role": "user", "content": [{"type": "text", "text": "x"}]}])
+
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            (3, "is a int"),
+            ([], "is empty"),
+            (["x"], r"\[0\] is a str"),
+            ([{"role": "", "content": "x"}], "has no 'role'"),
+            ([{"role": "user"}], "has no 'content'"),
+            ([{"role": "user", "content": 3}], "'content' of type int"),
+        ],
+    )
+    def test_refused(self, value, reason):
+        with pytest.raises(MessageError, match=reason):
+            as_messages(value)
