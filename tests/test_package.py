@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import need_shared
 
 import torchrl_chat
 from torchrl_chat.messages import MessageError, as_messages
@@ -89,3 +90,19 @@ class TestMessages:
     def test_refused(self, value, reason):
         with pytest.raises(MessageError, match=reason):
             as_messages(value)
+
+
+def test_examples_run():
+    def run(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    out = run("examples/multi_turn.py")
+    assert out.count("Another one?") == 2
+    shown = re.findall(r"(\d+) sampled: ([.^]+)\n", out)
+    assert len(shown) == 2
+    assert all(mask.count("^") == int(count) for count, mask in shown)
+    data = need_shared("data/gsm8k/test.jsonl")
+    extra = ("--data", str(data), "--questions", "2", "--max-new-tokens", "8")
+    assert "0 of 2 right" in run("examples/gsm8k_rollout.py", *extra)
