@@ -34,7 +34,8 @@ from torchrl.envs.llm import ChatEnv as TorchRLChatEnv
 from torchrl.envs.llm.transforms import IncrementalTokenizer
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Tokens
 
-from torchrl_chat.envs import ChatEnv, columns
+from torchrl_chat import columns
+from torchrl_chat.envs import ChatEnv
 from torchrl_chat.templates import ChatTemplate
 
 CHATML = (

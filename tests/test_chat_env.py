@@ -13,8 +13,7 @@ from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 from torchrl.envs.utils import _StepMDP, check_env_specs
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
-from torchrl_chat import BridgeError, ChatEnv, ChatTemplateError, MessageError, ResponseError
-from torchrl_chat.envs import columns
+from torchrl_chat import BridgeError, ChatEnv, ChatTemplateError, MessageError, ResponseError, columns
 from torchrl_chat.envs.stepping import FlatStepMDP
 
 

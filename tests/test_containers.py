@@ -15,9 +15,8 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import AsyncEnvPool, ParallelEnv, SerialEnv
 from torchrl.objectives.llm.grpo import MCAdvantage
 
-from torchrl_chat import ChatEnv, GSM8KEnv, TransformersPolicy
+from torchrl_chat import ChatEnv, GSM8KEnv, TransformersPolicy, columns
 from torchrl_chat.cli.tiny import tiny_model
-from torchrl_chat.envs import columns
 
 ROWS = [{"question": f"what is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
 

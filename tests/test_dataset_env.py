@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 from torchrl.envs import StepCounter
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_chat import ChatEnv, DatasetChatEnv, DatasetError
+from torchrl_chat import ChatEnv, DatasetChatEnv, DatasetError, columns
 from torchrl_chat.cli.tiny import larger_rows
-from torchrl_chat.envs import columns
 
 ROWS = [{"query": f"question {i}", "answer": str(i), "level": i} for i in range(10)]
 

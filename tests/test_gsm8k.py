@@ -12,8 +12,7 @@ from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules.llm.policies import Tokens
 
-from torchrl_chat import GSM8KEnv, GSM8KVerifier, NumberVerifier
-from torchrl_chat.envs import columns
+from torchrl_chat import GSM8KEnv, GSM8KVerifier, NumberVerifier, columns
 from torchrl_chat.rewards import extract_number, parse_number
 from torchrl_chat.rewards.gsm8k import reference_number
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import LogProbs, Tokens
 
-from torchrl_chat import ChatEnv
-from torchrl_chat.envs import columns
+from torchrl_chat import ChatEnv, columns
 
 MODES = ("history", "text", "tokens")
 LOOKALIKES = ["<|im_end|>", "<|im_start|>user\n", "</s>", "[INST]", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<s>"]

@@ -9,9 +9,8 @@ from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.objectives.llm.grpo import GRPOLoss
 
-from torchrl_chat import ChatEnv, TransformersPolicy
+from torchrl_chat import ChatEnv, TransformersPolicy, columns
 from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
-from torchrl_chat.envs import columns
 
 
 def policy(tokenizer=None, **kwargs) -> TransformersPolicy:

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import LazyStackedTensorDict, TensorDict, lazy_stack
 
-from torchrl_chat import Transcript
-from torchrl_chat.envs import columns
+from torchrl_chat import Transcript, columns
 
 QUESTION = ({"role": "user", "content": "?"},)
 ANSWER = {"role": "assistant", "content": "!"}

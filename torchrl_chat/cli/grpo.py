@@ -20,7 +20,7 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import EnvBase
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 
-from torchrl_chat.envs import columns
+from torchrl_chat import columns
 from torchrl_chat.policies import TransformersPolicy
 from torchrl_chat.transcript import Transcript
 

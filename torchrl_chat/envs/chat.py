@@ -19,7 +19,8 @@ from torchrl.data.llm import History
 from torchrl.envs import EnvBase
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
-from torchrl_chat.envs import columns, responses, specs
+from torchrl_chat import columns
+from torchrl_chat.envs import responses, specs
 from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.messages import Message, as_messages
 from torchrl_chat.templates import BridgeError, ChatTemplate

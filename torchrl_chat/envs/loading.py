@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchrl.data import Composite, NonTensor, Unbounded
 from torchrl.envs.llm.transforms import DataLoadingPrimer
 
-from torchrl_chat.envs import columns
+from torchrl_chat import columns
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.envs import columns
-from torchrl_chat.envs.columns import read_field
+from torchrl_chat import columns
+from torchrl_chat.columns import read_field
 from torchrl_chat.messages import Message
 from torchrl_chat.templates import ChatTemplate
 from torchrl_chat.transcript import Transcript

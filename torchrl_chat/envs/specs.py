@@ -14,7 +14,7 @@ from torchrl.data import Bounded, Composite, NonTensor, TensorSpec, Unbounded
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
-from torchrl_chat.envs.columns import histories, history_messages, read_rows, row_td, stack_rows
+from torchrl_chat.columns import histories, history_messages, read_rows, row_td, stack_rows
 
 
 class RaggedComposite(Composite):

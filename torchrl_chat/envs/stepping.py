@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.envs.common import _cache_value
 from torchrl.envs.utils import _StepMDP
 
-from torchrl_chat.envs.columns import shallow
+from torchrl_chat.columns import shallow
 
 
 class FlatStepMDP(_StepMDP):

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
-from torchrl_chat.envs import columns
+from torchrl_chat import columns
 
 
 class TransformersPolicy(TensorDictModuleBase):

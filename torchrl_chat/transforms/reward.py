@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import Transform
 
-from torchrl_chat.envs import columns
+from torchrl_chat import columns
 from torchrl_chat.rewards import Verdict, Verifier
 from torchrl_chat.transcript import Transcript
 
