@@ -130,7 +130,7 @@ def as_object(value: Any, device: torch.device | None) -> NonTensorData:
     """One Python object as a leaf of a row."""
     # What NonTensorData(value) ends up as, without its checks: 0.6 us instead of 5.5 us.
     data = object.__new__(NonTensorData)
-    fields = {"data": value, "_metadata": None, "_is_non_tensor": None}
+    fields = {"data": value, "_metadata": None, "_is_non_tensor": True}
     data.__dict__.update(_tensordict=row_td({}, device), _non_tensordict=fields)
     return data
 
