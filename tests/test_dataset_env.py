@@ -15,7 +15,7 @@ from torchrl.envs import StepCounter
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, DatasetError, columns
-from torchrl_chat.cli.tiny import larger_rows
+from torchrl_chat.cli.tiny import last_digit_rows
 
 ROWS = [{"query": f"question {i}", "answer": str(i), "level": i} for i in range(10)]
 
@@ -227,7 +227,7 @@ class TestBadInput:
 
 
 def test_the_built_in_task():
-    rows = larger_rows(50, seed=1)
-    assert rows["query"][:] == larger_rows(50, seed=1)["query"][:] != larger_rows(50, seed=2)["query"][:]
+    rows = last_digit_rows(50, seed=1)
+    assert rows["query"][:] == last_digit_rows(50, seed=1)["query"][:] != last_digit_rows(50, seed=2)["query"][:]
     for query, answer in zip(rows["query"], rows["answer"], strict=True):
-        assert answer == str(eval(query.rstrip("=")))
+        assert query == f"last({query[5]},{answer})="

@@ -79,7 +79,7 @@ def test_rows_do_not_depend_on_padding():
 def test_stop_token_is_kept_and_nothing_follows():
     tokenizer = tiny_tokenizer()
     act = policy(tokenizer, max_new_tokens=40)
-    prompts = [torch.tensor(tokenizer("max(1,2)=")["input_ids"])] * 64
+    prompts = [torch.tensor(tokenizer("last(1,2)=")["input_ids"])] * 64
     ids, scores = act.generate(prompts)
     stop = tokenizer.eos_token_id
     ended = [row for row in ids if stop in row.tolist()]

@@ -20,7 +20,7 @@ TINY_TEMPLATE = (
 """A chat template as small as they come: one special token opens a message, one closes it."""
 
 _SPECIAL = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
-DIGIT_ALPHABET = "0123456789max(,)= "
+DIGIT_ALPHABET = "0123456789last(,)= "
 TEXT_ALPHABET = "\n\t" + "".join(map(chr, range(32, 127)))
 
 
@@ -72,8 +72,8 @@ def tiny_model(vocab_size: int, *, hidden: int = 64, layers: int = 2, context: i
         return LlamaForCausalLM(config).eval()
 
 
-def larger_rows(count: int = 2048, seed: int = 0) -> Dataset:
-    """Questions for the larger of two digits, such as ``{"query": "max(3,7)=", "answer": "7"}``.
+def last_digit_rows(count: int = 2048, seed: int = 0) -> Dataset:
+    """Requests for the last of two digits, such as ``{"query": "last(3,7)=", "answer": "7"}``.
 
     Args:
         count: the number of rows.
@@ -83,6 +83,4 @@ def larger_rows(count: int = 2048, seed: int = 0) -> Dataset:
 
     draw = random.Random(seed)
     pairs = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(count)]
-    return Dataset.from_dict(
-        {"query": [f"max({a},{b})=" for a, b in pairs], "answer": [str(max(a, b)) for a, b in pairs]}
-    )
+    return Dataset.from_dict({"query": [f"last({a},{b})=" for a, b in pairs], "answer": [str(b) for _, b in pairs]})

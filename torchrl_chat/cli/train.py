@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train a language model by GRPO on a dataset with verifiable answers.
 
-With no arguments a tiny model learns, from random weights, which of two digits is larger: a few minutes on
+With no arguments a tiny model learns, from random weights, to name the last of two digits: a few minutes on
 two CPU cores, nothing is downloaded. The real thing, on a machine with a GPU:
 
   torchrl-chat train --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct
@@ -45,7 +45,7 @@ class Preset:
 
 
 TINY = Preset(
-    steps=300,
+    steps=200,
     prompts=8,
     group_size=16,
     epochs=2,
@@ -80,9 +80,9 @@ def add_parser(commands: Any) -> None:
     task = parser.add_argument_group("task and model")
     task.add_argument(
         "--dataset",
-        default="max",
+        default="digits",
         metavar="NAME",
-        help="max (default: the larger of two digits), gsm8k, or reasoning-gym:TASK",
+        help="digits (default: say the last of two digits), gsm8k, or reasoning-gym:TASK",
     )
     task.add_argument("--data", metavar="PATH", help="a local copy of the dataset: a folder or a JSONL file")
     task.add_argument(
@@ -188,7 +188,7 @@ def make_policy(arguments: argparse.Namespace) -> TransformersPolicy:
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.model == "tiny":
-        alphabet = tiny.DIGIT_ALPHABET if arguments.dataset == "max" else tiny.TEXT_ALPHABET
+        alphabet = tiny.DIGIT_ALPHABET if arguments.dataset == "digits" else tiny.TEXT_ALPHABET
         tokenizer: Any = tiny.tiny_tokenizer(alphabet)
         model = tiny.tiny_model(len(tokenizer), seed=arguments.seed, context=4096)
     else:
@@ -209,7 +209,7 @@ def make_env(arguments: argparse.Namespace, policy: TransformersPolicy, seed: in
     """The environment of ``--dataset``, its batch made of whole groups."""
     from torchrl.envs import StepCounter
 
-    from torchrl_chat.cli.tiny import larger_rows
+    from torchrl_chat.cli.tiny import last_digit_rows
     from torchrl_chat.envs import DatasetChatEnv, GSM8KEnv, ReasoningGymEnv
     from torchrl_chat.rewards import NumberVerifier
     from torchrl_chat.transforms import RewardTransform
@@ -227,9 +227,9 @@ def make_env(arguments: argparse.Namespace, policy: TransformersPolicy, seed: in
         return GSM8KEnv(dataset=arguments.data or "openai/gsm8k", **shared)
     if kind == "reasoning-gym" and task:
         return ReasoningGymEnv(task, **shared)
-    if kind != "max":
-        raise ValueError(f"--dataset is {arguments.dataset!r}: expected max, gsm8k or reasoning-gym:TASK.")
-    env = DatasetChatEnv(dataset=arguments.data or larger_rows(seed=seed), **shared)
+    if kind != "digits":
+        raise ValueError(f"--dataset is {arguments.dataset!r}: expected digits, gsm8k or reasoning-gym:TASK.")
+    env = DatasetChatEnv(dataset=arguments.data or last_digit_rows(seed=seed), **shared)
     env.append_transform(StepCounter(max_steps=1))
     # The number alone is right; among other characters it is nearly so, which makes the first steps findable.
     env.append_transform(RewardTransform(NumberVerifier(surrounded=0.3)))
