@@ -245,6 +245,8 @@ def read_objects(column: Any, batch_size: torch.Size) -> list[Any]:
         return [row.tolist() for row in rows]  # rows that are lists themselves
     if isinstance(column, NonTensorData):
         return [column.data] * batch_size.numel()
+    if isinstance(column, torch.Tensor):
+        return column.flatten(0, len(batch_size) - 1).tolist()
     if isinstance(column, (list, tuple)):
         flat: list[Any] = list(column)
         for _ in batch_size[1:]:

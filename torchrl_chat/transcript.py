@@ -30,19 +30,31 @@ _claim = threading.Lock()  # two threads may extend the same transcript: only on
 
 
 class _Tape:
-    """Growing buffers of token ids, mask and log-probs; ``used`` tokens of them are written."""
+    """Growing buffers of token ids, mask and log-probs; ``used`` tokens of them are written.
 
-    __slots__ = ("capacity", "ids", "ids_np", "log_probs", "log_probs_np", "mask", "mask_np", "used")
+    The tensors own the memory. Small writes go through numpy views of them, which cost a fraction; where
+    torch moves a tensor's storage (into shared memory, when an observation is sent to another process), the
+    views are taken anew.
+    """
+
+    __slots__ = ("_pointers", "_views", "capacity", "ids", "log_probs", "mask", "used")
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.used = 0
-        self.ids_np = np.empty(capacity, dtype=np.int64)
-        self.mask_np = np.zeros(capacity, dtype=np.bool_)
-        self.log_probs_np = np.zeros(capacity, dtype=np.float32)
-        self.ids = torch.from_numpy(self.ids_np)
-        self.mask = torch.from_numpy(self.mask_np)
-        self.log_probs = torch.from_numpy(self.log_probs_np)
+        self.ids = torch.empty(capacity, dtype=torch.int64)
+        self.mask = torch.zeros(capacity, dtype=torch.bool)
+        self.log_probs = torch.zeros(capacity, dtype=torch.float32)
+        self._pointers: tuple[int, ...] = ()
+        self._views: tuple[np.ndarray, ...] = ()
+
+    def views(self) -> tuple[np.ndarray, ...]:
+        """Ids, mask and log-probs as numpy views of the tensors' memory, wherever that is now."""
+        pointers = (self.ids.data_ptr(), self.mask.data_ptr(), self.log_probs.data_ptr())
+        if pointers != self._pointers:
+            self._views = (self.ids.numpy(), self.mask.numpy(), self.log_probs.numpy())
+            self._pointers = pointers
+        return self._views
 
 
 class Transcript:
@@ -53,6 +65,7 @@ class Transcript:
         ended: ``None`` while the policy is to answer; after an answer, whether it ended by itself
             (``True``) or was cut by a limit (``False``).
         closed: whether the end of the last turn stands in the tokens.
+        answer: the position of the last sampled message in ``messages``; ``None`` before the first answer.
         scored: whether every sampled token came with its log-prob (others read 0).
         text: the tokens' text, where the environment keeps it (text mode); ``None`` elsewhere.
         shown: a place where an environment keeps what it made of the messages, so that the next turn
@@ -66,7 +79,7 @@ class Transcript:
         ([1, 2, 3, 7, 8], [False, False, False, True, True])
     """
 
-    __slots__ = ("_length", "_tape", "closed", "ended", "messages", "scored", "shown", "text")
+    __slots__ = ("_length", "_tape", "answer", "closed", "ended", "messages", "scored", "shown", "text")
 
     def __init__(
         self,
@@ -77,6 +90,7 @@ class Transcript:
         closed: bool,
         scored: bool,
         text: str | None,
+        answer: int | None = None,
         shown: Any = None,
     ):
         self._tape = tape
@@ -86,6 +100,7 @@ class Transcript:
         self.closed = closed
         self.scored = scored
         self.text = text
+        self.answer = answer
         self.shown = shown
 
     # ------------------------------------------------------------------ reading
@@ -111,7 +126,7 @@ class Transcript:
     @property
     def num_sampled(self) -> int:
         """The number of tokens that the policy sampled."""
-        return int(np.count_nonzero(self._tape.mask_np[: self._length]))
+        return int(np.count_nonzero(self._tape.views()[1][: self._length]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Transcript):
@@ -120,11 +135,12 @@ class Transcript:
         return (
             n == other._length
             and self.messages == other.messages
-            and (self.ended, self.closed, self.scored, self.text)
-            == (other.ended, other.closed, other.scored, other.text)
-            and np.array_equal(self._tape.ids_np[:n], other._tape.ids_np[:n])
-            and np.array_equal(self._tape.mask_np[:n], other._tape.mask_np[:n])
-            and np.array_equal(self._tape.log_probs_np[:n], other._tape.log_probs_np[:n])
+            and (self.ended, self.closed, self.scored, self.text, self.answer)
+            == (other.ended, other.closed, other.scored, other.text, other.answer)
+            and all(
+                np.array_equal(mine[:n], theirs[:n])
+                for mine, theirs in zip(self._tape.views(), other._tape.views(), strict=True)
+            )
         )
 
     __hash__ = None  # type: ignore[assignment]  # it holds dicts
@@ -138,7 +154,7 @@ class Transcript:
     def start(cls, ids: Sequence[int], messages: Iterable[Message], text: str | None = None) -> Transcript:
         """A conversation whose first prompt is ``ids``; the policy is to answer."""
         tape = _Tape(max(_MIN_CAPACITY, 2 * len(ids)))
-        tape.ids_np[: len(ids)] = ids
+        tape.views()[0][: len(ids)] = ids
         tape.used = len(ids)
         return cls(tape, len(ids), tuple(messages), None, False, True, text)
 
@@ -166,14 +182,15 @@ class Transcript:
         start, count = self._length, len(ids)
         tape = self._room(count + len(close or ()))
         end = start + count
-        tape.ids_np[start:end] = ids.numpy()
-        tape.mask_np[start:end] = True
+        all_ids, mask, all_log_probs = tape.views()
+        all_ids[start:end] = ids.numpy()
         if log_probs is not None:
-            tape.log_probs_np[start:end] = log_probs.numpy()
+            all_log_probs[start:end] = log_probs.numpy()
+        mask[start:end] = True
         length = end
         if close:
             length += len(close)
-            tape.ids_np[end:length] = close
+            all_ids[end:length] = close
         return Transcript(
             tape,
             length,
@@ -182,6 +199,7 @@ class Transcript:
             close is not None,
             self.scored and log_probs is not None,
             None if self.text is None else self.text + text,
+            len(self.messages),
             self.shown,
         )
 
@@ -196,7 +214,7 @@ class Transcript:
         start = self._length
         tape = self._room(len(ids))
         length = start + len(ids)
-        tape.ids_np[start:length] = ids
+        tape.views()[0][start:length] = ids
         return Transcript(
             tape,
             length,
@@ -205,6 +223,7 @@ class Transcript:
             False,
             self.scored,
             None if self.text is None else self.text + text,
+            self.answer,
             self.shown,
         )
 
@@ -212,13 +231,13 @@ class Transcript:
         """The conversation with ``ids`` as its tokens, because the policy saw these instead.
 
         The mask and the log-probs of the longest common prefix are kept; what differs counts as not
-        sampled.
+        sampled. The text is no longer known.
         """
         shared = min(self._length, len(ids))
         differs = (self.tokens[:shared] != ids[:shared]).nonzero()
         keep = int(differs[0]) if len(differs) else shared
-        prefix = Transcript(self._tape, keep, self.messages, self.ended, self.closed, self.scored, self.text)
-        return prefix.appended(ids[keep:].tolist(), ())
+        state = (self.messages, self.ended, self.closed, self.scored, None, self.answer, self.shown)
+        return Transcript(self._tape, keep, *state).appended(ids[keep:].tolist(), ())
 
     def _room(self, count: int) -> _Tape:
         """A tape on which the next ``count`` tokens behind this transcript are ours to write."""
@@ -228,9 +247,8 @@ class Transcript:
                 tape.used = length + count
                 return tape
         grown = _Tape(max(_MIN_CAPACITY, 2 * (length + count)))
-        grown.ids_np[:length] = tape.ids_np[:length]
-        grown.mask_np[:length] = tape.mask_np[:length]
-        grown.log_probs_np[:length] = tape.log_probs_np[:length]
+        for target, source in zip(grown.views(), tape.views(), strict=True):
+            target[:length] = source[:length]
         grown.used = length + count
         return grown
 
@@ -242,15 +260,14 @@ class Transcript:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        n, tape = self._length, self._tape
-        arrays = (tape.ids_np[:n].copy(), tape.mask_np[:n].copy(), tape.log_probs_np[:n].copy())
-        return _restore, (arrays, self.messages, self.ended, self.closed, self.scored, self.text)
+        arrays = tuple(view[: self._length].copy() for view in self._tape.views())
+        return _restore, (arrays, self.messages, self.ended, self.closed, self.scored, self.text, self.answer)
 
 
 def _restore(arrays: tuple[np.ndarray, ...], messages: tuple[Message, ...], *state: Any) -> Transcript:
     length = len(arrays[0])
     tape = _Tape(max(_MIN_CAPACITY, length))
-    for target, source in zip((tape.ids_np, tape.mask_np, tape.log_probs_np), arrays, strict=True):
+    for target, source in zip(tape.views(), arrays, strict=True):
         target[:length] = source
     tape.used = length
     return Transcript(tape, length, messages, *state)

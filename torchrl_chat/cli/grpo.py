@@ -84,6 +84,20 @@ def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterat
     collector = LLMCollector(
         env, policy=policy, dialog_turns_per_batch=rows, total_dialog_turns=rows * config.steps
     )
+    try:
+        yield from _learn(collector, policy, buffer, loss_module, optimizer, config)
+    finally:
+        collector.shutdown()
+
+
+def _learn(
+    collector: LLMCollector,
+    policy: TransformersPolicy,
+    buffer: ReplayBuffer,
+    loss_module: GRPOLoss,
+    optimizer: torch.optim.Optimizer,
+    config: GRPOConfig,
+) -> Iterator[StepMetrics]:
     start = time.perf_counter()
     for step, batch in enumerate(collector):
         for group in optimizer.param_groups:
@@ -94,7 +108,7 @@ def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterat
         losses, sizes = [], []
         for _ in range(config.epochs):
             for minibatch in buffer:
-                output = loss_module(minibatch)
+                output = loss_module(minibatch.to(policy.device))
                 loss = output.loss_objective
                 if config.entropy > 0:
                     loss = loss + output.loss_entropy
@@ -115,7 +129,6 @@ def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterat
             seconds=now - start,
         )
         start = time.perf_counter()
-    collector.shutdown()
 
 
 def _mean_length(batch: TensorDictBase) -> float:
@@ -141,14 +154,14 @@ def evaluate(env: EnvBase, policy: TransformersPolicy, count: int, max_turns: in
         env: a dataset environment with rewards.
         policy: it samples as it is set to.
         count: how many conversations; whole batches are played, the rest is cut off.
-        max_turns: after so many turns a dialogue is taken as it is.
+        max_turns: after so many turns a dialogue that has not ended counts as it is.
     """
     graded: list[Graded] = []
     while len(graded) < count:
         td = env.reset()
         rows = env.batch_size
         finished: list[Graded | None] = [None] * rows.numel()
-        for _ in range(max_turns):
+        for turn in range(max_turns):
             td = env.step(policy(td))
             following = td["next"]
             references = columns.read_objects(td.get("answer", None), rows)
@@ -157,7 +170,7 @@ def evaluate(env: EnvBase, policy: TransformersPolicy, count: int, max_turns: in
             reward = following["reward"].flatten().tolist()
             success = following["success"].flatten().tolist()
             for i, over in enumerate(done):
-                if over and finished[i] is None:
+                if finished[i] is None and (over or turn == max_turns - 1):
                     finished[i] = Graded(transcripts[i], reward[i], bool(success[i]), references[i])
             if None not in finished:
                 break

@@ -52,7 +52,7 @@ TINY = Preset(
     minibatch=64,
     lr=1e-3,
     final_lr_share=0.1,
-    entropy=0.005,
+    entropy=0.02,
     max_new_tokens=2,
 )
 FULL = Preset(
@@ -140,28 +140,34 @@ def run(arguments: argparse.Namespace) -> int:
     (folder / "config.json").write_text(json.dumps(settings | dataclasses.asdict(config), indent=2) + "\n")
 
     history: list[StepMetrics] = []
+    before = after = float("nan")
+    graded: list[Graded] = []
     interrupted = False
-    before = pass_rate(evaluate(judge, policy, arguments.eval))
-    print(f"pass rate before training: {before:.3f}")
-    with (folder / "metrics.jsonl").open("w") as log, tqdm(total=config.steps, unit="step") as bar:
-        try:
+    try:
+        before = pass_rate(evaluate(judge, policy, arguments.eval))
+        print(f"pass rate before training: {before:.3f}")
+        with (folder / "metrics.jsonl").open("w") as log, tqdm(total=config.steps, unit="step") as bar:
             for metrics in grpo(env, policy, config):
                 history.append(metrics)
                 log.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
                 log.flush()
                 bar.set_postfix_str(f"reward {metrics.reward:.3f}, pass rate {metrics.pass_rate:.3f}")
                 bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
+    except KeyboardInterrupt:
+        interrupted = True
         print(f"interrupted after {len(history)} of {config.steps} steps; keeping what there is")
-    graded = evaluate(judge, policy, arguments.eval)
-    after = pass_rate(graded)
-    write_samples(folder / "samples.jsonl", graded)
-    draw_curve(folder / "curve.png", history, before, after)
+    # What cannot be had again comes first: a second Ctrl-C only costs the last evaluation.
     if not arguments.no_checkpoint:
         policy.model.save_pretrained(folder / "checkpoint")
         policy.tokenizer.save_pretrained(folder / "checkpoint")
+    draw_curve(folder / "curve.png", history, before, after)
+    try:
+        graded = evaluate(judge, policy, arguments.eval)
+        after = pass_rate(graded)
+    except KeyboardInterrupt:
+        interrupted = True
+    write_samples(folder / "samples.jsonl", graded)
+    draw_curve(folder / "curve.png", history, before, after)
     show_samples(graded[:6])
     print(f"pass rate after training: {after:.3f} (before: {before:.3f}); files in {folder}/")
     return 130 if interrupted else 0
@@ -195,8 +201,8 @@ def make_policy(arguments: argparse.Namespace) -> TransformersPolicy:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+        # In bfloat16 an update at these learning rates is smaller than the weights' own rounding.
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     return TransformersPolicy(
         model.to(device).eval(),
         tokenizer,

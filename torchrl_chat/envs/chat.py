@@ -266,7 +266,7 @@ class ChatEnv(FlatStepping, EnvBase):
 
     def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[str]:
         if self.input_mode == "text":
-            texts = responses.read_text(td, transcripts, self.batch_size)
+            texts = responses.read_text(td, list(map(self._text, transcripts)), self.batch_size)
         elif self.input_mode == "history":
             texts = responses.read_history(td, transcripts, self.batch_size, self.policy_role)
         else:
@@ -329,7 +329,12 @@ class ChatEnv(FlatStepping, EnvBase):
                 )
         follows = self.template.follow_batch(conversations, added)
         for i, messages, follow in zip(places, added, follows, strict=True):
-            transcripts[i] = transcripts[i].appended(follow.ids, messages, follow.text)
+            transcript, ids, text = transcripts[i], follow.ids, follow.text
+            if not transcript.closed:  # another environment left the turn open
+                close = self.template.close(transcript.messages)
+                ids = [*close.ids(bool(transcript.ended)), *ids]
+                text = close.text(bool(transcript.ended)) + text
+            transcripts[i] = transcript.appended(ids, messages, text)
         return transcripts
 
     # ------------------------------------------------------------------ transcripts <-> TensorDict

@@ -203,6 +203,12 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
                 f"the dataset has no column {base.data_key!r} to start a conversation from: it has "
                 f"{sorted(map(str, primer.primers.keys()))}. Pass data_key=..., or a collate_fn that renames one."
             )
+        taken = set(base.observation_spec.keys()) | {"done", "terminated", "truncated", "reward", "next"}
+        if clash := sorted(taken & set(primer.primers.keys())):
+            raise ValueError(
+                f"the dataset has the column(s) {clash}, which are entries of the environment itself: rename them with a "
+                f"collate_fn."
+            )
         TransformedEnv.__init__(self, base, primer)
 
     @property

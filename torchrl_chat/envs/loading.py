@@ -62,7 +62,7 @@ def load_rows(dataset: Any, name: str | None = None, split: str | None = None) -
                 return load_dataset(kind, data_files=str(path), split="train")
             if path.is_dir():
                 saved = any((path / marker).exists() for marker in ("state.json", "dataset_dict.json"))
-                loaded = load_from_disk(str(path)) if saved else load_dataset(str(path), name)
+                loaded = load_from_disk(str(path)) if saved else load_dataset(str(path), _config(path, name))
             elif _looks_like_path(os.fspath(dataset)):
                 raise DatasetError(f"no such dataset file or folder: {path}")
             else:
@@ -84,6 +84,13 @@ def load_rows(dataset: Any, name: str | None = None, split: str | None = None) -
     if len(loaded) == 0:
         raise DatasetError(f"the dataset {dataset!r} has no rows in split {split!r}.")
     return loaded
+
+
+def _config(folder: Path, name: str | None) -> str | None:
+    """The configuration to ask a folder for: plain data files have none, whatever the hub's dataset has."""
+    from datasets import get_dataset_config_names
+
+    return None if name is None or get_dataset_config_names(str(folder)) == ["default"] else name
 
 
 def _looks_like_path(name: str) -> bool:
@@ -157,19 +164,19 @@ class RowPrimer(DataLoadingPrimer):
     ):
         self._waiting: list[dict[str, Any]] = []
         if primers is None:
-            if dataloader is None and dataloader_factory is not None:
-                dataloader = dataloader_factory()
-            first, dataloader = _peek(dataloader)
+            if dataloader_factory is not None:
+                first, _ = _peek(dataloader_factory())  # a loader of its own: looking must not move the order
+            else:
+                first, dataloader = _peek(dataloader)
             primers = _specs(first, batch_size)
         super().__init__(
             dataloader=dataloader,
-            dataloader_factory=None if dataloader is not None else dataloader_factory,
+            dataloader_factory=dataloader_factory,
             primers=primers,
             batch_size=batch_size,
             repeats=repeats,
             device=device,
         )
-        self.dataloader_factory = dataloader_factory
 
     def reset_dataloader(self) -> RowPrimer:
         """Start from the first row again (of a new order, if the loader shuffles)."""

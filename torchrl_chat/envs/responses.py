@@ -7,7 +7,7 @@ them and are not read; where it hands none, its text is tokenized once, here, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -21,13 +21,6 @@ from torchrl_chat.transcript import Transcript
 
 class ResponseError(ValueError):
     """A policy's response cannot enter the ledger; the text names the row, the key and the value."""
-
-
-class Responses(NamedTuple):
-    """The responses of a batch, a value a row, in row-major order."""
-
-    ids: list[torch.Tensor]  # each int64 (R,), on the CPU
-    log_probs: list[torch.Tensor | None]  # each float32 (R,), on the CPU
 
 
 def read_tokens(
@@ -45,7 +38,9 @@ def read_tokens(
         )
     rows = read_field(tokens, "response", batch_size)
     if rows is not None:
-        return _to_cpu([_as_ids(value, i, ("tokens", "response")) for i, value in enumerate(rows)])
+        ids = _to_cpu([_as_ids(value, i, ("tokens", "response")) for i, value in enumerate(rows)])
+        _check_fulls(tokens, ids, transcripts, batch_size)
+        return ids
     rows = read_field(tokens, "full", batch_size)
     if rows is None:
         return None
@@ -59,6 +54,22 @@ def read_tokens(
             )
         responses.append(full[len(transcript) :])
     return responses
+
+
+def _check_fulls(
+    tokens: Any, ids: Sequence[torch.Tensor], transcripts: Sequence[Transcript], batch_size: torch.Size
+) -> None:
+    """``("tokens", "full")`` beside a response must be the prompt and that response: losses read it."""
+    fulls = read_field(tokens, "full", batch_size)
+    for i, full in enumerate(fulls or ()):
+        if not isinstance(full, torch.Tensor):
+            continue
+        prompt, row = len(transcripts[i]), ids[i]
+        if len(full) != prompt + len(row) or not torch.equal(full[prompt:].cpu(), row):
+            raise ResponseError(
+                f"row {i}: ('tokens', 'full') has {len(full)} ids and does not end with the {len(row)} of "
+                f"('tokens', 'response') after the {prompt} of the prompt."
+            )
 
 
 def read_log_probs(
@@ -79,8 +90,14 @@ def read_log_probs(
     return log_probs
 
 
-def read_text(td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size) -> list[str] | None:
-    """The response text of each row, from ``("text", "response")`` or ``("text", "full")``."""
+def read_text(td: TensorDictBase, prompts: Sequence[str], batch_size: torch.Size) -> list[str] | None:
+    """The response text of each row, from ``("text", "response")`` or ``("text", "full")``.
+
+    Args:
+        td: what the policy wrote.
+        prompts: the text that each row's policy was shown.
+        batch_size: the environment's.
+    """
     text = td.get("text", None)
     rows = read_field(text, "response", batch_size)
     if rows is not None:
@@ -89,8 +106,8 @@ def read_text(td: TensorDictBase, transcripts: Sequence[Transcript], batch_size:
     if rows is None:
         return None
     responses = []
-    for i, (value, transcript) in enumerate(zip(rows, transcripts, strict=True)):
-        full, prompt = _as_text(value, i, ("text", "full")), transcript.text or ""
+    for i, (value, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        full = _as_text(value, i, ("text", "full"))
         if not full.startswith(prompt):
             raise ResponseError(
                 f"row {i}: ('text', 'full') does not start with the prompt: {full[:60]!r} against {prompt[:60]!r}."

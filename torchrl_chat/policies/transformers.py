@@ -43,8 +43,9 @@ class TransformersPolicy(TensorDictModuleBase):
     Keyword Args:
         max_new_tokens: where an answer is cut.
         temperature: of the sampling distribution, and of all log-probs; 0 takes the likeliest token.
-        stop_ids: ids that end an answer and belong to it. Defaults to the template's end-of-turn token and
-            the tokenizer's and the model's eos.
+        stop_ids: ids that end an answer and belong to it. Defaults to the end-of-turn token of the tokenizer's
+            own template, and the tokenizer's and the model's eos; give ``env.template.stop_ids`` where the
+            environment uses another template.
         generator: the random state to sample with; torch's global one if ``None``.
 
     Example:
@@ -80,6 +81,8 @@ class TransformersPolicy(TensorDictModuleBase):
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
+        # Embeddings are often padded beyond the vocabulary; such an id means nothing and is never sampled.
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.temperature = temperature
         self.generator = generator
         self.stop_ids = frozenset(_default_stops(model, tokenizer) if stop_ids is None else stop_ids)
@@ -172,7 +175,7 @@ class TransformersPolicy(TensorDictModuleBase):
         alive = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         taken = torch.zeros_like(lengths)
         while True:
-            log_probs = self._log_probs(output.logits[:, -1])
+            log_probs = self._log_probs(output.logits[:, -1, : self.vocab_size])
             token = self._sample(log_probs)
             sampled.append(token)
             scores.append(log_probs.gather(-1, token[:, None]).squeeze(-1))
@@ -232,7 +235,7 @@ class TransformersPolicy(TensorDictModuleBase):
             input_ids=ids,
             attention_mask=attention.long(),
             position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        ).logits.float() / (self.temperature or 1.0)
+        ).logits[..., : self.vocab_size].float() / (self.temperature or 1.0)
         # Logits at position t predict token t + 1; the first token of a row is never sampled.
         logits = torch.cat((torch.zeros_like(logits[:, :1]), logits[:, :-1]), 1)
         if columns_key is None:

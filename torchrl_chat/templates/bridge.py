@@ -234,8 +234,9 @@ class Prover:
         sentinel = _unused(before, ())
         probe = self.follow(close, before, answer, [{"role": role, "content": sentinel}], add_generation_prompt)
         head, _, suffix = probe.partition(sentinel)
+        new = [{"role": role, "content": _PLAIN[0]}]
         for before, answer in conversations:
-            self._prove(close, before, answer, {"role": role, "content": _PLAIN[0]}, add_generation_prompt)
+            self._prove(close, before, answer, new, add_generation_prompt)
         candidates = [Follow(head, edit, suffix) for edit in _EDITS]
         for i, content in enumerate((*_PLAIN, *_EDGED)):
             before, answer = conversations[i % len(conversations)]
@@ -244,18 +245,34 @@ class Prover:
             candidates = [follow for follow in candidates if follow.text(content) == text]
         return candidates[0] if candidates else None
 
+    def prove(
+        self,
+        close: Close,
+        before: Sequence[Message],
+        policy: str,
+        new: Sequence[Message],
+        add_generation_prompt: bool,
+    ) -> None:
+        """The derivation on one conversation, for every kind of answer.
+
+        Raises:
+            BridgeError: the template or the tokenizer disagrees.
+        """
+        for content in _PLAIN:
+            self._prove(close, before, {"role": policy, "content": content}, new, add_generation_prompt)
+
     def _prove(
         self,
         close: Close,
         before: Sequence[Message],
         answer: Message,
-        new: Message,
+        new: Sequence[Message],
         add_generation_prompt: bool,
     ) -> None:
         """The derivation against the template and the tokenizer, on one conversation with a real answer."""
-        rest = self.follow(close, before, answer, [new], add_generation_prompt)
+        rest = self.follow(close, before, answer, new, add_generation_prompt)
         prompt = self.renderer.text(before, True)
-        full = self.renderer.text([*before, answer, new], add_generation_prompt)
+        full = self.renderer.text([*before, answer, *new], add_generation_prompt)
         tail = close.text(False) + rest
         if full != prompt + close.lead + answer["content"] + tail:
             raise BridgeError(

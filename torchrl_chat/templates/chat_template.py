@@ -69,6 +69,13 @@ class ChatTemplate:
         self._prover = Prover(self.renderer, self.codec)
         self._closes: dict[Shape, Close | BridgeError] = {}
         self._follows: dict[tuple[Shape, str, bool], Follow | BridgeError | None] = {}
+        self._rendered: dict[Any, BridgeError | None] = {}
+        reserved = _RESERVED & template_kwargs.keys()
+        if reserved:
+            raise ValueError(
+                f"template_kwargs has {sorted(reserved)}: these are arguments of other functions, not variables of "
+                f"a chat template. Pass chat_template=... for another template."
+            )
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -229,9 +236,30 @@ class ChatTemplate:
             raise BridgeError(f"a message of role {roles[-1]!r} is sampled by the policy, not appended.")
         if messages[-1].get("tool_calls"):
             raise BridgeError("an answer with structured tool calls cannot be bridged yet.")
+        self._proved(close, messages, new, add_generation_prompt)
         before, _ = self.renderer.guard(messages[:-1])
         guarded, marked = self.renderer.guard(new)
         return self._prover.follow(close, before, messages[-1], guarded, add_generation_prompt), marked, close
+
+    def _proved(
+        self,
+        close: Close,
+        messages: Sequence[Message],
+        new: Sequence[Message],
+        add_generation_prompt: bool,
+    ) -> None:
+        """Prove a rendered extension once for conversations of these roles and kinds of message."""
+        kinds = tuple((m["role"], *sorted(m.keys() - {"content"})) for m in (*messages, *new))
+        key = (kinds, len(new), add_generation_prompt)
+        if key not in self._rendered:
+            before = [{**m, "content": f"said {i}"} for i, m in enumerate(messages[:-1])]
+            following = [{**m, "content": f"new {i}"} for i, m in enumerate(new)]
+            try:
+                self._prover.prove(close, before, messages[-1]["role"], following, add_generation_prompt)
+                self._rendered[key] = None
+            except BridgeError as error:
+                self._rendered[key] = error
+        _raised(self._rendered[key])
 
     def _compiled(
         self, shape: Shape, close: Close, role: str, add_generation_prompt: bool
@@ -295,6 +323,18 @@ class ChatTemplate:
 
 _role = itemgetter("role")
 _PLAIN_KEYS = {"role", "content"}
+_RESERVED = {
+    "add_generation_prompt",
+    "chat_template_name",
+    "continue_final_message",
+    "conversation",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "truncation",
+}
 
 
 def _raised(value: Any) -> Any:
@@ -304,10 +344,12 @@ def _raised(value: Any) -> Any:
 
 
 def _key(messages: Sequence[Message]) -> Any:
-    """A key under which equal conversations meet; a fresh object where the messages cannot be hashed."""
-    key = tuple((message.get("role"), message.get("content"), len(message)) for message in messages)
+    """A key under which equal conversations of plain messages meet; a fresh object for any other."""
+    if any(message.keys() != _PLAIN_KEYS for message in messages):
+        return object()
+    key = tuple((message["role"], message["content"]) for message in messages)
     try:
         hash(key)
-    except TypeError:
+    except TypeError:  # a content of parts
         return object()
-    return key if all(entry[2] == 2 for entry in key) else object()
+    return key

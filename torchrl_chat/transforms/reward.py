@@ -108,7 +108,4 @@ class RewardTransform(Transform):
 
 def _last_answer(transcript: Transcript) -> str:
     """The text of the message that the policy sampled last."""
-    for message in reversed(transcript.messages):
-        if message["role"] not in ("user", "system", "tool"):
-            return message["content"] or ""
-    return ""
+    return "" if transcript.answer is None else transcript.messages[transcript.answer]["content"]
