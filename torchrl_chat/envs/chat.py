@@ -266,6 +266,7 @@ class ChatEnv(FlatStepping, EnvBase):
 
     def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[str]:
         if self.input_mode == "text":
+            responses.check_texts(td, transcripts, self.batch_size)
             texts = responses.read_text(td, list(map(self._text, transcripts)), self.batch_size)
         elif self.input_mode == "history":
             texts = responses.read_history(td, transcripts, self.batch_size, self.policy_role)
@@ -350,7 +351,13 @@ class ChatEnv(FlatStepping, EnvBase):
                 f"step needs 'transcript', the ledger that reset wrote; got the keys "
                 f"{sorted(map(str, tensordict.keys()))}. Start from env.reset(...)."
             )
-        return columns.read_objects(column, self.batch_size)
+        transcripts = columns.read_objects(column, self.batch_size)
+        for i, transcript in enumerate(transcripts):
+            if self.template is not None and not len(transcript):
+                raise responses.ResponseError(
+                    f"row {i} has messages but no tokens: it comes from an environment without a tokenizer. Reset it here."
+                )
+        return transcripts
 
     def _with_foreign_messages(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[Transcript]:
         """Take up messages that a transform wrote into ``("history", "prompt")``, behind the ledger's back."""
@@ -361,6 +368,7 @@ class ChatEnv(FlatStepping, EnvBase):
             return transcripts
         new: list[list[Message] | None] = [None] * len(transcripts)
         for i, (row, transcript) in enumerate(zip(rows, transcripts, strict=True)):
+            responses.check_history(row, transcript, i)
             count, known = row.batch_size[0], len(transcript.messages)
             if count > known:
                 new[i] = responses.history_messages(row, known)

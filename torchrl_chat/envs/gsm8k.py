@@ -48,7 +48,7 @@ class GSM8KEnv(DatasetChatEnv):
         *,
         dataset: Any = "openai/gsm8k",
         shuffle: bool = True,
-        name: str | None = "main",
+        name: str | None = None,
         split: str | None = "train",
         num_envs: int = 1,
         repeats: int | None = None,
@@ -71,6 +71,8 @@ class GSM8KEnv(DatasetChatEnv):
     ):
         if ray_backend and dataloader_actor_name is None:
             dataloader_actor_name = "gsm8k_dataloader"
+        if name is None and dataset == "openai/gsm8k":
+            name = "main"
         super().__init__(
             dataset=dataset,
             shuffle=shuffle,
@@ -91,8 +93,27 @@ class GSM8KEnv(DatasetChatEnv):
             ray_backend=ray_backend,
             dataloader_actor_name=dataloader_actor_name,
         )
+        self._grade(max_steps, compute_reward, last_number, format_reward)
+
+    def _grade(self, max_steps: int, compute_reward: bool, last_number: bool, format_reward: float) -> None:
         if max_steps:
             self.append_transform(StepCounter(max_steps=max_steps))
         if compute_reward:
             verifier = GSM8KVerifier(last_number=last_number, format_reward=format_reward)
             self.append_transform(RewardTransform(verifier))
+
+    @classmethod
+    def from_dataloader(
+        cls,
+        dataloader: Any,
+        *,
+        max_steps: int = 1,
+        compute_reward: bool = True,
+        last_number: bool = False,
+        format_reward: float = 0.0,
+        **kwargs: Any,
+    ) -> GSM8KEnv:
+        """The environment over an existing dataloader, whose batches have ``query`` and ``answer``."""
+        self = super().from_dataloader(dataloader, **kwargs)
+        self._grade(max_steps, compute_reward, last_number, format_reward)
+        return self

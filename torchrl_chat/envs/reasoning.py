@@ -72,3 +72,8 @@ class ReasoningGymEnv(DatasetChatEnv):
         if max_steps:
             self.append_transform(StepCounter(max_steps=max_steps))
         self.append_transform(RewardTransform(ReasoningGymVerifier(task, settings), reference_key="index"))
+
+    @classmethod
+    def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> ReasoningGymEnv:
+        """Not to be had: the rows of a task come from its generator."""
+        raise TypeError("ReasoningGymEnv generates its rows: ReasoningGymEnv(task=..., size=..., seed=...).")

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.columns import read_field
-from torchrl_chat.messages import Message
+from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates import ChatTemplate
 from torchrl_chat.transcript import Transcript
 
@@ -137,6 +137,32 @@ def read_history(
             responses.append(_as_text(messages[-1]["content"], i, ("history", key)))
         return responses
     return None
+
+
+def check_texts(td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size) -> None:
+    """Refuse a ``("text", "prompt")`` that was edited: the ledger is append-only."""
+    rows = read_field(td.get("text", None), "prompt", batch_size)
+    for i, (text, transcript) in enumerate(zip(rows or (), transcripts, strict=False)):
+        if transcript.text is not None and isinstance(text, str) and text != transcript.text:
+            raise ResponseError(
+                f"row {i}: ('text', 'prompt') was edited: it ends with {text[-60:]!r}, the ledger with "
+                f"{transcript.text[-60:]!r}. Append messages with env.append_messages instead."
+            )
+
+
+def check_history(row: Any, transcript: Transcript, index: int) -> None:
+    """Refuse a ``("history", "prompt")`` whose earlier messages were edited: the ledger is append-only."""
+    shown, _ = transcript.shown if isinstance(transcript.shown, tuple) else ((), None)
+    entries = columns.bare(row).unbind(0)
+    for at, (entry, message) in enumerate(zip(entries, transcript.messages, strict=False)):
+        if at < len(shown) and entry is shown[at]:
+            continue
+        content = columns.read_objects(entry.get("content"), torch.Size([1]))[0]
+        if content != content_text(message):
+            raise ResponseError(
+                f"row {index}: message {at} of ('history', 'prompt') was edited: {content!r:.80} is "
+                f"{content_text(message)!r:.80} in the ledger, which is append-only."
+            )
 
 
 def history_messages(row: Any, start: int) -> list[Message]:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from torchrl_chat.rewards.numbers import extract_number, parse_number
+from torchrl_chat.rewards.numbers import extract_number, leading_number, only_number, parse_number
 from torchrl_chat.rewards.verdict import Verdict
 
 _MARKED = re.compile(r"####[ \t]*(?P<hashes>[^\n#]*)|<answer>(?P<tag>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -55,9 +55,31 @@ class GSM8KVerifier:
         candidates += _boxes(response)
         if candidates:
             _, text = max(candidates)
-            number = parse_number(text)
-            return (extract_number(text) if number is None else number), True
+            return marked_number(text), True
         return (extract_number(response) if self.last_number else None), False
+
+
+_SPACES = re.compile(r"\\[,;:! ]|\{,\}|\\text(?:rm)?\s*\{[^}]*\}|~")
+_UNIT = re.compile(
+    r"\s*(?![eE]\d)[^\W\d_(\[]|\s*[(°]"
+)  # a word or a remark may follow, an operator or a number not
+
+
+def marked_number(text: str) -> Decimal | None:
+    """The number of a marked answer: alone, with a unit behind it, or the only one in a sentence.
+
+    LaTeX spaces and thousands separators are read over, and of an equation the last side counts. Fractions,
+    products and lists of numbers are not guessed at.
+    """
+    text = _SPACES.sub(lambda m: "," if m.group() in ("\\,", "{,}", "\\!") else " ", text).strip()
+    text = text.rpartition("=")[2].strip().strip("{}$").strip()
+    number = parse_number(text)
+    if number is not None:
+        return number
+    found = leading_number(text)
+    if found is not None and _UNIT.match(found[1]):
+        return found[0]
+    return only_number(text)
 
 
 def reference_number(reference: str) -> Decimal:

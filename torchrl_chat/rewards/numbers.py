@@ -46,6 +46,25 @@ def extract_number(text: str) -> Decimal | None:
     return _value(last) if last else None
 
 
+def leading_number(text: str) -> tuple[Decimal, str] | None:
+    """The number that the text begins with, and what follows it."""
+    match = _NUMBER.match(text)
+    value = _value(match) if match else None
+    return None if match is None or value is None else (value, text[match.end() :])
+
+
+def only_number(text: str) -> Decimal | None:
+    """The number of a text that holds exactly one, not part of a fraction, a power or a word."""
+    matches = list(_NUMBER.finditer(text))
+    if len(matches) != 1:
+        return None
+    [match] = matches
+    before, after = text[: match.start()], text[match.end() :]
+    if re.search(r"[/^*\w]$", before) or re.match(r"[/^*\w]", after):
+        return None
+    return _value(match)
+
+
 def _value(match: re.Match[str]) -> Decimal | None:
     digits = match["digits"].replace(",", "")
     if len(digits) > _MAX_DIGITS:

@@ -5,7 +5,7 @@ The template is used as it is: never replaced, never patched, never chosen by th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.messages import Message
@@ -67,27 +67,24 @@ class Renderer:
             ) from error
 
     def guard(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
-        """The messages with look-alikes of special tokens marked, and whether there were any."""
-        if not any(map(self._suspicious, messages)):
+        """The messages with look-alikes of special tokens marked, and whether there were any.
+
+        Every string of a message is looked at (content, parts, names, tool calls), but for its role.
+        """
+        if not any(map(self._spells, messages)):
             return messages, False
-        return [self._marked(message) for message in messages], True
+        return [{**self._marked(message), "role": message["role"]} for message in messages], True
 
-    def _suspicious(self, message: Message) -> bool:
-        content = message.get("content")
-        if isinstance(content, str):
-            return self.codec.spells_special(content)
-        return content is not None and any(
-            self.codec.spells_special(part["text"]) for part in content if isinstance(part.get("text"), str)
-        )
+    def _spells(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return self.codec.spells_special(value)
+        if isinstance(value, Mapping):
+            return any(self._spells(entry) for key, entry in value.items() if key != "role")
+        return isinstance(value, (list, tuple)) and any(map(self._spells, value))
 
-    def _marked(self, message: Message) -> Message:
-        content = message.get("content")
-        if isinstance(content, str):
-            return {**message, "content": self.codec.mark_specials(content)}
-        if content is None:
-            return message
-        parts = [
-            {**part, "text": self.codec.mark_specials(part["text"])} if isinstance(part.get("text"), str) else part
-            for part in content
-        ]
-        return {**message, "content": parts}
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.codec.mark_specials(value)
+        if isinstance(value, Mapping):
+            return {key: self._marked(entry) for key, entry in value.items()}
+        return [self._marked(entry) for entry in value] if isinstance(value, (list, tuple)) else value
