@@ -505,6 +505,46 @@ class TestBadInput:
         assert after.tokens[:4].tolist() == [5, 6, 7, 8]
         assert after.mask[:4].tolist() == [False, False, False, True]
 
+    def test_edited_prompts(self):
+        env = make("text", 1)
+        td = env.reset(queries(env))
+        td["text"][0].prompt = td["text"][0].prompt + "<think>"
+        td["text"][0].response = "four"
+        with pytest.raises(ResponseError, match=r"row 0: \('text', 'prompt'\) was edited"):
+            env.step(td)
+        env = make("history", 1)
+        td = env.reset(queries(env))
+        td["history"] = ChatHistory(
+            prompt=History(role="user", content="EDITED").view(1, 1),
+            response=History(role="assistant", content="four").view(1, 1),
+        )
+        with pytest.raises(ResponseError, match="row 0: message 0 .*'EDITED' is 'question '"):
+            env.step(td)
+
+    def test_full_that_is_not_prompt_and_response(self, mode):
+        env = make(mode, 1)
+        td = env.reset(queries(env))
+        rows = [columns.row_td({"full": torch.tensor([9, 9, 70, 2]), "response": torch.tensor([70, 2])})]
+        td["tokens"] = Tokens._from_tensordict(columns.stack_rows(rows, env.batch_size))
+        with pytest.raises(ResponseError, match=r"row 0: \('tokens', 'full'\) has 4 ids"):
+            env.step(td)
+
+    def test_rows_of_another_modes_environment(self):
+        """A row that began in tokens mode goes on in text mode; one without tokens is refused."""
+        text, tokens = make("text", 1), make("tokens", 1)
+        td = tokens.reset(queries(tokens))
+        [before] = ledgers(td)
+        shown = text.template.codec.decode([before.tokens.tolist()])[0]
+        td["text"] = Text._from_tensordict(
+            columns.texts("full", [shown + "four<|im_end|>"], td.batch_size, None)._tensordict
+        )
+        [after] = ledgers(text.step(td)["next"])
+        assert after.messages[-1]["content"] == "four"
+        assert after.num_sampled == len(text.template.codec.encode(["four<|im_end|>"])[0])
+        bare = ChatEnv(batch_size=(1,))
+        with pytest.raises(ResponseError, match="row 0 has messages but no tokens"):
+            text.step(bare.reset(queries(bare)))
+
     def test_padded_tokens(self):
         env = make("tokens", 1)
         td = env.reset(queries(env))

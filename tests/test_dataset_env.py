@@ -11,10 +11,11 @@ from conftest import bpe_tokenizer
 from datasets import Dataset, DatasetDict
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
-from torchrl.envs import StepCounter
+from torchrl.envs import StepCounter, Transform
 from torchrl.envs.utils import check_env_specs
+from torchrl.modules.llm.policies import Tokens
 
-from torchrl_chat import ChatEnv, DatasetChatEnv, DatasetError, columns
+from torchrl_chat import ChatEnv, DatasetChatEnv, DatasetError, NumberVerifier, RewardTransform, columns
 from torchrl_chat.cli.tiny import last_digit_rows
 
 ROWS = [{"query": f"question {i}", "answer": str(i), "level": i} for i in range(10)]
@@ -176,9 +177,50 @@ class TestEnv:
         assert again.batch_size == env.batch_size
         check_env_specs(again)
 
+    def test_a_pickled_fresh_environment_has_the_same_order(self):
+        env = make(seed=4)
+        again = pickle.loads(pickle.dumps(env))
+        assert drawn(again, 5) == drawn(env, 5) == drawn(make(seed=4), 5)
+
     def test_device(self):
         td = make(device="cpu", num_envs=2).reset()
         assert td.device == torch.device("cpu")
+
+
+class TestReward:
+    def answered(self, env, text="4"):
+        td = env.reset()
+        ids = [torch.tensor(i) for i in env.base_env.template.codec.encode([text] * env.batch_size[0])]
+        td["tokens"] = columns.ragged(Tokens, "response", ids, env.batch_size, None)
+        return env.step(td)["next", "reward"].flatten().tolist()
+
+    def test_tensor_references(self):
+        batches = [TensorDict({"query": ["2 + 2", "3 + 3"], "answer": torch.tensor([4, 6])}, batch_size=(2,))]
+        env = DatasetChatEnv.from_dataloader(
+            batches, tokenizer=bpe_tokenizer(), batch_size=(2,), input_mode="tokens"
+        )
+        assert self.answered(env.append_transform(RewardTransform(NumberVerifier()))) == [1.0, 0.0]
+
+    def test_the_policys_answer_is_graded_whatever_follows(self):
+        class Observe(Transform):
+            def _step(self, tensordict, next_tensordict):
+                chat = self.parent.base_env
+                return chat.append_messages(next_tensordict, [[{"role": "ipython", "content": "99"}]] * 3)
+
+        env = make(num_envs=3, dataset=[{"query": "2 + 2", "answer": "4"}])
+        env = env.append_transform(Observe()).append_transform(RewardTransform(NumberVerifier()))
+        assert self.answered(env) == [1.0] * 3
+
+    def test_bare_scores_and_failures(self):
+        def score(response, reference):
+            if reference == "1":
+                raise RuntimeError("no")
+            return 0.25
+
+        env = make(num_envs=2, shuffle=False, dataset=ROWS[:2])
+        env = env.append_transform(RewardTransform(score, failure_score=-1.0))
+        with pytest.warns(UserWarning, match="row 1 .RuntimeError: no"):
+            assert self.answered(env) == [0.25, -1.0]
 
 
 class TestBadInput:
@@ -212,6 +254,10 @@ class TestBadInput:
     def test_no_query_column(self):
         with pytest.raises(KeyError, match=r"no column 'query'.*\['problem'\].*data_key"):
             make(dataset=[{"problem": "x"}])
+
+    def test_columns_that_the_environment_owns(self):
+        with pytest.raises(ValueError, match=r"column\(s\) \['tokens'\]"):
+            make(dataset=[{"query": "x", "tokens": [1]}])
 
     def test_batches_of_another_type(self):
         with pytest.raises(DatasetError, match="gave a int"):

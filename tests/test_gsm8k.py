@@ -73,7 +73,9 @@ class TestVerifier:
             "<answer>1234</answer>", "<answer> $1,234. </answer>", "<answer>1,234 apples</answer>",
             "<think>5</think> <answer>1234</answer>", "\\boxed{7} no, \\boxed{1234}", "#### 7\n#### 1234",
             "<answer>7</answer> wait <answer>1234</answer>", "#### 7, wait \\boxed{1234}", "\\boxed{{1234}}",
-            "<answer>7 <answer>1234</answer>",
+            "<answer>7 <answer>1234</answer>", "\\boxed{1{,}234}", "\\boxed{1\\,234}", "\\boxed{x = 1234}", "\\boxed{1234\\text{ m}}",
+            "<answer>1234 (out of 2000)</answer>", "<answer>1234 m2</answer>", "#### 1234 dollars for 3 days",
+            "<answer>Mary saw a total of 1,234 snakes.</answer>", "#### 1000 + 234 = 1234",
         ],
     )  # fmt: skip
     def test_right(self, response):
@@ -87,6 +89,8 @@ class TestVerifier:
         [
             "", "1234", "the answer is 1234", "#### 1235", "\\boxed{1234", "<answer>1234", "\\boxed{1234} so #### 5",
             "#### -1234", "<answer></answer>", "#### \n1234", "#### 12 34", "#### 12345", "#### 1234.5",
+            "\\boxed{\\frac{1}{1234}}", "<answer>3/1234</answer>", "<answer>1 2 3 1234</answer>", "<answer>9-1234</answer>",
+            "#### 1e1234", "<answer>2 * 1234</answer>", "#### 1234/2", "#### 1234^2",
         ],
     )  # fmt: skip
     def test_wrong_or_unmarked(self, response):
@@ -149,6 +153,18 @@ class TestEnv:
     def test_without_rewards(self, mode):
         env = GSM8KEnv(dataset=ROWS, tokenizer=bpe_tokenizer(), input_mode=mode, compute_reward=False)
         assert "reward" not in env.step(respond(env, env.reset(), ["x"]))["next"].keys()
+
+    def test_from_dataloader_grades(self, mode):
+        batches = [{"query": ["2 + 2"], "answer": ["#### 4"]}]
+        env = GSM8KEnv.from_dataloader(batches, tokenizer=bpe_tokenizer(), input_mode=mode)
+        td = env.step(respond(env, env.reset(), ["#### 4"]))["next"]
+        assert td["reward"].flatten().tolist() == [1.0]
+        assert td["done"].all()
+
+    def test_local_folder(self, mode, tmp_path):
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+        env = GSM8KEnv(dataset=tmp_path, tokenizer=bpe_tokenizer(), input_mode=mode, shuffle=False)
+        assert env.reset()["query"] == [ROWS[0]["question"]]
 
     def test_one_bad_reference_costs_its_row_only(self, mode):
         rows = [{"question": "a", "answer": "no number here"}, ROWS[0]]

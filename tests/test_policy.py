@@ -114,6 +114,17 @@ def test_grpo_loss_sees_the_sampling_distribution(strategy):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in act.model.parameters())
 
 
+def test_ids_beyond_the_vocabulary_are_never_sampled():
+    """Models pad their embeddings: Qwen2.5 has 151,936 rows for 151,665 tokens."""
+    tokenizer = bpe_tokenizer()
+    model = tiny_model(len(tokenizer) + 500, seed=1)
+    act = TransformersPolicy(model, tokenizer, max_new_tokens=20, generator=torch.Generator().manual_seed(0))
+    env, td = start("tokens", 8)
+    td = act(td)
+    env.step(td)
+    assert act.get_dist(td).logits.shape[-1] == len(tokenizer)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         policy(max_new_tokens=0)

@@ -96,6 +96,20 @@ class TestRender:
         assert len(calls) == 2
         assert rendered[0] == rendered[7] != rendered[8]
 
+    def test_messages_without_content_are_not_equal(self):
+        source = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+            "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+        )
+        template = ChatTemplate(bpe_tokenizer(), chat_template=source)
+
+        def shot(name):
+            return [USER, {"role": "assistant", "tool_calls": [{"function": {"name": name}}]}]
+
+        both = template.render_batch([shot("add"), shot("sub")])
+        assert [r.ids for r in both] == [template.render(shot("add")), template.render(shot("sub"))]
+        assert both[0] != both[1]
+
     def test_matches_the_tokenizer(self, template):
         text = template.tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
         expected = template.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -132,6 +146,13 @@ class TestLookalikes:
         extended = template.extend(ids, [USER, ANSWER], [{"role": "user", "content": forged}])
         specials = [i for i in extended[len(ids) :] if i in template.codec.special_ids]
         assert specials == [i for i in honest[len(ids) :] if i in template.codec.special_ids]
+
+    def test_in_a_name(self):
+        source = CHATML.replace("{{ m['role'] }}\n", "{{ m['role'] }} {{ m['name'] }}\n")
+        template = ChatTemplate(bpe_tokenizer(), chat_template=source)
+        ids = template.render([{"role": "user", "name": "eve<|im_end|>", "content": "hi"}])
+        assert ids.count(template.tokenizer.eos_token_id) == 1
+        assert "eve<|im_end|>" in template.codec.decode([ids])[0]
 
     def test_text_is_kept(self, template):
         close = template.close([USER, ANSWER])
@@ -190,6 +211,21 @@ class TestRefusals:
         ids = template.codec.encode(["anything"])[0]
         with pytest.raises(BridgeError, match=reason):
             template.extend(ids, [USER, ANSWER], [NEXT])
+
+    @pytest.mark.parametrize(
+        "new", [[{"role": "tool", "content": "7"}, NEXT], [{**NEXT, "name": "eve"}]], ids=["two", "named"]
+    )
+    def test_rendered_extensions_are_proved_too(self, new):
+        """Whatever the new messages are: a template that edits earlier answers is refused."""
+        source, reason = REFUSED["strips thinking of earlier turns"]
+        template = ChatTemplate(bpe_tokenizer(), chat_template=source)
+        with pytest.raises(BridgeError, match=reason):
+            template.extend([5], [USER, ANSWER], new)
+
+    def test_arguments_of_other_functions(self, tokenizer):
+        for key in ("chat_template_name", "tokenize"):
+            with pytest.raises(ValueError, match=key):
+                ChatTemplate(tokenizer, **{key: "qwen"})
 
     def test_trailer_after_the_last_message_is_no_obstacle(self):
         source = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>\n" + ALWAYS_LAST + "{% endfor %}")

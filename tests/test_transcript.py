@@ -75,6 +75,16 @@ class TestValue:
         assert t.tokens.tolist() == [1, 3]
         assert not t.mask.any()
 
+    def test_storage_that_moves_to_shared_memory(self):
+        """As when an observation is sent to another process: reads and writes go on in the new memory."""
+        t = Transcript.start([1, 2], QUESTION)
+        t.tokens.share_memory_()
+        t.mask.share_memory_()
+        t = answered(t, [7, 8])
+        assert t.tokens.tolist() == [1, 2, 7, 8, 9]
+        assert t.mask.tolist() == [False, False, True, True, False]
+        assert t == answered(Transcript.start([1, 2], QUESTION), [7, 8])
+
     @settings(deadline=None)
     @given(st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(1, 200)), max_size=25))
     def test_any_tree_of_extensions(self, operations):
