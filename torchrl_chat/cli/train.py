@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         interrupted = True
     write_samples(folder / "samples.jsonl", graded)
     draw_curve(folder / "curve.png", history, before, after)
-    show_samples(graded[:6])
+    show_samples(graded)
     print(f"pass rate after training: {after:.3f} (before: {before:.3f}); files in {folder}/")
     return 130 if interrupted else 0
 
@@ -257,9 +257,10 @@ def write_samples(path: Path, graded: list[Graded]) -> None:
 
 
 def show_samples(graded: list[Graded]) -> None:
-    """A few conversations, for the terminal."""
+    """A few conversations, each from another question, for the terminal."""
+    questions = {str(entry.transcript.messages[:-1]): entry for entry in graded}
     print("\nsample conversations:")
-    for entry in graded:
+    for entry in list(questions.values())[:6]:
         turns = " | ".join(f"{m['role']}: {str(m['content'])[:200]!r}" for m in entry.transcript.messages)
         print(f"  [{'right' if entry.success else 'wrong'}, reward {entry.reward:g}] {turns}")
 

@@ -80,7 +80,7 @@ class NumberVerifier:
 
     Args:
         surrounded: the score of the right number with other text around it. Below 1, such an answer does
-            not count as right: the response has to be the number alone.
+            not count as right: the response has to be the reference and nothing else.
 
     Example:
         >>> NumberVerifier()("so it is 7", "7").score
@@ -96,6 +96,6 @@ class NumberVerifier:
         found, expected = extract_number(response), parse_number(str(reference))
         if found is None or found != expected:
             return Verdict(0.0, None if found is None else str(found), False)
-        if self.surrounded == 1.0 or parse_number(response) == expected:
+        if self.surrounded == 1.0 or response.strip() == str(reference).strip():
             return Verdict(1.0, str(found), True)
         return Verdict(self.surrounded, str(found), False)
