@@ -42,9 +42,10 @@ class _Tape:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.used = 0
-        self.ids = torch.empty(capacity, dtype=torch.int64)
-        self.mask = torch.zeros(capacity, dtype=torch.bool)
-        self.log_probs = torch.zeros(capacity, dtype=torch.float32)
+        # numpy's zeros are the system's own zero pages, touched only when written; torch's are written at once.
+        self.ids = torch.from_numpy(np.empty(capacity, dtype=np.int64))
+        self.mask = torch.from_numpy(np.zeros(capacity, dtype=np.bool_))
+        self.log_probs = torch.from_numpy(np.zeros(capacity, dtype=np.float32))
         self._pointers: tuple[int, ...] = ()
         self._views: tuple[np.ndarray, ...] = ()
 
@@ -68,6 +69,7 @@ class Transcript:
         answer: the position of the last sampled message in ``messages``; ``None`` before the first answer.
         scored: whether every sampled token came with its log-prob (others read 0).
         text: the tokens' text, where the environment keeps it (text mode); ``None`` elsewhere.
+        roles: the roles of the messages, kept beside them because every turn reads them all.
         shown: a place where an environment keeps what it made of the messages, so that the next turn
             adds to it; no part of the value.
 
@@ -79,7 +81,7 @@ class Transcript:
         ([1, 2, 3, 7, 8], [False, False, False, True, True])
     """
 
-    __slots__ = ("_length", "_tape", "answer", "closed", "ended", "messages", "scored", "shown", "text")
+    __slots__ = ("_length", "_tape", "answer", "closed", "ended", "messages", "roles", "scored", "shown", "text")
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class Transcript:
         text: str | None,
         answer: int | None = None,
         shown: Any = None,
+        roles: tuple[str, ...] | None = None,
     ):
         self._tape = tape
         self._length = length
@@ -102,6 +105,7 @@ class Transcript:
         self.text = text
         self.answer = answer
         self.shown = shown
+        self.roles = tuple(message["role"] for message in messages) if roles is None else roles
 
     # ------------------------------------------------------------------ reading
     def __len__(self) -> int:
@@ -201,6 +205,7 @@ class Transcript:
             None if self.text is None else self.text + text,
             len(self.messages),
             self.shown,
+            (*self.roles, message["role"]),
         )
 
     def appended(self, ids: Sequence[int], messages: Sequence[Message], text: str = "") -> Transcript:
@@ -225,6 +230,7 @@ class Transcript:
             None if self.text is None else self.text + text,
             self.answer,
             self.shown,
+            (*self.roles, *(message["role"] for message in messages)),
         )
 
     def adopted(self, ids: torch.Tensor) -> Transcript:
@@ -236,7 +242,7 @@ class Transcript:
         shared = min(self._length, len(ids))
         differs = (self.tokens[:shared] != ids[:shared]).nonzero()
         keep = int(differs[0]) if len(differs) else shared
-        state = (self.messages, self.ended, self.closed, self.scored, None, self.answer, self.shown)
+        state = (self.messages, self.ended, self.closed, self.scored, None, self.answer, self.shown, self.roles)
         return Transcript(self._tape, keep, *state).appended(ids[keep:].tolist(), ())
 
     def _room(self, count: int) -> _Tape:

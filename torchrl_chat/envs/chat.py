@@ -9,7 +9,6 @@ another environment of the same configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -27,7 +26,6 @@ from torchrl_chat.templates import BridgeError, ChatTemplate
 from torchrl_chat.transcript import Transcript
 
 InputMode = Literal["history", "text", "tokens"]
-_role = itemgetter("role")
 _NOT_CARRIED = {"_reset", "next", "done", "terminated", "truncated"}
 _MODES = ("history", "text", "tokens")
 
@@ -250,7 +248,7 @@ class ChatEnv(FlatStepping, EnvBase):
             ids = responses.tokenize(self._read_texts(td, transcripts), template)
         responses.check_ids(ids, template.codec.vocab_size)
         log_probs = responses.read_log_probs(td, ids, self.batch_size)
-        closes = [template.try_close([*map(_role, t.messages), self.policy_role]) for t in transcripts]
+        closes = [template.try_close((*t.roles, self.policy_role)) for t in transcripts]
         parsed = template.parse_batch([row.tolist() for row in ids], closes)
         keep = self.input_mode == "text"
         answered = []
@@ -328,7 +326,7 @@ class ChatEnv(FlatStepping, EnvBase):
                     f"row {i} ends with a message of role {conversation[-1]['role']!r} and waits for the policy: "
                     f"messages are appended after an answer."
                 )
-        follows = self.template.follow_batch(conversations, added)
+        follows = self.template.follow_batch(conversations, added, roles=[transcripts[i].roles for i in places])
         for i, messages, follow in zip(places, added, follows, strict=True):
             transcript, ids, text = transcripts[i], follow.ids, follow.text
             if not transcript.closed:  # another environment left the turn open

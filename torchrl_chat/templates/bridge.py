@@ -42,7 +42,8 @@ class Shape(NamedTuple):
             return None
         start = len(roles) % 2
         shape = cls(roles[0] if start else None, roles[start], roles[-1])
-        if len(set(shape)) < 3 or roles[start:] != [shape.user, shape.policy] * (len(roles) // 2):
+        turns = (shape.user, shape.policy) * (len(roles) // 2)
+        if len(set(shape)) < 3 or tuple(roles[start:]) != turns:
             return None
         return shape
 

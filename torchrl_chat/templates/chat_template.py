@@ -195,20 +195,25 @@ class ChatTemplate:
         messages: Sequence[Sequence[Message]],
         new_messages: Sequence[Sequence[Message]],
         add_generation_prompt: bool = True,
+        roles: Sequence[Sequence[str]] | None = None,
     ) -> list[Rendered]:
         """What follows a closed assistant turn: new messages, then the generation prompt.
 
         Args:
             messages: conversations that each end with a closed assistant turn.
             new_messages: what is appended to each.
+            add_generation_prompt: whether the ids end with what opens an assistant turn.
+            roles: the roles of each conversation, where they are at hand.
 
         Raises:
             BridgeError: for the first conversation whose extension cannot be proved.
         """
         pending: list[tuple[str, bool]] = []
         closes: list[Close] = []
-        for conversation, new in zip(messages, new_messages, strict=True):
-            text, marked, close = self._follow_text(conversation, new, add_generation_prompt)
+        if roles is None:
+            roles = [list(map(_role, conversation)) for conversation in messages]
+        for conversation, new, said_by in zip(messages, new_messages, roles, strict=True):
+            text, marked, close = self._follow_text(conversation, new, said_by, add_generation_prompt)
             pending.append((text, marked))
             closes.append(close)
         if not pending:
@@ -218,10 +223,13 @@ class ChatTemplate:
         return self._encode(pending, closes[0])
 
     def _follow_text(
-        self, messages: Sequence[Message], new: Sequence[Message], add_generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        new: Sequence[Message],
+        roles: Sequence[str],
+        add_generation_prompt: bool,
     ) -> tuple[str, bool, Close]:
         """The text that follows a closed turn, whether it carries marks, and the close it continues."""
-        roles = list(map(_role, messages))
         shape = Shape.of(roles)
         close = _raised(self._close(shape or Shape(None, "user", roles[-1])))
         if len(new) == 1 and shape is not None and new[0].keys() == _PLAIN_KEYS:
