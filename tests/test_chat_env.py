@@ -372,6 +372,17 @@ class TestStepMDP:
         assert columns.read_field(td["next", "tokens"], "response", td.batch_size) is None
 
 
+class TestPartialSteps:
+    def test_rows_that_are_not_stepped_stay(self, mode):
+        env = make(mode)
+        td = respond(env, env.reset(queries(env)))
+        before = ledgers(td)
+        td["_step"] = torch.tensor([[True], [False], [True]])
+        after = ledgers(env.step(td)["next"])
+        assert [len(t.messages) for t in after] == [2, 1, 2]
+        assert after[1] == before[1]
+
+
 class TestReset:
     @pytest.mark.parametrize("wrapped", [False, True])
     def test_partial(self, mode, wrapped):

@@ -234,11 +234,19 @@ class ChatEnv(FlatStepping, EnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         written = self._written(tensordict)
         held = self._with_foreign_messages(tensordict, written)
+        if self.input_mode == "text":
+            responses.check_texts(tensordict, held, self.batch_size)
         if self.template is None:
-            return self._observe(self._answered_without_tokens(tensordict, held))
-        adopt = self.on_prompt_mismatch == "adopt"
-        transcripts = responses.check_prompts(tensordict, held, written, self.batch_size, adopt)
-        return self._observe(self._answered(tensordict, transcripts, self.template))
+            answered = self._answered_without_tokens(tensordict, held)
+        else:
+            adopt = self.on_prompt_mismatch == "adopt"
+            held = responses.check_prompts(tensordict, held, written, self.batch_size, adopt)
+            answered = self._answered(tensordict, held, self.template)
+        stepped = tensordict.get("_step", None)  # torchrl's way to leave some rows (finished ones) as they are
+        if stepped is not None:
+            chosen = stepped.reshape(len(held), -1).any(-1).tolist()
+            answered = [new if step else old for new, old, step in zip(answered, held, chosen, strict=True)]
+        return self._observe(answered)
 
     def _answered(
         self, td: TensorDictBase, transcripts: list[Transcript], template: ChatTemplate
@@ -264,7 +272,6 @@ class ChatEnv(FlatStepping, EnvBase):
 
     def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[str]:
         if self.input_mode == "text":
-            responses.check_texts(td, transcripts, self.batch_size)
             texts = responses.read_text(td, list(map(self._text, transcripts)), self.batch_size)
         elif self.input_mode == "history":
             texts = responses.read_history(td, transcripts, self.batch_size, self.policy_role)

@@ -34,7 +34,7 @@ _codecs: weakref.WeakKeyDictionary[Any, TokenCodec] = weakref.WeakKeyDictionary(
 
 
 def codec_of(tokenizer: Any) -> TokenCodec:
-    """The codec of a tokenizer, made once: its private copy of a large vocabulary takes a second to build."""
+    """The codec of a tokenizer, made once: its private copy of a large vocabulary takes half a second to build."""
     codec = _codecs.get(tokenizer)
     if codec is None or codec.fingerprint != _fingerprint(tokenizer):
         codec = _codecs[tokenizer] = TokenCodec(tokenizer)
