@@ -1,0 +1,357 @@
+"""Sampled text back to messages: real templates, malformed calls, and any text at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrl_chat.templates.dialects import formats_of, spoken
+from torchrl_chat.templates.parsing import AnswerParser, CallStatus, ParsedAnswer, ParsedCall
+
+HERMES = "{{ '<think>\\n' }}{{ '\\n</think>\\n\\n' }}{{ '<tool_call>\\n' }}{{ '\\n</tool_call>' }}"
+CODER = "<tool_call>\n<function={{ n }}>\n<parameter={{ k }}>\n{{ v }}\n</parameter>\n</function>\n</tool_call>"
+GLM = "<tool_call>{{ n }}\n<arg_key>{{ k }}</arg_key>\n<arg_value>{{ v }}</arg_value>\n</tool_call>"
+INVOKE = '<x:tool_call>\n<invoke name="{{ n }}">\n<parameter name="{{ k }}">{{ v }}</parameter>\n</invoke>\n</x:tool_call>'
+BRACKETS = "[TOOL_CALLS]{{ calls }}"
+BARE = "{{ '{\"name\": ' }}{{ '\"parameters\": ' }}<|python_tag|>"
+DEEPSEEK = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{{ n }}<｜tool▁sep｜>{{ a }}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>{{ i }}<|tool_call_argument_begin|>{{ a }}<|tool_call_end|>"
+HARMONY = "<|start|>assistant<|channel|>analysis<|message|>{{ r }}<|end|><|channel|>final<|message|>{{ c }}"
+PYTHON = "<|tool_call_start|>[{{ calls }}]<|tool_call_end|>"
+KEYED = "<|tools_prefix|>{{ calls }}<|tools_suffix|>"
+TREE = "]<]minimax[>[<tool_call>{{ c }}]<]minimax[>[</tool_call>"
+SEGMENTS = "<|begin|>assistant<|think|>{{ r }}<|end|><|content|>{{ c }}<|tool_calls|><|tool_call:name|><|calls|>"
+SOURCES = [HERMES, CODER, GLM, INVOKE, BRACKETS, BARE, DEEPSEEK, KIMI, HARMONY, PYTHON, KEYED, TREE, SEGMENTS]
+
+
+def one(source: str, text: str, **options) -> ParsedCall:
+    """The only call of a text."""
+    answer = AnswerParser(source, **options).parse(text)
+    assert len(answer.calls) == 1, answer
+    return answer.calls[0]
+
+
+# ---------------------------------------------------------------------- reasoning
+@pytest.mark.parametrize(
+    ("text", "opened", "reasoning", "content"),
+    [
+        ("<think>\nR\n</think>\n\nA", False, "R", "A"),
+        ("R\n</think>\n\nA", True, "R", "A"),
+        ("<think>\n\n</think>\n\nA", False, "", "A"),
+        ("<think>\ncut", False, "cut", ""),
+        ("cut", True, "cut", ""),
+        ("A <think>b</think> c", False, None, "A <think>b</think> c"),
+        ("<think>R</think>A <think>b</think>", False, "R", "A <think>b</think>"),
+        ("<think>\n\n  R\n\n</think>\n\n\n  A\n", False, "\n  R\n", "\n  A\n"),
+        ("A</think>B", False, None, "A</think>B"),
+        ("</think>A", False, "", "A"),
+        ("", False, None, ""),
+    ],
+)
+def test_reasoning(text, opened, reasoning, content):
+    answer = AnswerParser(HERMES).parse(text, opened)
+    assert (answer.reasoning, answer.content) == (reasoning, content)
+
+
+def test_a_template_that_knows_no_reasoning_has_none():
+    for opened in (False, True):
+        assert AnswerParser("{{ x }}").parse("<think>R</think>A", opened) == ParsedAnswer("<think>R</think>A")
+    # A comment is not spoken.
+    assert AnswerParser("{# <think></think> #}").parse("<think>R</think>A").reasoning is None
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "reasoning"),
+    [
+        ("<seed:think></seed:think>", "<seed:think>R</seed:think>A", "R"),
+        ("[THINK]{{ r }}[/THINK]", "[THINK]R[/THINK]A", "R"),
+        ("<think_fast></think_fast><think></think>", "<think_fast>R</think>S</think_fast>A", "R</think>S"),
+        ("<|START_THINKING|>", "<|START_THINKING|>R<|END_THINKING|>A", "R"),
+        ("<|inner_prefix|><|inner_suffix|>", "<|inner_prefix|>R<|inner_suffix|>A", "R"),
+        (HARMONY, "<|channel|>analysis<|message|>R<|end|><|start|>assistant<|channel|>final<|message|>A", "R"),
+        (SEGMENTS, "<|think|>R<|end|><|begin|>assistant<|content|>A", "R"),
+    ],
+)
+def test_other_delimiters(source, text, reasoning):
+    answer = AnswerParser(source).parse(text)
+    assert (answer.reasoning, answer.content) == (reasoning, "A")
+
+
+def test_delimiters_put_together_by_the_template_are_known():
+    source = "{% set s = ':v2' %}{% set t = '<think{}>'.format(s) %}{{ t ~ r ~ '</think' + s + '>' }}"
+    assert "<think:v2>" in spoken(source)
+    assert AnswerParser(source).parse("<think:v2>R</think:v2>A").reasoning == "R"
+    # Where the source cannot be folded, the tokenizer's own tokens fill in what it begins to spell.
+    source = "{{ '<tool_call' ~ suffix ~ '>' }}"
+    assert formats_of(spoken(source)) == ()
+    assert [row.open for row in formats_of(spoken(source, ["<tool_call:v3>", "<|other|>"]))] == ["<tool_call:v3>"]
+
+
+def test_a_prompt_that_opens_the_reasoning():
+    parser = AnswerParser(HERMES)
+    assert parser.opened_by("<|im_start|>assistant\n<think>\n")
+    assert not parser.opened_by("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert AnswerParser(HARMONY).opened_by("<|start|>assistant<|channel|>analysis<|message|>")
+
+
+# ---------------------------------------------------------------------- calls
+@pytest.mark.parametrize(
+    ("source", "text", "ident"),
+    [
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": "x"}}\n</tool_call>', None),
+        (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1, \\"b\\": \\"x\\"}"}</tool_call>', None),
+        (CODER, "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx\n</parameter>\n"
+         "</function>\n</tool_call>", None),
+        (GLM, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>"
+         "<arg_value>x</arg_value>\n</tool_call>", None),
+        (INVOKE, '<x:tool_call>\n<invoke name="f">\n<parameter name="a">1</parameter>\n'
+         '<parameter name="b">x</parameter>\n</invoke>\n</x:tool_call>', None),
+        (BRACKETS, '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1, "b": "x"}, "id": "abcdefgh0"}]', "abcdefgh0"),
+        (BRACKETS, '[TOOL_CALLS]f[ARGS]{"a": 1, "b": "x"}', None),
+        (BRACKETS, '[TOOL_CALLS]f[CALL_ID]abcdefgh0[ARGS]{"a": 1, "b": "x"}', "abcdefgh0"),
+        (BARE, ' {"name": "f", "parameters": {"a": 1, "b": "x"}}\n', None),
+        (BARE, '<|python_tag|>{"name": "f", "parameters": {"a": 1, "b": "x"}}', None),
+        (BARE, '<|python_tag|>f.call(a=1, b="x")', None),
+        (DEEPSEEK, '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1, "b": "x"}<｜tool▁call▁end｜>'
+         "<｜tool▁calls▁end｜>", None),
+        (DEEPSEEK, '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1, "b": "x"}\n'
+         "```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", None),
+        (KIMI, "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+         '{"a": 1, "b": "x"}<|tool_call_end|><|tool_calls_section_end|>', "functions.f:0"),
+        (HARMONY, '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1, "b": "x"}<|call|>', None),
+        (HARMONY, ' to=functions.f<|channel|>commentary json<|message|>{"a": 1, "b": "x"}', None),
+        (PYTHON, "<|tool_call_start|>[f(a=1, b='x')]<|tool_call_end|>", None),
+        (KEYED, '<|tools_prefix|>[{"f": {"a": 1, "b": "x"}}]', None),
+        (TREE, ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="f">]<]minimax[>[<a>1]<]minimax[>[</a>'
+         "]<]minimax[>[<b>x]<]minimax[>[</b>]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>", None),
+    ],
+)  # fmt: skip
+def test_every_format(source, text, ident):
+    call = one(source, text)
+    assert (call.name, call.arguments, call.status, call.id) == ("f", {"a": 1, "b": "x"}, CallStatus.OK, ident)
+    assert text.strip() == text[slice(*call.span)].strip()
+    assert AnswerParser(source).parse(text).content == ""
+    assert AnswerParser(source, parse_calls=False).parse(text).calls == ()
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "name", "status"),
+    [
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {]}\n</tool_call>', "f", "invalid_json"),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}}\n</tool_call>', "f", "invalid_json"),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": [1]}\n</tool_call>', "f", "invalid_json"),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>', "f", "invalid_json"),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": "\\ud800"}}\n</tool_call>', "f", "invalid_json"),
+        (HERMES, '<tool_call>\n{"arguments": {}}\n</tool_call>', None, "missing_name"),
+        (HERMES, '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>', None, "missing_name"),
+        (HERMES, "<tool_call></tool_call>", None, "invalid_json"),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}', "f", "unclosed"),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_', "f", "unclosed"),
+        (HERMES, '<tool_call>\n{"name": "f", "argu', "f", "unclosed"),
+        (CODER, "<tool_call>\n<function=f>\nstray\n</function>\n</tool_call>", "f", "invalid_json"),
+        (CODER, "<tool_call>\n<function=f>\n<parameter=a>\n1\n</para", "f", "unclosed"),
+        (CODER, "<tool_call>\n<function=>\n</function>\n</tool_call>", None, "missing_name"),
+        (GLM, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1", "f", "unclosed"),
+        (INVOKE, '<x:tool_call>\n<invoke name="f">\n<parameter name="a">1', "f", "unclosed"),
+        (INVOKE, "<x:tool_call>\n<invo", None, "unclosed"),
+        (BRACKETS, '[TOOL_CALLS][{"name": "f", "arguments": {}}', "f", "unclosed"),
+        (BRACKETS, '[TOOL_CALLS]f[ARGS]{"a": ', "f", "unclosed"),
+        (BRACKETS, '[TOOL_CALLS]f[ARGS]{"a": oops}', "f", "invalid_json"),
+        (BARE, '{"name": "f", "parameters": {"a": ', "f", "unclosed"),
+        (BARE, '{"name": "f", "parameters": {"a": oops}}', "f", "invalid_json"),
+        (KIMI, "<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{", "f", "unclosed"),
+        (HARMONY, '<|channel|>commentary to=functions.f <|message|>{"a": ', "f", "unclosed"),
+        (PYTHON, "<|tool_call_start|>[f(1)]<|tool_call_end|>", None, "invalid_json"),
+        (PYTHON, "<|tool_call_start|>[f(a=1)]", "f", "unclosed"),
+    ],
+)
+def test_malformed_calls_are_kept(source, text, name, status):
+    answer = AnswerParser(source).parse(text)
+    assert len(answer.calls) == 1
+    call = answer.calls[0]
+    assert call.status.value == status
+    assert call.name == name
+    assert not isinstance(call.arguments, dict) or call.status is CallStatus.MISSING_NAME
+    assert text[slice(*call.span)].strip() == text.strip()
+    assert text in answer.content, "its raw text stays"
+    assert "tool_calls" not in answer.message()
+
+
+def test_good_and_bad_calls_side_by_side():
+    good = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    bad = "<tool_call>\n{oops}\n</tool_call>"
+    text = f"Let me see.\n{good}\n{bad}\n{good}"
+    answer = AnswerParser(HERMES).parse(text)
+    assert [call.status.value for call in answer.calls] == ["ok", "invalid_json", "ok"]
+    assert [text[slice(*call.span)] for call in answer.calls] == [good, bad, good]
+    assert answer.content == f"Let me see.\n{bad}"
+    # A call that was never closed does not swallow the next one.
+    answer = AnswerParser(HERMES).parse(f"<tool_call>\n{{oops\n{good}")
+    assert [call.status.value for call in answer.calls] == ["unclosed", "ok"]
+
+
+def test_delimiters_inside_json_strings_are_text():
+    arguments = {"code": "</tool_call><tool_call>"}
+    call = one(HERMES, f'<tool_call>\n{{"name": "f", "arguments": {json.dumps(arguments)}}}\n</tool_call>')
+    assert (call.status, call.arguments) == (CallStatus.OK, arguments)
+
+
+def test_several_calls_share_their_block():
+    text = '[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}] and text'
+    answer = AnswerParser(BRACKETS).parse(text)
+    assert [call.name for call in answer.calls] == ["f", "g"]
+    assert answer.calls[0].span[1] == answer.calls[1].span[0]
+    assert answer.content == " and text"
+
+
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        ("\n3\n", 3),
+        ("true", True),
+        ("null", None),
+        ("[1]", [1]),
+        ('"x"', '"x"'),
+        ("\n a\n\n", " a\n"),
+        ("NaN", "NaN"),
+    ],
+)
+def test_values_of_xml_like_calls(raw, value):
+    text = f"<tool_call>\n<function=f>\n<parameter=a>{raw}</parameter>\n</function>\n</tool_call>"
+    assert one(CODER, text).arguments == {"a": value}
+
+
+def test_nested_elements_become_objects_and_lists():
+    m = "]<]minimax[>["
+    inside = f"{m}<a>{m}<item>1{m}</item>{m}<item>{m}<b>x{m}</b>{m}</item>{m}</a>"
+    text = f'{m}<tool_call>\n{m}<invoke name="f">{inside}{m}</invoke>\n{m}</tool_call>'
+    assert one(TREE, text).arguments == {"a": [1, {"b": "x"}]}
+
+
+def test_an_answer_that_only_looks_like_a_bare_call():
+    for text in ('{"name": "Bob", "age": 3}', '{"name": "f", "parameters": {}} is how', 'So: {"name": "f"}'):
+        assert AnswerParser(BARE).parse(text) == ParsedAnswer(text)
+    text = '{"name": "f", "parameters": {}}'  # a template that does not write calls so
+    assert AnswerParser(HERMES).parse(text) == ParsedAnswer(text)
+
+
+def test_tool_names_and_messages():
+    text = '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}</tool_call>'
+    answer = AnswerParser(HERMES, tool_names=["f"]).parse("<think>R</think>" + text)
+    assert [call.status for call in answer.calls] == [CallStatus.OK, CallStatus.UNKNOWN_TOOL]
+    message = answer.message()
+    assert message["reasoning_content"] == "R"
+    assert message["content"] == '<tool_call>{"name": "g"}</tool_call>'
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "f", "arguments": {}}]
+    assert ParsedAnswer("A").message("model") == {"role": "model", "content": "A"}
+
+
+def test_calls_inside_the_reasoning_are_reasoning():
+    text = '<think>\n<tool_call>{"name": "f"}</tool_call>\n</think>\n\nA'
+    assert AnswerParser(HERMES).parse(text).calls == ()
+
+
+def test_a_response_template_is_asked_first():
+    schema = {
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {
+            "thinking": {"open": "<think>", "close": "</think>"},
+            "content": {"close": "<|im_end|>"},
+            "tool_calls": {
+                "open": "<tool_call>", "close": "</tool_call>", "content": "json", "repeats": True,
+                "transform": {"type": "function", "function": "{content}"},
+            },
+        },
+    }  # fmt: skip
+    parser = AnswerParser(HERMES, schema=schema)
+    answer = parser.parse('<think>R</think>A<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')
+    assert (answer.reasoning, answer.content.strip()) == ("R", "A")
+    assert (answer.calls[0].name, answer.calls[0].arguments) == ("f", {"a": 1})
+    assert parser.parse("R</think>A", opened=True).reasoning == "R"
+    # It raises for this one; our own parser keeps the text and reports the call.
+    broken = parser.parse("A<tool_call>{oops</tool_call>")
+    assert (broken.content, broken.calls[0].status.value) == ("A<tool_call>{oops</tool_call>", "invalid_json")
+
+
+# ---------------------------------------------------------------------- any text at all
+FRAGMENTS = [
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>",
+    "</parameter>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<x:tool_call>", "</x:tool_call>",
+    '<invoke name="f">', "</invoke>", '<parameter name="a">', "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<|tool_call_begin|>",
+    "<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|channel|>", "<|message|>",
+    "<|start|>", "assistant", " to=functions.f", "<|call|>", "<|end|>", "analysis", "<|tool_call_start|>",
+    "<|tool_call_end|>", "<|tools_prefix|>", "<|tools_suffix|>", "]<]minimax[>[", "<tool_calls>", "<|begin|>",
+    "<|think|>", "<|content|>", "<|tool_calls|>", '{"name": "f", "arguments": {}}', '{"name": ', '"parameters": {',
+    "f(a='x')", "[", "]", "{", "}", ",", '"', "\\", "\n", " ", "x", "é", "null", "\r",
+]  # fmt: skip
+TEXTS = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
+PARSERS = [AnswerParser(source) for source in SOURCES] + [AnswerParser("".join(SOURCES))]
+
+
+@settings(max_examples=250, deadline=None)
+@given(TEXTS, st.booleans(), st.sampled_from(PARSERS))
+def test_no_text_raises_and_spans_are_sound(text, opened, parser):
+    answer = parser.parse(text, opened)
+    position = 0
+    for call in answer.calls:
+        assert position <= call.span[0] < call.span[1] <= len(text)
+        position = call.span[1]
+        assert call.status is not CallStatus.OK or (call.name and isinstance(call.arguments, dict))
+        if call.status is not CallStatus.OK:
+            assert text[slice(*call.span)].strip("\n") in answer.content
+    json.dumps(answer.message())
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS, st.booleans(), st.sampled_from([HERMES, "{{ x }}", "[THINK][/THINK]"]))
+def test_reasoning_and_content_lose_nothing(text, opened, source):
+    parser = AnswerParser(source, parse_calls=False)
+    answer = parser.parse(text, opened)
+    rebuilt = answer.content
+    if answer.reasoning is not None:
+        pair = parser.pairs[0]
+        rebuilt = answer.reasoning + answer.content
+        begun = text.lstrip()
+        if not opened and begun.startswith(pair.open):
+            rebuilt = pair.open + rebuilt
+        ended = pair.close in (text if opened else begun.removeprefix(pair.open))
+        at = len(rebuilt) - len(answer.content)
+        rebuilt = rebuilt[:at] + (pair.close if ended else "") + rebuilt[at:]
+    assert "".join(rebuilt.split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "<tool_call>", "<tool_call>{", '<tool_call>{"', '<tool_call>["', "<tool_call><function=f>", "<function=f>",
+        "<tool_call><function=f><parameter=a>", "<tool_call>f<arg_key>a</arg_key><arg_value>", "[TOOL_CALLS]", "[",
+        "[TOOL_CALLS]f[ARGS]{", '<x:tool_call><invoke name="f">', "<|tool_call_start|>[f(", "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>f<｜tool▁sep｜>", "<|channel|>analysis<|message|>", "<|start|>assistant", "<|end|>", "(",
+        "]<]minimax[>[<tool_call>]<]minimax[>[<invoke name=\"f\">", " ", '{"name": "f", "parameters": {',
+    ],
+)  # fmt: skip
+def test_a_long_text_of_one_delimiter_is_parsed(unit):
+    # Ten units first, in every format; then a long text of it, which would not end if it were quadratic.
+    for parser in PARSERS:
+        parser.parse(unit * 10)
+    text = unit * (150_000 // len(unit))
+    for parser in PARSERS[-3:]:
+        answer = parser.parse(text)
+        assert bool(text.strip()) == bool((answer.content + (answer.reasoning or "")).strip())
+
+
+def test_json_longer_than_any_window_is_read():
+    for value in ("x" * 5000, 'é\\"\n' * 999, [1234567] * 2000, {"k": [True, None, -1.5e10] * 400}, 10**3000):
+        call = one(HERMES, "<tool_call>" + json.dumps({"name": "f", "arguments": {"a": value}}) + "</tool_call>")
+        assert (call.status, call.arguments) == (CallStatus.OK, {"a": value})
+
+
+def test_a_megabyte_of_opened_calls_is_parsed():
+    answer = AnswerParser(HERMES).parse("<tool_call>" * 95_000)
+    assert len(answer.calls) == 95_000

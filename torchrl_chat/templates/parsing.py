@@ -1,0 +1,309 @@
+"""The text of a sampled assistant turn, read back as a message: content, reasoning, tool calls.
+
+Which delimiters are looked for is decided once, by the chat template's source (``dialects.py``); nothing is
+known of any model by its name. Parsing only describes the turn: the ledger keeps the sampled ids whatever
+is found here.
+
+Law of this file: no text raises, none is lost. What is not reasoning and not a well-formed call stays in the
+content, character for character; only the newlines that templates write around delimiters are dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchrl_chat.messages import Message, content_text
+from torchrl_chat.templates.dialects import (
+    BARE_JSON,
+    Channels,
+    channels_of,
+    formats_of,
+    opening_of,
+    pairs_of,
+    speaks_bare_json,
+    spoken,
+)
+from torchrl_chat.templates.toolcalls import (
+    CallFormat,
+    CallStatus,
+    ParsedCall,
+    Scan,
+    balanced,
+    json_at,
+    made_call,
+    read_json,
+)
+
+__all__ = ["AnswerParser", "CallFormat", "CallStatus", "ParsedAnswer", "ParsedCall"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedAnswer:
+    """An assistant turn, taken apart.
+
+    Attributes:
+        content: the text without reasoning and without well-formed calls.
+        reasoning: the reasoning; ``None`` if the turn has none, "" if it opened and closed an empty one.
+        calls: every call that was found, malformed ones too, in the order of the text.
+    """
+
+    content: str
+    reasoning: str | None = None
+    calls: tuple[ParsedCall, ...] = ()
+
+    def message(self, role: str = "assistant") -> Message:
+        """The turn as a message: ``reasoning_content`` and ``tool_calls`` are there only if the turn has them.
+
+        Example:
+            >>> ParsedAnswer("Hello", reasoning="A greeting.").message()
+            {'role': 'assistant', 'content': 'Hello', 'reasoning_content': 'A greeting.'}
+        """
+        message: Message = {"role": role, "content": self.content}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        good = [call for call in self.calls if call.status is CallStatus.OK]
+        if good:
+            message["tool_calls"] = [call.message(i) for i, call in enumerate(good)]
+        return message
+
+
+Piece = tuple[int, int, ParsedCall | None]
+"""A stretch of content, and the call that it is, where that is known from its header."""
+
+
+class AnswerParser:
+    """Reads the answers of one chat template.
+
+    Args:
+        source: the template's Jinja source.
+        controls: the tokenizer's added tokens.
+        tool_names: if given, a call of another name gets ``CallStatus.UNKNOWN_TOOL``.
+        formats: the call formats to try, instead of those that the source speaks.
+        schema: a response template of transformers (``tokenizer.response_template``); its own parser is then
+            asked first, and this one only where that fails. It reports no spans: they cover the whole text.
+        parse_calls: false leaves every call in the content, as text.
+
+    Example:
+        >>> parser = AnswerParser("{{ '<think>\\\\n' }}{{ '<tool_call>\\\\n' }}")
+        >>> answer = parser.parse('<think>\\nHm.\\n</think>\\n\\n<tool_call>\\n{"name": "now"}\\n</tool_call>')
+        >>> answer.reasoning, answer.content, answer.calls[0].name, answer.calls[0].status.value
+        ('Hm.', '', 'now', 'ok')
+    """
+
+    def __init__(
+        self,
+        source: str,
+        controls: Iterable[str] = (),
+        tool_names: Collection[str] | None = None,
+        formats: Sequence[CallFormat] | None = None,
+        schema: dict[str, Any] | None = None,
+        parse_calls: bool = True,
+    ):
+        text = _spoken(source, tuple(controls))
+        self.pairs = pairs_of(text)
+        self.channels: Channels | None = channels_of(text)
+        self.formats = formats_of(text) if formats is None else tuple(formats)
+        self.bare_json = formats is None and speaks_bare_json(text, self.formats)
+        self.tool_names = None if tool_names is None else frozenset(tool_names)
+        self.schema = schema
+        self.parse_calls = parse_calls
+        self.openings = opening_of(self.pairs, self.channels)
+
+    def opened_by(self, prompt: str) -> bool:
+        """Whether a generation prompt ends by opening the reasoning, so that the answer begins inside it.
+
+        Example:
+            >>> AnswerParser("{{ '<think>' }}").opened_by("<|assistant|><think>\\n")
+            True
+        """
+        end = prompt.rstrip()
+        return any(end.endswith(opening.rstrip()) for opening in self.openings)
+
+    def parse(self, text: str, opened: bool = False) -> ParsedAnswer:
+        """Take one answer apart.
+
+        Args:
+            text: the turn as sampled, special tokens spelled out, without the tokens that close the turn.
+            opened: the generation prompt has opened the reasoning, so the text begins inside it.
+
+        Returns:
+            What was found; no text raises.
+        """
+        if self.schema is not None and (answer := self._by_schema(text, opened)) is not None:
+            return answer
+        thoughts, pieces = self._by_channels(text, opened) if self.channels else self._by_pairs(text, opened)
+        calls: list[ParsedCall] = []
+        content: list[str] = []
+        for start, end, known in pieces:
+            if not self.parse_calls:
+                found = []
+            elif known is not None:
+                found = [known]
+            else:
+                found = self._calls(text, start, end)
+            found = [self._checked(call) for call in found]
+            calls += found
+            content.append(_remainder(text, start, end, [c.span for c in found if c.status is CallStatus.OK]))
+        reasoning = None
+        if thoughts is not None:
+            edge = 0 if self.channels else 1  # headers of segments stand without line breaks
+            reasoning = "\n".join(_trimmed(text[start:end], edge, edge) for start, end in thoughts)
+            content = [_trimmed(part, 2 * edge, 0) for part in content]
+        return ParsedAnswer("\n".join(filter(None, content)), reasoning, tuple(calls))
+
+    # ------------------------------------------------------------------ reasoning
+    def _by_pairs(self, text: str, opened: bool) -> tuple[list[tuple[int, int]] | None, list[Piece]]:
+        """Reasoning and content of a turn that begins with reasoning between a pair of delimiters."""
+        start, closes = 0, [pair.close for pair in self.pairs]
+        if not opened:
+            first = Scan(text).blank(0)
+            begun = [pair for pair in self.pairs if text.startswith(pair.open, first)]
+            start = first + len(begun[0].open) if begun else 0
+            closes = [pair.close for pair in begun[:1]]
+            if not begun and (lone := [c for p in self.pairs if text.startswith(c := p.close, first)]):
+                start, closes = first, lone  # a close alone is how some templates write "no reasoning"
+        if not closes:
+            return None, [(0, len(text), None)]
+        ends = [(at, at + len(close)) for close in closes if (at := text.find(close, start)) >= 0]
+        end, stop = min(ends, default=(len(text), len(text)))
+        return [(start, end)], [(stop, len(text), None)]
+
+    def _by_channels(self, text: str, opened: bool) -> tuple[list[tuple[int, int]] | None, list[Piece]]:
+        """Reasoning, content and calls of a turn in segments."""
+        row = self.channels
+        assert row is not None
+        scan, pos = Scan(text), 0
+        thoughts: list[tuple[int, int]] = []
+        pieces: list[Piece] = []
+        inside = opened
+        while pos < len(text) or inside:
+            header = None if inside else row.header.match(text, scan.blank(pos))
+            if header is None and not inside:
+                if row.tail and scan.holds(row.tail, scan.blank(pos)):
+                    pos = scan.blank(pos) + len(row.tail)
+                pieces.append((pos, len(text), None))
+                break
+            groups = header.groupdict() if header else {}
+            recipient = groups.get("to") or groups.get("to2")
+            channel = row.reasoning[0] if inside else groups.get("channel")
+            body = header.end() if header else 0
+            inside = False
+            if groups.get("block"):
+                assert header is not None
+                pieces.append((header.start("block"), len(text), None))
+                break
+            end, stop = self._segment_end(scan, row, body, channel)
+            if channel in row.reasoning or recipient in row.reasoning:
+                thoughts.append((body, end))
+            elif row.calls and recipient is not None and header is not None:
+                arguments, closed = text[body:end].strip(), end < len(text) or read_json(text[body:end]) is not None
+                call = made_call(recipient, arguments or "{}" if closed else arguments, (header.start(), stop))
+                if not closed:
+                    call = replace(call, arguments=arguments, status=CallStatus.UNCLOSED)
+                pieces.append((header.start(), stop, call))
+            else:
+                pieces.append((body, end, None))
+            pos = stop
+        return thoughts or None, pieces
+
+    @staticmethod
+    def _segment_end(scan: Scan, row: Channels, body: int, channel: str | None) -> tuple[int, int]:
+        """Where a segment's body ends, and where what follows it begins."""
+        ends = [end.replace("{channel}", channel or "") for end in row.ends]
+        found = [(at, at + len(end)) for end in ends if (at := scan.find(end, body)) >= 0]
+        if (at := scan.find(row.fence, body)) >= 0:
+            found.append((at, at))
+        return min(found, default=(scan.end, scan.end))
+
+    # ------------------------------------------------------------------ calls
+    def _calls(self, text: str, start: int, end: int) -> list[ParsedCall]:
+        """The calls in one stretch of content."""
+        scan, pos, calls = Scan(text, end), start, list[ParsedCall]()
+        while True:
+            opens = [(at, i) for i, row in enumerate(self.formats) if (at := scan.find(row.open, pos)) >= 0]
+            if not opens:
+                break
+            at, i = min(opens)
+            calls += self.formats[i].read(scan, at)
+            pos = calls[-1].span[1]
+        if not calls and self.bare_json and (call := _bare_call(scan, start)) is not None:
+            return [call]
+        return calls
+
+    def _checked(self, call: ParsedCall) -> ParsedCall:
+        if call.status is CallStatus.OK and self.tool_names is not None and call.name not in self.tool_names:
+            return replace(call, status=CallStatus.UNKNOWN_TOOL)
+        return call
+
+    # ------------------------------------------------------------------ transformers' own parser
+    def _by_schema(self, text: str, opened: bool) -> ParsedAnswer | None:
+        """The answer as the tokenizer's response template reads it; ``None`` if it cannot."""
+        from transformers.utils.chat_parsing import parse_response
+
+        assert self.schema is not None
+        anchor = self.schema.get("start_anchor")
+        opening = self.openings[0] if opened and self.openings else ""
+        prefix = (anchor if isinstance(anchor, str) else "") + opening if opening else ""
+        try:
+            message = parse_response(text, self.schema, prefix=prefix)
+            calls = [self._checked(_schema_call(call, (0, len(text)))) for call in message.get("tool_calls") or ()]
+            content = message.get("content")
+            reasoning = next(
+                (message[k] for k in ("reasoning_content", "reasoning", "thinking") if message.get(k)), None
+            )
+            return ParsedAnswer(content_text({"content": content}), reasoning, tuple(calls))
+        except Exception:  # whatever a declared pattern raises on sampled text, the text is still an answer
+            return None
+
+
+_spoken = functools.lru_cache(maxsize=64)(spoken)
+
+
+def _schema_call(call: Mapping[str, Any], span: tuple[int, int]) -> ParsedCall:
+    function = call.get("function", call)
+    return made_call(function.get("name"), function.get("arguments"), span, call.get("id"))
+
+
+def _bare_call(scan: Scan, start: int) -> ParsedCall | None:
+    """The call that a whole content is, if it is one JSON object with a name and arguments."""
+    begun = BARE_JSON.match(scan.text, start, scan.end)
+    if begun is None:
+        return None
+    first = scan.blank(start)
+    raw = scan.text[first : scan.end].rstrip()
+    span = (first, first + len(raw))
+    found = json_at(scan, first)
+    if found is None:
+        return ParsedCall(begun[1], raw, CallStatus.INVALID_JSON if balanced(raw) else CallStatus.UNCLOSED, span)
+    if found[1] < span[1]:  # text follows: it only looks like a call
+        return None
+    value = found[0]
+    arguments = value["parameters"] if "parameters" in value else value["arguments"]
+    return made_call(value["name"], arguments, span, value.get("id"))
+
+
+def _remainder(text: str, start: int, end: int, spans: Sequence[tuple[int, int]]) -> str:
+    """A stretch of text without the spans, and without the line breaks that set them off."""
+    kept, pos = "", start
+    for first, stop in spans:
+        part = _trimmed(text[pos:first], 0, 2)
+        kept += part if part.strip() else ""
+        pos = stop
+    rest = text[pos:end]
+    if not spans:
+        return rest
+    if not rest.strip():
+        return kept
+    return kept + (rest if kept else _trimmed(rest, 1, 0))
+
+
+def _trimmed(text: str, before: int, after: int) -> str:
+    """The text without up to ``before`` newlines at its start and up to ``after`` at its end."""
+    for _ in range(before):
+        text = text.removeprefix("\n")
+    for _ in range(after):
+        text = text.removesuffix("\n")
+    return text
