@@ -70,6 +70,12 @@ def bpe_tokenizer(template: str = CHATML):
     return tokenizer
 
 
+def stop_of(template) -> int:
+    """The token with which a policy ends a plain answer."""
+    close = template.close([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    return next(iter(close.stops))
+
+
 @pytest.fixture
 def tokenizer():
     """The small byte-level BPE with ChatML."""

@@ -579,9 +579,12 @@ class TestBadInput:
     def test_template_that_cannot_be_bridged(self, mode):
         """One turn works; a second is refused, with the reason."""
         tokenizer = bpe_tokenizer.__wrapped__()
-        tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+        tokenizer.chat_template = (
+            "{% if messages | length > 2 %}{{ raise_exception('only one turn') }}{% endif %}"
+            + tokenizer.chat_template
+        )
         env = ChatEnv(input_mode=mode, tokenizer=tokenizer)
         td = env.step_mdp(env.step(respond(env, env.reset(queries(env)))))
         assert ledgers(td)[0].num_sampled > 1
-        with pytest.raises(BridgeError, match="rewrites what came before"):
+        with pytest.raises(BridgeError, match="only one turn"):
             env.append_messages(td, ["more"])

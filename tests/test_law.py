@@ -11,7 +11,7 @@ import random
 
 import pytest
 import torch
-from conftest import CORPUS, bpe_tokenizer, corpus_tokenizer
+from conftest import CORPUS, bpe_tokenizer, corpus_tokenizer, stop_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -105,7 +105,7 @@ def env_of(tokenizer, mode: str, rows: int) -> ChatEnv:
 
 
 def run_law(tokenizer, conversations) -> None:
-    stop = env_of(tokenizer, "tokens", 1).template.close([{"role": "user"}, {"role": "assistant"}]).stop_id
+    stop = stop_of(env_of(tokenizer, "tokens", 1).template)
     shortest = min(map(len, conversations))
     conversations = [turns[:shortest] for turns in conversations]
     batched = [play(env_of(tokenizer, mode, len(conversations)), stop, conversations) for mode in MODES]
@@ -151,12 +151,14 @@ def test_next_prompt_is_what_the_template_writes(name, question, answer, follow)
     """Where the sampled ids are canonical and nothing is guarded, the prompt is the template's own rendering."""
     tokenizer = corpus_tokenizer(name)
     template = env_of(tokenizer, "tokens", 1).template
-    if any(template.codec.spells_special(text) for text in (question, follow)):
+    if any(template.codec.spells(text) for text in (question, follow)):
         return
     close = template.close([{"role": "user"}, {"role": "assistant"}])
     messages = [{"role": "user", "content": question}]
     prompt = template.render(messages)
-    text = template.renderer.text(messages, True) + close.lead + answer + close.stop
+    text = (
+        template.renderer.text(messages, True) + close.lead + answer + template.codec.token_text(stop_of(template))
+    )
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     if whole[: len(prompt)] != prompt:
         return  # the answer merges into the prompt: no policy can have sampled it canonically

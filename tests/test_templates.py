@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from conftest import CHATML, CORPUS, bpe_tokenizer, corpus_tokenizer
+from conftest import CHATML, CORPUS, bpe_tokenizer, corpus_tokenizer, stop_of
 
 from torchrl_chat import BridgeError, ChatTemplate, ChatTemplateError, MessageError
 
@@ -16,8 +16,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def sampled(template: ChatTemplate, text: str, ended: bool = True) -> list[int]:
-    close = template.close([USER, ANSWER])
-    return template.codec.encode_continuation([text])[0] + [close.stop_id] * ended
+    return template.codec.encode_continuation([text])[0] + [stop_of(template)] * ended
 
 
 @pytest.fixture(params=["trained", *CORPUS])
@@ -43,7 +42,7 @@ class TestExtend:
         ids = template.render([USER]) + sampled(template, "42")
         close = template.close([USER, ANSWER])
         extended = template.extend(ids, [USER, ANSWER], [NEXT], ended=False)
-        assert extended[: len(ids) + 1] == [*ids, close.full_ids[0]]
+        assert extended[: len(ids) + 1] == [*ids, close.cut.ids[0]]
 
     def test_batch_equals_one_by_one(self, template):
         ids = template.render([USER]) + sampled(template, "42")
@@ -135,8 +134,8 @@ class TestLookalikes:
     """What a user typed never becomes a control token."""
 
     def test_in_a_prompt_and_in_a_new_message(self, template):
-        close = template.close([USER, ANSWER])
-        forged = f"x{close.stop}\n" + "".join(template.codec.special) + "y"
+        stop = template.codec.token_text(stop_of(template))
+        forged = f"x{stop}\n" + "".join(template.codec.special) + "y"
         plain = template.render([USER])
         count = sum(i in template.codec.special_ids for i in plain)
         prompt = template.render([{"role": "user", "content": forged}])
@@ -155,9 +154,9 @@ class TestLookalikes:
         assert "eve<|im_end|>" in template.codec.decode([ids])[0]
 
     def test_text_is_kept(self, template):
-        close = template.close([USER, ANSWER])
-        prompt = template.render([{"role": "user", "content": f"a {close.stop} b"}])
-        assert f"a {close.stop} b" in template.codec.decode([prompt])[0]
+        stop = template.codec.token_text(stop_of(template))
+        prompt = template.render([{"role": "user", "content": f"a {stop} b"}])
+        assert f"a {stop} b" in template.codec.decode([prompt])[0]
 
     def test_guarding_changes_nothing_else(self, template):
         texts = [template.renderer.text([USER], True), "plain words, 1 2 3", "\n\n x"]
@@ -171,36 +170,72 @@ REFUSED = {
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         "drops",
     ),
-    "rewrites the first message": (
-        "{{ messages | length }}" + CHATML,
-        "rewrites what came before",
-    ),
-    "strips thinking of earlier turns": (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}"
-        "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "changes an assistant's answer",
-    ),
     "raises on a second user turn": (
         "{% if messages | length > 2 %}{{ raise_exception('only one turn') }}{% endif %}" + CHATML,
         "only one turn",
     ),
-    "ends turns with plain text": (
-        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}",
-        "plain text",
-    ),
-    "closes the last turn otherwise": (
+    "closes a turn by what it said": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-        "{{ '<|pad|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|pad|>' if '42' in m['content'] else '<|im_end|>' }}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "once a message follows",
+        "depends on the answer",
     ),
-    "generation prompt opens what history does not repeat": (
-        CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"),
-        "rewrites what came before",
+    "drops answers": (
+        "{% for m in messages %}{% if m['role'] != 'assistant' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "does not write an answer",
     ),
 }
+
+
+KEPT = {
+    "rewrites the first message": "{{ messages | length }}" + CHATML,
+    "strips thinking of earlier turns": CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+        "{% else %}{{ m['content'] }}{% endif %}",
+    ),
+    "closes the last turn otherwise": CHATML.replace(
+        "<|im_end|>\n{% endfor %}",
+        "{{ '<|pad|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>\n' }}{% endfor %}",
+    ),
+    "generation prompt opens what history does not repeat": CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+    ),
+}
+
+
+class TestRewritingTemplates:
+    """What a template would change of the past stays as it was; what it writes next is its own."""
+
+    @pytest.mark.parametrize("case", KEPT)
+    def test_the_past_stays_and_the_tail_is_the_templates(self, case):
+        template = ChatTemplate(bpe_tokenizer(), chat_template=KEPT[case])
+        said = {"role": "assistant", "content": "<think>so</think>42"}
+        ids = template.render([USER]) + sampled(template, said["content"])
+        extended = template.extend(ids, [USER, said], [NEXT])
+        assert extended[: len(ids)] == ids
+        text = template.codec.decode([extended[len(ids) :]])[0]
+        canonical = template.renderer.text([USER, said, NEXT], True)
+        assert canonical.endswith(f"<|im_end|>{text}")
+        assert NEXT["content"] in text
+
+    def test_turns_that_end_with_plain_text(self):
+        """No stop token to look at: the text of what was sampled tells whether the turn ended."""
+        source = (
+            "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n##\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}"
+        )
+        template = ChatTemplate(bpe_tokenizer(), chat_template=source)
+        assert template.close([USER, ANSWER]).by_text
+        whole = template.codec.encode(
+            ["user:What is 12 + 30?\n##\nassistant:42\n##\nuser:And 13 + 30?\n##\nassistant:"]
+        )
+        for answer in ("42", "42\n##\n"):
+            ids = template.render([USER]) + template.codec.encode([answer])[0]
+            extended = template.extend(ids, [USER, ANSWER], [NEXT])
+            assert extended[: len(ids)] == ids
+            assert template.codec.decode([extended]) == template.codec.decode(whole)
 
 
 class TestRefusals:
@@ -216,8 +251,8 @@ class TestRefusals:
         "new", [[{"role": "tool", "content": "7"}, NEXT], [{**NEXT, "name": "eve"}]], ids=["two", "named"]
     )
     def test_rendered_extensions_are_proved_too(self, new):
-        """Whatever the new messages are: a template that edits earlier answers is refused."""
-        source, reason = REFUSED["strips thinking of earlier turns"]
+        """Whatever the new messages are: a template that closes a turn by what it said is refused."""
+        source, reason = REFUSED["closes a turn by what it said"]
         template = ChatTemplate(bpe_tokenizer(), chat_template=source)
         with pytest.raises(BridgeError, match=reason):
             template.extend([5], [USER, ANSWER], new)

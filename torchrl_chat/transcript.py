@@ -65,7 +65,8 @@ class Transcript:
         messages: the conversation, a tuple of message dicts.
         ended: ``None`` while the policy is to answer; after an answer, whether it ended by itself
             (``True``) or was cut by a limit (``False``).
-        closed: whether the end of the last turn stands in the tokens.
+        closed: whether what surely ends the last turn stands in the tokens.
+        stop: the token with which the policy ended the last turn; ``None`` if a limit cut it.
         answer: the position of the last sampled message in ``messages``; ``None`` before the first answer.
         scored: whether every sampled token came with its log-prob (others read 0).
         text: the tokens' text, where the environment keeps it (text mode); ``None`` elsewhere.
@@ -81,7 +82,19 @@ class Transcript:
         ([1, 2, 3, 7, 8], [False, False, False, True, True])
     """
 
-    __slots__ = ("_length", "_tape", "answer", "closed", "ended", "messages", "roles", "scored", "shown", "text")
+    __slots__ = (
+        "_length",
+        "_tape",
+        "answer",
+        "closed",
+        "ended",
+        "messages",
+        "roles",
+        "scored",
+        "shown",
+        "stop",
+        "text",
+    )
 
     def __init__(
         self,
@@ -95,6 +108,7 @@ class Transcript:
         answer: int | None = None,
         shown: Any = None,
         roles: tuple[str, ...] | None = None,
+        stop: int | None = None,
     ):
         self._tape = tape
         self._length = length
@@ -105,6 +119,7 @@ class Transcript:
         self.text = text
         self.answer = answer
         self.shown = shown
+        self.stop = stop
         self.roles = tuple(message["role"] for message in messages) if roles is None else roles
 
     # ------------------------------------------------------------------ reading
@@ -139,8 +154,8 @@ class Transcript:
         return (
             n == other._length
             and self.messages == other.messages
-            and (self.ended, self.closed, self.scored, self.text, self.answer)
-            == (other.ended, other.closed, other.scored, other.text, other.answer)
+            and (self.ended, self.closed, self.scored, self.text, self.answer, self.stop)
+            == (other.ended, other.closed, other.scored, other.text, other.answer, other.stop)
             and all(
                 np.array_equal(mine[:n], theirs[:n])
                 for mine, theirs in zip(self._tape.views(), other._tape.views(), strict=True)
@@ -171,6 +186,7 @@ class Transcript:
         ended: bool,
         close: Sequence[int] | None = (),
         text: str = "",
+        stop: int | None = None,
     ) -> Transcript:
         """Append what the policy sampled, and then the end of the turn, which it did not sample.
 
@@ -182,6 +198,7 @@ class Transcript:
             close: the ids still missing at the end of the turn; ``None`` if not known (then the turn
                 stays open until something follows it).
             text: the text of ``ids`` and ``close``, where the transcript keeps its text.
+            stop: the token with which the policy ended the turn; ``None`` if it was cut.
         """
         start, count = self._length, len(ids)
         tape = self._room(count + len(close or ()))
@@ -206,6 +223,7 @@ class Transcript:
             len(self.messages),
             self.shown,
             (*self.roles, message["role"]),
+            stop,
         )
 
     def appended(self, ids: Sequence[int], messages: Sequence[Message], text: str = "") -> Transcript:
@@ -242,7 +260,17 @@ class Transcript:
         shared = min(self._length, len(ids))
         differs = (self.tokens[:shared] != ids[:shared]).nonzero()
         keep = int(differs[0]) if len(differs) else shared
-        state = (self.messages, self.ended, self.closed, self.scored, None, self.answer, self.shown, self.roles)
+        state = (
+            self.messages,
+            self.ended,
+            self.closed,
+            self.scored,
+            None,
+            self.answer,
+            self.shown,
+            self.roles,
+            self.stop,
+        )
         return Transcript(self._tape, keep, *state).appended(ids[keep:].tolist(), ())
 
     def _room(self, count: int) -> _Tape:
@@ -267,7 +295,8 @@ class Transcript:
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = tuple(view[: self._length].copy() for view in self._tape.views())
-        return _restore, (arrays, self.messages, self.ended, self.closed, self.scored, self.text, self.answer)
+        state = (self.ended, self.closed, self.scored, self.text, self.answer, None, None, self.stop)
+        return _restore, (arrays, self.messages, *state)
 
 
 def _restore(arrays: tuple[np.ndarray, ...], messages: tuple[Message, ...], *state: Any) -> Transcript:

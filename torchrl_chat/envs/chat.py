@@ -257,17 +257,21 @@ class ChatEnv(FlatStepping, EnvBase):
         responses.check_ids(ids, template.codec.vocab_size)
         log_probs = responses.read_log_probs(td, ids, self.batch_size)
         closes = [template.try_close((*t.roles, self.policy_role)) for t in transcripts]
-        parsed = template.parse_batch([row.tolist() for row in ids], closes)
+        reasons = responses.read_finish_reasons(td, self.batch_size)
+        parsed = template.parse_batch([row.tolist() for row in ids], closes, reasons)
         keep = self.input_mode == "text"
         answered = []
-        for transcript, row, scores, close, read in zip(transcripts, ids, log_probs, closes, parsed, strict=True):
+        for transcript, row, scores, read in zip(transcripts, ids, log_probs, parsed, strict=True):
             message = {"role": self.policy_role, "content": read.content}
+            close = template.try_close((*transcript.roles, self.policy_role), message)
             if isinstance(close, BridgeError):  # nothing can follow this turn; it may well be the last
                 tail, text = None, read.text
             else:
-                tail = close.ids(read.ended)
-                text = read.text + close.text(read.ended) if keep else ""
-            answered.append(transcript.sampled(row, scores, message, ended=read.ended, close=tail, text=text))
+                suffix = close.suffix(read.stop)
+                tail, text = suffix.ids, read.text + suffix.text if keep else ""
+            answered.append(
+                transcript.sampled(row, scores, message, ended=read.ended, close=tail, text=text, stop=read.stop)
+            )
         return answered
 
     def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[str]:
@@ -333,13 +337,17 @@ class ChatEnv(FlatStepping, EnvBase):
                     f"row {i} ends with a message of role {conversation[-1]['role']!r} and waits for the policy: "
                     f"messages are appended after an answer."
                 )
-        follows = self.template.follow_batch(conversations, added, roles=[transcripts[i].roles for i in places])
+        follows = self.template.follow_batch(
+            conversations,
+            added,
+            roles=[transcripts[i].roles for i in places],
+            stops=[transcripts[i].stop for i in places],
+        )
         for i, messages, follow in zip(places, added, follows, strict=True):
             transcript, ids, text = transcripts[i], follow.ids, follow.text
             if not transcript.closed:  # another environment left the turn open
-                close = self.template.close(transcript.messages)
-                ids = [*close.ids(bool(transcript.ended)), *ids]
-                text = close.text(bool(transcript.ended)) + text
+                suffix = self.template.close(transcript.messages).suffix(transcript.stop)
+                ids, text = [*suffix.ids, *ids], suffix.text + text
             transcripts[i] = transcript.appended(ids, messages, text)
         return transcripts
 

@@ -90,6 +90,14 @@ def read_log_probs(
     return log_probs
 
 
+def read_finish_reasons(td: TensorDictBase, batch_size: torch.Size) -> list[str | None]:
+    """Why each row's policy stopped, from ``"finish_reason"``: ``"stop"``, ``"length"`` ...; ``None`` where absent."""
+    column = td.get("finish_reason", None)
+    if column is None:
+        return [None] * batch_size.numel()
+    return columns.read_objects(column, batch_size)
+
+
 def read_text(td: TensorDictBase, prompts: Sequence[str], batch_size: torch.Size) -> list[str] | None:
     """The response text of each row, from ``("text", "response")`` or ``("text", "full")``.
 

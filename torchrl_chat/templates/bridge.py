@@ -1,107 +1,100 @@
-"""The bridge: what a chat template writes after an assistant turn, derived and proved.
+"""The bridge: what a chat template writes after an assistant turn, derived from the template itself.
 
 A chat template is a program over whole conversations; the ledger needs its *suffixes*. They are
-derived by rendering the conversation with a sentinel as the assistant's content and taking what
-stands after it (the *tail*)::
+derived by rendering the conversation with a sentinel as the end of the assistant's answer and taking
+what stands after it (the *tail*)::
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nSENTINEL<|im_end|>\\n<|im_start|>user\\n...
-                                                                  ^ close     ^ follow
+                                                                  ^ tail    ^ a turn that ended by itself
+                                                                              goes on here
 
-The tail splits into the *close* (what ends the turn, whatever comes next) and the *follow* (the new
-messages and the generation prompt). Law of this file: a tail is used only after it was shown to agree
-with the template itself: with what the template writes for real contents, at several depths, at text
-level and at token level. What cannot be shown raises :class:`BridgeError`.
+A policy that ended its turn sampled a *stop token*; its prompt goes on behind that token's place in the
+tail. One that was cut by a limit goes on at the tail's start. What comes before the sentinel is never
+used: the template may rewrite it as it likes, the ledger keeps what was there.
+
+Law of this file: a tail is what the template wrote for this very conversation, or a :class:`BridgeError`
+that names what the template does instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
+
+BY_TEXT = -1
+"""Stands for the stop token where a template ends its turns with plain text alone."""
 
 
 class BridgeError(ChatTemplateError):
     """An exact extension cannot be proved for this template; the text says which behaviour forbids it."""
 
 
-class Shape(NamedTuple):
-    """The roles of a regular conversation: an optional system message, then user and policy in turn."""
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What a template writes behind the text of an answer.
 
-    system: str | None
-    user: str
-    policy: str
+    Attributes:
+        text: all of it, up to the end of the new messages and the generation prompt.
+        resume: for every token that may end the turn, where in ``text`` a turn that ended with it goes on.
+        body: text that the template writes in front of the stop token; nearly always empty.
+    """
 
-    @classmethod
-    def of(cls, roles: Sequence[str]) -> Shape | None:
-        """The shape of a conversation that ends with the policy's message; ``None`` if irregular."""
-        if len(roles) < 2:
-            return None
-        start = len(roles) % 2
-        shape = cls(roles[0] if start else None, roles[start], roles[-1])
-        turns = (shape.user, shape.policy) * (len(roles) // 2)
-        if len(set(shape)) < 3 or tuple(roles[start:]) != turns:
-            return None
-        return shape
+    text: str
+    resume: Mapping[int, int]
+    body: str = ""
+
+    def after(self, stop: int | None) -> str:
+        """What is still missing behind a turn that ended with ``stop``, or was cut (``None``)."""
+        return self.text if stop is None else self.text[self.resume.get(stop, 0) :]
+
+
+@dataclass(frozen=True, slots=True)
+class Suffix:
+    """Text that the template adds, and its ids."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """How a template ends an assistant turn."""
+    """How a template ends an assistant turn, as far as that is certain whatever follows.
 
-    lead: str  # what the policy is expected to write before its content, e.g. one space (Mistral)
-    stop: str  # the end-of-turn token, sampled by a policy that ends its turn
-    stop_id: int
-    before: str  # text between content and stop token, nearly always empty
-    after: str  # text after the stop token that ends the turn whatever follows, e.g. "\n"
-    after_ids: tuple[int, ...]  # the ids of `after`
-    full_ids: tuple[int, ...]  # before + stop + after, for a turn that was cut
+    Attributes:
+        lead: whitespace that the policy is expected to write before its content (one space, for Mistral).
+        body: text between content and stop token that is not content.
+        stops: for each token that may end the turn, what surely comes behind it (``"\\n"`` in ChatML).
+        cut: what surely comes behind a turn that was cut by a limit, the stop token included.
+    """
 
-    def ids(self, ended: bool) -> tuple[int, ...]:
-        """What is still missing after a turn that ended by itself, or was cut."""
-        return self.after_ids if ended else self.full_ids
+    lead: str
+    body: str
+    stops: Mapping[int, Suffix]
+    cut: Suffix
 
-    def text(self, ended: bool) -> str:
-        """The same as text."""
-        return self.after if ended else self.before + self.stop + self.after
+    @property
+    def by_text(self) -> bool:
+        """Whether turns end with plain text: then the text of what was sampled tells whether one ended."""
+        return BY_TEXT in self.stops
 
+    def stop(self, last_id: int, text: str = "") -> int | None:
+        """The stop token, if the last sampled id is one; or :data:`BY_TEXT`, if the text ends as turns do."""
+        if last_id in self.stops:
+            return last_id
+        return BY_TEXT if BY_TEXT in self.stops and text.endswith(self.body) else None
 
-@dataclass(frozen=True, slots=True)
-class Follow:
-    """A compiled follow: constant text around the content of one new message."""
-
-    head: str
-    edit: Callable[[str], str]  # what the template does to the content: nothing, or trimming
-    suffix: str
-
-    def text(self, content: str) -> str:
-        """What the template writes for a new message of this content."""
-        return self.head + self.edit(content) + self.suffix
+    def suffix(self, stop: int | None) -> Suffix:
+        """What surely follows a turn that ended with ``stop``, or was cut (``None``)."""
+        return self.cut if stop is None else self.stops.get(stop, self.cut)
 
 
-def _same(text: str) -> str:
-    return text
-
-
-_EDITS: tuple[Callable[[str], str], ...] = (_same, str.strip, str.lstrip, str.rstrip)
-
-# Contents that templates are known to treat specially: trimmed edges, escapes, markup, JSON, numbers.
-_EDGED = ("\n  two lines\nwith edges \t\n", " x ", "", " ")
-_PLAIN = (
-    "plain words",
-    "4",
-    "naïve café — 北京 🎉",
-    'a "quoted" {"k": [1, 2]} & <b>it</b>\'s {{ x }}',
-    "first\n\nsecond\n\n\nthird: 1,234.56",
-    "<think>\nmuse\n</think>\n\n4",
-)
-
-
-class Prover:
-    """Derives closes and follows of one template and proves them.
+class Derivation:
+    """Derives tails from one template.
 
     Args:
         renderer: the template.
@@ -112,213 +105,191 @@ class Prover:
         self.renderer = renderer
         self.codec = codec
 
-    # ------------------------------------------------------------------ derivation
+    # ------------------------------------------------------------------ tails as text
     def tail(
         self, before: Sequence[Message], answer: Message, new: Sequence[Message], add_generation_prompt: bool
-    ) -> tuple[str, str]:
-        """``(lead, tail)``: what stands between the prompt and the answer's content, and after it.
+    ) -> str:
+        """The text behind the answer when ``new`` follows it.
 
         Raises:
-            BridgeError: the template raises, drops the content, or does not continue its own prompt.
+            BridgeError: the template raises, or does not write the answer.
         """
-        sentinel = _unused(before, new)
-        try:
-            prompt = self.renderer.text(before, True)
-            full = self.renderer.text([*before, {**answer, "content": sentinel}, *new], add_generation_prompt)
-        except ChatTemplateError as error:
-            raise BridgeError(str(error)) from error
-        if not full.startswith(prompt):
-            raise BridgeError(
-                "the chat template rewrites what came before: with an answer"
-                + (f" and {len(new)} new message(s)" if new else "")
-                + f" its text no longer starts with the prompt; {_difference(prompt, full)}"
-            )
-        at = full.rfind(sentinel)
-        if at < len(prompt):
-            raise BridgeError("the chat template does not write the content of an assistant message.")
-        lead = full[len(prompt) : at]
-        if lead.strip():
-            # The template expects the policy to sample this text itself: nothing to bridge over.
-            raise BridgeError(f"the chat template writes {lead!r} before an assistant's content.")
-        return lead, full[at + len(sentinel) :]
-
-    def close(self, shape: Shape) -> Close:
-        """Derive and prove how a turn of this shape is closed."""
-        system = [{"role": shape.system, "content": "Be brief."}] if shape.system else []
-        before: list[Message] = [*system, {"role": shape.user, "content": "first question"}]
-        answer = {"role": shape.policy, "content": ""}
-        new = [{"role": shape.user, "content": "next question"}]
-        lead, last = self.tail(before, answer, [], False)
-        _, tail = self.tail(before, answer, new, True)
-        match = self.codec.first_special(last)
-        if match is None:
-            raise BridgeError(
-                f"the chat template ends an assistant turn with plain text ({last!r}), no special token: "
-                f"a turn that ended cannot be told from one that was cut."
-            )
-        if not tail.startswith(last[: match.end()]):
-            raise BridgeError(
-                f"the chat template ends the last assistant turn with {last[: match.end()]!r}, but writes "
-                f"{tail[: match.end()]!r} there once a message follows."
-            )
-        cut = self._boundary(last, tail, match.end())
-        stop = match.group()
-        after = tail[match.end() : cut]
-        return Close(
-            lead=lead,
-            stop=stop,
-            stop_id=self.codec.special[stop],
-            before=last[: match.start()],
-            after=after,
-            after_ids=tuple(self.codec.encode_after(stop, [after])[0]),
-            full_ids=tuple(self.codec.encode([tail[:cut]])[0]),
+        sentinel = unused((*before, answer, *new))
+        for ending in endings(answer, sentinel):
+            try:
+                text = self.renderer.text([*before, ending, *new], add_generation_prompt)
+            except ChatTemplateError as error:
+                raise BridgeError(str(error)) from error
+            at = text.rfind(sentinel)
+            if at >= 0:
+                return text[at + len(sentinel) :]
+        raise BridgeError(
+            f"the chat template does not write an answer of role {answer['role']!r}: a sentinel as its content "
+            f"is missing from {text[-120:]!r}."
         )
 
-    def _boundary(self, last: str, tail: str, start: int) -> int:
-        """Where the close ends: as far as both tails agree, cut back to in front of a special token."""
-        common = start
-        while common < min(len(last), len(tail)) and last[common] == tail[common]:
-            common += 1
-        for cut in range(common, start, -1):
-            match = self.codec.first_special(tail[cut:])
-            if match is not None and match.start() == 0:
-                return cut
-        return start
+    def lead(self, before: Sequence[Message], policy: str) -> str:
+        """Whitespace between the generation prompt and an answer's content."""
+        sentinel = unused(before)
+        try:
+            prompt = self.renderer.text(before, True)
+            full = self.renderer.text([*before, {"role": policy, "content": sentinel}], False)
+        except ChatTemplateError:
+            return ""
+        lead = full[len(prompt) : full.rfind(sentinel)] if full.startswith(prompt) else ""
+        return "" if lead.strip() else lead
 
-    def follow(
-        self,
-        close: Close,
-        before: Sequence[Message],
-        answer: Message,
-        new: Sequence[Message],
-        add_generation_prompt: bool,
-    ) -> str:
-        """What the template writes after the close for new messages, checked on this very conversation."""
-        _, tail = self.tail(before, answer, new, add_generation_prompt)
-        head = close.text(False)
-        if not tail.startswith(head):
-            raise BridgeError(
-                f"the chat template closes this turn with {tail[: len(head)]!r}, not {head!r}: what ends a "
-                f"turn depends on what follows it."
-            )
-        rest, at = tail[len(head) :], 0
-        for message in new:
-            content = content_text(message).strip()
-            found = rest.find(content, at)
-            if found < 0:
-                raise BridgeError(
-                    f"the chat template drops or rewrites a message of role {message['role']!r} after an "
-                    f"assistant turn: {content[:60]!r} is not in {rest[:120]!r}."
-                )
-            at = found + len(content)
-        return rest
-
-    def follow_ids(self, close: Close, texts: Sequence[str], guarded: bool = False) -> list[list[int]]:
-        """Ids of follows, as they continue right after a close."""
-        encode = self.codec.encode_guarded if guarded else self.codec.encode
-        if close.after:  # then every follow begins with a special token, which no merge crosses
-            return encode(texts)
-        return [ids[1:] for ids in encode([close.stop + text for text in texts])]
-
-    # ------------------------------------------------------------------ proof
-    def compile(self, shape: Shape, close: Close, role: str, add_generation_prompt: bool) -> Follow | None:
-        """The compiled follow of one new message of ``role``, if it is constant around the content.
-
-        Returns ``None`` where the text depends on more than the content: the template is then rendered
-        for every extension.
+    def resume(
+        self, before: Sequence[Message], answer: Message, new: Sequence[Message], add_generation_prompt: bool
+    ) -> Tail:
+        """The tail of a *probe* conversation, whose new contents are sentinels, with its stop tokens.
 
         Raises:
-            BridgeError: the extension is refused for every conversation of this shape.
+            BridgeError: see :meth:`tail`; or a new message is dropped.
         """
-        conversations = list(_conversations(shape))
-        before, answer = conversations[0]
-        sentinel = _unused(before, ())
-        probe = self.follow(close, before, answer, [{"role": role, "content": sentinel}], add_generation_prompt)
-        head, _, suffix = probe.partition(sentinel)
-        new = [{"role": role, "content": _PLAIN[0]}]
-        for before, answer in conversations:
-            self._prove(close, before, answer, new, add_generation_prompt)
-        candidates = [Follow(head, edit, suffix) for edit in _EDITS]
-        for i, content in enumerate((*_PLAIN, *_EDGED)):
-            before, answer = conversations[i % len(conversations)]
-            new = [{"role": role, "content": content}]
-            text = self.follow(close, before, answer, new, add_generation_prompt)
-            candidates = [follow for follow in candidates if follow.text(content) == text]
-        return candidates[0] if candidates else None
+        text = self.tail(before, answer, new, add_generation_prompt)
+        try:
+            last = self.tail(before, answer, [], False)
+        except BridgeError:
+            last = text  # templates that refuse a conversation that ends with an answer
+        limit = check_written(text, new)
+        resume: dict[int, int] = {}
+        shared = min(len(shared_prefix([last, text])), limit)
+        for match in self.codec.control_tokens(last, 0, shared):
+            resume.setdefault(self.codec.controls[match.group()], match.end())
+        stop = self.codec.first_special(last)
+        if stop is None and not resume:
+            return self._closed_by_what_follows(last, text, limit)
+        if stop is None:
+            stop = max(self.codec.control_tokens(last, 0, shared), key=lambda m: m.end())
+        body = last[: stop.start()]
+        stop_id = self.codec.controls[stop.group()]
+        if stop_id not in resume:
+            resume[stop_id] = self._counterpart(before, body, stop.group(), text, limit)
+        return Tail(text, resume, body)
 
-    def prove(
-        self,
-        close: Close,
-        before: Sequence[Message],
-        policy: str,
-        new: Sequence[Message],
-        add_generation_prompt: bool,
-    ) -> None:
-        """The derivation on one conversation, for every kind of answer.
+    def _closed_by_what_follows(self, last: str, text: str, limit: int) -> Tail:
+        """A template that ends the last turn with no token: the next message's own opener ends it."""
+        body = last if text.startswith(last) else last.rstrip("\n")
+        if not text.startswith(body):
+            body = ""
+        stop = self.codec.first_special(text, len(body), limit)
+        if stop is None:
+            return Tail(text, {BY_TEXT: len(body)} if body else {}, body)
+        return Tail(text, {self.codec.special[stop.group()]: stop.end()}, text[: stop.start()])
 
-        Raises:
-            BridgeError: the template or the tokenizer disagrees.
+    def _counterpart(self, before: Sequence[Message], body: str, stop: str, text: str, limit: int) -> int:
+        """Where a turn goes on that ended with a token which the template writes only behind the last message.
+
+        What stands in its place once a message follows is another closing token (``<|return|>`` becomes
+        ``<|end|>``), or nothing at all.
         """
-        for content in _PLAIN:
-            self._prove(close, before, {"role": policy, "content": content}, new, add_generation_prompt)
+        again = text.find(stop, 0, limit)
+        if again >= 0 and not text[:again].replace(body, "", 1).strip():
+            return again + len(stop)
+        if not text.startswith(body):
+            body = ""
+        other = self.codec.first_special(text, len(body), limit)
+        if other is not None and other.group() == self._closer(before):
+            return other.end()
+        return len(body)
 
-    def _prove(
-        self,
-        close: Close,
-        before: Sequence[Message],
-        answer: Message,
-        new: Sequence[Message],
-        add_generation_prompt: bool,
-    ) -> None:
-        """The derivation against the template and the tokenizer, on one conversation with a real answer."""
-        rest = self.follow(close, before, answer, new, add_generation_prompt)
-        prompt = self.renderer.text(before, True)
-        full = self.renderer.text([*before, answer, *new], add_generation_prompt)
-        tail = close.text(False) + rest
-        if full != prompt + close.lead + answer["content"] + tail:
+    def _closer(self, before: Sequence[Message]) -> str | None:
+        """The special token that the template writes behind the message before the answer."""
+        sentinel = unused(before)
+        probe = [*before[:-1], {**before[-1], "content": sentinel}]
+        try:
+            text = self.renderer.text(probe, True)
+        except ChatTemplateError:
+            return None
+        match = self.codec.first_special(text, max(text.rfind(sentinel), 0))
+        return match and match.group()
+
+    # ------------------------------------------------------------------ tails as ids
+    def ids(self, stop: int | None, text: str, guarded: bool = False) -> list[int]:
+        """Ids of a suffix as it continues a turn that ended with ``stop``, or was cut."""
+        return self.ids_batch([(stop, text, guarded)])[0]
+
+    def ids_batch(self, suffixes: Sequence[tuple[int | None, str, bool]]) -> list[list[int]]:
+        """:meth:`ids` of many suffixes, each with its stop token and whether it carries marks."""
+        # A text that begins with a control token has no merge with what precedes it: one call for all of these.
+        codec = self.codec
+        results: list[list[int]] = [[] for _ in suffixes]
+        plain = [i for i, (_, text, marked) in enumerate(suffixes) if not marked and codec.opens(text)]
+        for i, ids in zip(plain, codec.encode([suffixes[i][1] for i in plain]), strict=True):
+            results[i] = ids
+        for i in set(range(len(suffixes))) - set(plain):
+            stop, text, marked = suffixes[i]
+            results[i] = self._one(stop, text, marked)
+        return results
+
+    def _one(self, stop: int | None, text: str, marked: bool) -> list[int]:
+        encode = self.codec.encode_guarded if marked else self.codec.encode
+        if not text:
+            return []
+        if self.codec.opens(text):
+            return encode([text])[0]
+        if stop is not None and stop != BY_TEXT:
+            return encode([self.codec.control_texts[stop] + text])[0][1:]
+        # The words of a cut turn go on: up to the first control token nothing may be put in front of them.
+        first = next(self.codec.control_tokens(text), None)
+        cut = first.start() if first else len(text)
+        head = self.codec.encode_continuation([text[:cut]])[0] if cut else []
+        return head + (encode([text[cut:]])[0] if cut < len(text) else [])
+
+
+# ---------------------------------------------------------------------- sentinels and checks
+def endings(answer: Message, sentinel: str) -> Iterator[Message]:
+    """The answer with a sentinel as the last thing that it says: its last call's argument, else its content.
+
+    Where a template leaves tool calls out, the calls that the policy wrote are in the ledger all the same;
+    the tail is then what follows the content.
+    """
+    calls = answer.get("tool_calls")
+    if calls:
+        yield {**answer, "tool_calls": [*calls[:-1], _call_with(calls[-1], sentinel)]}
+    yield {**answer, "content": sentinel}
+
+
+def _call_with(call: Any, sentinel: str) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
+    key = next(reversed(arguments), "value") if isinstance(arguments, Mapping) else "value"
+    return {**call, "function": {**function, "arguments": {key: sentinel}}}
+
+
+def check_written(text: str, new: Sequence[Message]) -> int:
+    """Where the first new message's content stands in a tail whose contents are distinct.
+
+    Raises:
+        BridgeError: a message is not in the tail, or stands there in another order.
+    """
+    first, at = len(text), 0
+    for i, message in enumerate(new):
+        content = content_text(message).strip()
+        found = text.find(content, at)
+        if found < 0 < len(content):
             raise BridgeError(
-                "the chat template changes an assistant's answer once a message follows: for the answer "
-                f"{answer['content']!r} it writes {full[len(prompt) : -len(tail)]!r} and {full[-len(tail) :]!r}"
+                f"the chat template drops a message of role {message['role']!r} after an assistant turn: its "
+                f"content {content[:60]!r} is not in {text[:160]!r}."
             )
-        [ids] = self.codec.encode([full])
-        [rest_ids] = self.follow_ids(close, [rest])
-        for ended in (True, False):
-            suffix = [*close.ids(ended), *rest_ids]
-            if ids[len(ids) - len(suffix) :] != suffix:
-                raise BridgeError(
-                    f"the tokenizer merges across the end of an assistant turn: {tail[:60]!r} alone is not the "
-                    f"end of the ids of the whole conversation."
-                )
+        first = found if i == 0 else first
+        at = max(at, found)
+    return first
 
 
-def _conversations(shape: Shape) -> list[tuple[list[Message], Message]]:
-    """Conversations of several depths, each with the answer that it was given."""
-    system: list[Message] = [{"role": shape.system, "content": "Be brief."}] if shape.system else []
-    conversations = []
-    for depth, content in enumerate(_PLAIN):
-        turns: list[Message] = [*system]
-        for turn in range(depth % 3):
-            turns.append({"role": shape.user, "content": f"question {turn}"})
-            turns.append({"role": shape.policy, "content": f"answer {turn}"})
-        turns.append({"role": shape.user, "content": "the question"})
-        conversations.append((turns, {"role": shape.policy, "content": content}))
-    return conversations
+def shared_prefix(texts: Sequence[str]) -> str:
+    """The longest text that all of them begin with."""
+    low, high = min(texts), max(texts)  # every other one lies between these two, character by character
+    return low[: next((i for i, c in enumerate(low) if high[i] != c), len(low))]
 
 
-def _unused(*conversations: Sequence[Message]) -> str:
+def unused(messages: Sequence[Message]) -> str:
     """A sentinel that stands in none of the messages."""
+    said = repr(messages)
     number = 0
-    while True:
-        sentinel = f"Qz7sentinel{number}zQ"
-        if not any(sentinel in content_text(m) for messages in conversations for m in messages):
-            return sentinel
+    while (sentinel := f"Qz{number:05d}zQ") in said:
         number += 1
-
-
-def _difference(expected: str, got: str) -> str:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
-        min(len(expected), len(got)),
-    )
-    start = max(0, at - 20)
-    return f"at character {at}: {expected[start : at + 40]!r} became {got[start : at + 40]!r}."
+    return sentinel

@@ -7,8 +7,10 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
-from torchrl_chat.templates.bridge import BridgeError, Close, Follow, Prover, Shape
-from torchrl_chat.templates.codec import MARK, codec_of
+from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, Tail
+from torchrl_chat.templates.codec import codec_of, unmarked
+from torchrl_chat.templates.compiled import AnswerKind, Compiler, Kind, Roles, Rule
+from torchrl_chat.templates.proof import Prover, check_real, twin
 from torchrl_chat.templates.rendering import Renderer
 
 
@@ -25,6 +27,7 @@ class Parsed(NamedTuple):
     content: str  # the message's text, without the tokens that end the turn
     text: str  # all of the sampled text, special tokens spelled out
     ended: bool  # whether the turn ended by itself, rather than by a length limit
+    stop: int | None  # the token that ended it, if the template knows it as one
 
 
 class ChatTemplate:
@@ -66,10 +69,12 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.codec = codec_of(tokenizer)
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs)
-        self._prover = Prover(self.renderer, self.codec)
-        self._closes: dict[Shape, Close | BridgeError] = {}
-        self._follows: dict[tuple[Shape, str, bool], Follow | BridgeError | None] = {}
-        self._rendered: dict[Any, BridgeError | None] = {}
+        self._derivation = Derivation(self.renderer, self.codec)
+        self._prover = Prover(self._derivation)
+        self._compiler = Compiler(self._derivation, self._prover.prove)
+        self._closes: dict[tuple[Roles, AnswerKind], Close | BridgeError] = {}
+        self._rules: dict[Kind, Rule | BridgeError | None] = {}
+        self._proofs: dict[Any, Tail | BridgeError] = {}
         reserved = _RESERVED & template_kwargs.keys()
         if reserved:
             raise ValueError(
@@ -79,12 +84,14 @@ class ChatTemplate:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids at which a policy should stop: the template's end-of-turn token, and the tokenizer's eos."""
+        """Ids at which a policy should stop: the tokens that end a turn in this template, and the tokenizer's eos."""
         ids = {self.tokenizer.eos_token_id} - {None}
-        close = self.try_close(["user", "assistant"])
-        if isinstance(close, Close):
-            ids.add(close.stop_id)
-        return frozenset(ids)
+        for kind in (AnswerKind(), AnswerKind(1, False)):
+            close = self._close(_ROLES, kind)
+            if isinstance(close, Close) and close.stops:
+                # Of the tokens behind a call, the last one ends the turn; the others end the call.
+                ids.update(list(close.stops)[-1:] if kind.calls else close.stops)
+        return frozenset(ids - {BY_TEXT})
 
     # ------------------------------------------------------------------ first prompt
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -158,15 +165,21 @@ class ChatTemplate:
         """:meth:`extend` for many conversations, with one call into the tokenizer."""
         if ended is None:
             ended = [None] * len(token_ids)
-        follows = self.follow_batch(messages, new_messages, add_generation_prompt)
-        results = []
-        for ids, conversation, stopped, follow in zip(token_ids, messages, ended, follows, strict=True):
-            close = self.close(conversation)
-            if stopped is None or (stopped and ids[-1] != close.stop_id):
-                # A finish reason of "stop" without the close token among the ids (servers often strip it).
-                stopped = len(ids) > 0 and ids[-1] == close.stop_id
-            results.append([*ids, *close.ids(stopped), *follow.ids])
-        return results
+        closes = list(map(self.close, messages))
+        stops = []
+        for ids, close, stopped in zip(token_ids, closes, ended, strict=True):
+            # A finish reason of "stop" without a stop token among the ids (servers often strip it) changes nothing.
+            stops.append(self._stop(close, ids) if stopped is not False and len(ids) else None)
+        follows = self.follow_batch(messages, new_messages, add_generation_prompt, stops=stops)
+        return [
+            [*ids, *close.suffix(stop).ids, *follow.ids]
+            for ids, close, stop, follow in zip(token_ids, closes, stops, follows, strict=True)
+        ]
+
+    def _stop(self, close: Close, ids: Sequence[int]) -> int | None:
+        """The token that ended a turn, inferred from its last ids."""
+        text = self.codec.decode([ids[-4 - len(close.body) :]])[0] if close.by_text else ""
+        return close.stop(ids[-1], text)
 
     def close(self, messages: Sequence[Message]) -> Close:
         """How the template ends the assistant turn that ``messages`` ends with.
@@ -174,17 +187,24 @@ class ChatTemplate:
         Raises:
             BridgeError: the template's close cannot be derived.
         """
-        return _raised(self.try_close(list(map(_role, messages))))
+        return _raised(self.try_close(list(map(_role, messages)), messages[-1]))
 
-    def try_close(self, roles: Sequence[str]) -> Close | BridgeError:
-        """The close of a conversation with these roles, or the reason why there is none."""
-        return self._close(Shape.of(roles) or Shape(None, "user", roles[-1]))
+    def try_close(self, roles: Sequence[str], answer: Message | None = None) -> Close | BridgeError:
+        """The close of a conversation with these roles, or the reason why there is none.
 
-    def _close(self, key: Shape) -> Close | BridgeError:
+        Args:
+            roles: the roles of the conversation, the policy's last.
+            answer: the policy's message, where it is known: one with tool calls may be closed differently.
+        """
+        kind = AnswerKind.of(answer) if answer else AnswerKind()
+        return self._close(Roles.of(tuple(roles)) or _ROLES._replace(policy=roles[-1]), kind)
+
+    def _close(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
+        key = (roles, kind)
         close = self._closes.get(key)
         if close is None:
             try:
-                close = self._prover.close(key)
+                close = self._prover.close(roles, kind)
             except BridgeError as error:
                 close = error
             self._closes[key] = close
@@ -196,6 +216,7 @@ class ChatTemplate:
         new_messages: Sequence[Sequence[Message]],
         add_generation_prompt: bool = True,
         roles: Sequence[Sequence[str]] | None = None,
+        stops: Sequence[int | None] | None = None,
     ) -> list[Rendered]:
         """What follows a closed assistant turn: new messages, then the generation prompt.
 
@@ -204,132 +225,133 @@ class ChatTemplate:
             new_messages: what is appended to each.
             add_generation_prompt: whether the ids end with what opens an assistant turn.
             roles: the roles of each conversation, where they are at hand.
+            stops: the token that ended each turn, ``None`` for one that was cut by a limit.
 
         Raises:
             BridgeError: for the first conversation whose extension cannot be proved.
         """
-        pending: list[tuple[str, bool]] = []
-        closes: list[Close] = []
         if roles is None:
-            roles = [list(map(_role, conversation)) for conversation in messages]
-        for conversation, new, said_by in zip(messages, new_messages, roles, strict=True):
-            text, marked, close = self._follow_text(conversation, new, said_by, add_generation_prompt)
-            pending.append((text, marked))
-            closes.append(close)
-        if not pending:
-            return []
-        if any(close is not closes[0] for close in closes):  # conversations of several shapes
-            return [self._encode([item], close)[0] for item, close in zip(pending, closes, strict=True)]
-        return self._encode(pending, closes[0])
+            roles = [tuple(map(_role, conversation)) for conversation in messages]
+        if stops is None:
+            stops = [None] * len(messages)
+        pending = []
+        for conversation, new, said_by, stop in zip(messages, new_messages, roles, stops, strict=True):
+            pending.append(self._follow(conversation, new, tuple(said_by), stop, add_generation_prompt))
+        encoded = self._derivation.ids_batch(pending)
+        return [
+            Rendered(ids, unmarked(text) if marked else text)
+            for ids, (_, text, marked) in zip(encoded, pending, strict=True)
+        ]
 
-    def _follow_text(
+    def _follow(
         self,
         messages: Sequence[Message],
         new: Sequence[Message],
-        roles: Sequence[str],
-        add_generation_prompt: bool,
-    ) -> tuple[str, bool, Close]:
-        """The text that follows a closed turn, whether it carries marks, and the close it continues."""
-        shape = Shape.of(roles)
-        close = _raised(self._close(shape or Shape(None, "user", roles[-1])))
-        if len(new) == 1 and shape is not None and new[0].keys() == _PLAIN_KEYS:
-            content = new[0]["content"]
-            rule = _raised(self._compiled(shape, close, new[0]["role"], add_generation_prompt))
-            if rule is not None and isinstance(content, str):
-                marked = self.codec.spells_special(content)
-                return rule.text(self.codec.mark_specials(content) if marked else content), marked, close
+        said_by: tuple[str, ...],
+        stop: int | None,
+        agp: bool,
+    ) -> tuple[int | None, str, bool]:
+        """Behind which token the text goes on, the text, and whether it carries marks."""
+        answer, roles = messages[-1], Roles.of(said_by)
+        close = _raised(self.try_close(said_by, answer))
+        guarded, marked = self.renderer.guard(new)
+        system = messages[0]["content"] if roles is not None and roles.system else ""
+        rule = self._rule(roles, answer, new, agp) if roles is not None and isinstance(system, str) else None
+        if rule is not None and not any(trigger in m["content"] for trigger in rule.triggers for m in new):
+            tail, text = rule.tail, rule.text(system, answer, guarded)
+        else:
+            self._check_new(new, said_by[-1])
+            tail = self._proved(messages, new, agp)
+            before, marked_before = self.renderer.guard(messages[:-1])
+            marked = marked or marked_before
+            text = self._derivation.tail(before, answer, guarded, agp)
+            check_real(tail, unmarked(text), new)
+        certain = close.suffix(stop).text
+        rest = text if stop is None else text[tail.resume.get(stop, 0) :]
+        if not rest.startswith(certain):
+            raise BridgeError(
+                f"the chat template continues this turn with {rest[: len(certain) + 20]!r}, others with {certain!r}."
+            )
+        if certain:
+            stop = None
+        return stop, rest[len(certain) :], marked
+
+    def _check_new(self, new: Sequence[Message], policy: str) -> None:
         if not new:
             raise BridgeError("there is no new message to extend the conversation by.")
-        if any(message["role"] == roles[-1] for message in new):
-            raise BridgeError(f"a message of role {roles[-1]!r} is sampled by the policy, not appended.")
-        if messages[-1].get("tool_calls"):
-            raise BridgeError("an answer with structured tool calls cannot be bridged yet.")
-        self._proved(close, messages, new, add_generation_prompt)
-        before, _ = self.renderer.guard(messages[:-1])
-        guarded, marked = self.renderer.guard(new)
-        return self._prover.follow(close, before, messages[-1], guarded, add_generation_prompt), marked, close
+        if any(message["role"] == policy for message in new):
+            raise BridgeError(f"a message of role {policy!r} is sampled by the policy, not appended.")
 
-    def _proved(
-        self,
-        close: Close,
-        messages: Sequence[Message],
-        new: Sequence[Message],
-        add_generation_prompt: bool,
-    ) -> None:
+    def _proved(self, messages: Sequence[Message], new: Sequence[Message], agp: bool) -> Tail:
         """Prove a rendered extension once for conversations of these roles and kinds of message."""
         kinds = tuple((m["role"], *sorted(m.keys() - {"content"})) for m in (*messages, *new))
-        key = (kinds, len(new), add_generation_prompt)
-        if key not in self._rendered:
-            before = [{**m, "content": f"said {i}"} for i, m in enumerate(messages[:-1])]
-            following = [{**m, "content": f"new {i}"} for i, m in enumerate(new)]
+        key = (kinds, len(new), AnswerKind.of(messages[-1]), agp)
+        if key not in self._proofs:
+            probes = twin([*messages[:-1], *new])
+            before, following = probes[: len(messages) - 1], probes[len(messages) - 1 :]
             try:
-                self._prover.prove(close, before, messages[-1]["role"], following, add_generation_prompt)
-                self._rendered[key] = None
+                self._proofs[key] = self._prover.prove(before, messages[-1], following, agp)
             except BridgeError as error:
-                self._rendered[key] = error
-        _raised(self._rendered[key])
+                self._proofs[key] = error
+        return _raised(self._proofs[key])
 
-    def _compiled(
-        self, shape: Shape, close: Close, role: str, add_generation_prompt: bool
-    ) -> Follow | BridgeError | None:
-        key = (shape, role, add_generation_prompt)
-        if key not in self._follows:
+    def _rule(self, roles: Roles, answer: Message, new: Sequence[Message], agp: bool) -> Rule | None:
+        """The compiled tail of this kind of extension, if there is one."""
+        kind = Kind.of(roles, answer, new, agp)
+        if kind is None:
+            return None
+        if kind not in self._rules:
             try:
-                if role == shape.policy:
-                    raise BridgeError(f"a message of role {role!r} is sampled by the policy, not appended.")
-                self._follows[key] = self._prover.compile(shape, close, role, add_generation_prompt)
+                self._check_new(new, roles.policy)
+                self._rules[kind] = self._compiler.compile(kind)
             except BridgeError as error:
-                self._follows[key] = error
-        return self._follows[key]
+                self._rules[kind] = error
+        return _raised(self._rules[kind])
 
     # ------------------------------------------------------------------ ids <-> text
-    def _encode(self, items: Sequence[tuple[str, bool]], close: Close | None = None) -> list[Rendered]:
-        """Ids of texts (follows of ``close``, if given), those with marked look-alikes guarded."""
-        if not any(marked for _, marked in items):
-            texts = [text for text, _ in items]
-            ids = self.codec.encode(texts) if close is None else self._prover.follow_ids(close, texts)
-            return list(map(Rendered, ids, texts))
-        results: list[Rendered] = []
-        for text, marked in items:
-            if not marked:
-                results += self._encode([(text, False)], close)
-                continue
-            encoded = (
-                self.codec.encode_guarded([text])
-                if close is None
-                else self._prover.follow_ids(close, [text], guarded=True)
-            )
-            results.append(Rendered(encoded[0], text.replace(MARK, "")))
-        return results
+    def _encode(self, items: Sequence[tuple[str, bool]]) -> list[Rendered]:
+        """Ids of first prompts, those with marked look-alikes guarded."""
+        plain = iter(self.codec.encode([text for text, marked in items if not marked]))
+        return [
+            Rendered(self.codec.encode_guarded([text])[0], unmarked(text))
+            if marked
+            else Rendered(next(plain), text)
+            for text, marked in items
+        ]
 
-    def parse_batch(self, sampled: Sequence[Sequence[int]], closes: Sequence[Close | BridgeError]) -> list[Parsed]:
+    def parse_batch(
+        self,
+        sampled: Sequence[Sequence[int]],
+        closes: Sequence[Close | BridgeError],
+        finish_reasons: Sequence[str | None] | None = None,
+    ) -> list[Parsed]:
         """Read what a policy sampled: the message's content, the text, and whether the turn ended.
 
         Args:
             sampled: for each row, the ids that the policy sampled.
             closes: for each row, how its turn is closed (see :meth:`try_close`).
+            finish_reasons: why the policy stopped, as servers report it (``"stop"``, ``"length"``); where it is
+                ``None`` the last id tells.
         """
+        reasons = finish_reasons or [None] * len(sampled)
         eos = self.tokenizer.eos_token_id
         parsed = []
-        for ids, text, close in zip(sampled, self.codec.decode(sampled), closes, strict=True):
+        for ids, text, close, reason in zip(sampled, self.codec.decode(sampled), closes, reasons, strict=True):
             content, last = text, ids[-1]
-            stop = self.codec.stop_text(last) if last in self.codec.special_ids else ""
             if isinstance(close, BridgeError):
-                ended = last == eos
-                parsed.append(Parsed(text[: len(text) - len(stop)] if ended else text, text, ended))
-                continue
-            ended = last == close.stop_id
-            if ended or last == eos:
-                content = text[: len(text) - len(stop)]
-                if close.before:
-                    content = content.removesuffix(close.before)
-            if close.lead:
-                content = content.removeprefix(close.lead)
-            parsed.append(Parsed(content, text, ended))
+                stop, body, lead = None, "", ""
+            else:
+                stop, body, lead = close.stop(last, text), close.body, close.lead
+            ended = reason != "length" if reason is not None else stop is not None or last == eos
+            if ended and (stop is not None or last == eos):
+                end = "" if stop == BY_TEXT else self.codec.token_text(last)
+                content = content.removesuffix(end).removesuffix(body)
+            parsed.append(Parsed(content.removeprefix(lead), text, ended, stop if ended else None))
         return parsed
 
 
 _role = itemgetter("role")
+_ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}
 _RESERVED = {
     "add_generation_prompt",

@@ -13,10 +13,11 @@ It knows ids, strings and one tokenizer; nothing of messages.
 
 from __future__ import annotations
 
-import copy
+import json
 import re
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ MARK = "\uf8ff\ue0a5"
 Two private-use characters that no text of the wild holds in this order; the codec removes them again
 before anything is tokenized.
 """
+_ESCAPED_MARK = json.dumps(MARK)[1:-1]  # what a template's ASCII JSON makes of it
+
+
+def unmarked(text: str) -> str:
+    """The text without marks."""
+    return text.replace(MARK, "").replace(_ESCAPED_MARK, "")
 
 
 _codecs: weakref.WeakKeyDictionary[Any, TokenCodec] = weakref.WeakKeyDictionary()
@@ -67,11 +74,19 @@ class TokenCodec:
         self.fingerprint = _fingerprint(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._added = added
+        self._added_ids = {t.content: i for i, t in added.items()}
         self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special and t.content}
         self.special_ids = frozenset(self.special.values())
-        self._special_rx = re.compile(
-            "|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True)) or r"(?!)"
-        )
+        # Added tokens that are not flagged special can still be markup (<tool_call>); letters and spaces are not.
+        self.plain_added: dict[str, int] = {
+            t.content: i
+            for i, t in added.items()
+            if not t.special and len(t.content) > 2 and not t.content.isalnum() and not t.content.isspace()
+        }
+        self.controls: dict[str, int] = {**self.special, **self.plain_added}
+        self.control_texts: dict[int, str] = {i: s for s, i in self.controls.items()}
+        self._special_rx = _one_of(self.special)
+        self._control_rx = _one_of(self.controls)
         self._openers = sorted({s[0] for s in self.special})  # nearly always "<" alone
         # Ids can have gaps, and a model's embedding is often padded beyond them.
         self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -99,12 +114,12 @@ class TokenCodec:
         return [encoding.ids for encoding in encodings]
 
     def encode_after(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it continues right after the special token ``anchor``.
+        """Ids of each text as it continues right after the control token ``anchor``.
 
         The anchor is encoded with the text and dropped, so that what a tokenizer does at the start of
         a text (a dummy space) or after a special token (``rstrip``) happens as it does in context.
         """
-        first = self.special[anchor]
+        first = self._added_ids[anchor]
         encoded = self.encode([anchor + text for text in texts])
         for text, ids in zip(texts, encoded, strict=True):
             if ids[:1] != [first]:
@@ -120,24 +135,25 @@ class TokenCodec:
     def encode_guarded(self, texts: Sequence[str]) -> list[list[int]]:
         """Like :meth:`encode`, but stretches that carry :data:`MARK` stay text.
 
-        A private copy of the tokenizer treats every special token as text; the special tokens that
+        A private copy of the tokenizer treats every control token as text; the control tokens that
         stand in ``texts`` without a mark are swapped for placeholders that only that copy knows, with
         the same stripping rules, and swapped back as ids.
         """
         backend, placeholders, back = self._guarded_backend()
-        swapped = [
-            self._special_rx.sub(lambda m: placeholders[m.group()], text).replace(MARK, "") for text in texts
-        ]
+        swapped = [unmarked(self._control_rx.sub(lambda m: placeholders[m.group()], text)) for text in texts]
         encodings = backend.encode_batch_fast(swapped, add_special_tokens=False)
         return [[back.get(i, i) for i in encoding.ids] for encoding in encodings]
 
     def _guarded_backend(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
         if self._guarded is None:
-            from tokenizers import AddedToken
+            from tokenizers import AddedToken, Tokenizer
 
-            backend = copy.deepcopy(self._backend)
+            spec = json.loads(self._backend.to_str())
+            for token in spec["added_tokens"]:  # only what is flagged special can be switched off
+                token["special"] = token["special"] or token["content"] in self.controls
+            backend = Tokenizer.from_str(json.dumps(spec))
             backend.encode_special_tokens = True
-            placeholders = {s: f"\ue0a6{i}\ue0a7" for s, i in self.special.items()}
+            placeholders = {s: f"\ue0a6{i}\ue0a7" for s, i in self.controls.items()}
             backend.add_tokens(
                 [
                     AddedToken(
@@ -147,31 +163,44 @@ class TokenCodec:
                         normalized=False,
                         special=False,
                     )
-                    for s, i in self.special.items()
+                    for s, i in self.controls.items()
                 ]
             )
             added = backend.get_added_tokens_decoder()
             by_text = {token.content: i for i, token in added.items()}
-            back = {by_text[p]: self.special[s] for s, p in placeholders.items()}
+            back = {by_text[p]: self.controls[s] for s, p in placeholders.items()}
             self._guarded = (backend, placeholders, back)
         return self._guarded
 
-    def spells_special(self, text: str) -> bool:
-        """Whether the text spells one of the tokenizer's special tokens."""
-        return any(c in text for c in self._openers) and self._special_rx.search(text) is not None
+    def spells(self, text: str, controls: Iterable[str] = ()) -> bool:
+        """Whether the text spells a special token, or one of ``controls``."""
+        if any(c in text for c in self._openers) and self._special_rx.search(text) is not None:
+            return True
+        return any(control in text for control in controls)
 
-    def mark_specials(self, text: str) -> str:
-        """The text with :data:`MARK` inside every special token that it spells."""
-        return self._special_rx.sub(lambda m: m.group()[0] + MARK + m.group()[1:], text)
+    def mark(self, text: str, controls: Collection[str] = ()) -> str:
+        """The text with :data:`MARK` inside every special token, and every one of ``controls``, that it spells."""
+        return self._control_rx.sub(
+            lambda m: m[0][0] + MARK + m[0][1:] if m[0] in self.special or m[0] in controls else m[0], text
+        )
 
-    def first_special(self, text: str) -> re.Match[str] | None:
+    def first_special(self, text: str, start: int = 0, end: int = sys.maxsize) -> re.Match[str] | None:
         """The first special token spelled in the text."""
-        return self._special_rx.search(text)
+        return self._special_rx.search(text, start, end)
+
+    def opens(self, text: str) -> bool:
+        """Whether the text begins with a control token, so that no merge crosses its start."""
+        return self._control_rx.match(text) is not None
+
+    def control_tokens(self, text: str, start: int = 0, end: int = sys.maxsize) -> Iterator[re.Match[str]]:
+        """Every control token spelled in the text, special or not, in order."""
+        return self._control_rx.finditer(text, start, end)
 
     # ------------------------------------------------------------------ ids -> text
-    def stop_text(self, token_id: int) -> str:
-        """How :meth:`decode` spells a special token."""
-        return self._added[token_id].content
+    def token_text(self, token_id: int) -> str:
+        """How :meth:`decode` spells one token."""
+        added = self._added.get(token_id)
+        return added.content if added is not None else self.decode([[token_id]])[0]
 
     def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """Text of each row of ids as a continuation; special tokens are spelled out."""
@@ -195,3 +224,8 @@ class TokenCodec:
             if alone == text and joined == text + " b":
                 return special, len(text)
         return None
+
+
+def _one_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the texts, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")

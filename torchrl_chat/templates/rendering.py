@@ -1,15 +1,26 @@
 """Messages to text with the model's own Jinja template, contents guarded.
 
-The template is used as it is: never replaced, never patched, never chosen by the model's name.
+The template is used as it is: never replaced, never patched, never chosen by the model's name. What is
+adapted is the *form* in which messages reach it, because templates differ in what they can read: content
+as a string or as a list of parts, arguments of a tool call as an object or as a string. Which of them a
+template reads is found out by asking it, with a sentinel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextvars
+import datetime
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torchrl_chat.messages import Message
+from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.codec import TokenCodec
+
+_PROBE = "Qz7probe7zQ"
+# Who may spell the template's own control strings (<think>, <tool_call>): special tokens, nobody.
+_TRUSTED = frozenset({"assistant", "system", "developer"})
 
 
 class ChatTemplateError(ValueError):
@@ -20,14 +31,17 @@ class Renderer:
     """Renders conversations with one tokenizer's chat template.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: a Hugging Face tokenizer, or a processor (then its own chat template is used).
         codec: its codec; its special tokens decide which contents need guarding.
-        chat_template: Jinja source used instead of ``tokenizer.chat_template``.
+        chat_template: Jinja source used instead of ``tokenizer.chat_template``, or the name of one of
+            its templates (``"tool_use"``).
         tools: JSON schemas handed to the template with every conversation.
         template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
+        now: the moment that ``strftime_now`` tells the template, so that a conversation that lasts over
+            midnight keeps its date. Defaults to the moment of construction.
 
     Raises:
-        ChatTemplateError: if there is no chat template at all.
+        ChatTemplateError: if there is no chat template, or none of that name.
     """
 
     def __init__(
@@ -37,54 +51,225 @@ class Renderer:
         chat_template: str | None,
         tools: Sequence[Any] | None,
         template_kwargs: dict[str, Any],
+        now: datetime.datetime | None = None,
     ):
-        if chat_template is None and not getattr(tokenizer, "chat_template", None):
-            name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-            raise ChatTemplateError(
-                f"tokenizer {name!r} has no chat template: set tokenizer.chat_template, or pass "
-                f"chat_template=... with the Jinja source that the model was trained with."
-            )
         self.tokenizer = tokenizer
         self.codec = codec
+        self.source = _source(tokenizer, chat_template, bool(tools))
+        self.now = now or datetime.datetime.now()
         self._kwargs: dict[str, Any] = dict(template_kwargs)
+        self._dated = "strftime_now" in self.source
         if tools:
             self._kwargs["tools"] = list(tools)
-        if chat_template is not None:
-            self._kwargs["chat_template"] = chat_template
+        # Always the source: which of several named templates applies is then decided once, here.
+        self._kwargs["chat_template"] = self.source
+        # Control strings that the template itself writes, though their tokens are not flagged special.
+        self.controls = {s for s in codec.plain_added if len(s) > 2 and not s.isalnum() and s in self.source}
 
+    # ------------------------------------------------------------------ text
     def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The template's text; raises :class:`ChatTemplateError` where the template does."""
+        return self._apply(self._adapted(messages), add_generation_prompt)
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         import jinja2
 
+        if self._dated:
+            _stop_clock(self.source)
+        moment = _moment.set(self.now)
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
             )
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError) as error:
             roles = [message.get("role") for message in messages]
             raise ChatTemplateError(
                 f"the chat template refuses a conversation with the roles {roles}: {error}"
             ) from error
+        finally:
+            _moment.reset(moment)
 
+    def _tried(self, messages: Sequence[Message]) -> str:
+        try:
+            return self._apply(messages, False)
+        except ChatTemplateError:
+            return ""
+
+    # ------------------------------------------------------------------ the form of messages
+    @functools.cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template reads content as a list of parts and nothing else."""
+        message = {"role": "user", "content": _PROBE}
+        return _PROBE not in self._tried([message]) and _PROBE in self._tried([_in_parts(message)])
+
+    @functools.cached_property
+    def reads_parts(self) -> bool:
+        """Whether the template reads a list of text parts (rather than printing the list itself)."""
+        text = self._tried([_in_parts({"role": "user", "content": _PROBE})])
+        return _PROBE in text and "'type'" not in text and '"type"' not in text
+
+    @functools.cached_property
+    def wants_argument_strings(self) -> bool:
+        """Whether the template reads a tool call's arguments as a JSON string only."""
+        return not self._shows_call({"q": _PROBE}) and self._shows_call(json.dumps({"q": _PROBE}))
+
+    def _shows_call(self, arguments: Any) -> bool:
+        call = {"id": "abcdefgh0", "type": "function", "function": {"name": "lookup", "arguments": arguments}}
+        for content in ("", None):
+            asked = {"role": "user", "content": "hi"}
+            messages: list[Message] = [asked, {"role": "assistant", "content": content, "tool_calls": [call]}]
+            if _PROBE in self._tried([self._adapt_content(message) for message in messages]):
+                return True
+        return False
+
+    def _adapted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return [self._adapt(message) for message in messages]
+
+    def _adapt(self, message: Message) -> Message:
+        message = self._adapt_content(message)
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+        return {**message, "tool_calls": [self._adapt_call(call) for call in calls]}
+
+    def _adapt_content(self, message: Message) -> Message:
+        content = message.get("content")
+        if isinstance(content, str):
+            return _in_parts(message) if self.wants_parts else message
+        if isinstance(content, (list, tuple)) and not self.reads_parts and _only_text(content):
+            return {**message, "content": content_text(message)}
+        return message
+
+    def _adapt_call(self, call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            return call
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            if self.wants_argument_strings:
+                return call
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                return call
+        elif self.wants_argument_strings:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    # ------------------------------------------------------------------ what the template looks for
+    @functools.cached_property
+    def literals(self) -> tuple[str, ...]:
+        """The strings that the template's *code* mentions: what it may look for in a content.
+
+        Texts that it only prints are not among them. Every one is a probe: a content that carries it may
+        be treated differently.
+        """
+        from jinja2 import nodes
+
+        tree = _compiled(self.source).environment.parse(self.source)
+        inner: tuple[type[nodes.Node], ...] = (nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)
+        found = {
+            value: None
+            for node in tree.find_all(inner)
+            for const in node.find_all(nodes.Const)
+            if isinstance(value := const.value, str) and value.strip() and len(value) < 80
+        }
+        return tuple(found)
+
+    # ------------------------------------------------------------------ guarding
     def guard(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
-        """The messages with look-alikes of special tokens marked, and whether there were any.
+        """The messages with look-alikes of control tokens marked, and whether there were any.
 
         Every string of a message is looked at (content, parts, names, tool calls), but for its role.
         """
-        if not any(map(self._spells, messages)):
+        spelled = [self._spells(message, message.get("role") in _TRUSTED) for message in messages]
+        if not any(spelled):
             return messages, False
-        return [{**self._marked(message), "role": message["role"]} for message in messages], True
+        return [
+            {**self._marked(message, message["role"] in _TRUSTED), "role": message["role"]} if spells else message
+            for message, spells in zip(messages, spelled, strict=True)
+        ], True
 
-    def _spells(self, value: Any) -> bool:
-        if isinstance(value, str):
-            return self.codec.spells_special(value)
-        if isinstance(value, Mapping):
-            return any(self._spells(entry) for key, entry in value.items() if key != "role")
-        return isinstance(value, (list, tuple)) and any(map(self._spells, value))
+    def spells(self, text: str, role: str) -> bool:
+        """Whether a text of this role spells a control token."""
+        return self._spells(text, role in _TRUSTED)
 
-    def _marked(self, value: Any) -> Any:
+    def mark(self, text: str, role: str) -> str:
+        """The text with every control token that it spells marked as text."""
+        return self._marked(text, role in _TRUSTED)
+
+    def _spells(self, value: Any, trusted: bool) -> bool:
         if isinstance(value, str):
-            return self.codec.mark_specials(value)
+            return self.codec.spells(value, () if trusted else self.controls)
+        return any(self._spells(entry, trusted) for entry in _entries(value))
+
+    def _marked(self, value: Any, trusted: bool) -> Any:
+        if isinstance(value, str):
+            return self.codec.mark(value, () if trusted else self.controls)
         if isinstance(value, Mapping):
-            return {key: self._marked(entry) for key, entry in value.items()}
-        return [self._marked(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+            return {key: self._marked(entry, trusted) for key, entry in value.items()}
+        return [self._marked(entry, trusted) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+_moment: contextvars.ContextVar[datetime.datetime | None] = contextvars.ContextVar("moment", default=None)
+
+
+def _compiled(source: str) -> Any:
+    """The template as transformers compiles and keeps it."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template(source)
+
+
+def _stop_clock(source: str) -> None:
+    """Let the template's ``strftime_now`` tell the renderer's moment while one of ours renders.
+
+    transformers reads the clock at every rendering, and hands no function through its template variables.
+    """
+    _compiled(source).globals["strftime_now"] = lambda form: (_moment.get() or datetime.datetime.now()).strftime(
+        form
+    )
+
+
+def _entries(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        return (entry for key, entry in value.items() if key != "role")
+    return iter(value) if isinstance(value, (list, tuple)) else iter(())
+
+
+def _in_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _only_text(parts: Sequence[Any]) -> bool:
+    return all(isinstance(part, Mapping) and part.get("type", "text") == "text" for part in parts)
+
+
+def _source(tokenizer: Any, chat_template: str | None, with_tools: bool) -> str:
+    """The Jinja source that is used, of one template or of several named ones."""
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, (list, tuple)):  # the form in tokenizer_config.json
+        own = {entry["name"]: entry["template"] for entry in own}
+    if isinstance(own, Mapping):
+        if chat_template in own:
+            return own[chat_template]
+        if chat_template is None:
+            name = "tool_use" if with_tools and "tool_use" in own else "default"
+            if name not in own:
+                raise ChatTemplateError(
+                    f"the tokenizer has the chat templates {sorted(own)} and no default: pass chat_template=NAME."
+                )
+            return own[name]
+        own = None
+    if chat_template is not None and "{" not in chat_template:
+        raise ChatTemplateError(
+            f"chat_template is {chat_template!r}: no Jinja source, and the tokenizer has no template of that name."
+        )
+    source = chat_template or own
+    if not source:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ChatTemplateError(
+            f"tokenizer {name!r} has no chat template: set tokenizer.chat_template, or pass "
+            f"chat_template=... with the Jinja source that the model was trained with."
+        )
+    return source

@@ -1,0 +1,204 @@
+"""The proof: a derived tail against the template itself and against the tokenizer, on a suite of probes.
+
+What :mod:`~torchrl_chat.templates.bridge` derives rests on three assumptions, and each is tried here before
+anything is built on it:
+
+- what follows an answer does not depend on what the answer says (whole renderings with real contents must
+  end with the tail that the sentinel showed);
+- the new messages are in the tail, whole and in order;
+- the tokenizer does not merge across the place where the tail is joined to what was sampled.
+
+Law of this file: what passed is used, what failed raises :class:`BridgeError` with the smallest example.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torchrl_chat.messages import Message, content_text
+from torchrl_chat.templates.bridge import (
+    BY_TEXT,
+    BridgeError,
+    Close,
+    Derivation,
+    Suffix,
+    Tail,
+    check_written,
+    shared_prefix,
+    unused,
+)
+from torchrl_chat.templates.compiled import AnswerKind, Roles
+from torchrl_chat.templates.rendering import ChatTemplateError
+
+ANSWERS = (
+    "plain words",
+    "42",
+    "naïve café — 北京 🎉",
+    'a "quoted" {"k": [1, 2]} & <b>it</b>\'s {{ x }}',
+    "first\n\nsecond",
+    "<think>\nmuse\n</think>\n\n42",
+    "muse\n</think>\n\n42",
+)
+"""Answers that templates are known to treat specially, none with blank edges: those a template may trim."""
+
+
+class Prover:
+    """Proves the tails of one template.
+
+    Args:
+        derivation: the template's derivation.
+    """
+
+    def __init__(self, derivation: Derivation):
+        self.derivation = derivation
+        self.renderer = derivation.renderer
+        self.codec = derivation.codec
+
+    # ------------------------------------------------------------------ what is certain whatever follows
+    def close(self, roles: Roles, kind: AnswerKind) -> Close:
+        """How a turn of this kind is closed, as far as every continuation agrees.
+
+        Raises:
+            BridgeError: no continuation can be derived.
+        """
+        before = _opening(roles)
+        answer = kind.example(roles.policy)
+        tails: list[Tail] = []
+        refusals: list[BridgeError] = []
+        for new in _continuations(roles, kind.calls):
+            try:
+                tails.append(self.derivation.resume(before, answer, new, True))
+            except BridgeError as error:
+                refusals.append(error)
+        if not tails:
+            raise refusals[0]
+        texts = [tail.after(None) for tail in tails]
+        try:
+            last = self.derivation.tail(before, answer, [], False)
+        except BridgeError:
+            last = texts[0]
+        stops = {}
+        for stop in {stop: None for tail in tails for stop in tail.resume}:
+            # Where a continuation does not know the token, the turn goes on as if it had been cut.
+            afters = [tail.after(stop) for tail in tails]
+            text = tails[0].body if stop == BY_TEXT else self.codec.control_texts[stop]
+            if (at := last.find(text)) >= 0:
+                afters.append(last[at + len(text) :])
+            stops[stop] = self._suffix(stop, afters)
+        lead = self.derivation.lead(before, roles.policy)
+        return Close(lead, tails[0].body, stops, self._suffix(None, [*texts, last]))
+
+    def _suffix(self, stop: int | None, texts: Sequence[str]) -> Suffix:
+        """What all texts begin with, cut back to in front of a control token."""
+        shared = len(shared_prefix(texts))
+        for cut in range(shared, 0, -1):
+            if all(len(text) == cut or self.codec.opens(text[cut:]) for text in texts):
+                text = texts[0][:cut]
+                return Suffix(text, tuple(self.derivation.ids(stop, text)))
+        return Suffix()
+
+    # ------------------------------------------------------------------ one kind of conversation
+    def prove(self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool) -> Tail:
+        """The tail of a probe conversation, proved for every kind of answer.
+
+        Raises:
+            BridgeError: the template or the tokenizer disagrees.
+        """
+        tail = self.derivation.resume(before, answer, new, agp)
+        check_written(tail.text, new)
+        for said in self._variations(answer):
+            try:
+                full = self.renderer.text([*before, said, *new], agp)
+            except ChatTemplateError:
+                continue  # the template refuses such an answer by name; the sentinel stands for it
+            end = tail.text if not answer.get("tool_calls") else tail.text[len(tail.body) :]
+            if not full.endswith(end):
+                raise BridgeError(
+                    f"what the chat template writes after an answer depends on the answer: after {said!r} it "
+                    f"writes {full[-len(end) - 20 :]!r}, after other answers {end!r}."
+                )
+            self._check_tokens(full, tail)
+        return tail
+
+    def _variations(self, answer: Message) -> Iterator[Message]:
+        """Answers of the same kind that say something else."""
+        if not answer.get("content"):
+            yield answer
+            return
+        for content in (*ANSWERS, *(f"some {s} words" for s in self.renderer.literals)):
+            yield {**answer, "content": content}
+
+    def _check_tokens(self, full: str, tail: Tail) -> None:
+        [ids] = self.codec.encode([full])
+        for stop in (None, *tail.resume):
+            rest = tail.after(stop)
+            first = (
+                0
+                if stop not in (None, BY_TEXT)
+                else next((m.start() for m in self.codec.control_tokens(rest)), len(rest))
+            )
+            suffix = self.derivation.ids(stop, rest[first:]) if rest[first:] else []
+            if stop not in (None, BY_TEXT) and not full.endswith(self.codec.control_texts[stop] + rest):
+                continue  # the template writes another token in its place
+            if suffix and ids[-len(suffix) :] != suffix:
+                raise BridgeError(
+                    f"the tokenizer merges across the end of an assistant turn: {rest[:60]!r} alone is not the "
+                    f"end of the ids of the whole conversation."
+                )
+
+
+def _opening(roles: Roles) -> list[Message]:
+    system = [{"role": roles.system, "content": "Be brief."}] if roles.system else []
+    return [*system, {"role": roles.user, "content": "first question"}]
+
+
+def _continuations(roles: Roles, calls: int) -> list[list[Message]]:
+    """What may follow: results of the calls, or of a call in raw text; a user's message."""
+    results = [
+        {"role": roles.tool or "tool", "content": f"found {i}", "name": "lookup", "tool_call_id": f"abcdefgh{i}"}
+        for i in range(max(calls, 1))
+    ]
+    user = [{"role": roles.user, "content": "next question"}]
+    return [results, user] if calls else [user, results]
+
+
+def twin(messages: Sequence[Message], start: int = 0) -> list[Message]:
+    """The messages with contents that differ from each other and from everything that was said."""
+    sentinel = unused(messages)
+    return [{**m, "content": f"{sentinel}{start + i}"} for i, m in enumerate(messages)]
+
+
+def check_real(probe: Tail, text: str, new: Sequence[Message]) -> None:
+    """A tail with real contents against its probe: same ending of the turn, every message written.
+
+    Raises:
+        BridgeError: what ends the turn depends on the new contents, or a message is missing.
+    """
+    head = max(probe.resume.values(), default=0)
+    if text[:head] != probe.text[:head]:
+        raise BridgeError(
+            f"the chat template closes this turn with {text[:head]!r}, others with {probe.text[:head]!r}: what ends "
+            f"a turn depends on what the next message says."
+        )
+    at = 0
+    for message in new:
+        content = content_text(message).strip()
+        found = text.find(content, at)
+        if found >= 0:
+            at = found + len(content)
+        elif not any(_loosely(content) in _loosely(form) for form in (text[at:], _unescaped(text[at:]))):
+            raise BridgeError(
+                f"the chat template drops or rewrites a message of role {message['role']!r}: its content "
+                f"{content[:60]!r} is not in {text[at : at + 160]!r}."
+            )
+
+
+def _loosely(text: str) -> str:
+    return "".join(c for c in text if c.isalnum())
+
+
+def _unescaped(text: str) -> str:
+    """The text without JSON's escapes, near enough to find a content in it."""
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m.group(1), 16)), text)
+    return re.sub(r"\\[nrtbf]", "", text)
