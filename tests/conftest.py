@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def corpus_tokenizer(name: str):
     return load(name)
 
 
+def all_corpus() -> list:
+    """Every development template, or one skipped parameter where the shared folder is absent."""
+    folder = SHARED / "corpus"
+    if not (folder / "index.json").exists():
+        reason = f"no corpus in the shared folder (TORCHRL_CHAT_SHARED={SHARED})"
+        return [pytest.param("", marks=pytest.mark.skip(reason=reason))]
+    return [entry["template"] for entry in json.loads((folder / "index.json").read_text())]
+
+
 @functools.cache
 def bpe_tokenizer(template: str = CHATML):
     """A small byte-level BPE, trained on the spot, that can spell any text."""
@@ -73,7 +83,7 @@ def bpe_tokenizer(template: str = CHATML):
 def stop_of(template) -> int:
     """The token with which a policy ends a plain answer."""
     close = template.close([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    return next(iter(close.stops))
+    return close.main[0]
 
 
 @pytest.fixture

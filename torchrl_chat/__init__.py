@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torchrl_chat.policies import TransformersPolicy
     from torchrl_chat.rewards import GSM8KVerifier, NumberVerifier, Verdict
     from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
+    from torchrl_chat.training import training_view
     from torchrl_chat.transcript import Transcript
     from torchrl_chat.transforms import RewardTransform
 
@@ -41,6 +42,7 @@ _HOMES = {
     "Transcript": "transcript",
     "TransformersPolicy": "policies",
     "Verdict": "rewards",
+    "training_view": "training",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Transcript",
     "TransformersPolicy",
     "Verdict",
+    "training_view",
 ]
 
 

@@ -4,6 +4,11 @@ Law of this file: a transcript is a value. Extending one returns a new one that 
 tokens with it, id for id; nothing that was written is ever changed. So a saved transcript can be
 stepped again, branched in two, or moved between environments.
 
+A template that rewrites the past (history policy ``"template"``) begins a *branch*: a new sequence of
+tokens for the same conversation. The finished sequences stay in :attr:`Transcript.branches`; in the new
+one the mask is true on what is sampled from then on, so that over all branches each sampled token is
+trained exactly once.
+
 Sharing is what keeps a turn's cost independent of the history's length: the tokens of a conversation
 lie in one growing buffer, its *tape*, and a transcript is the tape's first ``len(transcript)`` tokens. The
 longest transcript of a tape writes behind its own end, in place; any other one (a branch, a saved
@@ -18,12 +23,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from torchrl_chat.messages import Message
+from torchrl_chat.templates.rewriting import Span
 
 _MIN_CAPACITY = 256  # tokens; a short single-turn conversation never has to grow
 _claim = threading.Lock()  # two threads may extend the same transcript: only one may write in place
@@ -58,6 +64,14 @@ class _Tape:
         return self._views
 
 
+class Branch(NamedTuple):
+    """One sequence that the policy saw and continued, ready for training."""
+
+    tokens: torch.Tensor  # int64 (T,)
+    mask: torch.Tensor  # bool (T,), true on the tokens that are trained in this branch
+    log_probs: torch.Tensor  # float32 (T,), 0 where the mask is false
+
+
 class Transcript:
     """The ledger of one conversation. Build one with :meth:`start`; a transcript never changes.
 
@@ -70,6 +84,9 @@ class Transcript:
         answer: the position of the last sampled message in ``messages``; ``None`` before the first answer.
         scored: whether every sampled token came with its log-prob (others read 0).
         text: the tokens' text, where the environment keeps it (text mode); ``None`` elsewhere.
+        spans: where the sampled answers stand in the tokens, one :class:`Span` an answer.
+        branches: the sequences that were left for another one, oldest first; empty unless the template
+            rewrote the past.
         roles: the roles of the messages, kept beside them because every turn reads them all.
         shown: a place where an environment keeps what it made of the messages, so that the next turn
             adds to it; no part of the value.
@@ -86,12 +103,14 @@ class Transcript:
         "_length",
         "_tape",
         "answer",
+        "branches",
         "closed",
         "ended",
         "messages",
         "roles",
         "scored",
         "shown",
+        "spans",
         "stop",
         "text",
     )
@@ -109,6 +128,8 @@ class Transcript:
         shown: Any = None,
         roles: tuple[str, ...] | None = None,
         stop: int | None = None,
+        spans: tuple[Span, ...] = (),
+        branches: tuple[Branch, ...] = (),
     ):
         self._tape = tape
         self._length = length
@@ -120,6 +141,8 @@ class Transcript:
         self.answer = answer
         self.shown = shown
         self.stop = stop
+        self.spans = spans
+        self.branches = branches
         self.roles = tuple(message["role"] for message in messages) if roles is None else roles
 
     # ------------------------------------------------------------------ reading
@@ -143,8 +166,16 @@ class Transcript:
         return self._tape.log_probs[: self._length]
 
     @property
+    def sequences(self) -> tuple[Branch, ...]:
+        """The training view: every sequence that the policy continued, the present one last.
+
+        Each sampled token is under the mask of exactly one of them.
+        """
+        return (*self.branches, Branch(self.tokens, self.mask, self.log_probs))
+
+    @property
     def num_sampled(self) -> int:
-        """The number of tokens that the policy sampled."""
+        """The number of tokens that the policy sampled in the present sequence."""
         return int(np.count_nonzero(self._tape.views()[1][: self._length]))
 
     def __eq__(self, other: object) -> bool:
@@ -224,6 +255,8 @@ class Transcript:
             self.shown,
             (*self.roles, message["role"]),
             stop,
+            (*self.spans, Span(len(self.messages), start, end, stop)),
+            self.branches,
         )
 
     def appended(self, ids: Sequence[int], messages: Sequence[Message], text: str = "") -> Transcript:
@@ -249,6 +282,37 @@ class Transcript:
             self.answer,
             self.shown,
             (*self.roles, *(message["role"] for message in messages)),
+            None,
+            self.spans,
+            self.branches,
+        )
+
+    def branched(self, ids: Sequence[int], spans: tuple[Span, ...], text: str | None = None) -> Transcript:
+        """The conversation on a new sequence, whose past is written anew; this one joins the branches.
+
+        Args:
+            ids: the new sequence, up to the end of the last answer's sampled tokens.
+            spans: where the answers stand in it.
+            text: its text, where the transcript keeps its text.
+        """
+        tape = _Tape(max(_MIN_CAPACITY, 2 * len(ids)))
+        tape.views()[0][: len(ids)] = ids
+        tape.used = len(ids)
+        finished = Branch(self.tokens.clone(), self.mask.clone(), self.log_probs.clone())
+        return Transcript(
+            tape,
+            len(ids),
+            self.messages,
+            self.ended,
+            False,
+            self.scored,
+            text,
+            self.answer,
+            self.shown,
+            self.roles,
+            spans[-1].stop,
+            spans,
+            (*self.branches, finished),
         )
 
     def adopted(self, ids: torch.Tensor) -> Transcript:
@@ -296,7 +360,7 @@ class Transcript:
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = tuple(view[: self._length].copy() for view in self._tape.views())
         state = (self.ended, self.closed, self.scored, self.text, self.answer, None, None, self.stop)
-        return _restore, (arrays, self.messages, *state)
+        return _restore, (arrays, self.messages, *state, self.spans, self.branches)
 
 
 def _restore(arrays: tuple[np.ndarray, ...], messages: tuple[Message, ...], *state: Any) -> Transcript:

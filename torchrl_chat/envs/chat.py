@@ -68,6 +68,10 @@ class ChatEnv(FlatStepping, EnvBase):
         system_role, user_role, policy_role: the roles of the messages that the environment makes.
         data_key: the entry that reset reads. Defaults to ``"query"``.
         device: where observations live. The ledger itself stays on the CPU.
+        history_policy: what the policy sees of its own earlier turns where the chat template rewrites them
+            (drops their reasoning, for one). ``"keep"``: what it saw and sampled, append-only. ``"template"``:
+            what the template writes; a turn whose past is rewritten starts a *branch* (see
+            :attr:`Transcript.sequences <torchrl_chat.transcript.Transcript.sequences>`).
         on_prompt_mismatch: what to do when a policy reports a prompt other than the ledger's:
             ``"raise"``, or ``"adopt"`` what the policy saw.
 
@@ -108,12 +112,15 @@ class ChatEnv(FlatStepping, EnvBase):
         policy_role: str = "assistant",
         data_key: str | None = None,
         device: torch.device | str | None = None,
+        history_policy: Literal["keep", "template"] = "keep",
         on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
     ):
         if input_mode not in _MODES:
             raise ValueError(f"input_mode is {input_mode!r}: expected one of {', '.join(map(repr, _MODES))}.")
         if on_prompt_mismatch not in ("raise", "adopt"):
             raise ValueError(f"on_prompt_mismatch is {on_prompt_mismatch!r}: expected 'raise' or 'adopt'.")
+        if history_policy not in ("keep", "template"):
+            raise ValueError(f"history_policy is {history_policy!r}: expected 'keep' or 'template'.")
         size = torch.Size(
             [1] if batch_size is None else [batch_size] if isinstance(batch_size, int) else batch_size
         )
@@ -133,6 +140,7 @@ class ChatEnv(FlatStepping, EnvBase):
         self.system_role = system_role
         self.user_role = user_role
         self.policy_role = policy_role
+        self.history_policy = history_policy
         self.on_prompt_mismatch = on_prompt_mismatch
         if data_key is not None:
             self.data_key = data_key
@@ -256,21 +264,22 @@ class ChatEnv(FlatStepping, EnvBase):
             ids = responses.tokenize(self._read_texts(td, transcripts), template)
         responses.check_ids(ids, template.codec.vocab_size)
         log_probs = responses.read_log_probs(td, ids, self.batch_size)
-        closes = [template.try_close((*t.roles, self.policy_role)) for t in transcripts]
+        roles = [(*t.roles, self.policy_role) for t in transcripts]
         reasons = responses.read_finish_reasons(td, self.batch_size)
-        parsed = template.parse_batch([row.tolist() for row in ids], closes, reasons)
+        prompts = [t.tokens[-12:].tolist() for t in transcripts] if template.parser.openings else None
+        parsed = template.parse_batch([row.tolist() for row in ids], roles, reasons, prompts)
         keep = self.input_mode == "text"
         answered = []
         for transcript, row, scores, read in zip(transcripts, ids, log_probs, parsed, strict=True):
-            message = {"role": self.policy_role, "content": read.content}
-            close = template.try_close((*transcript.roles, self.policy_role), message)
-            if isinstance(close, BridgeError):  # nothing can follow this turn; it may well be the last
+            if isinstance(read.close, BridgeError):  # nothing can follow this turn; it may well be the last
                 tail, text = None, read.text
             else:
-                suffix = close.suffix(read.stop)
+                suffix = read.close.suffix(read.stop)
                 tail, text = suffix.ids, read.text + suffix.text if keep else ""
             answered.append(
-                transcript.sampled(row, scores, message, ended=read.ended, close=tail, text=text, stop=read.stop)
+                transcript.sampled(
+                    row, scores, read.message, ended=read.ended, close=tail, text=text, stop=read.stop
+                )
             )
         return answered
 
@@ -337,6 +346,9 @@ class ChatEnv(FlatStepping, EnvBase):
                     f"row {i} ends with a message of role {conversation[-1]['role']!r} and waits for the policy: "
                     f"messages are appended after an answer."
                 )
+        if self.history_policy == "template":
+            for i, messages in zip(places, added, strict=True):
+                transcripts[i] = self._rewritten(transcripts[i], messages, self.template)
         follows = self.template.follow_batch(
             conversations,
             added,
@@ -350,6 +362,15 @@ class ChatEnv(FlatStepping, EnvBase):
                 ids, text = [*suffix.ids, *ids], suffix.text + text
             transcripts[i] = transcript.appended(ids, messages, text)
         return transcripts
+
+    def _rewritten(self, transcript: Transcript, new: list[Message], template: ChatTemplate) -> Transcript:
+        """The transcript with the past as the template writes it once ``new`` follows: a branch, if that differs."""
+        tokens = transcript.tokens.tolist()
+        rewritten = template.rewrite(tokens, transcript.spans, transcript.messages, new)
+        if rewritten is None:
+            return transcript
+        text = None if transcript.text is None else template.codec.decode([rewritten.ids])[0]
+        return transcript.branched(rewritten.ids, rewritten.spans, text)
 
     # ------------------------------------------------------------------ transcripts <-> TensorDict
     def _transcripts(self, tensordict: TensorDictBase) -> list[Transcript]:

@@ -68,14 +68,20 @@ class Close:
     Attributes:
         lead: whitespace that the policy is expected to write before its content (one space, for Mistral).
         body: text between content and stop token that is not content.
+        main: the tokens that a policy is expected to end its turns with: one, or one for each kind of message
+            that follows, where a template has the next message's opener end the turn.
         stops: for each token that may end the turn, what surely comes behind it (``"\\n"`` in ChatML).
         cut: what surely comes behind a turn that was cut by a limit, the stop token included.
+        heads: for each stop token, the texts by which the template ends a turn that ended with it: up to and
+            with the stop token, or what stands in its place once a message follows.
     """
 
     lead: str
     body: str
+    main: tuple[int, ...]
     stops: Mapping[int, Suffix]
     cut: Suffix
+    heads: Mapping[int, tuple[str, ...]]
 
     @property
     def by_text(self) -> bool:
@@ -87,6 +93,13 @@ class Close:
         if last_id in self.stops:
             return last_id
         return BY_TEXT if BY_TEXT in self.stops and text.endswith(self.body) else None
+
+    def without_end(self, text: str, stop: int, token: str) -> str:
+        """The sampled text without what ends the turn: the stop token, and what the template has in front of it."""
+        for head in sorted(self.heads.get(stop, ()), key=len, reverse=True):
+            if text.endswith(head):
+                return text.removesuffix(head)
+        return text.removesuffix(token).removesuffix(self.body)
 
     def suffix(self, stop: int | None) -> Suffix:
         """What surely follows a turn that ended with ``stop``, or was cut (``None``)."""
@@ -158,25 +171,29 @@ class Derivation:
         for match in self.codec.control_tokens(last, 0, shared):
             resume.setdefault(self.codec.controls[match.group()], match.end())
         stop = self.codec.first_special(last)
-        if stop is None and not resume:
-            return self._closed_by_what_follows(last, text, limit)
         if stop is None:
-            stop = max(self.codec.control_tokens(last, 0, shared), key=lambda m: m.end())
+            return self._closed_by_what_follows(last, text, limit, resume)
         body = last[: stop.start()]
         stop_id = self.codec.controls[stop.group()]
         if stop_id not in resume:
             resume[stop_id] = self._counterpart(before, body, stop.group(), text, limit)
         return Tail(text, resume, body)
 
-    def _closed_by_what_follows(self, last: str, text: str, limit: int) -> Tail:
-        """A template that ends the last turn with no token: the next message's own opener ends it."""
+    def _closed_by_what_follows(self, last: str, text: str, limit: int, resume: dict[int, int]) -> Tail:
+        """A template that ends its turns with no special token: another token, or the next message's own opener."""
+        for match in self.codec.control_tokens(text, len(shared_prefix([last, text])), limit):
+            if match.group() in self.codec.special:
+                resume.setdefault(self.codec.special[match.group()], match.end())
+                break
+        first = next(iter(self.codec.control_tokens(last)), None)
+        if first is not None:
+            return Tail(text, resume, last[: first.start()])
         body = last if text.startswith(last) else last.rstrip("\n")
         if not text.startswith(body):
             body = ""
-        stop = self.codec.first_special(text, len(body), limit)
-        if stop is None:
-            return Tail(text, {BY_TEXT: len(body)} if body else {}, body)
-        return Tail(text, {self.codec.special[stop.group()]: stop.end()}, text[: stop.start()])
+        if not resume and body:
+            resume[BY_TEXT] = len(body)
+        return Tail(text, resume, body)
 
     def _counterpart(self, before: Sequence[Message], body: str, stop: str, text: str, limit: int) -> int:
         """Where a turn goes on that ended with a token which the template writes only behind the last message.
@@ -247,11 +264,12 @@ def endings(answer: Message, sentinel: str) -> Iterator[Message]:
     """
     calls = answer.get("tool_calls")
     if calls:
-        yield {**answer, "tool_calls": [*calls[:-1], _call_with(calls[-1], sentinel)]}
+        yield {**answer, "tool_calls": [*calls[:-1], call_with(calls[-1], sentinel)]}
     yield {**answer, "content": sentinel}
 
 
-def _call_with(call: Any, sentinel: str) -> Any:
+def call_with(call: Any, sentinel: str) -> Any:
+    """A tool call whose argument is the sentinel."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return call

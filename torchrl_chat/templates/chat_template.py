@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
+from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, Tail
-from torchrl_chat.templates.codec import codec_of, unmarked
+from torchrl_chat.templates.codec import TokenCodec, codec_of, unmarked
 from torchrl_chat.templates.compiled import AnswerKind, Compiler, Kind, Roles, Rule
+from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
 from torchrl_chat.templates.proof import Prover, check_real, twin
-from torchrl_chat.templates.rendering import Renderer
+from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
+from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
+
+
+@dataclass
+class _Proofs:
+    """What was proved of one template with one tokenizer."""
+
+    closes: dict[tuple[Roles, AnswerKind], Close | BridgeError] = field(default_factory=dict)
+    rules: dict[Kind, Rule | BridgeError | None] = field(default_factory=dict)
+    tails: dict[Any, Tail | BridgeError] = field(default_factory=dict)
+
+
+_proofs: weakref.WeakKeyDictionary[TokenCodec, dict[Any, _Proofs]] = weakref.WeakKeyDictionary()
+
+
+def _proofs_of(codec: TokenCodec, renderer: Renderer) -> _Proofs:
+    """The proofs of all ``ChatTemplate`` objects that render alike: many environments, one proof."""
+    return _proofs.setdefault(codec, {}).setdefault(renderer.key, _Proofs())
 
 
 class Rendered(NamedTuple):
@@ -24,10 +47,12 @@ class Rendered(NamedTuple):
 class Parsed(NamedTuple):
     """What a policy sampled, read as a message."""
 
-    content: str  # the message's text, without the tokens that end the turn
+    message: Message  # the same as a message of the conversation
+    answer: ParsedAnswer  # content, reasoning and tool calls, without the tokens that end the turn
     text: str  # all of the sampled text, special tokens spelled out
     ended: bool  # whether the turn ended by itself, rather than by a length limit
     stop: int | None  # the token that ended it, if the template knows it as one
+    close: Close | BridgeError  # how the template closes such a turn, or why that is not known
 
 
 class ChatTemplate:
@@ -38,13 +63,22 @@ class ChatTemplate:
     suffix from the model's own template, and raises :class:`BridgeError` where it cannot prove it.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        chat_template: Jinja source to use instead of ``tokenizer.chat_template``.
+        tokenizer: a Hugging Face tokenizer, fast or slow; or a processor, for conversations of text: its tokenizer
+            makes the ids, its chat template (or else its tokenizer's) the text.
+        chat_template: Jinja source to use instead of ``tokenizer.chat_template``, or the name of one of several
+            templates that it has. Of those, ``tool_use`` is used where there are ``tools``, else ``default``.
         tools: JSON schemas of tools, handed to the template with every conversation.
+        parse_reasoning: whether reasoning that the template's own delimiters set off (``<think>``) becomes
+            ``reasoning_content`` of the parsed message, instead of a part of its content.
+        parse_tool_calls: whether calls in the template's own format become ``tool_calls`` of the parsed
+            message. ``None``: where ``tools`` are given.
+        guard: whether control tokens spelled in the messages' contents stay text. Without it, a user or a
+            tool that types ``<|im_end|>`` ends the turn.
         **template_kwargs: further variables of the template, e.g. ``enable_thinking=False``.
 
     Raises:
-        ChatTemplateError: the tokenizer has no chat template and none is given.
+        ChatTemplateError: the tokenizer has no chat template and none is given, or none of the name given.
+        TypeError: neither a tokenizer nor a processor, or a tokenizer that parses no special tokens.
 
     Example:
         >>> template = ChatTemplate(tokenizer)
@@ -64,17 +98,26 @@ class ChatTemplate:
         *,
         chat_template: str | None = None,
         tools: Sequence[Any] | None = None,
+        parse_reasoning: bool = True,
+        parse_tool_calls: bool | None = None,
+        guard: bool = True,
         **template_kwargs: Any,
     ):
-        self.tokenizer = tokenizer
-        self.codec = codec_of(tokenizer)
-        self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs)
+        self.tokenizer = tokenizer_of(tokenizer)
+        self.codec = codec_of(self.tokenizer)
+        self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
         self._derivation = Derivation(self.renderer, self.codec)
         self._prover = Prover(self._derivation)
         self._compiler = Compiler(self._derivation, self._prover.prove)
-        self._closes: dict[tuple[Roles, AnswerKind], Close | BridgeError] = {}
-        self._rules: dict[Kind, Rule | BridgeError | None] = {}
-        self._proofs: dict[Any, Tail | BridgeError] = {}
+        self.parser = AnswerParser(
+            self.renderer.source if parse_reasoning or parse_tool_calls or tools else "",
+            self.codec.controls,
+            schema=getattr(self.tokenizer, "response_template", None),
+            parse_calls=bool(tools) if parse_tool_calls is None else parse_tool_calls,
+            parse_reasoning=parse_reasoning,
+        )
+        self._rewriter = Rewriter(self._derivation, self.parser, self._close_of)
+        self._proved_by = _proofs_of(self.codec, self.renderer)
         reserved = _RESERVED & template_kwargs.keys()
         if reserved:
             raise ValueError(
@@ -86,11 +129,11 @@ class ChatTemplate:
     def stop_ids(self) -> frozenset[int]:
         """Ids at which a policy should stop: the tokens that end a turn in this template, and the tokenizer's eos."""
         ids = {self.tokenizer.eos_token_id} - {None}
-        for kind in (AnswerKind(), AnswerKind(1, False)):
-            close = self._close(_ROLES, kind)
-            if isinstance(close, Close) and close.stops:
-                # Of the tokens behind a call, the last one ends the turn; the others end the call.
-                ids.update(list(close.stops)[-1:] if kind.calls else close.stops)
+        close, of_call = (self._close(_ROLES, kind) for kind in (AnswerKind(), _A_CALL))
+        if isinstance(close, Close):
+            ids.update(close.main)
+        if isinstance(of_call, Close):  # a call may end with a token of its own
+            ids.update(set(of_call.stops) & ids or of_call.main)
         return frozenset(ids - {BY_TEXT})
 
     # ------------------------------------------------------------------ first prompt
@@ -189,6 +232,9 @@ class ChatTemplate:
         """
         return _raised(self.try_close(list(map(_role, messages)), messages[-1]))
 
+    def _close_of(self, roles: Sequence[str], answer: Message) -> Close:
+        return _raised(self.try_close(roles, answer))
+
     def try_close(self, roles: Sequence[str], answer: Message | None = None) -> Close | BridgeError:
         """The close of a conversation with these roles, or the reason why there is none.
 
@@ -196,18 +242,17 @@ class ChatTemplate:
             roles: the roles of the conversation, the policy's last.
             answer: the policy's message, where it is known: one with tool calls may be closed differently.
         """
-        kind = AnswerKind.of(answer) if answer else AnswerKind()
-        return self._close(Roles.of(tuple(roles)) or _ROLES._replace(policy=roles[-1]), kind)
+        return self._close(_shape(roles), AnswerKind.of(answer) if answer else AnswerKind())
 
     def _close(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
         key = (roles, kind)
-        close = self._closes.get(key)
+        close = self._proved_by.closes.get(key)
         if close is None:
             try:
                 close = self._prover.close(roles, kind)
             except BridgeError as error:
                 close = error
-            self._closes[key] = close
+            self._proved_by.closes[key] = close
         return close
 
     def follow_batch(
@@ -243,6 +288,32 @@ class ChatTemplate:
             for ids, (_, text, marked) in zip(encoded, pending, strict=True)
         ]
 
+    def rewrite(
+        self,
+        token_ids: Sequence[int],
+        spans: Sequence[Span],
+        messages: Sequence[Message],
+        new_messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+    ) -> Rewritten | None:
+        """The past as the template writes it once ``new_messages`` follow: what ``history_policy="template"`` shows.
+
+        Args:
+            token_ids: the sequence so far.
+            spans: where the sampled answers stand in it, in order.
+            messages: the conversation, the last of them sampled.
+            new_messages: what follows.
+            add_generation_prompt: whether what opens an assistant turn follows them.
+
+        Returns:
+            The new sequence up to the end of the last answer, with the ids that were sampled wherever the
+            template keeps them; ``None`` if the past stays as it is.
+
+        Raises:
+            BridgeError: the template changes the words of an earlier answer, or drops one.
+        """
+        return self._rewriter.rewrite(token_ids, spans, messages, new_messages, add_generation_prompt)
+
     def _follow(
         self,
         messages: Sequence[Message],
@@ -257,11 +328,15 @@ class ChatTemplate:
         guarded, marked = self.renderer.guard(new)
         system = messages[0]["content"] if roles is not None and roles.system else ""
         rule = self._rule(roles, answer, new, agp) if roles is not None and isinstance(system, str) else None
-        if rule is not None and not any(trigger in m["content"] for trigger in rule.triggers for m in new):
+        if (
+            rule is not None
+            and rule.parts is not None
+            and not any(trigger in m["content"] for trigger in rule.triggers for m in new)
+        ):
             tail, text = rule.tail, rule.text(system, answer, guarded)
         else:
             self._check_new(new, said_by[-1])
-            tail = self._proved(messages, new, agp)
+            tail = rule.tail if rule is not None else self._proved(messages, new, agp)
             before, marked_before = self.renderer.guard(messages[:-1])
             marked = marked or marked_before
             text = self._derivation.tail(before, answer, guarded, agp)
@@ -286,27 +361,27 @@ class ChatTemplate:
         """Prove a rendered extension once for conversations of these roles and kinds of message."""
         kinds = tuple((m["role"], *sorted(m.keys() - {"content"})) for m in (*messages, *new))
         key = (kinds, len(new), AnswerKind.of(messages[-1]), agp)
-        if key not in self._proofs:
+        if key not in self._proved_by.tails:
             probes = twin([*messages[:-1], *new])
             before, following = probes[: len(messages) - 1], probes[len(messages) - 1 :]
             try:
-                self._proofs[key] = self._prover.prove(before, messages[-1], following, agp)
+                self._proved_by.tails[key] = self._prover.prove(before, messages[-1], following, agp)
             except BridgeError as error:
-                self._proofs[key] = error
-        return _raised(self._proofs[key])
+                self._proved_by.tails[key] = error
+        return _raised(self._proved_by.tails[key])
 
     def _rule(self, roles: Roles, answer: Message, new: Sequence[Message], agp: bool) -> Rule | None:
         """The compiled tail of this kind of extension, if there is one."""
         kind = Kind.of(roles, answer, new, agp)
         if kind is None:
             return None
-        if kind not in self._rules:
+        if kind not in self._proved_by.rules:
             try:
                 self._check_new(new, roles.policy)
-                self._rules[kind] = self._compiler.compile(kind)
+                self._proved_by.rules[kind] = self._compiler.compile(kind)
             except BridgeError as error:
-                self._rules[kind] = error
-        return _raised(self._rules[kind])
+                self._proved_by.rules[kind] = error
+        return _raised(self._proved_by.rules[kind])
 
     # ------------------------------------------------------------------ ids <-> text
     def _encode(self, items: Sequence[tuple[str, bool]]) -> list[Rendered]:
@@ -322,35 +397,72 @@ class ChatTemplate:
     def parse_batch(
         self,
         sampled: Sequence[Sequence[int]],
-        closes: Sequence[Close | BridgeError],
+        roles: Sequence[Sequence[str]] | None = None,
         finish_reasons: Sequence[str | None] | None = None,
+        prompts: Sequence[Sequence[int]] | None = None,
     ) -> list[Parsed]:
-        """Read what a policy sampled: the message's content, the text, and whether the turn ended.
+        """Read what a policy sampled: the message, the text, and how the turn ended.
 
         Args:
             sampled: for each row, the ids that the policy sampled.
-            closes: for each row, how its turn is closed (see :meth:`try_close`).
+            roles: for each row, the roles of its conversation, the policy's last. Without them, those of a
+                user's question and its answer.
             finish_reasons: why the policy stopped, as servers report it (``"stop"``, ``"length"``); where it is
                 ``None`` the last id tells.
+            prompts: for each row, its prompt, or the last ids of it: they tell whether the prompt has opened the
+                reasoning already. Without them the template's usual generation prompt does.
         """
+        said_by = [("user", "assistant")] * len(sampled) if roles is None else roles
         reasons = finish_reasons or [None] * len(sampled)
-        eos = self.tokenizer.eos_token_id
-        parsed = []
-        for ids, text, close, reason in zip(sampled, self.codec.decode(sampled), closes, reasons, strict=True):
-            content, last = text, ids[-1]
-            if isinstance(close, BridgeError):
-                stop, body, lead = None, "", ""
-            else:
-                stop, body, lead = close.stop(last, text), close.body, close.lead
-            ended = reason != "length" if reason is not None else stop is not None or last == eos
-            if ended and (stop is not None or last == eos):
-                end = "" if stop == BY_TEXT else self.codec.token_text(last)
-                content = content.removesuffix(end).removesuffix(body)
-            parsed.append(Parsed(content.removeprefix(lead), text, ended, stop if ended else None))
-        return parsed
+        texts, opened = self.codec.decode(sampled), self._opened(prompts, len(sampled))
+        return list(map(self._parse, sampled, texts, said_by, reasons, opened))
+
+    def _parse(
+        self, ids: Sequence[int], text: str, roles: Sequence[str], reason: str | None, thinking: bool
+    ) -> Parsed:
+        last, content = ids[-1], text
+        shape = _shape(roles)
+        kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
+        known = [close for kind in kinds if isinstance(close := self._close(shape, kind), Close)]
+        lead = known[0].lead if known else ""
+        ends = last == self.tokenizer.eos_token_id
+        # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
+        for close in known:
+            if (stop := close.stop(last, text)) is not None:
+                content = close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
+                ends = True
+                break
+        else:
+            if ends:
+                content = text.removesuffix(self.codec.token_text(last))
+        ended = ends if reason is None else reason != "length"
+        answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
+        message = answer.message(roles[-1])
+        own = self._close(shape, AnswerKind.of(message))
+        stop = own.stop(last, text) if ended and isinstance(own, Close) else None
+        return Parsed(message, answer, text, ended, stop, own)
+
+    def _opened(self, prompts: Sequence[Sequence[int]] | None, rows: int) -> list[bool]:
+        """For each row, whether the generation prompt has opened the reasoning."""
+        if not self.parser.openings:
+            return [False] * rows
+        if prompts is None:
+            return [self._opens_reasoning] * rows
+        ends = self.codec.decode([prompt[-_OPENING_IDS:] for prompt in prompts])
+        return [self.parser.opened_by(end) for end in ends]
+
+    @functools.cached_property
+    def _opens_reasoning(self) -> bool:
+        """Whether the usual generation prompt opens the reasoning."""
+        try:
+            return self.parser.opened_by(self.renderer.text([{"role": "user", "content": "hi"}], True))
+        except ChatTemplateError:
+            return False
 
 
 _role = itemgetter("role")
+_A_CALL = AnswerKind(1, False)
+_OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
 _ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}
 _RESERVED = {
@@ -365,6 +477,11 @@ _RESERVED = {
     "tokenize",
     "truncation",
 }
+
+
+def _shape(roles: Sequence[str]) -> Roles:
+    """The roles of a conversation that ends with an answer; those of the simplest one if it is irregular."""
+    return Roles.of(tuple(roles)) or _ROLES._replace(policy=roles[-1])
 
 
 def _raised(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Text to ids and back, in batches, straight through the tokenizer's Rust backend.
+"""Text to ids and back, in batches, for any Hugging Face tokenizer.
 
 Three things set this apart from calling the tokenizer:
 
@@ -6,45 +6,39 @@ Three things set this apart from calling the tokenizer:
   dummy prefix space, and the leading space of a SentencePiece piece is kept when it is decoded.
 - **Guarding.** A text can be encoded so that chosen stretches stay text even where they spell a
   special token (see :data:`MARK`): what a user or a tool typed can never become a control token.
-- **Batches.** One call into ``encode_batch_fast`` or ``decode_batch`` for all rows.
+- **Batches.** One call into a fast tokenizer's ``encode_batch_fast`` or ``decode_batch`` for all rows.
 
-It knows ids, strings and one tokenizer; nothing of messages.
+It knows ids, strings and one tokenizer, behind the seam of :mod:`~torchrl_chat.templates.backends`; nothing of
+messages. Law of this file: how a tokenizer treats the start and the end of a text is found out by trying it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from torchrl_chat.templates.backends import MARK, MARKS, RustTokenizer, backend_of, one_of, unmarked
 
-MARK = "\uf8ff\ue0a5"
-"""Put after the first character of a special-token look-alike, it keeps the look-alike text.
-
-Two private-use characters that no text of the wild holds in this order; the codec removes them again
-before anything is tokenized.
-"""
-_ESCAPED_MARK = json.dumps(MARK)[1:-1]  # what a template's ASCII JSON makes of it
-
-
-def unmarked(text: str) -> str:
-    """The text without marks."""
-    return text.replace(MARK, "").replace(_ESCAPED_MARK, "")
-
+__all__ = ["MARK", "TokenCodec", "codec_of", "unmarked"]
 
 _codecs: weakref.WeakKeyDictionary[Any, TokenCodec] = weakref.WeakKeyDictionary()
 
+_PROBES = (("a", "b"), ("0", "1"), ("A", "B"))
+_IN_FRONT = ("\n", "|", ".", "0", "x")
+"""Texts to encode another one behind, where a tokenizer begins anew after every control token."""
+
 
 def codec_of(tokenizer: Any) -> TokenCodec:
-    """The codec of a tokenizer, made once: its private copy of a large vocabulary takes half a second to build."""
+    """The codec of a tokenizer; of a fast one made once: its private copy of a large vocabulary takes half a second."""
     codec = _codecs.get(tokenizer)
     if codec is None or codec.fingerprint != _fingerprint(tokenizer):
-        codec = _codecs[tokenizer] = TokenCodec(tokenizer)
+        codec = TokenCodec(tokenizer)
+        if codec.outlives_tokenizer:  # else it would keep its tokenizer alive in the table of codecs
+            _codecs[tokenizer] = codec
     return codec
 
 
@@ -56,68 +50,64 @@ class TokenCodec:
     """The encoder and decoder of one Hugging Face tokenizer.
 
     Args:
-        tokenizer: a fast tokenizer (``PreTrainedTokenizerFast``). Its object is not changed, but for
-            padding and truncation left switched on by an earlier call, which are switched off.
+        tokenizer: a tokenizer of transformers, fast or slow. Its object is not changed, but for padding,
+            truncation and ``split_special_tokens`` that an earlier call left switched on in its Rust backend:
+            they are switched off.
 
     Raises:
-        TypeError: for a tokenizer without a Rust backend.
+        TypeError: for a tokenizer that never parses special tokens out of text (``MistralCommonBackend``).
     """
 
     def __init__(self, tokenizer: Any):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise TypeError(
-                f"{type(tokenizer).__name__} has no Rust backend: load it with AutoTokenizer (use_fast=True)."
-            )
-        # The backend alone: a codec that held its tokenizer would keep it alive in the table of codecs.
-        self._rust: Tokenizer = backend
+        self._backend = backend_of(tokenizer)
+        self.outlives_tokenizer = isinstance(self._backend, RustTokenizer)
         self.fingerprint = _fingerprint(tokenizer)
-        added = tokenizer.added_tokens_decoder
-        self._added = added
+        added = self._added = self._backend.added
         self._added_ids = {t.content: i for i, t in added.items()}
-        self.special: dict[str, int] = {t.content: i for i, t in added.items() if t.special and t.content}
+        # Not every tokenizer flags its own eos as special (ByT5).
+        special = {*tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
+        self.special: dict[str, int] = {
+            t.content: i for i, t in added.items() if t.content in special and t.content
+        }
         self.special_ids = frozenset(self.special.values())
         # Added tokens that are not flagged special can still be markup (<tool_call>); letters and spaces are not.
         self.plain_added: dict[str, int] = {
             t.content: i
             for i, t in added.items()
-            if not t.special and len(t.content) > 2 and not t.content.isalnum() and not t.content.isspace()
+            if t.content not in special
+            and len(t.content) > 2
+            and not t.content.isalnum()
+            and not t.content.isspace()
         }
         self.controls: dict[str, int] = {**self.special, **self.plain_added}
         self.control_texts: dict[int, str] = {i: s for s, i in self.controls.items()}
-        self._special_rx = _one_of(self.special)
-        self._control_rx = _one_of(self.controls)
+        self._special_rx = one_of(self.special)
+        self._control_rx = one_of(self.controls)
         self._openers = sorted({s[0] for s in self.special})  # nearly always "<" alone
+        self._unknown: int | None = tokenizer.unk_token_id
+        self._disguisable = frozenset(
+            i for i in self.control_texts if i != self._unknown and self._backend.disguises(i)
+        )
         # Ids can have gaps, and a model's embedding is often padded beyond them.
-        self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
-        self._guarded: tuple[Tokenizer, dict[str, str], dict[int, int]] | None = None
-        self._anchor = self._find_anchor()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guarded": None}
-
-    @property
-    def _backend(self) -> Tokenizer:
-        backend = self._rust
-        if backend.padding is not None:
-            backend.no_padding()
-        if backend.truncation is not None:
-            backend.no_truncation()
-        return backend
+        self.vocab_size: int = max(*tokenizer.get_vocab().values(), *added, -1, -1) + 1
+        self._front: tuple[list[int], int] | None = None
+        self._back: tuple[list[int], int] | None = None
+        self._anchors: list[tuple[str, list[int]]] = []
+        self._find_anchors()
 
     # ------------------------------------------------------------------ text -> ids
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; special tokens spelled in it are parsed, none are added."""
-        if not texts:
-            return []
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self._backend.encode(texts) if texts else []
 
     def encode_after(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as it continues right after the control token ``anchor``.
 
         The anchor is encoded with the text and dropped, so that what a tokenizer does at the start of
         a text (a dummy space) or after a special token (``rstrip``) happens as it does in context.
+
+        Raises:
+            ValueError: the anchor is not parsed as one token in front of a text.
         """
         first = self._added_ids[anchor]
         encoded = self.encode([anchor + text for text in texts])
@@ -126,57 +116,84 @@ class TokenCodec:
                 raise ValueError(f"{anchor!r} is not one token in front of {text[:40]!r}: got {ids[:3]}.")
         return [ids[1:] for ids in encoded]
 
-    def encode_continuation(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it continues a running one: no dummy space is put in front of it."""
-        if self._anchor is None:
-            return self.encode(texts)
-        return self.encode_after(self._added[self._anchor[0]].content, texts)
+    def encode_continuation(
+        self, texts: Sequence[str], after: Sequence[int | None] | None = None
+    ) -> list[list[int]]:
+        """Ids of each text as it continues a running one: no dummy space is put in front of it.
+
+        Args:
+            texts: the texts.
+            after: for each text, the id that it follows, where that is known. Behind a control token a text is
+                encoded as the tokenizer encodes it there (see :meth:`encode_after`): some begin anew, with a
+                dummy space.
+
+        Raises:
+            ValueError: the tokenizer merges the start of a text with whatever stands in front of it.
+        """
+        results: list[list[int]] = [[]] * len(texts)
+        running = []
+        for i, text in enumerate(texts):
+            control = self.control_texts.get(after[i]) if after is not None else None  # type: ignore[arg-type]
+            if control is not None:
+                results[i] = self.encode_after(control, [text])[0]
+            elif text:
+                running.append(i)
+        for anchor, first in self._anchors or [("", [])]:
+            encoded = self.encode([anchor + texts[i] for i in running])
+            merged = []
+            for i, ids in zip(running, encoded, strict=True):
+                if ids[: len(first)] == first:
+                    results[i] = ids[len(first) :]
+                else:
+                    merged.append(i)
+            if not merged:
+                return results
+            running = merged
+        raise ValueError(
+            f"the tokenizer merges the start of {texts[running[0]][:40]!r} with every text in front of it."
+        )
 
     def encode_guarded(self, texts: Sequence[str]) -> list[list[int]]:
         """Like :meth:`encode`, but stretches that carry :data:`MARK` stay text.
 
-        A private copy of the tokenizer treats every control token as text; the control tokens that
-        stand in ``texts`` without a mark are swapped for placeholders that only that copy knows, with
-        the same stripping rules, and swapped back as ids.
+        Where a tokenizer makes a control token even of plain text, the text is cut inside the look-alike, and
+        the parts are encoded one by one.
+
+        Raises:
+            ValueError: a look-alike cannot be kept text.
         """
-        backend, placeholders, back = self._guarded_backend()
-        swapped = [unmarked(self._control_rx.sub(lambda m: placeholders[m.group()], text)) for text in texts]
-        encodings = backend.encode_batch_fast(swapped, add_special_tokens=False)
-        return [[back.get(i, i) for i in encoding.ids] for encoding in encodings]
+        encoded = self._backend.encode_guarded(texts, self.controls)
+        return [
+            ids if ids is not None and self._is_kept(ids, text) else self._cut_at_marks(text)
+            for ids, text in zip(encoded, texts, strict=True)
+        ]
 
-    def _guarded_backend(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-        if self._guarded is None:
-            from tokenizers import AddedToken, Tokenizer
+    def _is_kept(self, ids: list[int], text: str) -> bool:
+        """Whether no look-alike in the text has become a control token."""
+        written = Counter(self.controls[m.group()] for m in self._control_rx.finditer(text))
+        spelled = {self.controls[m.group()] for m in self._control_rx.finditer(unmarked(text))}
+        return all(ids.count(i) <= written[i] for i in spelled | self._disguisable)
 
-            spec = json.loads(self._backend.to_str())
-            for token in spec["added_tokens"]:  # only what is flagged special can be switched off
-                token["special"] = token["special"] or token["content"] in self.controls
-            backend = Tokenizer.from_str(json.dumps(spec))
-            backend.encode_special_tokens = True
-            placeholders = {s: f"\ue0a6{i}\ue0a7" for s, i in self.controls.items()}
-            backend.add_tokens(
-                [
-                    AddedToken(
-                        placeholders[s],
-                        lstrip=self._added[i].lstrip,
-                        rstrip=self._added[i].rstrip,
-                        normalized=False,
-                        special=False,
-                    )
-                    for s, i in self.controls.items()
-                ]
+    def _cut_at_marks(self, text: str) -> list[int]:
+        head, *rest = MARKS.split(text)
+        ids = sum(self.encode_continuation(rest), self.encode([head])[0])
+        # An unknown character is the unknown token, whatever the text spells: no control of anything.
+        if not self._is_kept([i for i in ids if i != self._unknown], text):
+            raise ValueError(
+                f"the tokenizer makes a control token of what is meant as text: {unmarked(text)!r:.200}"
             )
-            added = backend.get_added_tokens_decoder()
-            by_text = {token.content: i for i, token in added.items()}
-            back = {by_text[p]: self.controls[s] for s, p in placeholders.items()}
-            self._guarded = (backend, placeholders, back)
-        return self._guarded
+        return ids
 
     def spells(self, text: str, controls: Iterable[str] = ()) -> bool:
-        """Whether the text spells a special token, or one of ``controls``."""
+        """Whether the text spells a special token, or one of ``controls``, as far as the tokenizer can tell."""
         if any(c in text for c in self._openers) and self._special_rx.search(text) is not None:
             return True
-        return any(control in text for control in controls)
+        if any(control in text for control in controls):
+            return True
+        if not self._disguisable:
+            return False
+        wanted = self.special_ids | {self.controls[control] for control in controls}
+        return self._backend.disguised(text, wanted & self._disguisable)
 
     def mark(self, text: str, controls: Collection[str] = ()) -> str:
         """The text with :data:`MARK` inside every special token, and every one of ``controls``, that it spells."""
@@ -206,26 +223,57 @@ class TokenCodec:
         """Text of each row of ids as a continuation; special tokens are spelled out."""
         if not batch:
             return []
-        if self._anchor is None:
-            return self._backend.decode_batch(batch, skip_special_tokens=False)
-        anchor, cut = self._anchor
-        texts = self._backend.decode_batch([[anchor, *ids] for ids in batch], skip_special_tokens=False)
-        return [text[cut:] for text in texts]
+        if self._front is None and self._back is None:
+            return self._backend.decode(batch)
+        front, start = self._front or ([], 0)
+        back, end = self._back or ([], 0)
+        texts = self._backend.decode([[*front, *ids, *back] for ids in batch])
+        return [text[start : len(text) - end] for text in texts]
 
-    def _find_anchor(self) -> tuple[int, int] | None:
-        """A special token to decode behind, where decoding eats the first space; else ``None``."""
-        probe = self.encode(["a b"])[0]
-        # The last piece of "a b" begins with the space; a decoder that strips the start of its text loses it.
-        if not probe or self._backend.decode(probe[-1:], skip_special_tokens=False).startswith(" "):
-            return None
-        for text, special in self.special.items():
-            alone = self._backend.decode([special], skip_special_tokens=False)
-            joined = self._backend.decode([special, probe[-1]], skip_special_tokens=False)
-            if alone == text and joined == text + " b":
-                return special, len(text)
+    # ------------------------------------------------------------------ how the tokenizer treats edges
+    def _find_anchors(self) -> None:
+        """Find what to decode between and to encode behind, where a tokenizer adds or eats spaces at the edges."""
+        decode = self._backend.decode
+        probe = next(
+            (pair for pair in _PROBES if decode(self.encode([" ".join(pair)]))[0].split() == [*pair]), None
+        )
+        if probe is None:
+            return
+        first, second = probe
+        [ids, spaced, joined] = self.encode([f"{first} {second}", f". {second}", f".{second}"])
+        # The pieces of the second word, with the space in front of it.
+        word = next((ids[k:] for k in range(1, len(ids)) if decode([ids[:k]]) == [first]), [])
+        keeps_spaces = spaced != joined
+        if word and keeps_spaces and not decode([word])[0].startswith(" "):
+            self._front = self._beside(lambda anchor, text: decode([[*anchor, *word]]) == [f"{text} {second}"])
+        [ending] = self.encode([f"{first} "])
+        [shown] = self.decode([ending])
+        if keeps_spaces and not shown.endswith(" "):
+            self._back = self._beside(lambda anchor, text: self.decode([[*ending, *anchor]]) == [f"{shown} {text}"])
+        if not self._continues("", [], second):
+            # A control token, if there is one that leaves the text behind it alone; else what is text itself.
+            unknown = self._unknown
+            for text in [s for s, i in self.special.items() if i != unknown and not self._added[i].rstrip][:8]:
+                if self._continues(text, [self.special[text]], second):
+                    self._anchors = [(text, [self.special[text]])]
+                    return
+            known = zip(_IN_FRONT, self.encode(_IN_FRONT), strict=True)
+            self._anchors = [
+                (text, ids) for text, ids in known if unknown not in ids and self._continues(text, ids, second)
+            ]
+
+    def _beside(self, keeps: Callable[[list[int], str], bool]) -> tuple[list[int], int] | None:
+        """A token, and its length as text, that keeps the space beside it when both are decoded."""
+        singles = [(text, [i]) for text, i in self.special.items()][:8]
+        for text, anchor in (*singles, *zip(_IN_FRONT, self.encode(_IN_FRONT), strict=True)):
+            if self._backend.decode([anchor]) == [text] and keeps(anchor, text):
+                return anchor, len(text)
         return None
 
-
-def _one_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds any of the texts, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+    def _continues(self, anchor: str, first: list[int], word: str) -> bool:
+        """Whether a text behind the anchor keeps the start that it has, with a space and without."""
+        for text in (word, f" {word}"):
+            [ids] = self.encode([anchor + text])
+            if ids[: len(first)] != first or self.decode([ids[len(first) :]]) != [text]:
+                return False
+        return True

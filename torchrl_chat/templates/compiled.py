@@ -155,16 +155,18 @@ class Rule:
 
     Attributes:
         tail: the tail of the probe, with its stop tokens.
-        parts: constant texts and slots, in order.
+        parts: constant texts and slots, in order; ``None`` if the text depends on more than the new messages, so
+            that the template is rendered.
         triggers: strings in a new message's content that make the template write something else.
     """
 
     tail: Tail
-    parts: tuple[str | Slot, ...]
+    parts: tuple[str | Slot, ...] | None
     triggers: tuple[str, ...]
 
     def text(self, system: str, answer: Message, new: Sequence[Message]) -> str:
         """The tail's text for these messages."""
+        assert self.parts is not None
         return "".join(
             part if isinstance(part, str) else part.edit(_field(part, system, answer, new)) for part in self.parts
         )
@@ -195,8 +197,8 @@ class Compiler:
         self.derivation = derivation
         self.prove = prove
 
-    def compile(self, kind: Kind) -> Rule | None:
-        """The rule of one kind of extension; ``None`` where the tail depends on more than the new messages.
+    def compile(self, kind: Kind) -> Rule:
+        """The rule of one kind of extension.
 
         Raises:
             BridgeError: the extension is refused for every conversation of this kind.
@@ -206,14 +208,15 @@ class Compiler:
         agp = kind.add_generation_prompt
         tail = self.prove(histories[0], answer, new, agp)
         parts = _split(tail.text, slots)
+        rendered = Rule(tail, None, ())
         try:
             if any(_split(self.derivation.tail(h, answer, new, agp), slots) != parts for h in histories[1:]):
-                return None
+                return rendered
             if any(self._looks_back(h, answer, new, agp, tail.text) for h in self._short(histories)):
-                return None
-            return self._with_edits(kind, histories, tail, parts, answer, new)
+                return rendered
+            return self._with_edits(kind, histories, tail, parts, answer, new) or rendered
         except BridgeError:
-            return None  # some conversations of this kind only are refused: each is tried on its own
+            return rendered  # some conversations of this kind only are refused: each is tried on its own
 
     # ------------------------------------------------------------------ probes
     def _histories(self, kind: Kind, system: str) -> Iterator[list[Message]]:
@@ -241,9 +244,10 @@ class Compiler:
         for literal in self.derivation.renderer.literals:
             said = f"some {literal} words"
             for i in range(len(before)):
-                changed = [*before[:i], {**before[i], "content": said}, *before[i + 1 :]]
-                text = self.derivation.tail(changed, answer, new, agp)
-                if text != expected.replace(before[i]["content"], said):
+                [message], _ = self.derivation.renderer.guard([{**before[i], "content": said}])
+                text = self.derivation.tail([*before[:i], message, *before[i + 1 :]], answer, new, agp)
+                was = before[i]["content"]
+                if text != (expected.replace(was, message["content"]) if was else expected):
                     return True
         return False
 

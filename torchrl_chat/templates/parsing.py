@@ -48,14 +48,19 @@ class ParsedAnswer:
         content: the text without reasoning and without well-formed calls.
         reasoning: the reasoning; ``None`` if the turn has none, "" if it opened and closed an empty one.
         calls: every call that was found, malformed ones too, in the order of the text.
+        start: where in the text what is not reasoning begins.
     """
 
     content: str
     reasoning: str | None = None
     calls: tuple[ParsedCall, ...] = ()
+    start: int = 0
 
     def message(self, role: str = "assistant") -> Message:
         """The turn as a message: ``reasoning_content`` and ``tool_calls`` are there only if the turn has them.
+
+        A malformed call stays in the content as it was written, and is described under
+        ``invalid_tool_calls``: its name, its raw arguments, what is wrong, and where in the text it stands.
 
         Example:
             >>> ParsedAnswer("Hello", reasoning="A greeting.").message()
@@ -67,6 +72,12 @@ class ParsedAnswer:
         good = [call for call in self.calls if call.status is CallStatus.OK]
         if good:
             message["tool_calls"] = [call.message(i) for i, call in enumerate(good)]
+        if len(good) < len(self.calls):
+            message["invalid_tool_calls"] = [
+                {"name": c.name, "arguments": c.arguments, "status": c.status.value, "span": list(c.span)}
+                for c in self.calls
+                if c.status is not CallStatus.OK
+            ]
         return message
 
 
@@ -85,6 +96,7 @@ class AnswerParser:
         schema: a response template of transformers (``tokenizer.response_template``); its own parser is then
             asked first, and this one only where that fails. It reports no spans: they cover the whole text.
         parse_calls: false leaves every call in the content, as text.
+        parse_reasoning: false leaves the reasoning in the content.
 
     Example:
         >>> parser = AnswerParser("{{ '<think>\\\\n' }}{{ '<tool_call>\\\\n' }}")
@@ -101,10 +113,12 @@ class AnswerParser:
         formats: Sequence[CallFormat] | None = None,
         schema: dict[str, Any] | None = None,
         parse_calls: bool = True,
+        parse_reasoning: bool = True,
     ):
         text = _spoken(source, tuple(controls))
-        self.pairs = pairs_of(text)
-        self.channels: Channels | None = channels_of(text)
+        self.pairs = pairs_of(text) if parse_reasoning else ()
+        # Segments carry calls too: a template that speaks in segments is read as segments or not at all.
+        self.channels: Channels | None = channels_of(text) if parse_reasoning or parse_calls else None
         self.formats = formats_of(text) if formats is None else tuple(formats)
         self.bare_json = formats is None and speaks_bare_json(text, self.formats)
         self.tool_names = None if tool_names is None else frozenset(tool_names)
@@ -147,12 +161,14 @@ class AnswerParser:
             found = [self._checked(call) for call in found]
             calls += found
             content.append(_remainder(text, start, end, [c.span for c in found if c.status is CallStatus.OK]))
-        reasoning = None
+        reasoning, begin = None, 0
         if thoughts is not None:
             edge = 0 if self.channels else 1  # headers of segments stand without line breaks
             reasoning = "\n".join(_trimmed(text[start:end], edge, edge) for start, end in thoughts)
             content = [_trimmed(part, 2 * edge, 0) for part in content]
-        return ParsedAnswer("\n".join(filter(None, content)), reasoning, tuple(calls))
+            begin = pieces[0][0] if pieces else len(text)
+            begin += next((k for k in (2, 1) if text.startswith("\n" * k, begin)), 0) if edge else 0
+        return ParsedAnswer("\n".join(filter(None, content)), reasoning, tuple(calls), begin)
 
     # ------------------------------------------------------------------ reasoning
     def _by_pairs(self, text: str, opened: bool) -> tuple[list[tuple[int, int]] | None, list[Piece]]:

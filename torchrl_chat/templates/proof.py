@@ -86,8 +86,20 @@ class Prover:
             if (at := last.find(text)) >= 0:
                 afters.append(last[at + len(text) :])
             stops[stop] = self._suffix(stop, afters)
+        heads = {
+            stop: tuple({tail.text[: tail.resume[stop]]: None for tail in tails if stop in tail.resume})
+            for stop in stops
+        }
         lead = self.derivation.lead(before, roles.policy)
-        return Close(lead, tails[0].body, stops, self._suffix(None, [*texts, last]))
+        main = tuple({self._main(tail): None for tail in tails if tail.resume})
+        return Close(lead, tails[0].body, main, stops, self._suffix(None, [*texts, last]), heads)
+
+    def _main(self, tail: Tail) -> int:
+        """The token that ends the turn, of several that close something at its end: eos, or else the last one."""
+        eos = self.renderer.tokenizer.eos_token_id
+        if eos in tail.resume:
+            return eos
+        return max(tail.resume, key=lambda stop: (stop in self.codec.special_ids, tail.resume[stop]))
 
     def _suffix(self, stop: int | None, texts: Sequence[str]) -> Suffix:
         """What all texts begin with, cut back to in front of a control token."""
@@ -166,7 +178,11 @@ def _continuations(roles: Roles, calls: int) -> list[list[Message]]:
 def twin(messages: Sequence[Message], start: int = 0) -> list[Message]:
     """The messages with contents that differ from each other and from everything that was said."""
     sentinel = unused(messages)
-    return [{**m, "content": f"{sentinel}{start + i}"} for i, m in enumerate(messages)]
+    return [
+        # A call without a text is another kind of message than one with a text.
+        m if m.get("tool_calls") and not m.get("content") else {**m, "content": f"{sentinel}{start + i}"}
+        for i, m in enumerate(messages)
+    ]
 
 
 def check_real(probe: Tail, text: str, new: Sequence[Message]) -> None:

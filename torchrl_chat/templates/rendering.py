@@ -12,10 +12,11 @@ import contextvars
 import datetime
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.messages import Message, content_text
+from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import TokenCodec
 
 _PROBE = "Qz7probe7zQ"
@@ -31,17 +32,20 @@ class Renderer:
     """Renders conversations with one tokenizer's chat template.
 
     Args:
-        tokenizer: a Hugging Face tokenizer, or a processor (then its own chat template is used).
+        tokenizer: a Hugging Face tokenizer, or a processor: then its own chat template is used, and its tokenizer's
+            where it has none. :attr:`tokenizer` is the processor's tokenizer.
         codec: its codec; its special tokens decide which contents need guarding.
         chat_template: Jinja source used instead of ``tokenizer.chat_template``, or the name of one of
             its templates (``"tool_use"``).
         tools: JSON schemas handed to the template with every conversation.
         template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
+        guard: whether look-alikes of control tokens in contents are marked as text at all.
         now: the moment that ``strftime_now`` tells the template, so that a conversation that lasts over
             midnight keeps its date. Defaults to the moment of construction.
 
     Raises:
         ChatTemplateError: if there is no chat template, or none of that name.
+        TypeError: neither a tokenizer nor a processor that has one.
     """
 
     def __init__(
@@ -52,10 +56,13 @@ class Renderer:
         tools: Sequence[Any] | None,
         template_kwargs: dict[str, Any],
         now: datetime.datetime | None = None,
+        guard: bool = True,
     ):
-        self.tokenizer = tokenizer
+        # A processor's apply_chat_template does the same with text, but warns of every variable of the template.
+        self.tokenizer = tokenizer_of(tokenizer)
         self.codec = codec
         self.source = _source(tokenizer, chat_template, bool(tools))
+        self.guards = guard
         self.now = now or datetime.datetime.now()
         self._kwargs: dict[str, Any] = dict(template_kwargs)
         self._dated = "strftime_now" in self.source
@@ -65,6 +72,13 @@ class Renderer:
         self._kwargs["chat_template"] = self.source
         # Control strings that the template itself writes, though their tokens are not flagged special.
         self.controls = {s for s in codec.plain_added if len(s) > 2 and not s.isalnum() and s in self.source}
+
+    @property
+    def key(self) -> Any:
+        """Equal for renderers that write the same texts."""
+        variables = sorted((key, repr(value)) for key, value in self._kwargs.items())
+        bound = getattr(self.tokenizer.apply_chat_template, "__func__", self.tokenizer.apply_chat_template)
+        return bound, tuple(variables), self.guards, self.now if self._dated else None
 
     # ------------------------------------------------------------------ text
     def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -182,6 +196,8 @@ class Renderer:
 
         Every string of a message is looked at (content, parts, names, tool calls), but for its role.
         """
+        if not self.guards:
+            return messages, False
         spelled = [self._spells(message, message.get("role") in _TRUSTED) for message in messages]
         if not any(spelled):
             return messages, False
@@ -221,14 +237,25 @@ def _compiled(source: str) -> Any:
     return chat_template_utils._compile_jinja_template(source)
 
 
+class _Clock:
+    """``strftime_now`` of a compiled template: the renderer's moment while one of ours renders, else as it was."""
+
+    def __init__(self, clock: Callable[[str], str]):
+        self._clock = clock
+
+    def __call__(self, form: str) -> str:
+        moment = _moment.get()
+        return self._clock(form) if moment is None else moment.strftime(form)
+
+
 def _stop_clock(source: str) -> None:
     """Let the template's ``strftime_now`` tell the renderer's moment while one of ours renders.
 
     transformers reads the clock at every rendering, and hands no function through its template variables.
     """
-    _compiled(source).globals["strftime_now"] = lambda form: (_moment.get() or datetime.datetime.now()).strftime(
-        form
-    )
+    names = _compiled(source).globals
+    if not isinstance(names["strftime_now"], _Clock):
+        names["strftime_now"] = _Clock(names["strftime_now"])
 
 
 def _entries(value: Any) -> Iterator[Any]:
@@ -247,23 +274,20 @@ def _only_text(parts: Sequence[Any]) -> bool:
 
 def _source(tokenizer: Any, chat_template: str | None, with_tools: bool) -> str:
     """The Jinja source that is used, of one template or of several named ones."""
-    own = getattr(tokenizer, "chat_template", None)
-    if isinstance(own, (list, tuple)):  # the form in tokenizer_config.json
-        own = {entry["name"]: entry["template"] for entry in own}
-    if isinstance(own, Mapping):
-        if chat_template in own:
-            return own[chat_template]
-        if chat_template is None:
-            name = "tool_use" if with_tools and "tool_use" in own else "default"
-            if name not in own:
-                raise ChatTemplateError(
-                    f"the tokenizer has the chat templates {sorted(own)} and no default: pass chat_template=NAME."
-                )
-            return own[name]
-        own = None
+    own = _own(tokenizer) or _own(tokenizer_of(tokenizer))  # a processor's first
+    named = own if isinstance(own, Mapping) else {}
+    if chat_template is None and named:
+        chat_template = "tool_use" if with_tools and "tool_use" in named else "default"
+        if chat_template not in named:
+            raise ChatTemplateError(
+                f"the tokenizer has the chat templates {sorted(named)} and no default: pass chat_template=NAME."
+            )
+    if chat_template in named:
+        return named[chat_template]
     if chat_template is not None and "{" not in chat_template:
         raise ChatTemplateError(
-            f"chat_template is {chat_template!r}: no Jinja source, and the tokenizer has no template of that name."
+            f"chat_template is {chat_template!r}: no Jinja source, and the tokenizer has no template of that name "
+            f"(it has {sorted(named) or 'no named ones'})."
         )
     source = chat_template or own
     if not source:
@@ -273,3 +297,11 @@ def _source(tokenizer: Any, chat_template: str | None, with_tools: bool) -> str:
             f"chat_template=... with the Jinja source that the model was trained with."
         )
     return source
+
+
+def _own(source: Any) -> Any:
+    """The chat template of a tokenizer or a processor, or its named ones by their names."""
+    own = getattr(source, "chat_template", None)
+    if isinstance(own, (list, tuple)):  # the form in tokenizer_config.json
+        return {entry["name"]: entry["template"] for entry in own}
+    return own
