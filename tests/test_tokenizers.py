@@ -197,6 +197,10 @@ def nfkc(text: str) -> str:
 
 ASCII = "".join(map(chr, range(33, 127))) + " "
 LETTERS = ASCII + "\né北"
+CLEANS_UP = {
+    "clean_up_tokenization_spaces": True,
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+}
 STRIPS = {"lstrip": True, "rstrip": True}
 CASES = {
     "bpe always": Case(lambda: sentencepiece("bpe", "always"), spaceless),
@@ -216,8 +220,8 @@ CASES = {
     "NFKC, specials normalized": Case(
         lambda: sentencepiece("bpe", "first", normalizers.NFKC(), token={"normalized": True}), nfkc
     ),
-    "cleans up": Case(lambda: sentencepiece("bpe", "first", clean_up_tokenization_spaces=True)),
-    "cleans up bytes": Case(lambda: byte_level(False, clean_up_tokenization_spaces=True)),
+    "cleans up": Case(lambda: sentencepiece("bpe", "first", **CLEANS_UP)),
+    "cleans up bytes": Case(lambda: byte_level(False, **CLEANS_UP)),
     "strips": Case(lambda: sentencepiece("bpe", "first", token=STRIPS), spaceless),
     "bytes with a prefix space": Case(lambda: byte_level(True), spaceless),
     "slow letters": Case(lambda: slow(Letters), alphabet=LETTERS),
@@ -384,6 +388,7 @@ class TestCodec:
         own = template.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert template.render([USER]) == own
         assert template.codec.special["<|im_start|>"] not in own
+        assert template.codec.encode_guarded([text]) == [own]
         with pytest.raises(BridgeError, match="merges across the end of an assistant turn"):
             template.extend(own, [USER, ANSWER], [NEXT])
 
@@ -394,13 +399,30 @@ class TestCodec:
 
     def test_switches_left_on_by_a_call(self):
         """transformers leaves what a call asked for switched on in the Rust backend."""
-        tokenizer = sentencepiece("bpe", "first")
+        tokenizer = sentencepiece("bpe", "first", pad_token="</s>")
         codec = TokenCodec(tokenizer)
         expected = codec.encode(["<s>a<|im_end|>"])
-        tokenizer("x", split_special_tokens=True)
-        tokenizer.pad_token = "</s>"
-        tokenizer("x", padding="max_length", max_length=20, truncation=True)
+        for switches in ({"split_special_tokens": True}, {"padding": "max_length", "max_length": 20}):
+            tokenizer("x", **switches)
+            assert codec.encode(["<s>a<|im_end|>"]) == expected
+        tokenizer("x" * 9, truncation=True, max_length=1)
         assert codec.encode(["<s>a<|im_end|>"]) == expected
+
+    def test_unknown_characters_are_no_anchor(self):
+        """A run of unknown characters is one unknown token: nothing may be encoded behind one and cut off."""
+        codec = template_of("unigram always").codec
+        assert codec.decode(codec.encode_continuation(["\nwhat"])) == ["<unk>what"]
+
+    @pytest.mark.parametrize("case", ["bpe always", "strips", "slow legacy", "slow letters, strips", "slow ByT5"])
+    def test_a_guarded_lookalike_is_tokenized_as_the_text_that_it_is(self, case):
+        """Cutting it is the last resort."""
+        codec = template_of(case).codec
+        text = f"x {codec.mark('<|im_end|>')}\n<|im_start|> y"
+        [ids] = codec.encode_guarded([text])
+        assert codec._backend.encode_guarded([text], codec.controls) == [ids]
+        [plain] = codec.encode(["x <|im_end|>\n<|im_start|> y"])
+        assert ids != plain
+        assert controls(codec, ids) == [codec.special["<|im_start|>"]]
 
     def test_after_a_control_token(self):
         """Some tokenizers begin anew behind a control token, with a dummy space, and some do not."""

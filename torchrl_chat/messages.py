@@ -65,9 +65,11 @@ def check_message(message: Any, where: str = "message") -> Message:
     if not isinstance(role, str) or not role:
         raise MessageError(f"{where} has no 'role': got {role!r}, expected a non-empty string.")
     content = message.get("content")
-    if content is None:
-        if message.get("tool_calls"):
+    if message.get("tool_calls"):
+        _check_calls(message["tool_calls"], where)
+        if content is None:
             return dict(message)
+    if content is None:
         raise MessageError(
             f"{where} (role {role!r}) has no 'content': give a string (it may be empty), a list of "
             f"parts, or 'tool_calls'."
@@ -75,11 +77,30 @@ def check_message(message: Any, where: str = "message") -> Message:
     if isinstance(content, str):
         return dict(message)
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
+        for i, part in enumerate(content):
+            if part.get("type", "text") == "text" and not isinstance(part.get("text"), str):
+                raise MessageError(
+                    f"{where} (role {role!r}): part {i} of its 'content' has the 'text' {part.get('text')!r:.40}: "
+                    f"expected a string."
+                )
         return dict(message)
     raise MessageError(
         f"{where} (role {role!r}) has a 'content' of type {type(content).__name__}: expected a string "
         f"or a list of parts."
     )
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    if isinstance(calls, Sequence) and not isinstance(calls, str):
+        for i, call in enumerate(calls):
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise MessageError(
+                    f"{where}: tool_calls[{i}] is {call!r:.80}: expected "
+                    '{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}.'
+                )
+        return
+    raise MessageError(f"{where}: 'tool_calls' is a {type(calls).__name__}, expected a list of calls.")
 
 
 def content_text(message: Message) -> str:

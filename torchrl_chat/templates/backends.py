@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Backend(Protocol):
     def disguises(self, token_id: int) -> bool:
         """Whether this added token may be parsed out of a text that does not spell it letter by letter."""
 
-    def disguised(self, text: str, ids: Collection[int]) -> bool:
+    def disguised(self, text: str, ids: Set[int]) -> bool:
         """Whether the text may hold one of these added tokens, each of which :meth:`disguises`, in disguise."""
 
 
@@ -100,13 +100,14 @@ def backend_of(tokenizer: Any) -> Backend:
     if rust is not None:
         return RustTokenizer(rust, tokenizer.added_tokens_decoder)
     try:
-        return PythonTokenizer(tokenizer, tokenizer.added_tokens_decoder)
+        added = tokenizer.added_tokens_decoder
     except NotImplementedError as error:
         raise TypeError(
             f"{type(tokenizer).__name__} renders conversations by code of its own, without a Jinja template, and "
             f"never parses special tokens out of text. Load the model's tokenizer.json instead: "
             f"PreTrainedTokenizerFast.from_pretrained(...), with its chat template."
         ) from error
+    return PythonTokenizer(tokenizer, added)
 
 
 class _Copy(NamedTuple):
@@ -132,6 +133,7 @@ class RustTokenizer:
         self.added = added
         self._guarded: _Copy | None = None
         self._faithful = True
+        self._folded: dict[int, str] = {}  # added tokens as the normalizer spells them
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_guarded": None}
@@ -204,11 +206,13 @@ class RustTokenizer:
         """See :class:`Backend`: a token that is looked for in the normalized text (lower case, NFKC)."""
         return self._rust.normalizer is not None and self.added[token_id].normalized
 
-    def disguised(self, text: str, ids: Collection[int]) -> bool:
+    def disguised(self, text: str, ids: Set[int]) -> bool:
         """See :class:`Backend`."""
         fold = self._rust.normalizer.normalize_str
+        for i in ids - self._folded.keys():
+            self._folded[i] = fold(self.added[i].content).strip(" ▁")
         folded = fold(text)
-        return any(fold(self.added[i].content).strip(" ▁") in folded for i in ids)
+        return any(self._folded[i] in folded for i in ids)
 
 
 class PythonTokenizer:
@@ -305,6 +309,6 @@ class PythonTokenizer:
             for name in ("__call__", "_encode_plus", "tokenize", "prepare_for_tokenization")
         )
 
-    def disguised(self, text: str, ids: Collection[int]) -> bool:
+    def disguised(self, text: str, ids: Set[int]) -> bool:
         """See :class:`Backend`: what the tokenizer itself finds in the text."""
         return not set(self.encode([text])[0]).isdisjoint(ids)

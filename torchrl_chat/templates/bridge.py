@@ -42,15 +42,39 @@ class Tail:
         text: all of it, up to the end of the new messages and the generation prompt.
         resume: for every token that may end the turn, where in ``text`` a turn that ended with it goes on.
         body: text that the template writes in front of the stop token; nearly always empty.
+        cut: where a turn that was cut by a limit goes on: at the start, or behind the end of a tool call.
+        limit: where the content of the first new message stands.
     """
 
     text: str
     resume: Mapping[int, int]
     body: str = ""
+    cut: int = 0
+    limit: int = 0
+
+    @property
+    def end(self) -> int:
+        """Where the end of the turn ends, whatever token it was ended with."""
+        return max(self.cut, *self.resume.values(), 0)
 
     def after(self, stop: int | None) -> str:
         """What is still missing behind a turn that ended with ``stop``, or was cut (``None``)."""
-        return self.text if stop is None else self.text[self.resume.get(stop, 0) :]
+        return self.text[self.cut if stop is None else self.resume.get(stop, self.cut) :]
+
+    def placed(self, text: str) -> Tail | None:
+        """This tail's places in another text of the same kind; ``None`` if its turn ends differently.
+
+        What stands in front of ``cut`` depends on the call's arguments; what ends the turn must not.
+        """
+        ending = self.text[self.cut : self.end]
+        if not self.cut:
+            return Tail(text, self.resume, self.body, 0, self.limit) if text.startswith(ending) else None
+        at = text.find(ending or self.text[self.cut : self.limit])
+        if at < 0:
+            return None
+        shift = at - self.cut
+        resume = {stop: place + shift for stop, place in self.resume.items() if place > self.cut}
+        return Tail(text, resume, self.body, at, self.limit + shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +97,7 @@ class Close:
         stops: for each token that may end the turn, what surely comes behind it (``"\\n"`` in ChatML).
         cut: what surely comes behind a turn that was cut by a limit, the stop token included.
         heads: for each stop token, the texts by which the template ends a turn that ended with it: up to and
-            with the stop token, or what stands in its place once a message follows.
+            with the stop token, or what stands in its place once a message follows; behind the end of a call.
     """
 
     lead: str
@@ -155,7 +179,7 @@ class Derivation:
     def resume(
         self, before: Sequence[Message], answer: Message, new: Sequence[Message], add_generation_prompt: bool
     ) -> Tail:
-        """The tail of a *probe* conversation, whose new contents are sentinels, with its stop tokens.
+        """The tail of a *probe* conversation, whose new contents are distinct, with its stop tokens.
 
         Raises:
             BridgeError: see :meth:`tail`; or a new message is dropped.
@@ -166,34 +190,51 @@ class Derivation:
         except BridgeError:
             last = text  # templates that refuse a conversation that ends with an answer
         limit = check_written(text, new)
+        controls = self.codec.controls
         resume: dict[int, int] = {}
         shared = min(len(shared_prefix([last, text])), limit)
         for match in self.codec.control_tokens(last, 0, shared):
-            resume.setdefault(self.codec.controls[match.group()], match.end())
-        stop = self.codec.first_special(last)
-        if stop is None:
-            return self._closed_by_what_follows(last, text, limit, resume)
-        body = last[: stop.start()]
-        stop_id = self.codec.controls[stop.group()]
-        if stop_id not in resume:
-            resume[stop_id] = self._counterpart(before, body, stop.group(), text, limit)
-        return Tail(text, resume, body)
+            resume.setdefault(controls[match.group()], match.end())
+        stop = self.codec.first_special(last) or next(iter(self.codec.control_tokens(last)), None)
+        if stop is not None:
+            body, stop_id = last[: stop.start()], controls[stop.group()]
+            if stop_id not in resume:
+                resume[stop_id] = self._counterpart(before, body, stop.group(), text, limit)
+        else:
+            body = last if text.startswith(last) else last.rstrip("\n")
+        body = body if text.startswith(body) else ""
+        # The token that closes the turn once a message follows, or the next message's own opener: a policy
+        # may end its turn with it, whatever the template writes behind the last message.
+        follower = self.codec.first_special(text, len(body), limit)
+        if follower is not None:
+            resume.setdefault(controls[follower.group()], follower.end())
+        if answer.get("tool_calls"):
+            return self._behind_call(before, answer, new, add_generation_prompt, Tail(text, resume, body, 0, limit))
+        if body.strip() or (body and not resume):
+            resume.setdefault(BY_TEXT, len(body))
+        return Tail(text, resume, body, 0, limit)
 
-    def _closed_by_what_follows(self, last: str, text: str, limit: int, resume: dict[int, int]) -> Tail:
-        """A template that ends its turns with no special token: another token, or the next message's own opener."""
-        for match in self.codec.control_tokens(text, len(shared_prefix([last, text])), limit):
-            if match.group() in self.codec.special:
-                resume.setdefault(self.codec.special[match.group()], match.end())
-                break
-        first = next(iter(self.codec.control_tokens(last)), None)
-        if first is not None:
-            return Tail(text, resume, last[: first.start()])
-        body = last if text.startswith(last) else last.rstrip("\n")
-        if not text.startswith(body):
-            body = ""
-        if not resume and body:
-            resume[BY_TEXT] = len(body)
-        return Tail(text, resume, body)
+    def _behind_call(
+        self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool, tail: Tail
+    ) -> Tail:
+        """The tail of an answer with tool calls: where the last call ends, and the turn's end begins.
+
+        The sentinel stands in the call's arguments; what closes the call (``"}}\\n</tool_call>"``) was sampled
+        with it. The turn's end is what also stands behind an answer in words.
+        """
+        resume = dict(tail.resume)
+        try:
+            plain = self.resume(before, {"role": answer["role"], "content": "words"}, new, agp)
+        except BridgeError:
+            plain = None
+        if plain is not None and plain.text and tail.text.endswith(plain.text):
+            cut = len(tail.text) - len(plain.text)
+            for stop, place in plain.resume.items():
+                resume.setdefault(stop, cut + place)
+            return Tail(tail.text, resume, plain.body, cut, tail.limit)
+        end = max(resume.values(), default=0)
+        closing = next((self.codec.control_texts[stop] for stop, place in resume.items() if place == end), "")
+        return Tail(tail.text, resume, "", end - len(closing), tail.limit)
 
     def _counterpart(self, before: Sequence[Message], body: str, stop: str, text: str, limit: int) -> int:
         """Where a turn goes on that ended with a token which the template writes only behind the last message.
@@ -251,7 +292,8 @@ class Derivation:
         # The words of a cut turn go on: up to the first control token nothing may be put in front of them.
         first = next(self.codec.control_tokens(text), None)
         cut = first.start() if first else len(text)
-        head = self.codec.encode_continuation([text[:cut]])[0] if cut else []
+        continued = self.codec.encode_guarded if marked else self.codec.encode_continuation
+        head = continued([text[:cut]])[0] if cut else []
         return head + (encode([text[cut:]])[0] if cut < len(text) else [])
 
 

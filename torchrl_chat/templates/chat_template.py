@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from torchrl_chat.messages import Message, as_messages
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, Tail
 from torchrl_chat.templates.codec import TokenCodec, codec_of, unmarked
-from torchrl_chat.templates.compiled import AnswerKind, Compiler, Kind, Roles, Rule
+from torchrl_chat.templates.compiled import Compiler, Rule
+from torchrl_chat.templates.kinds import AnswerKind, Kind, Roles
 from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
 from torchrl_chat.templates.proof import Prover, check_real, twin
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
@@ -108,7 +110,7 @@ class ChatTemplate:
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
         self._derivation = Derivation(self.renderer, self.codec)
         self._prover = Prover(self._derivation)
-        self._compiler = Compiler(self._derivation, self._prover.prove)
+        self._compiler = Compiler(self._prover)
         self.parser = AnswerParser(
             self.renderer.source if parse_reasoning or parse_tool_calls or tools else "",
             self.codec.controls,
@@ -208,6 +210,9 @@ class ChatTemplate:
         """:meth:`extend` for many conversations, with one call into the tokenizer."""
         if ended is None:
             ended = [None] * len(token_ids)
+        new_messages = [
+            as_messages(new, where=f"new_messages of row {i}") if new else [] for i, new in enumerate(new_messages)
+        ]
         closes = list(map(self.close, messages))
         stops = []
         for ids, close, stopped in zip(token_ids, closes, ended, strict=True):
@@ -326,30 +331,56 @@ class ChatTemplate:
         answer, roles = messages[-1], Roles.of(said_by)
         close = _raised(self.try_close(said_by, answer))
         guarded, marked = self.renderer.guard(new)
-        system = messages[0]["content"] if roles is not None and roles.system else ""
-        rule = self._rule(roles, answer, new, agp) if roles is not None and isinstance(system, str) else None
-        if (
-            rule is not None
-            and rule.parts is not None
-            and not any(trigger in m["content"] for trigger in rule.triggers for m in new)
-        ):
-            tail, text = rule.tail, rule.text(system, answer, guarded)
+        rule = self._rule(roles, answer, new, agp) if roles is not None and self._ordinary(messages) else None
+        if rule is not None and rule.parts is not None and rule.holds(answer, new):
+            system = ""
+            if rule.reads("system"):
+                [first], also = self.renderer.guard(messages[:1])
+                system, marked = first["content"], marked or also
+            if rule.reads("call"):
+                [answer], also = self.renderer.guard([answer])
+                marked = marked or also
+            text = rule.text(system, answer, guarded)
+            rest = text[rule.tail.cut if stop is None else rule.tail.resume.get(stop, rule.tail.cut) :]
         else:
             self._check_new(new, said_by[-1])
-            tail = rule.tail if rule is not None else self._proved(messages, new, agp)
-            before, marked_before = self.renderer.guard(messages[:-1])
-            marked = marked or marked_before
-            text = self._derivation.tail(before, answer, guarded, agp)
-            check_real(tail, unmarked(text), new)
+            probe = rule.tail if rule is not None else self._proved(messages, new, agp)
+            rest, marked = self._rendered(probe, messages, new, stop, agp)
         certain = close.suffix(stop).text
-        rest = text if stop is None else text[tail.resume.get(stop, 0) :]
         if not rest.startswith(certain):
             raise BridgeError(
                 f"the chat template continues this turn with {rest[: len(certain) + 20]!r}, others with {certain!r}."
             )
-        if certain:
-            stop = None
-        return stop, rest[len(certain) :], marked
+        return None if certain else stop, rest[len(certain) :], marked
+
+    def _rendered(
+        self, probe: Tail, messages: Sequence[Message], new: Sequence[Message], stop: int | None, agp: bool
+    ) -> tuple[str, bool]:
+        """What the template writes behind this very turn, checked against its text of the whole conversation."""
+        guarded, marked = self.renderer.guard([*messages, *new])
+        before, answer, after = guarded[: len(messages) - 1], guarded[len(messages) - 1], guarded[len(messages) :]
+        text = self._derivation.tail(before, answer, after, agp)
+        check_real(unmarked(text), new)
+        tail = probe.placed(text)
+        if tail is None:
+            raise BridgeError(
+                f"the chat template ends this turn with {text[: probe.end]!r}, others with "
+                f"{probe.text[probe.cut : probe.end]!r}: what ends a turn depends on what the messages say."
+            )
+        self._prover.check_answer(before, answer, after, agp, text[tail.cut :])
+        return tail.after(stop), marked
+
+    def _ordinary(self, messages: Sequence[Message]) -> bool:
+        """Whether messages are of the form that rules are proved for: texts, no fields that only this template reads."""
+        if not {type(message.get("content")) for message in messages} <= _TEXTS:
+            return False
+        if set(map(len, messages)) == {2}:
+            return True
+        for message, following in itertools.pairwise(messages):
+            # A call that nobody answered is something that a template may remark on.
+            if message.get("tool_calls") and following["role"] in ("user", message["role"]):
+                return False
+        return all(self.renderer.looks.keys.isdisjoint(message) for message in messages)
 
     def _check_new(self, new: Sequence[Message], policy: str) -> None:
         if not new:
@@ -462,6 +493,7 @@ class ChatTemplate:
 
 _role = itemgetter("role")
 _A_CALL = AnswerKind(1, False)
+_TEXTS = {str, type(None)}
 _OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
 _ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}

@@ -89,7 +89,7 @@ class TokenCodec:
             i for i in self.control_texts if i != self._unknown and self._backend.disguises(i)
         )
         # Ids can have gaps, and a model's embedding is often padded beyond them.
-        self.vocab_size: int = max(*tokenizer.get_vocab().values(), *added, -1, -1) + 1
+        self.vocab_size: int = max({*tokenizer.get_vocab().values(), *added}, default=-1) + 1
         self._front: tuple[list[int], int] | None = None
         self._back: tuple[list[int], int] | None = None
         self._anchors: list[tuple[str, list[int]]] = []

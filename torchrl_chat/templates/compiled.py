@@ -9,7 +9,6 @@ and the template is rendered.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
-from torchrl_chat.templates.bridge import BridgeError, Derivation, Tail
+from torchrl_chat.templates.bridge import BridgeError, Tail
+from torchrl_chat.templates.kinds import Kind, Roles
+from torchrl_chat.templates.looks import SMALL
+from torchrl_chat.templates.proof import Prover, forms
 
 PLAIN = (
     "plain words",
@@ -33,96 +35,7 @@ PLAIN = (
 EDGED = ("\n  two lines\nwith edges \t\n", " x ", "", " ")
 """Contents whose edges a template may trim."""
 
-_FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
 _SENTINEL = re.compile(r"Qz9\d{4}zQ")
-
-
-class Roles(NamedTuple):
-    """The roles of a regular conversation: a system message or none, then turns of user or tools and policy."""
-
-    system: str | None
-    user: str
-    tool: str | None
-    policy: str
-
-    @classmethod
-    @functools.lru_cache(maxsize=4096)
-    def of(cls, roles: tuple[str, ...]) -> Roles | None:
-        """The roles of a conversation that ends with the policy's message; ``None`` if it is irregular."""
-        if len(roles) < 2:
-            return None
-        policy = roles[-1]
-        start = 0 if roles[1] == policy else 1
-        system, user, tool = (roles[0] if start else None), roles[start], None
-        if policy in (system, user) or system == user:
-            return None
-        previous = policy
-        for role in roles[start:]:
-            if role == policy:
-                if previous == policy:
-                    return None
-            elif role == user:
-                if previous != policy:
-                    return None
-            else:
-                tool = tool or role
-                if role != tool or role == system or previous == user or roles[start] == tool:
-                    return None
-            previous = role
-        return cls(system, user, tool, policy)
-
-
-class AnswerKind(NamedTuple):
-    """How an answer is rendered: as text, or with structured tool calls beside or without a text."""
-
-    calls: int = 0
-    said: bool = True
-
-    @classmethod
-    def of(cls, answer: Message) -> AnswerKind:
-        """The kind of an answer."""
-        calls = answer.get("tool_calls")
-        return cls(len(calls), bool(answer.get("content"))) if calls else _TEXT
-
-    def example(self, policy: str) -> Message:
-        """An answer of this kind."""
-        if not self.calls:
-            return {"role": policy, "content": "an answer"}
-        calls = [
-            {"id": f"abcdefgh{i}", "type": "function", "function": {"name": "lookup", "arguments": {"q": "it"}}}
-            for i in range(self.calls)
-        ]
-        return {"role": policy, "content": "let me see" if self.said else "", "tool_calls": calls}
-
-
-_TEXT = AnswerKind()
-
-
-class Kind(NamedTuple):
-    """All that a compiled tail may depend on, besides the fields of the messages."""
-
-    roles: Roles
-    answer: AnswerKind
-    new: tuple[tuple[str, tuple[str, ...], int], ...]  # role, keys and the call that it answers (-1: none)
-    add_generation_prompt: bool
-
-    @classmethod
-    def of(cls, roles: Roles, answer: Message, new: Sequence[Message], add_generation_prompt: bool) -> Kind | None:
-        """The kind of an extension; ``None`` where a message carries more than text."""
-        calls = answer.get("tool_calls") or ()
-        ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
-        kinds = []
-        for message in new:
-            if not message.keys() <= _FIELDS or not all(isinstance(value, str) for value in message.values()):
-                return None
-            place = -1
-            if calls and "tool_call_id" in message and message["tool_call_id"] in ids:
-                place = ids.index(message["tool_call_id"])
-                name = calls[place].get("function", {}).get("name")
-                if message.get("name", name) != name:
-                    return None
-            kinds.append((message["role"], tuple(sorted(message)), place))
-        return cls(roles, AnswerKind.of(answer), tuple(kinds), add_generation_prompt)
 
 
 class Slot(NamedTuple):
@@ -157,12 +70,15 @@ class Rule:
         tail: the tail of the probe, with its stop tokens.
         parts: constant texts and slots, in order; ``None`` if the text depends on more than the new messages, so
             that the template is rendered.
-        triggers: strings in a new message's content that make the template write something else.
+        triggers: strings in a field of the new messages, or the name of a call, that make the template write
+            something else.
+        folds_case: whether the template looks for them in any case.
     """
 
     tail: Tail
     parts: tuple[str | Slot, ...] | None
     triggers: tuple[str, ...]
+    folds_case: bool = False
 
     def text(self, system: str, answer: Message, new: Sequence[Message]) -> str:
         """The tail's text for these messages."""
@@ -170,6 +86,30 @@ class Rule:
         return "".join(
             part if isinstance(part, str) else part.edit(_field(part, system, answer, new)) for part in self.parts
         )
+
+    def reads(self, where: str) -> bool:
+        """Whether the tail has a slot for a field of ``"system"``, ``"call"`` or ``"new"``."""
+        return any(isinstance(part, Slot) and part.where == where for part in self.parts or ())
+
+    def edited(self, where: str, field: str, edit: Callable[[str], str]) -> Rule:
+        """The rule with another edit of one kind of slot."""
+        parts = tuple(
+            part._replace(edit=edit)
+            if isinstance(part, Slot) and (part.where, part.field) == (where, field)
+            else part
+            for part in self.parts or ()
+        )
+        return Rule(self.tail, parts, self.triggers, self.folds_case)
+
+    def holds(self, answer: Message, new: Sequence[Message]) -> bool:
+        """Whether none of the fields carries what makes the template write something else."""
+        if not self.triggers:
+            return True
+        fields = [value for message in new for key, value in message.items() if key != "role"]
+        fields += [call["function"]["name"] for call in answer.get("tool_calls") or ()]
+        if self.folds_case:
+            fields = [value.casefold() for value in fields]
+        return not any(trigger in value for trigger in self.triggers for value in fields)
 
 
 def _field(slot: Slot, system: str, answer: Message, new: Sequence[Message]) -> str:
@@ -185,17 +125,13 @@ class Compiler:
     """Compiles the tails of one template.
 
     Args:
-        derivation: the template.
-        prove: proves the tail of one probe conversation.
+        prover: the template's.
     """
 
-    def __init__(
-        self,
-        derivation: Derivation,
-        prove: Callable[[Sequence[Message], Message, Sequence[Message], bool], Tail],
-    ):
-        self.derivation = derivation
-        self.prove = prove
+    def __init__(self, prover: Prover):
+        self.prover = prover
+        self.derivation = prover.derivation
+        self.looks = prover.renderer.looks
 
     def compile(self, kind: Kind) -> Rule:
         """The rule of one kind of extension.
@@ -206,92 +142,129 @@ class Compiler:
         slots, system, answer, new = _probe(kind)
         histories = list(self._histories(kind, system))
         agp = kind.add_generation_prompt
-        tail = self.prove(histories[0], answer, new, agp)
-        parts = _split(tail.text, slots)
+        tail = self.prover.prove(histories[0], answer, new, agp)
         rendered = Rule(tail, None, ())
+        if self.looks.beyond_probes is not None:
+            return rendered
+        parts = _split(tail.text, slots)
+        constant = "".join(part for part in parts if isinstance(part, str)).casefold()
+        if "qz9" in constant or len(str(parts[0])) < tail.end:
+            return rendered  # a field is written in another form, or in front of where the turn ends
         try:
             if any(_split(self.derivation.tail(h, answer, new, agp), slots) != parts for h in histories[1:]):
                 return rendered
-            if any(self._looks_back(h, answer, new, agp, tail.text) for h in self._short(histories)):
+            short = self._short(histories)
+            if any(self._looks_back(h, answer, new, agp, tail.text) for h in short):
                 return rendered
-            return self._with_edits(kind, histories, tail, parts, answer, new) or rendered
+            if not all(self.prover.steady(h, answer, new, agp, tail) for h in short[:1]):
+                return rendered
+            return self._with_edits(kind, histories, Rule(tail, parts, ()), answer, new) or rendered
         except BridgeError:
             return rendered  # some conversations of this kind only are refused: each is tried on its own
 
     # ------------------------------------------------------------------ probes
     def _histories(self, kind: Kind, system: str) -> Iterator[list[Message]]:
-        """Conversations up to the answer, of many depths."""
+        """Conversations up to the answer, of many depths, no two messages alike."""
         roles = kind.roles
         head = [{"role": roles.system, "content": system}] if roles.system else []
-        ask = {"role": roles.user, "content": "the question"}
-        for depth in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 33, 64):
-            yield [*head, *_plain_rounds(roles, depth), ask]
+        for depth in (*range(2 * SMALL + 3), 64):
+            yield [*head, *_plain_rounds(roles, depth), {"role": roles.user, "content": f"the question {depth}"}]
         if roles.tool is not None:
-            rounds = _tool_round(roles)
             for depth in (1, 2, 5):
-                yield [*head, *rounds * depth, ask]
+                rounds = [message for k in range(depth) for message in _tool_round(roles, k)]
+                yield [*head, *rounds, {"role": roles.user, "content": f"after {depth} tools"}]
                 yield [*head, *_plain_rounds(roles, depth), *rounds[:-1]]
 
     def _short(self, histories: Sequence[list[Message]]) -> list[list[Message]]:
         """The conversations in which every message in turn carries what the template looks for."""
         with_tools = [h for h in histories if any("tool_calls" in message for message in h)]
-        return [histories[1], *with_tools[:1]]
+        return [histories[1], *with_tools[:2]]
 
     def _looks_back(
         self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool, expected: str
     ) -> bool:
-        """Whether a string in an earlier message, or in the answer, changes the tail."""
-        for literal in self.derivation.renderer.literals:
-            said = f"some {literal} words"
-            for i in range(len(before)):
-                [message], _ = self.derivation.renderer.guard([{**before[i], "content": said}])
+        """Whether a string in an earlier message changes the tail, or stands in it."""
+        said = [literal for s in self.looks.literals for literal in forms(s)]
+        lengths = ["", *("x" * n for n in range(1, SMALL + 2)), "long " * 40]
+        for i, old in enumerate(before):
+            if i and old["content"] and old["content"] in expected:
+                return True
+            for content in (*lengths, *said):
+                if not content and "tool_calls" in old:
+                    continue
+                [message], _ = self.derivation.renderer.guard([{**old, "content": content}])
                 text = self.derivation.tail([*before[:i], message, *before[i + 1 :]], answer, new, agp)
-                was = before[i]["content"]
-                if text != (expected.replace(was, message["content"]) if was else expected):
+                was = old["content"]  # only a system prompt may stand in the tail: it has a slot
+                wanted = message["content"]
+                if text != expected and not (
+                    i == 0 and was in expected and any(text == expected.replace(was, e(wanted)) for e in EDITS)
+                ):
                     return True
         return False
 
     def _with_edits(
-        self,
-        kind: Kind,
-        histories: Sequence[list[Message]],
-        tail: Tail,
-        parts: tuple[str | Slot, ...],
-        answer: Message,
-        new: Sequence[Message],
+        self, kind: Kind, histories: Sequence[list[Message]], rule: Rule, answer: Message, new: Sequence[Message]
     ) -> Rule | None:
-        """The rule with the edit of every content found, and the contents that it does not hold for."""
-        first = parts[0] if isinstance(parts[0], str) else ""
-        if len(first) < max(tail.resume.values(), default=0):
-            return None
-        rules = [Rule(tail, tuple(_edited(part, edit) for part in parts), ()) for edit in EDITS]
-        system = histories[0][0]["content"] if kind.roles.system else ""
+        """The rule with the edit of every slot found, and the contents that it does not hold for."""
         agp = kind.add_generation_prompt
-        contents = (*PLAIN, *EDGED)
-        for i, content in enumerate(contents):
-            said = [{**message, "content": content} for message in new]
-            text = self.derivation.tail(histories[i % len(histories)], answer, said, agp)
-            rules = [rule for rule in rules if rule.text(system, answer, said) == text]
-        if not rules:
+        history = histories[0]
+
+        def agrees(candidate: Rule, before: Sequence[Message], said: Message, after: Sequence[Message]) -> bool:
+            system = before[0]["content"] if kind.roles.system else ""
+            try:
+                return candidate.text(system, said, after) == self.derivation.tail(before, said, after, agp)
+            except BridgeError:
+                return False
+
+        contents = (*PLAIN, *EDGED, *("x" * n for n in range(1, SMALL + 2)))
+        for edit in EDITS:
+            edited = rule.edited("new", "content", edit)
+            if all(
+                agrees(edited, histories[i % len(histories)], answer, [{**m, "content": c} for m in new])
+                for i, c in enumerate(contents)
+            ):
+                break
+        else:
             return None
-        rule, triggers = rules[0], []
-        for literal in self.derivation.renderer.literals:
-            for content in (f"some {literal} words", literal):
-                said = [{**message, "content": content} for message in new]
-                try:
-                    agrees = rule.text(system, answer, said) == self.derivation.tail(
-                        histories[0], answer, said, agp
-                    )
-                except BridgeError:
-                    agrees = False
-                if not agrees:
-                    triggers.append(literal)
-                    break
-        return Rule(tail, rule.parts, tuple(triggers))
+        rule = edited
+        if rule.reads("system"):
+            systems = [[{**history[0], "content": c}, *history[1:]] for c in (*PLAIN, *EDGED)]
+            edits = [
+                e
+                for e in EDITS
+                if all(agrees(rule.edited("system", "content", e), h, answer, new) for h in systems)
+            ]
+            if not edits:
+                return None
+            rule = rule.edited("system", "content", edits[0])
+        for name in ("python", "Look_Up", "a.b-c"):
+            if not agrees(rule, history, _renamed(answer, name), [_named(m, name) for m in new]):
+                return None
+        triggers = []
+        for literal in self.looks.literals:
+            texts = forms(literal)
+            variants = [[{**m, "content": c} for m in new] for c in texts]
+            if any("name" in m for m in new) or answer.get("tool_calls"):
+                variants.append([_named(m, literal) for m in new])
+            guarded = [self.derivation.renderer.guard(v)[0] for v in variants]
+            said = [answer] * len(texts) + [_renamed(answer, literal)] * (len(variants) - len(texts))
+            if not all(agrees(rule, history, a, v) for a, v in zip(said, guarded, strict=True)):
+                triggers.append(literal.casefold() if self.looks.folds_case else literal)
+        return Rule(rule.tail, rule.parts, tuple(triggers), self.looks.folds_case)
 
 
-def _edited(part: str | Slot, edit: Callable[[str], str]) -> str | Slot:
-    return part if isinstance(part, str) or part.field != "content" else part._replace(edit=edit)
+def _named(message: Message, name: str) -> Message:
+    return {**message, "name": name} if "name" in message else message
+
+
+def _renamed(answer: Message, name: str) -> Message:
+    calls = answer.get("tool_calls")
+    if not calls:
+        return answer
+    return {
+        **answer,
+        "tool_calls": [{**call, "function": {**call["function"], "name": name}} for call in calls],
+    }
 
 
 def _plain_rounds(roles: Roles, depth: int) -> list[Message]:
@@ -305,15 +278,16 @@ def _plain_rounds(roles: Roles, depth: int) -> list[Message]:
     ]
 
 
-def _tool_round(roles: Roles) -> list[Message]:
+def _tool_round(roles: Roles, number: int) -> list[Message]:
     """A turn that calls a tool, the tool's result, and an answer."""
     assert roles.tool is not None
-    call = {"id": "abcdefgh9", "type": "function", "function": {"name": "lookup", "arguments": {"q": "it"}}}
+    identity = f"abcdefg{number:02d}"
+    call = {"id": identity, "type": "function", "function": {"name": "lookup", "arguments": {"q": "it"}}}
     return [
-        {"role": roles.user, "content": "look it up"},
+        {"role": roles.user, "content": f"look it up {number}"},
         {"role": roles.policy, "content": "", "tool_calls": [call]},
-        {"role": roles.tool, "content": "found", "name": "lookup", "tool_call_id": "abcdefgh9"},
-        {"role": roles.policy, "content": "here it is"},
+        {"role": roles.tool, "content": f"found {number}", "name": "lookup", "tool_call_id": identity},
+        {"role": roles.policy, "content": f"here it is {number}"},
     ]
 
 

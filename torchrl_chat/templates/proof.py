@@ -24,11 +24,10 @@ from torchrl_chat.templates.bridge import (
     Derivation,
     Suffix,
     Tail,
-    check_written,
     shared_prefix,
     unused,
 )
-from torchrl_chat.templates.compiled import AnswerKind, Roles
+from torchrl_chat.templates.kinds import AnswerKind, Roles
 from torchrl_chat.templates.rendering import ChatTemplateError
 
 ANSWERS = (
@@ -73,26 +72,32 @@ class Prover:
                 refusals.append(error)
         if not tails:
             raise refusals[0]
-        texts = [tail.after(None) for tail in tails]
         try:
             last = self.derivation.tail(before, answer, [], False)
         except BridgeError:
-            last = texts[0]
+            last = ""
+        # Nothing of the next message is certain: texts count up to where it says something.
+        certain = [tail.text[: tail.limit] for tail in tails]
         stops = {}
         for stop in {stop: None for tail in tails for stop in tail.resume}:
             # Where a continuation does not know the token, the turn goes on as if it had been cut.
-            afters = [tail.after(stop) for tail in tails]
-            text = tails[0].body if stop == BY_TEXT else self.codec.control_texts[stop]
-            if (at := last.find(text)) >= 0:
-                afters.append(last[at + len(text) :])
+            afters = [text[tail.resume.get(stop, tail.cut) :] for tail, text in zip(tails, certain, strict=True)]
+            afters.append(self._behind(last, stop, tails[0]))
             stops[stop] = self._suffix(stop, afters)
+        cut = [text[tail.cut :] for tail, text in zip(tails, certain, strict=True)]
         heads = {
-            stop: tuple({tail.text[: tail.resume[stop]]: None for tail in tails if stop in tail.resume})
+            stop: tuple({t.text[t.cut : t.resume[stop]]: None for t in tails if t.resume.get(stop, -1) > t.cut})
             for stop in stops
         }
-        lead = self.derivation.lead(before, roles.policy)
         main = tuple({self._main(tail): None for tail in tails if tail.resume})
-        return Close(lead, tails[0].body, main, stops, self._suffix(None, [*texts, last]), heads)
+        lead = self.derivation.lead(before, roles.policy)
+        return Close(lead, tails[0].body, main, stops, self._suffix(None, [*cut, last[tails[0].cut :]]), heads)
+
+    def _behind(self, last: str, stop: int, tail: Tail) -> str:
+        """What follows a stop token where no message does."""
+        text = tail.body if stop == BY_TEXT else self.codec.control_texts[stop]
+        at = last.find(text, min(tail.cut, len(last)))
+        return last[at + len(text) :] if at >= 0 else ""
 
     def _main(self, tail: Tail) -> int:
         """The token that ends the turn, of several that close something at its end: eos, or else the last one."""
@@ -112,34 +117,55 @@ class Prover:
 
     # ------------------------------------------------------------------ one kind of conversation
     def prove(self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool) -> Tail:
-        """The tail of a probe conversation, proved for every kind of answer.
+        """The tail of a probe conversation, proved for a plain answer.
 
         Raises:
             BridgeError: the template or the tokenizer disagrees.
         """
         tail = self.derivation.resume(before, answer, new, agp)
-        check_written(tail.text, new)
+        self._check_tokens(self.check_answer(before, answer, new, agp, tail.text[tail.cut :]), tail)
+        return tail
+
+    def check_answer(
+        self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool, end: str
+    ) -> str:
+        """The template's text of a whole conversation, which must end with ``end``, whatever the answer says.
+
+        Raises:
+            BridgeError: the template refuses the answer, or writes something else behind it.
+        """
+        try:
+            full = self.renderer.text([*before, answer, *new], agp)
+        except ChatTemplateError as error:
+            raise BridgeError(str(error)) from error
+        if not full.endswith(end) and (answer.get("content") or answer.get("tool_calls")):
+            raise BridgeError(
+                f"what the chat template writes after an answer depends on the answer: after {_shown(answer)} it "
+                f"writes {full[-len(end) - 20 :]!r}, after other answers {end!r}."
+            )
+        return full
+
+    def steady(
+        self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool, tail: Tail
+    ) -> bool:
+        """Whether the tail is the same for every kind of answer that the template's code could tell apart."""
         for said in self._variations(answer):
             try:
-                full = self.renderer.text([*before, said, *new], agp)
-            except ChatTemplateError:
-                continue  # the template refuses such an answer by name; the sentinel stands for it
-            end = tail.text if not answer.get("tool_calls") else tail.text[len(tail.body) :]
-            if not full.endswith(end):
-                raise BridgeError(
-                    f"what the chat template writes after an answer depends on the answer: after {said!r} it "
-                    f"writes {full[-len(end) - 20 :]!r}, after other answers {end!r}."
-                )
-            self._check_tokens(full, tail)
-        return tail
+                self.check_answer(before, said, new, agp, tail.text[tail.cut :])
+                if self.derivation.tail(before, said, new, agp)[tail.cut :] != tail.text[tail.cut :]:
+                    return False
+            except BridgeError:
+                return False
+        return True
 
     def _variations(self, answer: Message) -> Iterator[Message]:
         """Answers of the same kind that say something else."""
-        if not answer.get("content"):
-            yield answer
-            return
-        for content in (*ANSWERS, *(f"some {s} words" for s in self.renderer.literals)):
-            yield {**answer, "content": content}
+        contents = ANSWERS if answer.get("content") else ("",)
+        for content in (*contents, *(form for s in self.renderer.looks.literals for form in forms(s))):
+            if content or not answer.get("content"):
+                guarded, _ = self.renderer.guard([{**answer, "content": content}])
+                yield guarded[0] if answer.get("content") or not content else answer
+        yield {**answer, "reasoning_content": "hm"}
 
     def _check_tokens(self, full: str, tail: Tail) -> None:
         [ids] = self.codec.encode([full])
@@ -185,18 +211,12 @@ def twin(messages: Sequence[Message], start: int = 0) -> list[Message]:
     ]
 
 
-def check_real(probe: Tail, text: str, new: Sequence[Message]) -> None:
-    """A tail with real contents against its probe: same ending of the turn, every message written.
+def check_real(text: str, new: Sequence[Message]) -> None:
+    """Whether every new message stands in a tail with real contents, in order.
 
     Raises:
-        BridgeError: what ends the turn depends on the new contents, or a message is missing.
+        BridgeError: one is missing.
     """
-    head = max(probe.resume.values(), default=0)
-    if text[:head] != probe.text[:head]:
-        raise BridgeError(
-            f"the chat template closes this turn with {text[:head]!r}, others with {probe.text[:head]!r}: what ends "
-            f"a turn depends on what the next message says."
-        )
     at = 0
     for message in new:
         content = content_text(message).strip()
@@ -208,6 +228,16 @@ def check_real(probe: Tail, text: str, new: Sequence[Message]) -> None:
                 f"the chat template drops or rewrites a message of role {message['role']!r}: its content "
                 f"{content[:60]!r} is not in {text[at : at + 160]!r}."
             )
+
+
+def forms(literal: str) -> tuple[str, ...]:
+    """Texts in which a template would find what it looks for, at either end, in the middle or alone."""
+    return (f"some {literal} words", f"{literal} words", f"words {literal}", literal)
+
+
+def _shown(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return f"{message.get('content')!r}" + (f" with {len(calls)} tool call(s)" if calls else "")
 
 
 def _loosely(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import TokenCodec
+from torchrl_chat.templates.looks import Looks, looks_of
 
 _PROBE = "Qz7probe7zQ"
 # Who may spell the template's own control strings (<think>, <tool_call>): special tokens, nobody.
@@ -172,23 +173,9 @@ class Renderer:
 
     # ------------------------------------------------------------------ what the template looks for
     @functools.cached_property
-    def literals(self) -> tuple[str, ...]:
-        """The strings that the template's *code* mentions: what it may look for in a content.
-
-        Texts that it only prints are not among them. Every one is a probe: a content that carries it may
-        be treated differently.
-        """
-        from jinja2 import nodes
-
-        tree = _compiled(self.source).environment.parse(self.source)
-        inner: tuple[type[nodes.Node], ...] = (nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)
-        found = {
-            value: None
-            for node in tree.find_all(inner)
-            for const in node.find_all(nodes.Const)
-            if isinstance(value := const.value, str) and value.strip() and len(value) < 80
-        }
-        return tuple(found)
+    def looks(self) -> Looks:
+        """What the template's code looks at in a conversation."""
+        return looks_of(_compiled(self.source).environment.parse(self.source))
 
     # ------------------------------------------------------------------ guarding
     def guard(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:

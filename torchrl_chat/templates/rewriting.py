@@ -195,9 +195,11 @@ class Rewriter:
         roles = [message["role"] for message in messages[: span.message + 1]]
         close = self.close(roles, messages[span.message])
         stop = close.body if span.stop == BY_TEXT else self.codec.control_texts[span.stop]
+        calls = messages[span.message].get("tool_calls")  # behind a call stand its own closing words first
         for head in close.heads.get(span.stop, ()):
-            if text.startswith(head) and head.endswith(stop):
-                return len(head), True
+            at = text.find(head) if calls else 0
+            if at >= 0 and text.startswith(head, at) and head.endswith(stop):
+                return at + len(head), True
         return 0, False
 
     # ------------------------------------------------------------------ pieces
