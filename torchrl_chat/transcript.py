@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from torchrl_chat.messages import Message
+from torchrl_chat.templates.kinds import Course
 from torchrl_chat.templates.rewriting import Span
 
 _MIN_CAPACITY = 256  # tokens; a short single-turn conversation never has to grow
@@ -87,7 +88,7 @@ class Transcript:
         spans: where the sampled answers stand in the tokens, one :class:`Span` an answer.
         branches: the sequences that were left for another one, oldest first; empty unless the template
             rewrote the past.
-        roles: the roles of the messages, kept beside them because every turn reads them all.
+        course: what proofs need to know of all the messages, so that no turn looks at them all again.
         shown: a place where an environment keeps what it made of the messages, so that the next turn
             adds to it; no part of the value.
 
@@ -105,9 +106,9 @@ class Transcript:
         "answer",
         "branches",
         "closed",
+        "course",
         "ended",
         "messages",
-        "roles",
         "scored",
         "shown",
         "spans",
@@ -126,7 +127,7 @@ class Transcript:
         text: str | None,
         answer: int | None = None,
         shown: Any = None,
-        roles: tuple[str, ...] | None = None,
+        course: Course | None = None,
         stop: int | None = None,
         spans: tuple[Span, ...] = (),
         branches: tuple[Branch, ...] = (),
@@ -143,7 +144,7 @@ class Transcript:
         self.stop = stop
         self.spans = spans
         self.branches = branches
-        self.roles = tuple(message["role"] for message in messages) if roles is None else roles
+        self.course = Course.of(messages) if course is None else course
 
     # ------------------------------------------------------------------ reading
     def __len__(self) -> int:
@@ -201,12 +202,15 @@ class Transcript:
 
     # ------------------------------------------------------------------ writing
     @classmethod
-    def start(cls, ids: Sequence[int], messages: Iterable[Message], text: str | None = None) -> Transcript:
-        """A conversation whose first prompt is ``ids``; the policy is to answer."""
+    def start(
+        cls, ids: Sequence[int], messages: Iterable[Message], text: str | None = None, policy: str = "assistant"
+    ) -> Transcript:
+        """A conversation whose first prompt is ``ids``; the policy, of that role, is to answer."""
         tape = _Tape(max(_MIN_CAPACITY, 2 * len(ids)))
         tape.views()[0][: len(ids)] = ids
         tape.used = len(ids)
-        return cls(tape, len(ids), tuple(messages), None, False, True, text)
+        said = tuple(messages)
+        return cls(tape, len(ids), said, None, False, True, text, course=Course.of(said, policy))
 
     def sampled(
         self,
@@ -253,7 +257,7 @@ class Transcript:
             None if self.text is None else self.text + text,
             len(self.messages),
             self.shown,
-            (*self.roles, message["role"]),
+            self.course.then((message,)),
             stop,
             (*self.spans, Span(len(self.messages), start, end, stop)),
             self.branches,
@@ -281,7 +285,7 @@ class Transcript:
             None if self.text is None else self.text + text,
             self.answer,
             self.shown,
-            (*self.roles, *(message["role"] for message in messages)),
+            self.course.then(messages),
             None,
             self.spans,
             self.branches,
@@ -309,7 +313,7 @@ class Transcript:
             text,
             self.answer,
             self.shown,
-            self.roles,
+            self.course,
             spans[-1].stop,
             spans,
             (*self.branches, finished),
@@ -332,7 +336,7 @@ class Transcript:
             None,
             self.answer,
             self.shown,
-            self.roles,
+            self.course,
             self.stop,
         )
         return Transcript(self._tape, keep, *state).appended(ids[keep:].tolist(), ())
@@ -359,7 +363,7 @@ class Transcript:
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = tuple(view[: self._length].copy() for view in self._tape.views())
-        state = (self.ended, self.closed, self.scored, self.text, self.answer, None, None, self.stop)
+        state = (self.ended, self.closed, self.scored, self.text, self.answer, None, self.course, self.stop)
         return _restore, (arrays, self.messages, *state, self.spans, self.branches)
 
 

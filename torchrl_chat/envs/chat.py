@@ -193,12 +193,12 @@ class ChatEnv(FlatStepping, EnvBase):
             self._conversation(queries[i], i) for i in range(len(queries)) if chosen is None or chosen[i]
         ]
         if self.template is None:
-            started = [Transcript.start([], messages) for messages in conversations]
+            started = [Transcript.start([], messages, policy=self.policy_role) for messages in conversations]
         else:
             rendered = self.template.render_batch(conversations)
             keep = self.input_mode == "text"
             started = [
-                Transcript.start(prompt.ids, messages, prompt.text if keep else None)
+                Transcript.start(prompt.ids, messages, prompt.text if keep else None, self.policy_role)
                 for prompt, messages in zip(rendered, conversations, strict=True)
             ]
         if chosen is not None:
@@ -264,10 +264,10 @@ class ChatEnv(FlatStepping, EnvBase):
             ids = responses.tokenize(self._read_texts(td, transcripts), template)
         responses.check_ids(ids, template.codec.vocab_size)
         log_probs = responses.read_log_probs(td, ids, self.batch_size)
-        roles = [(*t.roles, self.policy_role) for t in transcripts]
+        courses = [transcript.course for transcript in transcripts]
         reasons = responses.read_finish_reasons(td, self.batch_size)
         prompts = [t.tokens[-12:].tolist() for t in transcripts] if template.parser.openings else None
-        parsed = template.parse_batch([row.tolist() for row in ids], roles, reasons, prompts)
+        parsed = template.parse_batch([row.tolist() for row in ids], courses, reasons, prompts)
         keep = self.input_mode == "text"
         answered = []
         for transcript, row, scores, read in zip(transcripts, ids, log_probs, parsed, strict=True):
@@ -352,7 +352,7 @@ class ChatEnv(FlatStepping, EnvBase):
         follows = self.template.follow_batch(
             conversations,
             added,
-            roles=[transcripts[i].roles for i in places],
+            courses=[transcripts[i].course for i in places],
             stops=[transcripts[i].stop for i in places],
         )
         for i, messages, follow in zip(places, added, follows, strict=True):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
@@ -15,7 +13,7 @@ from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, Tail
 from torchrl_chat.templates.codec import TokenCodec, codec_of, unmarked
 from torchrl_chat.templates.compiled import Compiler, Rule
-from torchrl_chat.templates.kinds import AnswerKind, Kind, Roles
+from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles
 from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
 from torchrl_chat.templates.proof import Prover, check_real, twin
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
@@ -118,7 +116,7 @@ class ChatTemplate:
             parse_calls=bool(tools) if parse_tool_calls is None else parse_tool_calls,
             parse_reasoning=parse_reasoning,
         )
-        self._rewriter = Rewriter(self._derivation, self.parser, self._close_of)
+        self._rewriter = Rewriter(self._derivation, self.parser, self.close)
         self._proved_by = _proofs_of(self.codec, self.renderer)
         reserved = _RESERVED & template_kwargs.keys()
         if reserved:
@@ -235,19 +233,7 @@ class ChatTemplate:
         Raises:
             BridgeError: the template's close cannot be derived.
         """
-        return _raised(self.try_close(list(map(_role, messages)), messages[-1]))
-
-    def _close_of(self, roles: Sequence[str], answer: Message) -> Close:
-        return _raised(self.try_close(roles, answer))
-
-    def try_close(self, roles: Sequence[str], answer: Message | None = None) -> Close | BridgeError:
-        """The close of a conversation with these roles, or the reason why there is none.
-
-        Args:
-            roles: the roles of the conversation, the policy's last.
-            answer: the policy's message, where it is known: one with tool calls may be closed differently.
-        """
-        return self._close(_shape(roles), AnswerKind.of(answer) if answer else AnswerKind())
+        return _raised(self._close(_course(messages).shape, AnswerKind.of(messages[-1])))
 
     def _close(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
         key = (roles, kind)
@@ -265,7 +251,7 @@ class ChatTemplate:
         messages: Sequence[Sequence[Message]],
         new_messages: Sequence[Sequence[Message]],
         add_generation_prompt: bool = True,
-        roles: Sequence[Sequence[str]] | None = None,
+        courses: Sequence[Course] | None = None,
         stops: Sequence[int | None] | None = None,
     ) -> list[Rendered]:
         """What follows a closed assistant turn: new messages, then the generation prompt.
@@ -274,19 +260,20 @@ class ChatTemplate:
             messages: conversations that each end with a closed assistant turn.
             new_messages: what is appended to each.
             add_generation_prompt: whether the ids end with what opens an assistant turn.
-            roles: the roles of each conversation, where they are at hand.
+            courses: the course of each conversation, where it is at hand.
             stops: the token that ended each turn, ``None`` for one that was cut by a limit.
 
         Raises:
             BridgeError: for the first conversation whose extension cannot be proved.
         """
-        if roles is None:
-            roles = [tuple(map(_role, conversation)) for conversation in messages]
+        if courses is None:
+            courses = list(map(_course, messages))
         if stops is None:
             stops = [None] * len(messages)
-        pending = []
-        for conversation, new, said_by, stop in zip(messages, new_messages, roles, stops, strict=True):
-            pending.append(self._follow(conversation, new, tuple(said_by), stop, add_generation_prompt))
+        pending = [
+            self._follow(conversation, new, course, stop, add_generation_prompt)
+            for conversation, new, course, stop in zip(messages, new_messages, courses, stops, strict=True)
+        ]
         encoded = self._derivation.ids_batch(pending)
         return [
             Rendered(ids, unmarked(text) if marked else text)
@@ -323,15 +310,15 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         new: Sequence[Message],
-        said_by: tuple[str, ...],
+        course: Course,
         stop: int | None,
         agp: bool,
     ) -> tuple[int | None, str, bool]:
         """Behind which token the text goes on, the text, and whether it carries marks."""
-        answer, roles = messages[-1], Roles.of(said_by)
-        close = _raised(self.try_close(said_by, answer))
+        answer, roles = messages[-1], course.roles
+        close = _raised(self._close(course.shape, AnswerKind.of(answer)))
         guarded, marked = self.renderer.guard(new)
-        rule = self._rule(roles, answer, new, agp) if roles is not None and self._ordinary(messages) else None
+        rule = self._rule(roles, answer, new, agp) if roles is not None and self._ordinary(course) else None
         if rule is not None and rule.parts is not None and rule.holds(answer, new):
             system = ""
             if rule.reads("system"):
@@ -343,7 +330,7 @@ class ChatTemplate:
             text = rule.text(system, answer, guarded)
             rest = text[rule.tail.cut if stop is None else rule.tail.resume.get(stop, rule.tail.cut) :]
         else:
-            self._check_new(new, said_by[-1])
+            self._check_new(new, course.policy)
             probe = rule.tail if rule is not None else self._proved(messages, new, agp)
             rest, marked = self._rendered(probe, messages, new, stop, agp)
         certain = close.suffix(stop).text
@@ -370,17 +357,9 @@ class ChatTemplate:
         self._prover.check_answer(before, answer, after, agp, text[tail.cut :])
         return tail.after(stop), marked
 
-    def _ordinary(self, messages: Sequence[Message]) -> bool:
-        """Whether messages are of the form that rules are proved for: texts, no fields that only this template reads."""
-        if not {type(message.get("content")) for message in messages} <= _TEXTS:
-            return False
-        if set(map(len, messages)) == {2}:
-            return True
-        for message, following in itertools.pairwise(messages):
-            # A call that nobody answered is something that a template may remark on.
-            if message.get("tool_calls") and following["role"] in ("user", message["role"]):
-                return False
-        return all(self.renderer.looks.keys.isdisjoint(message) for message in messages)
+    def _ordinary(self, course: Course) -> bool:
+        """Whether a conversation is of the form that rules are proved for: texts, no fields that only few have."""
+        return course.texts and course.answered and self.renderer.looks.keys.isdisjoint(course.extra)
 
     def _check_new(self, new: Sequence[Message], policy: str) -> None:
         if not new:
@@ -428,7 +407,7 @@ class ChatTemplate:
     def parse_batch(
         self,
         sampled: Sequence[Sequence[int]],
-        roles: Sequence[Sequence[str]] | None = None,
+        courses: Sequence[Course] | None = None,
         finish_reasons: Sequence[str | None] | None = None,
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> list[Parsed]:
@@ -436,23 +415,21 @@ class ChatTemplate:
 
         Args:
             sampled: for each row, the ids that the policy sampled.
-            roles: for each row, the roles of its conversation, the policy's last. Without them, those of a
-                user's question and its answer.
+            courses: for each row, the course of its conversation up to the prompt. Without them, that of a
+                user's question.
             finish_reasons: why the policy stopped, as servers report it (``"stop"``, ``"length"``); where it is
                 ``None`` the last id tells.
             prompts: for each row, its prompt, or the last ids of it: they tell whether the prompt has opened the
                 reasoning already. Without them the template's usual generation prompt does.
         """
-        said_by = [("user", "assistant")] * len(sampled) if roles is None else roles
+        courses = [_QUESTION] * len(sampled) if courses is None else courses
         reasons = finish_reasons or [None] * len(sampled)
         texts, opened = self.codec.decode(sampled), self._opened(prompts, len(sampled))
-        return list(map(self._parse, sampled, texts, said_by, reasons, opened))
+        return list(map(self._parse, sampled, texts, courses, reasons, opened))
 
-    def _parse(
-        self, ids: Sequence[int], text: str, roles: Sequence[str], reason: str | None, thinking: bool
-    ) -> Parsed:
+    def _parse(self, ids: Sequence[int], text: str, course: Course, reason: str | None, thinking: bool) -> Parsed:
         last, content = ids[-1], text
-        shape = _shape(roles)
+        shape = course.shape
         kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
         known = [close for kind in kinds if isinstance(close := self._close(shape, kind), Close)]
         lead = known[0].lead if known else ""
@@ -468,7 +445,7 @@ class ChatTemplate:
                 content = text.removesuffix(self.codec.token_text(last))
         ended = ends if reason is None else reason != "length"
         answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
-        message = answer.message(roles[-1])
+        message = answer.message(course.policy)
         own = self._close(shape, AnswerKind.of(message))
         stop = own.stop(last, text) if ended and isinstance(own, Close) else None
         return Parsed(message, answer, text, ended, stop, own)
@@ -491,7 +468,7 @@ class ChatTemplate:
             return False
 
 
-_role = itemgetter("role")
+_QUESTION = Course.of([{"role": "user", "content": "?"}])
 _A_CALL = AnswerKind(1, False)
 _TEXTS = {str, type(None)}
 _OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
@@ -511,9 +488,9 @@ _RESERVED = {
 }
 
 
-def _shape(roles: Sequence[str]) -> Roles:
-    """The roles of a conversation that ends with an answer; those of the simplest one if it is irregular."""
-    return Roles.of(tuple(roles)) or _ROLES._replace(policy=roles[-1])
+def _course(messages: Sequence[Message]) -> Course:
+    """The course of a conversation that ends with an answer."""
+    return Course.of(messages, messages[-1]["role"])
 
 
 def _raised(value: Any) -> Any:

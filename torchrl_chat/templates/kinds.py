@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
@@ -19,31 +19,87 @@ class Roles(NamedTuple):
     tool: str | None
     policy: str
 
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """The course that a conversation has taken, as far as proofs depend on it; each turn adds to it.
+
+    A regular conversation is an optional system message, then turns of a user or of tools, each answered by
+    the policy. Keeping its course beside it spares every turn to look at all earlier messages again.
+
+    Attributes:
+        policy: the role whose messages are sampled.
+        roles: the roles so far; ``None`` if the conversation is irregular (or has no user yet).
+        last: the role of the last message.
+        texts: whether every content is a text, or left out beside tool calls.
+        answered: whether no tool call was passed over without a result.
+        calls: whether the last message calls tools.
+        extra: fields of messages besides role and content.
+        begun: whether the policy has answered already.
+
+    Example:
+        >>> course = Course("assistant").then([{"role": "user", "content": "2 + 2?"}])
+        >>> course.roles
+        Roles(system=None, user='user', tool=None, policy='assistant')
+    """
+
+    policy: str = "assistant"
+    roles: Roles | None = None
+    last: str | None = None
+    texts: bool = True
+    answered: bool = True
+    calls: bool = False
+    extra: frozenset[str] = frozenset()
+    begun: bool = False
+
     @classmethod
-    @functools.lru_cache(maxsize=4096)
-    def of(cls, roles: tuple[str, ...]) -> Roles | None:
-        """The roles of a conversation that ends with the policy's message; ``None`` if it is irregular."""
-        if len(roles) < 2:
-            return None
-        policy = roles[-1]
-        start = 0 if roles[1] == policy else 1
-        system, user, tool = (roles[0] if start else None), roles[start], None
-        if policy in (system, user) or system == user:
-            return None
-        previous = policy
-        for role in roles[start:]:
-            if role == policy:
-                if previous == policy:
-                    return None
-            elif role == user:
-                if previous != policy:
-                    return None
-            else:
-                tool = tool or role
-                if role != tool or role == system or previous == user or roles[start] == tool:
-                    return None
-            previous = role
-        return cls(system, user, tool, policy)
+    def of(cls, messages: Sequence[Message], policy: str = "assistant") -> Course:
+        """The course of a whole conversation."""
+        return cls(policy).then(messages)
+
+    def then(self, messages: Iterable[Message]) -> Course:
+        """The course after further messages."""
+        policy, roles, last, texts = self.policy, self.roles, self.last, self.texts
+        answered, calls, extra, begun = self.answered, self.calls, self.extra, self.begun
+        for message in messages:
+            role = message["role"]
+            if calls and (roles is None or role != roles.tool) and role in (policy, roles and roles.user):
+                answered = False
+            begun = begun or role == policy
+            roles = _then(roles, last, role, policy, begun)
+            last, calls = role, False
+            content = message.get("content")
+            texts = texts and (content is None or type(content) is str)
+            if len(message) != 2 or content is None:
+                extra = extra | (message.keys() - _PLAIN)
+                calls = bool(message.get("tool_calls"))
+        return Course(policy, roles, last, texts, answered, calls, extra, begun)
+
+    @property
+    def shape(self) -> Roles:
+        """The roles, or those of the simplest conversation if this one is irregular."""
+        return self.roles or Roles(None, "user", None, self.policy)
+
+
+_PLAIN = {"role", "content"}
+
+
+def _then(roles: Roles | None, last: str | None, role: str, policy: str, begun: bool) -> Roles | None:
+    """The roles of a conversation that one of ``role`` joins."""
+    if last is None:
+        return None if role == policy else Roles(None, role, None, policy)
+    if roles is None:
+        return None
+    if role == policy:
+        return roles if last != policy else None
+    if last == policy:
+        if role == roles.user or role == roles.tool:
+            return roles
+        return roles._replace(tool=role) if roles.tool is None and role != roles.system else None
+    if not begun and roles.system is None and role != roles.user:
+        # Two messages before the first answer: a system prompt and a question. Later it is no beginning.
+        return Roles(roles.user, role, None, policy)
+    return roles if role == roles.tool == last else None
 
 
 class AnswerKind(NamedTuple):

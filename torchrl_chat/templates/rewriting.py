@@ -59,14 +59,14 @@ class Rewriter:
     Args:
         derivation: the template.
         parser: reads its answers.
-        close: how a turn is closed, given the roles up to an answer and the answer.
+        close: how a turn is closed, given the conversation up to its answer.
     """
 
     def __init__(
         self,
         derivation: Derivation,
         parser: AnswerParser,
-        close: Callable[[Sequence[str], Message], Close],
+        close: Callable[[Sequence[Message]], Close],
     ):
         self.derivation = derivation
         self.codec = derivation.codec
@@ -192,8 +192,7 @@ class Rewriter:
         """How much of the text behind an answer its own stop token covers, and whether that token stays."""
         if span.stop is None:
             return 0, True
-        roles = [message["role"] for message in messages[: span.message + 1]]
-        close = self.close(roles, messages[span.message])
+        close = self.close(messages[: span.message + 1])
         stop = close.body if span.stop == BY_TEXT else self.codec.control_texts[span.stop]
         calls = messages[span.message].get("tool_calls")  # behind a call stand its own closing words first
         for head in close.heads.get(span.stop, ()):
