@@ -61,7 +61,7 @@ class ChatEnv(FlatStepping, EnvBase):
         input_mode: what the policy reads and writes.
         batch_size: the number of conversations, ``(B,)`` or ``(B1, B2)``. Defaults to ``(1,)``.
         system_prompt: a system message put in front of every conversation.
-        tokenizer: a fast Hugging Face tokenizer with a chat template. Needed in text and tokens mode;
+        tokenizer: a Hugging Face tokenizer (or processor) with a chat template. Needed in text and tokens mode;
             without it, history mode keeps messages only.
         template_kwargs: variables for the chat template, e.g. ``{"enable_thinking": False}``;
             ``chat_template`` and ``tools`` are taken too.
@@ -145,6 +145,8 @@ class ChatEnv(FlatStepping, EnvBase):
         if data_key is not None:
             self.data_key = data_key
         self.template = ChatTemplate(tokenizer, **self.template_kwargs) if tokenizer is not None else None
+        if self.template is not None:
+            self.tokenizer = self.template.tokenizer  # of a processor, its tokenizer
         self._make_specs()
 
     def _make_specs(self) -> None:
@@ -261,7 +263,7 @@ class ChatEnv(FlatStepping, EnvBase):
     ) -> list[Transcript]:
         ids = responses.read_tokens(td, transcripts, self.batch_size)
         if ids is None:
-            ids = responses.tokenize(self._read_texts(td, transcripts), template)
+            ids = responses.tokenize(self._read_texts(td, transcripts), transcripts, template)
         responses.check_ids(ids, template.codec.vocab_size)
         log_probs = responses.read_log_probs(td, ids, self.batch_size)
         courses = [transcript.course for transcript in transcripts]

@@ -180,9 +180,11 @@ def history_messages(row: Any, start: int) -> list[Message]:
     return [{"role": entry.get("role").data, "content": entry.get("content").data} for entry in entries]
 
 
-def tokenize(texts: Sequence[str], template: ChatTemplate) -> list[torch.Tensor]:
+def tokenize(texts: Sequence[str], transcripts: Sequence[Transcript], template: ChatTemplate) -> list[torch.Tensor]:
     """The ids of responses that came as text: tokenized once, as a continuation of their prompts."""
-    return [torch.tensor(ids, dtype=torch.int64) for ids in template.codec.encode_continuation(list(texts))]
+    after = [int(transcript.tokens[-1]) for transcript in transcripts]
+    encoded = template.codec.encode_continuation(list(texts), after)
+    return [torch.tensor(ids, dtype=torch.int64) for ids in encoded]
 
 
 def check_ids(ids: Sequence[torch.Tensor], vocab_size: int) -> None:

@@ -20,6 +20,8 @@ from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
+from torchrl_chat.templates.backends import tokenizer_of
+from torchrl_chat.templates.codec import codec_of
 
 
 class TransformersPolicy(TensorDictModuleBase):
@@ -79,10 +81,11 @@ class TransformersPolicy(TensorDictModuleBase):
             ("text", "response"),
         ]
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer_of(tokenizer)
+        self.codec = codec_of(self.tokenizer)
         self.max_new_tokens = max_new_tokens
         # Embeddings are often padded beyond the vocabulary; such an id means nothing and is never sampled.
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.vocab_size = self.codec.vocab_size
         self.temperature = temperature
         self.generator = generator
         self.stop_ids = frozenset(_default_stops(model, tokenizer) if stop_ids is None else stop_ids)
@@ -141,7 +144,7 @@ class TransformersPolicy(TensorDictModuleBase):
                 all_attention_mask=[torch.ones_like(full, dtype=torch.bool) for full in fulls],
             ),
         )
-        texts = self.tokenizer.batch_decode([row.tolist() for row in responses])
+        texts = self.codec.decode([row.tolist() for row in responses])
         written = columns.texts("response", texts, batch, tensordict.device)
         if (text := tensordict.get("text", None)) is not None:
             text = columns.shallow(text)

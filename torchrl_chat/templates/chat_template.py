@@ -16,6 +16,7 @@ from torchrl_chat.templates.compiled import Compiler, Rule
 from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles
 from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
 from torchrl_chat.templates.proof import Prover, check_real, twin
+from torchrl_chat.templates.renderers_parser import RenderersParser
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
 
@@ -72,6 +73,8 @@ class ChatTemplate:
             ``reasoning_content`` of the parsed message, instead of a part of its content.
         parse_tool_calls: whether calls in the template's own format become ``tool_calls`` of the parsed
             message. ``None``: where ``tools`` are given.
+        renderer: the name of a renderer of the optional package ``renderers`` (``"qwen3"``) that is to read the
+            answers instead. The bridge does not depend on it.
         guard: whether control tokens spelled in the messages' contents stay text. Without it, a user or a
             tool that types ``<|im_end|>`` ends the turn.
         **template_kwargs: further variables of the template, e.g. ``enable_thinking=False``.
@@ -100,6 +103,7 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         parse_reasoning: bool = True,
         parse_tool_calls: bool | None = None,
+        renderer: str | None = None,
         guard: bool = True,
         **template_kwargs: Any,
     ):
@@ -116,6 +120,7 @@ class ChatTemplate:
             parse_calls=bool(tools) if parse_tool_calls is None else parse_tool_calls,
             parse_reasoning=parse_reasoning,
         )
+        self._peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
         self._rewriter = Rewriter(self._derivation, self.parser, self.close)
         self._proved_by = _proofs_of(self.codec, self.renderer)
         reserved = _RESERVED & template_kwargs.keys()
@@ -425,9 +430,18 @@ class ChatTemplate:
         courses = [_QUESTION] * len(sampled) if courses is None else courses
         reasons = finish_reasons or [None] * len(sampled)
         texts, opened = self.codec.decode(sampled), self._opened(prompts, len(sampled))
-        return list(map(self._parse, sampled, texts, courses, reasons, opened))
+        before: Sequence[Sequence[int] | None] = [None] * len(sampled) if prompts is None else prompts
+        return list(map(self._parse, sampled, texts, courses, reasons, opened, before))
 
-    def _parse(self, ids: Sequence[int], text: str, course: Course, reason: str | None, thinking: bool) -> Parsed:
+    def _parse(
+        self,
+        ids: Sequence[int],
+        text: str,
+        course: Course,
+        reason: str | None,
+        thinking: bool,
+        prompt: Sequence[int] | None,
+    ) -> Parsed:
         last, content = ids[-1], text
         shape = course.shape
         kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
@@ -444,7 +458,9 @@ class ChatTemplate:
             if ends:
                 content = text.removesuffix(self.codec.token_text(last))
         ended = ends if reason is None else reason != "length"
-        answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
+        answer = self._peer.parse(prompt, ids) if self._peer is not None else None
+        if answer is None:
+            answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
         message = answer.message(course.policy)
         own = self._close(shape, AnswerKind.of(message))
         stop = own.stop(last, text) if ended and isinstance(own, Close) else None

@@ -12,12 +12,12 @@ import contextvars
 import datetime
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.backends import tokenizer_of
-from torchrl_chat.templates.codec import TokenCodec
+from torchrl_chat.templates.codec import MARK, TokenCodec
 from torchrl_chat.templates.looks import Looks, looks_of
 
 _PROBE = "Qz7probe7zQ"
@@ -181,37 +181,48 @@ class Renderer:
     def guard(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
         """The messages with look-alikes of control tokens marked, and whether there were any.
 
-        Every string of a message is looked at (content, parts, names, tool calls), but for its role.
+        Every string of a message is looked at (content, parts, names, tool calls and their arguments), but for
+        its role; and it is looked at in the form in which it reaches the template.
         """
         if not self.guards:
             return messages, False
-        spelled = [self._spells(message, message.get("role") in _TRUSTED) for message in messages]
+        adapted = [self._adapt(message) if _composed(message) else message for message in messages]
+        # Of a plain message, only the content is looked at: its other string is its role.
+        spelled = [
+            self._spells(message["content"] if len(message) == 2 else message, message.get("role") in _TRUSTED)
+            if "content" in message
+            else self._spells(message, message.get("role") in _TRUSTED)
+            for message in adapted
+        ]
         if not any(spelled):
             return messages, False
         return [
             {**self._marked(message, message["role"] in _TRUSTED), "role": message["role"]} if spells else message
-            for message, spells in zip(messages, spelled, strict=True)
+            for message, spells in zip(adapted, spelled, strict=True)
         ], True
-
-    def spells(self, text: str, role: str) -> bool:
-        """Whether a text of this role spells a control token."""
-        return self._spells(text, role in _TRUSTED)
-
-    def mark(self, text: str, role: str) -> str:
-        """The text with every control token that it spells marked as text."""
-        return self._marked(text, role in _TRUSTED)
 
     def _spells(self, value: Any, trusted: bool) -> bool:
         if isinstance(value, str):
             return self.codec.spells(value, () if trusted else self.controls)
-        return any(self._spells(entry, trusted) for entry in _entries(value))
+        if isinstance(value, Mapping):
+            entries = (entry for key, entry in value.items() if key != "role")
+            return any(self._spells(e, trusted) for e in entries) or any(self._spells(k, trusted) for k in value)
+        if not isinstance(value, (list, tuple)):
+            return False
+        # Parts that spell nothing one by one may spell something where a template writes them side by side.
+        return any(self._spells(entry, trusted) for entry in value) or self._spells(_joined(value), trusted)
 
     def _marked(self, value: Any, trusted: bool) -> Any:
         if isinstance(value, str):
             return self.codec.mark(value, () if trusted else self.controls)
         if isinstance(value, Mapping):
-            return {key: self._marked(entry, trusted) for key, entry in value.items()}
-        return [self._marked(entry, trusted) for entry in value] if isinstance(value, (list, tuple)) else value
+            return {self._marked(key, trusted): self._marked(entry, trusted) for key, entry in value.items()}
+        if not isinstance(value, (list, tuple)):
+            return value
+        marked = [self._marked(entry, trusted) for entry in value]
+        if self._spells(_joined(value), trusted):
+            marked[1:] = [{**e, "text": MARK + e["text"]} if _is_text(e) else e for e in marked[1:]]
+        return marked
 
 
 _moment: contextvars.ContextVar[datetime.datetime | None] = contextvars.ContextVar("moment", default=None)
@@ -245,10 +256,18 @@ def _stop_clock(source: str) -> None:
         names["strftime_now"] = _Clock(names["strftime_now"])
 
 
-def _entries(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        return (entry for key, entry in value.items() if key != "role")
-    return iter(value) if isinstance(value, (list, tuple)) else iter(())
+def _composed(message: Message) -> bool:
+    """Whether a message has tool calls or parts, whose form a template may need changed."""
+    return "tool_calls" in message or not isinstance(message.get("content"), (str, type(None)))
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    """The texts of a list of parts, side by side."""
+    return "".join(part["text"] for part in parts if _is_text(part)) if len(parts) > 1 else ""
 
 
 def _in_parts(message: Message) -> Message:
