@@ -7,7 +7,7 @@ import pickle
 import pytest
 from conftest import CHATML, CORPUS, bpe_tokenizer, corpus_tokenizer, stop_of
 
-from torchrl_chat import BridgeError, ChatTemplate, ChatTemplateError, MessageError
+from torchrl_chat import BridgeError, ChatEnv, ChatTemplate, ChatTemplateError, MessageError
 
 USER = {"role": "user", "content": "What is 12 + 30?"}
 ANSWER = {"role": "assistant", "content": "42"}
@@ -299,3 +299,31 @@ class TestRefusals:
     def test_malformed_message(self, tokenizer):
         with pytest.raises(MessageError, match=r"\[1\] has no 'role'"):
             ChatTemplate(tokenizer).render([USER, {"content": "x"}])
+
+
+class TestCapabilities:
+    NO_TOOLS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+
+    def test_all_that_chatml_can_do_is_proved(self, tokenizer):
+        assert set(ChatTemplate(tokenizer).capabilities.values()) == {None}
+
+    def test_what_a_template_drops_is_recorded(self):
+        capabilities = ChatTemplate(bpe_tokenizer(), chat_template=self.NO_TOOLS).capabilities
+        refused = {name for name, reason in capabilities.items() if reason is not None}
+        assert refused == {"tool", "tools", "raw_tool", "several"}
+        assert "drops a message of role 'tool'" in capabilities["tool"]
+
+    def test_required_at_construction(self):
+        with pytest.raises(BridgeError, match="cannot be bridged for 'tool': the chat template drops"):
+            ChatTemplate(bpe_tokenizer(), chat_template=self.NO_TOOLS, require=("user", "tool"))
+        ChatTemplate(bpe_tokenizer(), chat_template=self.NO_TOOLS, require=("user", "depth", "truncated"))
+
+    def test_unknown_capability(self, tokenizer):
+        with pytest.raises(ValueError, match="no capability 'telepathy'"):
+            ChatTemplate(tokenizer, require=("telepathy",))
+
+    def test_through_the_environment(self):
+        tokenizer = bpe_tokenizer.__wrapped__()
+        tokenizer.chat_template = self.NO_TOOLS
+        with pytest.raises(BridgeError, match="cannot be bridged for 'tool'"):
+            ChatEnv(tokenizer=tokenizer, template_kwargs={"require": ("tool",)})

@@ -64,7 +64,7 @@ class Tail:
     def placed(self, text: str) -> Tail | None:
         """This tail's places in another text of the same kind; ``None`` if its turn ends differently.
 
-        What stands in front of ``cut`` depends on the call's arguments; what ends the turn must not.
+        What stands in front of ``cut`` depends on the arguments of the call; what ends the turn must not.
         """
         ending = self.text[self.cut : self.end]
         if not self.cut:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,15 @@ from typing import Any, NamedTuple
 from torchrl_chat.messages import Message, as_messages
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, Tail
+from torchrl_chat.templates.capabilities import CAPABILITIES, refusal
 from torchrl_chat.templates.codec import TokenCodec, codec_of, unmarked
 from torchrl_chat.templates.compiled import Compiler, Rule
 from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles
-from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
+from torchrl_chat.templates.parsing import AnswerParser
 from torchrl_chat.templates.proof import Prover, check_real, twin
+from torchrl_chat.templates.reading import Parsed, Reader
 from torchrl_chat.templates.renderers_parser import RenderersParser
-from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
+from torchrl_chat.templates.rendering import Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
 
 
@@ -28,6 +29,7 @@ class _Proofs:
     closes: dict[tuple[Roles, AnswerKind], Close | BridgeError] = field(default_factory=dict)
     rules: dict[Kind, Rule | BridgeError | None] = field(default_factory=dict)
     tails: dict[Any, Tail | BridgeError] = field(default_factory=dict)
+    capabilities: dict[str, str | None] = field(default_factory=dict)
 
 
 _proofs: weakref.WeakKeyDictionary[TokenCodec, dict[Any, _Proofs]] = weakref.WeakKeyDictionary()
@@ -43,17 +45,6 @@ class Rendered(NamedTuple):
 
     ids: list[int]
     text: str
-
-
-class Parsed(NamedTuple):
-    """What a policy sampled, read as a message."""
-
-    message: Message  # the same as a message of the conversation
-    answer: ParsedAnswer  # content, reasoning and tool calls, without the tokens that end the turn
-    text: str  # all of the sampled text, special tokens spelled out
-    ended: bool  # whether the turn ended by itself, rather than by a length limit
-    stop: int | None  # the token that ended it, if the template knows it as one
-    close: Close | BridgeError  # how the template closes such a turn, or why that is not known
 
 
 class ChatTemplate:
@@ -75,6 +66,8 @@ class ChatTemplate:
             message. ``None``: where ``tools`` are given.
         renderer: the name of a renderer of the optional package ``renderers`` (``"qwen3"``) that is to read the
             answers instead. The bridge does not depend on it.
+        require: kinds of turn (see :attr:`capabilities`) that must be proved: what is not raises here, instead of
+            when it is first used.
         guard: whether control tokens spelled in the messages' contents stay text. Without it, a user or a
             tool that types ``<|im_end|>`` ends the turn.
         **template_kwargs: further variables of the template, e.g. ``enable_thinking=False``.
@@ -105,6 +98,7 @@ class ChatTemplate:
         parse_tool_calls: bool | None = None,
         renderer: str | None = None,
         guard: bool = True,
+        require: Sequence[str] = (),
         **template_kwargs: Any,
     ):
         self.tokenizer = tokenizer_of(tokenizer)
@@ -120,15 +114,19 @@ class ChatTemplate:
             parse_calls=bool(tools) if parse_tool_calls is None else parse_tool_calls,
             parse_reasoning=parse_reasoning,
         )
-        self._peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
         self._rewriter = Rewriter(self._derivation, self.parser, self.close)
         self._proved_by = _proofs_of(self.codec, self.renderer)
+        peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
+        self._reader = Reader(self.renderer, self.parser, peer, self._close)
         reserved = _RESERVED & template_kwargs.keys()
         if reserved:
             raise ValueError(
                 f"template_kwargs has {sorted(reserved)}: these are arguments of other functions, not variables of "
                 f"a chat template. Pass chat_template=... for another template."
             )
+        for capability in require:
+            if (reason := self.refusal(capability)) is not None:
+                raise BridgeError(f"this chat template cannot be bridged for {capability!r}: {reason}")
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -427,61 +425,28 @@ class ChatTemplate:
             prompts: for each row, its prompt, or the last ids of it: they tell whether the prompt has opened the
                 reasoning already. Without them the template's usual generation prompt does.
         """
-        courses = [_QUESTION] * len(sampled) if courses is None else courses
-        reasons = finish_reasons or [None] * len(sampled)
-        texts, opened = self.codec.decode(sampled), self._opened(prompts, len(sampled))
-        before: Sequence[Sequence[int] | None] = [None] * len(sampled) if prompts is None else prompts
-        return list(map(self._parse, sampled, texts, courses, reasons, opened, before))
+        return self._reader.read(sampled, courses, finish_reasons, prompts)
 
-    def _parse(
-        self,
-        ids: Sequence[int],
-        text: str,
-        course: Course,
-        reason: str | None,
-        thinking: bool,
-        prompt: Sequence[int] | None,
-    ) -> Parsed:
-        last, content = ids[-1], text
-        shape = course.shape
-        kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
-        known = [close for kind in kinds if isinstance(close := self._close(shape, kind), Close)]
-        lead = known[0].lead if known else ""
-        ends = last == self.tokenizer.eos_token_id
-        # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
-        for close in known:
-            if (stop := close.stop(last, text)) is not None:
-                content = close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
-                ends = True
-                break
-        else:
-            if ends:
-                content = text.removesuffix(self.codec.token_text(last))
-        ended = ends if reason is None else reason != "length"
-        answer = self._peer.parse(prompt, ids) if self._peer is not None else None
-        if answer is None:
-            answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
-        message = answer.message(course.policy)
-        own = self._close(shape, AnswerKind.of(message))
-        stop = own.stop(last, text) if ended and isinstance(own, Close) else None
-        return Parsed(message, answer, text, ended, stop, own)
+    # ------------------------------------------------------------------ what is proved
+    @property
+    def capabilities(self) -> dict[str, str | None]:
+        """For each kind of turn, ``None`` if it is proved, else the reason why it is refused.
 
-    def _opened(self, prompts: Sequence[Sequence[int]] | None, rows: int) -> list[bool]:
-        """For each row, whether the generation prompt has opened the reasoning."""
-        if not self.parser.openings:
-            return [False] * rows
-        if prompts is None:
-            return [self._opens_reasoning] * rows
-        ends = self.codec.decode([prompt[-_OPENING_IDS:] for prompt in prompts])
-        return [self.parser.opened_by(end) for end in ends]
+        The names are those of :data:`~torchrl_chat.templates.capabilities.CAPABILITIES`. Each is proved when it
+        is first asked for, and kept.
+        """
+        return {name: self.refusal(name) for name in CAPABILITIES}
 
-    @functools.cached_property
-    def _opens_reasoning(self) -> bool:
-        """Whether the usual generation prompt opens the reasoning."""
-        try:
-            return self.parser.opened_by(self.renderer.text([{"role": "user", "content": "hi"}], True))
-        except ChatTemplateError:
-            return False
+    def refusal(self, capability: str) -> str | None:
+        """Why a kind of turn is refused; ``None`` if it is proved.
+
+        Raises:
+            ValueError: there is no such capability.
+        """
+        kept = self._proved_by.capabilities
+        if capability not in kept:
+            kept[capability] = refusal(self, capability)
+        return kept[capability]
 
 
 _QUESTION = Course.of([{"role": "user", "content": "?"}])

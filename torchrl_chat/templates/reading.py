@@ -1,0 +1,118 @@
+"""Reading: what a policy sampled, as ids, to the message that it is and the way in which the turn ended."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torchrl_chat.messages import Message
+from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close
+from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
+from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
+from torchrl_chat.templates.renderers_parser import RenderersParser
+from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
+
+_QUESTION = Course.of([{"role": "user", "content": "?"}])
+_A_CALL = AnswerKind(1, False)
+_OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
+
+
+class Parsed(NamedTuple):
+    """What a policy sampled, read as a message."""
+
+    message: Message  # the same as a message of the conversation
+    answer: ParsedAnswer  # content, reasoning and tool calls, without the tokens that end the turn
+    text: str  # all of the sampled text, special tokens spelled out
+    ended: bool  # whether the turn ended by itself, rather than by a length limit
+    stop: int | None  # the token that ended it, if the template knows it as one
+    close: Close | BridgeError  # how the template closes such a turn, or why that is not known
+
+
+class Reader:
+    """Reads the answers of one chat template.
+
+    Args:
+        renderer: the template.
+        parser: takes the text of an answer apart.
+        peer: another parser that is asked first.
+        close: how a turn of a conversation of these roles, with this kind of answer, is closed.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        parser: AnswerParser,
+        peer: RenderersParser | None,
+        close: Callable[[Roles, AnswerKind], Close | BridgeError],
+    ):
+        self.renderer = renderer
+        self.codec = renderer.codec
+        self.eos = renderer.tokenizer.eos_token_id
+        self.parser = parser
+        self.peer = peer
+        self.close = close
+
+    def read(
+        self,
+        sampled: Sequence[Sequence[int]],
+        courses: Sequence[Course] | None,
+        finish_reasons: Sequence[str | None] | None,
+        prompts: Sequence[Sequence[int]] | None,
+    ) -> list[Parsed]:
+        """See :meth:`ChatTemplate.parse_batch <torchrl_chat.ChatTemplate.parse_batch>`."""
+        courses = [_QUESTION] * len(sampled) if courses is None else courses
+        reasons = finish_reasons or [None] * len(sampled)
+        texts, opened = self.codec.decode(sampled), self._opened(prompts, len(sampled))
+        before: Sequence[Sequence[int] | None] = [None] * len(sampled) if prompts is None else prompts
+        return list(map(self._parse, sampled, texts, courses, reasons, opened, before))
+
+    def _parse(
+        self,
+        ids: Sequence[int],
+        text: str,
+        course: Course,
+        reason: str | None,
+        thinking: bool,
+        prompt: Sequence[int] | None,
+    ) -> Parsed:
+        last, content = ids[-1], text
+        shape = course.shape
+        kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
+        known = [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
+        lead = known[0].lead if known else ""
+        ends = last == self.eos
+        # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
+        for close in known:
+            if (stop := close.stop(last, text)) is not None:
+                content = close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
+                ends = True
+                break
+        else:
+            if ends:
+                content = text.removesuffix(self.codec.token_text(last))
+        ended = ends if reason is None else reason != "length"
+        answer = self.peer.parse(prompt, ids) if self.peer is not None else None
+        if answer is None:
+            answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
+        message = answer.message(course.policy)
+        own = self.close(shape, AnswerKind.of(message))
+        stop = own.stop(last, text) if ended and isinstance(own, Close) else None
+        return Parsed(message, answer, text, ended, stop, own)
+
+    def _opened(self, prompts: Sequence[Sequence[int]] | None, rows: int) -> list[bool]:
+        """For each row, whether the generation prompt has opened the reasoning."""
+        if not self.parser.openings:
+            return [False] * rows
+        if prompts is None:
+            return [self._opens_reasoning] * rows
+        ends = self.codec.decode([prompt[-_OPENING_IDS:] for prompt in prompts])
+        return [self.parser.opened_by(end) for end in ends]
+
+    @functools.cached_property
+    def _opens_reasoning(self) -> bool:
+        """Whether the usual generation prompt opens the reasoning."""
+        try:
+            return self.parser.opened_by(self.renderer.text([{"role": "user", "content": "hi"}], True))
+        except ChatTemplateError:
+            return False
