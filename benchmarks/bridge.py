@@ -213,7 +213,7 @@ class Case:
         row.sampled = self.sampled[place]
         if self.tools:
             result = {"role": "tool", "name": "lookup", "content": json.dumps({"found": self.texts[place]})}
-            row.new = [result | {"tool_call_id": "call00000"}]
+            row.new = [result | {"tool_call_id": f"call{len(row.course.call_ids):05d}"}]
         else:
             row.new = [{"role": "user", "content": self.texts[place]}]
         cut = len(opening) if row.sampled[: len(opening)] == opening else 0

@@ -76,12 +76,16 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"torchrl-chat audit: {error}", file=sys.stderr)
             return 1
     if arguments.json:
-        print(json.dumps(report.as_dict(), indent=2))
+        text = json.dumps(report.as_dict(), indent=2)
     else:
         from torchrl_chat.cli.audit_text import Style, lines
 
         style = Style.of(sys.stdout, shutil.get_terminal_size((100, 24)).columns)
-        print("\n".join(lines(report, style, all_tails=arguments.tails)))
+        text = "\n".join(lines(report, style, all_tails=arguments.tails))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough (| head); nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if report.proved else 1
 
 

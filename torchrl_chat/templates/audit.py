@@ -186,8 +186,8 @@ class _Audit:
         try:
             turn = sample(template, before, answer, new, said=said, ended=ended)
         except errors() as error:
-            status, note = self._failed(template, conversation, len(before))
-            return r.Finding(name, title, status, None, line(error), note, _since(start))
+            took = _since(start)
+            return r.Finding(name, title, *self._failed(template, conversation, len(before), error), took)
         took = _since(start)
         self.samples[name] = turn
         rendered = _renderings(template)
@@ -200,18 +200,17 @@ class _Audit:
         return r.Finding(name, title, r.Status.PROVED, mode, None, None, took, tail)
 
     def _failed(
-        self, template: ChatTemplate, conversation: Sequence[Message], answered: int
-    ) -> tuple[r.Status, str | None]:
-        """What a conversation is that was not extended (refused, or unsupported by the template's own rule), and a note."""
-        if self._own_rule(template, conversation) is not None:
-            return r.Status.UNSUPPORTED, None
+        self, template: ChatTemplate, conversation: Sequence[Message], answered: int, error: Exception
+    ) -> tuple[r.Status, None, str, str | None]:
+        """Of a conversation that was not extended: unsupported by the template's own rule, or refused; why; a note."""
+        own = self._own_rule(template, conversation)
+        if own is not None:
+            return r.Status.UNSUPPORTED, None, own, None
         text = _letters(template.renderer.text(conversation, True))
         answer = text.rfind(_letters(content_text(conversation[answered])))
         moved = [m["role"] for m in conversation[answered + 1 :] if text.rfind(_letters(content_text(m))) < answer]
-        return (
-            r.Status.REFUSED,
-            f"the template writes what is new ({moved[0]}) in front of the answer" if moved else None,
-        )
+        note = f"the template writes what is new ({moved[0]}) in front of the answer" if moved else None
+        return r.Status.REFUSED, None, line(error), note
 
     def _own_rule(self, template: ChatTemplate, conversation: Sequence[Message]) -> str | None:
         """What the template itself has against a conversation: it raises, or leaves a message out."""
@@ -230,8 +229,8 @@ class _Audit:
         ids, codec = turn.exact[len(turn.ids) :], template.codec
         closing = len(turn.close.suffix(turn.stop_id).ids)
         opening = _tried(lambda: _generation_prompt(template, [*turn.messages, *turn.new]), None) or ""
-        first = len(ids)
-        while opening and first > closing and len(codec.decode([ids[first:]])[0]) < len(opening):
+        first, length = len(ids), len("".join(opening.split()))  # some tokens swallow the blanks beside them
+        while first > closing and len("".join(codec.decode([ids[first:]])[0].split())) < length:
             first -= 1
         origins = [r.Origin.CLOSE] * closing + [r.Origin.NEW] * (first - closing)
         origins += [r.Origin.GENERATION_PROMPT] * (len(ids) - first)
@@ -304,9 +303,10 @@ class _Audit:
                 rendered = _renderings(self.template)
                 self.template.extend(turn.ids, turn.messages, turn.new)
             except errors() as error:
-                status, note = self._failed(self.template, [*messages, answer, *new], len(messages))
-                reason = f"turn {k + 1}: {line(error)}"
-                return r.Finding(name, title, status, None, reason, note, _since(start))
+                took = _since(start)
+                conversation = [*messages, answer, *new]
+                status, _, why, note = self._failed(self.template, conversation, len(messages), error)
+                return r.Finding(name, title, status, None, f"turn {k + 1}: {why}", note, took)
             modes.add("rendered" if _renderings(self.template) > rendered else "compiled")
             messages, ids = [*turn.messages, *new], turn.exact
         assert turn is not None
@@ -341,7 +341,10 @@ def _made(tokenizer: Any, **options: Any) -> ChatTemplate:
 
 def _generation_prompt(template: ChatTemplate, messages: Sequence[Message]) -> str:
     text = template.renderer.text(messages, True)
-    return text[shared(text, template.renderer.text(messages, False)) :]
+    at = shared(text, template.renderer.text(messages, False))
+    # What only the last message has (<|endoftext|>) may begin like what opens the turn (<|assistant|>).
+    inside = (match.start() for match in template.codec.control_tokens(text) if match.start() < at < match.end())
+    return text[next(inside, at) :]
 
 
 def _date(template: ChatTemplate) -> str | None:

@@ -62,7 +62,7 @@ class Tail:
         return self.text[self.cut if stop is None else self.resume.get(stop, self.cut) :]
 
     def placed(self, text: str) -> Tail | None:
-        """This tail's places in another text of the same kind; ``None`` if its turn ends differently.
+        """The places of this tail in another text of the same kind; ``None`` if its turn ends differently.
 
         What stands in front of ``cut`` depends on the arguments of the call; what ends the turn must not.
         """

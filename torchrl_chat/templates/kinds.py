@@ -32,10 +32,11 @@ class Course:
         roles: the roles so far; ``None`` if the conversation is irregular (or has no user yet).
         last: the role of the last message.
         texts: whether every content is a text, or left out beside tool calls.
-        answered: whether no tool call was passed over without a result.
+        answered: whether no tool call was passed over without a result, and each has an id of its own.
         calls: whether the last message calls tools.
         extra: fields of messages besides role and content.
         begun: whether the policy has answered already.
+        call_ids: the ids of all tool calls so far, in order.
 
     Example:
         >>> course = Course("assistant").then([{"role": "user", "content": "2 + 2?"}])
@@ -51,6 +52,7 @@ class Course:
     calls: bool = False
     extra: frozenset[str] = frozenset()
     begun: bool = False
+    call_ids: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, messages: Sequence[Message], policy: str = "assistant") -> Course:
@@ -61,6 +63,7 @@ class Course:
         """The course after further messages."""
         policy, roles, last, texts = self.policy, self.roles, self.last, self.texts
         answered, calls, extra, begun = self.answered, self.calls, self.extra, self.begun
+        call_ids = self.call_ids
         for message in messages:
             role = message["role"]
             if calls and (roles is None or role != roles.tool) and role in (policy, roles and roles.user):
@@ -72,8 +75,13 @@ class Course:
             texts = texts and (content is None or type(content) is str)
             if len(message) != 2 or content is None:
                 extra = extra | (message.keys() - _PLAIN)
-                calls = bool(message.get("tool_calls"))
-        return Course(policy, roles, last, texts, answered, calls, extra, begun)
+                if made := message.get("tool_calls"):
+                    calls = True
+                    ids = tuple(str(call.get("id")) for call in made)
+                    # Of two calls of one id, a template may take the one for the other.
+                    answered = answered and len({*call_ids, *ids}) == len(call_ids) + len(ids)
+                    call_ids += ids
+        return Course(policy, roles, last, texts, answered, calls, extra, begun, call_ids)
 
     @property
     def shape(self) -> Roles:

@@ -56,11 +56,15 @@ class ParsedAnswer:
     calls: tuple[ParsedCall, ...] = ()
     start: int = 0
 
-    def message(self, role: str = "assistant") -> Message:
+    def message(self, role: str = "assistant", calls_before: int = 0) -> Message:
         """The turn as a message: ``reasoning_content`` and ``tool_calls`` are there only if the turn has them.
 
         A malformed call stays in the content as it was written, and is described under
         ``invalid_tool_calls``: its name, its raw arguments, what is wrong, and where in the text it stands.
+
+        Args:
+            role: the policy's role.
+            calls_before: the number of calls made earlier in the conversation: ids that are made up go on from it.
 
         Example:
             >>> ParsedAnswer("Hello", reasoning="A greeting.").message()
@@ -71,7 +75,7 @@ class ParsedAnswer:
             message["reasoning_content"] = self.reasoning
         good = [call for call in self.calls if call.status is CallStatus.OK]
         if good:
-            message["tool_calls"] = [call.message(i) for i, call in enumerate(good)]
+            message["tool_calls"] = [call.message(calls_before + i) for i, call in enumerate(good)]
         if len(good) < len(self.calls):
             message["invalid_tool_calls"] = [
                 {"name": c.name, "arguments": c.arguments, "status": c.status.value, "span": list(c.span)}

@@ -223,7 +223,7 @@ def check_real(text: str, new: Sequence[Message]) -> None:
         found = text.find(content, at)
         if found >= 0:
             at = found + len(content)
-        elif not any(_loosely(content) in _loosely(form) for form in (text[at:], _unescaped(text[at:]))):
+        elif not any(loosely(content) in loosely(form) for form in (text[at:], unescaped(text[at:]))):
             raise BridgeError(
                 f"the chat template drops or rewrites a message of role {message['role']!r}: its content "
                 f"{content[:60]!r} is not in {text[at : at + 160]!r}."
@@ -240,11 +240,12 @@ def _shown(message: Message) -> str:
     return f"{message.get('content')!r}" + (f" with {len(calls)} tool call(s)" if calls else "")
 
 
-def _loosely(text: str) -> str:
+def loosely(text: str) -> str:
+    """The letters and digits of a text: what stays of it however it is spaced, quoted or escaped."""
     return "".join(c for c in text if c.isalnum())
 
 
-def _unescaped(text: str) -> str:
+def unescaped(text: str) -> str:
     """The text without JSON's escapes, near enough to find a content in it."""
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m.group(1), 16)), text)
     return re.sub(r"\\[nrtbf]", "", text)

@@ -95,7 +95,7 @@ class Reader:
         answer = self.peer.parse(prompt, ids) if self.peer is not None else None
         if answer is None:
             answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
-        message = answer.message(course.policy)
+        message = answer.message(course.policy, len(course.call_ids))
         own = self.close(shape, AnswerKind.of(message))
         stop = own.stop(last, text) if ended and isinstance(own, Close) else None
         return Parsed(message, answer, text, ended, stop, own)

@@ -63,6 +63,7 @@ class Renderer:
         self.tokenizer = tokenizer_of(tokenizer)
         self.codec = codec
         self.source = _source(tokenizer, chat_template, bool(tools))
+        _check_syntax(self.source)
         self.guards = guard
         self.now = now or datetime.datetime.now()
         self._kwargs: dict[str, Any] = dict(template_kwargs)
@@ -244,6 +245,17 @@ class _Clock:
     def __call__(self, form: str) -> str:
         moment = _moment.get()
         return self._clock(form) if moment is None else moment.strftime(form)
+
+
+def _check_syntax(source: str) -> None:
+    import jinja2
+
+    try:
+        _compiled(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatTemplateError(
+            f"the chat template is no valid Jinja, line {error.lineno}: {error.message}"
+        ) from error
 
 
 def _stop_clock(source: str) -> None:

@@ -12,14 +12,16 @@ Law of this file: a sampled id that stays is the id that was sampled; nothing sa
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
-from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, unused
+from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, shared_prefix, unused
 from torchrl_chat.templates.codec import unmarked
 from torchrl_chat.templates.parsing import AnswerParser
+from torchrl_chat.templates.proof import unescaped
 from torchrl_chat.templates.rendering import ChatTemplateError
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -49,6 +51,7 @@ class _Answer(NamedTuple):
 
     before: str
     keeps_reasoning: bool
+    opens_with: str  # what comes first: its reasoning, its content or a call
     keeps_stop: bool  # whether the token that ended it still ends it
     edit: _Edit  # what becomes of the content
 
@@ -94,10 +97,11 @@ class Rewriter:
         Raises:
             BridgeError: the template changes the words of an earlier answer.
         """
-        written = self._written(spans, messages, new, agp)
+        written, real = self._written(spans, messages, new, agp)
         out: list[int] = []
         moved: list[Span] = []
-        position, stop = 0, None
+        position = 0
+        stop: int | None = None
         for span, answer in zip(spans, written, strict=True):
             unsampled, sampled = list(ids[position : span.start]), list(ids[span.start : span.end])
             end = [span.stop] if span.stop is not None and span.stop != BY_TEXT else []
@@ -106,7 +110,16 @@ class Rewriter:
             between = self._between(answer.before, stop, not moved)
             seen, said, before = self.codec.decode([unsampled, core, between])
             seen = seen.removesuffix(span.lost)
-            lost, pieces = self._pieces(core, said, seen, messages[span.message], answer)
+            message = messages[span.message]
+            begin = 0 if answer.keeps_reasoning else self._content_at(said, seen)
+            if answer.opens_with == "call":
+                answer = answer._replace(before=self._in_front_of_call(answer.before, said[begin:]))
+                between = self._between(answer.before, stop, not moved)
+                before = self.codec.decode([between])[0]
+            if before == seen + said[:begin]:  # what looks dropped was empty, and stands there as it was sampled
+                answer = answer._replace(keeps_reasoning=True)
+                before = seen
+            lost, pieces = self._pieces(core, said, begin, message, answer)
             lost = lost or (span.lost if pieces == core else "")
             # The template's text may end with what the policy itself wrote first, "<think>" for one.
             if lost:
@@ -121,13 +134,23 @@ class Rewriter:
             stop = span.stop if answer.keeps_stop else None
             moved.append(Span(span.message, start, len(out), stop, lost))
             position = span.end
-        return Rewritten(out, tuple(moved)) if out != list(ids[:position]) else None
+        if out == list(ids[:position]):
+            return None
+        # Blanks aside it must be the template's own text, or the pieces were put together wrongly.
+        got, wanted = (_unspaced(unescaped(text)) for text in (self.codec.decode([out])[0], real))
+        agree = len(shared_prefix([got, wanted]))
+        if len(got) - agree > len(_unspaced(self.codec.token_text(out[-1]))):
+            raise BridgeError(
+                f"the past cannot be put together as the chat template writes it: {got[agree - 30 : agree + 30]!r} stands "
+                f"where it writes {wanted[agree - 30 : agree + 30]!r}."
+            )
+        return Rewritten(out, tuple(moved))
 
     # ------------------------------------------------------------------ what the template writes
     def _written(
         self, spans: Sequence[Span], messages: Sequence[Message], new: Sequence[Message], agp: bool
-    ) -> list[_Answer]:
-        """How the template writes each sampled answer."""
+    ) -> tuple[list[_Answer], str]:
+        """How the template writes each sampled answer, and its text of the whole conversation."""
         guarded, _ = self.renderer.guard([*messages, *new])
         probe = [dict(message) for message in guarded]
         fields: dict[str, tuple[int, str, str]] = {}  # sentinel -> answer, what it is, what was said
@@ -138,8 +161,10 @@ class Rewriter:
                 if message.get(key):
                     fields[f"{stem}r{i}R"] = (i, "reasoning", message[key])
                     message[key] = f"{stem}r{i}R"
-            fields[f"{stem}c{i}C"] = (i, "content", message.get("content") or "")
-            message["content"] = f"{stem}c{i}C"
+            if message.get("content") or not message.get("tool_calls"):
+                # A call without a text stays without one: templates write the two differently.
+                fields[f"{stem}c{i}C"] = (i, "content", message.get("content") or "")
+                message["content"] = f"{stem}c{i}C"
             if message.get("tool_calls"):
                 fields[f"{stem}t{i}T"] = (i, "call", "")
                 message["tool_calls"] = [
@@ -156,16 +181,16 @@ class Rewriter:
         for i, span in enumerate(spans):
             mine = [(at, end, kind) for at, end, (owner, kind, _) in found if owner == i]
             kinds = [kind for _, _, kind in mine]
-            if "content" not in kinds:
+            if "content" not in kinds and "call" not in kinds:
                 raise BridgeError(
                     f"the chat template drops an earlier answer: {messages[span.message]['content']!r:.80}."
                 )
-            thought = any(messages[span.message].get(key) for key in _REASONING)
+            thought = any(messages[span.message].get(key) is not None for key in _REASONING)
             before, start = text[start : mine[0][0]], mine[-1][1]
             length, keeps_stop = self._close_length(text[start:], span, messages)
-            answers.append(_Answer(before, not thought or "reasoning" in kinds, keeps_stop, edits[i]))
+            answers.append(_Answer(before, not thought or "reasoning" in kinds, kinds[0], keeps_stop, edits[i]))
             start += length
-        return answers
+        return answers, unmarked(real)
 
     @staticmethod
     def _edits(text: str, real: str, found: Sequence[tuple[int, int, tuple[int, str, str]]]) -> dict[int, _Edit]:
@@ -203,7 +228,7 @@ class Rewriter:
 
     # ------------------------------------------------------------------ pieces
     def _pieces(
-        self, sampled: list[int], said: str, seen: str, message: Message, answer: _Answer
+        self, sampled: list[int], said: str, begin: int, message: Message, answer: _Answer
     ) -> tuple[str, list[int]]:
         """What stays of an answer's sampled tokens, and the text of a token of which only the end stays."""
         content = message.get("content") or ""
@@ -211,7 +236,7 @@ class Rewriter:
         trims = kept != content and not message.get("tool_calls")
         if answer.keeps_reasoning and not trims:
             return "", sampled
-        begin = 0 if answer.keeps_reasoning else self._content_at(said, seen)
+        begin = 0 if answer.keeps_reasoning else begin
         end = rest = len(said)
         at = said.find(content, begin)
         if trims and at >= 0:
@@ -229,6 +254,28 @@ class Rewriter:
             return (self.codec.encode_guarded if marked else self.codec.encode)([text])[0]
         return self.derivation.ids(stop, text, marked)
 
+    @functools.cached_property
+    def _header(self) -> str:
+        """What opens an answer both in a generation prompt and in a history."""
+        asked: list[Message] = [{"role": "user", "content": "hi"}]
+        sentinel = unused(asked)
+        try:
+            bare, prompt = self.renderer.text(asked, False), self.renderer.text(asked, True)
+            history = self.renderer.text([*asked, {"role": "assistant", "content": sentinel}], False)
+        except ChatTemplateError:
+            return ""
+        if not prompt.startswith(bare) or not history.startswith(bare):
+            return ""
+        return shared_prefix([prompt[len(bare) :], history[len(bare) : history.find(sentinel)]])
+
+    def _in_front_of_call(self, before: str, call: str) -> str:
+        """The text in front of an answer that begins with a call, without the call's own first words."""
+        at = before.rfind(self._header) if self._header else -1
+        start = at + len(self._header) if at >= 0 else 0
+        places = (before.rfind(call[:k], start) for k in range(min(len(call), 32), 2, -1))
+        found = next((place for place in places if place >= 0), start)
+        return before[:found] if found else before
+
     def _content_at(self, said: str, seen: str) -> int:
         """Where an answer's content begins in its sampled text, behind its reasoning."""
         return self.parser.parse(said, self.parser.opened_by(seen[-200:])).start
@@ -237,3 +284,7 @@ class Rewriter:
 def _overlap(text: str, said: str) -> int:
     """How many characters the end of ``text`` shares with the start of ``said``."""
     return next((k for k in range(min(len(text), len(said), 200), 0, -1) if text.endswith(said[:k])), 0)
+
+
+def _unspaced(text: str) -> str:
+    return "".join(text.split())
