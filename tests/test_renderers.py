@@ -48,7 +48,7 @@ def test_both_bridges_write_the_same_ids(templates):
     [parsed] = ours.parse_batch([ids])
     result = {"role": "tool", "content": "found", "name": "lookup", "tool_call_id": "call00000"}
     extended = ours.extend([*prompt, *ids], [*question, parsed.message], [result])
-    bridged = theirs._peer.renderer.bridge_to_next_turn(prompt, ids, [result], tools=[TOOL])
+    bridged = theirs._reader.peer.renderer.bridge_to_next_turn(prompt, ids, [result], tools=[TOOL])
     assert extended == list(bridged.token_ids)
 
 

@@ -83,14 +83,15 @@ class Reader:
         lead = known[0].lead if known else ""
         ends = last == self.eos
         # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
-        for close in known:
-            if (stop := close.stop(last, text)) is not None:
-                content = close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
-                ends = True
-                break
-        else:
-            if ends:
-                content = text.removesuffix(self.codec.token_text(last))
+        rests = [
+            close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
+            for close in known
+            if (stop := close.stop(last, text)) is not None
+        ]
+        if rests:
+            content, ends = min(rests, key=len), True
+        elif ends:
+            content = text.removesuffix(self.codec.token_text(last))
         ended = ends if reason is None else reason != "length"
         answer = self.peer.parse(prompt, ids) if self.peer is not None else None
         if answer is None:
