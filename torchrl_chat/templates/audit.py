@@ -324,19 +324,11 @@ def _made(tokenizer: Any, **options: Any) -> ChatTemplate:
     import jinja2
 
     try:
-        template = ChatTemplate(tokenizer, **options)
-    except jinja2.TemplateSyntaxError as error:
-        raise BrokenTemplateError(
-            f"line {error.lineno} of the chat template is no valid Jinja: {line(error)}"
-        ) from error
-    try:
-        template.renderer.text([USER], True)
+        return ChatTemplate(tokenizer, **options)
     except ChatTemplateError as error:
-        broken = error.__cause__
-        if isinstance(broken, jinja2.TemplateSyntaxError):
-            reason = f"line {broken.lineno} of the chat template is no valid Jinja: {line(broken)}"
-            raise BrokenTemplateError(reason) from error
-    return template
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            raise BrokenTemplateError(str(error)) from error
+        raise
 
 
 def _generation_prompt(template: ChatTemplate, messages: Sequence[Message]) -> str:
