@@ -12,9 +12,12 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import all_corpus, corpus_tokenizer, need_shared
+from tensordict import TensorDict
+from torchrl.modules.llm.policies import Tokens
 
-from torchrl_chat import ChatTemplate, ChatTemplateError
+from torchrl_chat import ChatEnv, ChatTemplate, ChatTemplateError, columns
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL_ID = "abcdefgh0"  # nine letters: some templates insist
@@ -154,7 +157,7 @@ def reads_objects(name: str) -> bool:
 
 
 def called(name: str, arguments: dict, call_id: str = CALL_ID) -> dict:
-    return call(arguments if reads_objects(name) else json.dumps(arguments), call_id)
+    return call(arguments if reads_objects(name) else json.dumps(arguments, ensure_ascii=False), call_id)
 
 
 ASKED, PARIS = user("hi there"), {"city": "Paris"}
@@ -222,11 +225,13 @@ def test_look_alikes_stay_text(name, place):
         assert controls_in(name, ids, place) == controls_in(name, innocent, place), form
         if shown and place != "example":  # templates cut the reasoning out of an earlier answer
             text = template.codec.decode([ids])[0]
-            assert any(squashed(f) in squashed(text) for f in (forged, as_json(forged))), form
+            assert any(squashed(f) in squashed(text) for f in spellings(forged)), form
 
 
-def as_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+def spellings(text: str) -> list[str]:
+    """The text as templates write it: verbatim, as JSON, as JSON in JSON, as a Python string."""
+    once = json.dumps(text, ensure_ascii=False)[1:-1]
+    return [text, once, json.dumps(once, ensure_ascii=False)[1:-1], repr(text)[1:-1]]
 
 
 def squashed(text: str) -> str:
@@ -240,3 +245,103 @@ def test_without_the_guard_look_alikes_are_control_tokens(name, place):
     ids = ids_of(template_of(name, guard=False), messages, new)
     innocent = ids_of(template_of(name), *PLACES[place](name, "WORDSQ7"))
     assert len(controls_in(name, ids)) > len(controls_in(name, innocent))
+
+
+# ---------------------------------------------------------------------- the mask against the template's own markers
+NEWLINE = ("\n",)
+# What the markers of a template mark beside the sampled tokens: in front of them (then it is part of the prompt),
+# behind the stop token of every turn, and at the end of a conversation.
+MARKED = {
+    "lc_LFM2.5-8B-A1B": ((), NEWLINE, ()),
+    "lc_poolside-Laguna-S-2.1": (("<assistant>", "<think>"), NEWLINE, ()),
+    "lc_poolside-Laguna-XS-2.1": (("<assistant>", "\n", "</think>"), NEWLINE, ()),
+    "trl_deepseekv3_training": (("<｜Assistant｜>",), (), ()),
+    "trl_gptoss_training": (("<|start|>", "assistant"), (), ()),
+    "trl_lfm2_2_5_v2": ((), NEWLINE, ()),
+    "trl_lfm2_v2_training": ((), NEWLINE, ()),
+    "trl_muse_glimmer_training": (("<|start|>", "assistant"), (), ()),
+    "trl_nemotron_3_nano_training": (("<think>", "</think>"), NEWLINE, ()),
+    "trl_nemotron_3_super_training": (("<think>", "</think>"), NEWLINE, ()),
+    "trl_nemotron_3_ultra_training": (("<think>", "</think>"), NEWLINE, ()),
+    "trl_phi3_5_training": ((), (), ("<|endoftext|>",)),
+    "trl_phi3_training": ((), (), ("<|endoftext|>",)),
+    "trl_qwen2_5_training": (NEWLINE, NEWLINE, ()),
+    "trl_qwen3_instruct_2507_training": ((), NEWLINE, ()),
+    "trl_qwen3_vl_training": ((), NEWLINE, ()),
+}
+# Reasoning models whose prompt opens a reasoning that the history leaves out: with it off, prompt and history agree.
+VARIABLES = {name: {"enable_thinking": False} for name in MARKED if "nemotron" in name}
+# And one whose prompt always ends with text that its history never has.
+OPENED = {"trl_deepseekv3_training": "<think>\n"}
+TALK = [
+    ("What is the capital of France?", "Paris, since 987; population 2,102,650."),
+    ("Und die nächste? 東京", "naïve café — 北京 🎉 ½"),
+    ("def f(x):\n    return x**2\nExplain.", "f(12) == 144\n\n- squared\n- `x**2`"),
+]
+
+
+@functools.cache
+def marked_env(name: str) -> ChatEnv:
+    variables = VARIABLES.get(name, {})
+    return ChatEnv(input_mode="tokens", tokenizer=corpus_tokenizer(name), template_kwargs=variables)
+
+
+def runs_of(mask: list[int]) -> list[tuple[int, int]]:
+    """The stretches of ones."""
+    edges = [i for i, (a, b) in enumerate(itertools.pairwise([0, *mask, 0])) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def test_every_template_with_markers_is_here():
+    folder = need_shared("corpus/templates")
+    sources = {path.stem: path.read_text() for path in folder.glob("*.jinja")}
+    assert {name for name, source in sources.items() if MARKERS.search(source)} == MARKED.keys()
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("marked", MARKED)
+def test_the_mask_is_what_the_markers_mark(marked, turns, system):
+    name, tokenizer = marked, corpus_tokenizer(marked)
+    spelled = tokenizer.convert_ids_to_tokens if tokenizer.corpus["base"] == "phi3" else piecewise(tokenizer)
+    front, behind, final = MARKED[name]
+    start = [SYSTEM] if system else []
+    messages = [*start, *(m for question, answer in TALK[:turns] for m in (user(question), said(answer)))]
+    whole = tokenizer.apply_chat_template(
+        messages, return_assistant_tokens_mask=True, return_dict=True, tokenize=True, **VARIABLES.get(name, {})
+    )
+    ids, marks = whole["input_ids"], whole["assistant_masks"]
+    runs, sampled = runs_of(marks), []
+    assert len(runs) == turns
+    for k, (first, last) in enumerate(runs):
+        tail = (*behind, *final) if k + 1 == turns else behind
+        assert spelled(ids[first : first + len(front)]) == list(front)
+        assert spelled(ids[last - len(tail) : last]) == list(tail)
+        sampled.append((first + len(front), last - len(tail)))
+
+    env = marked_env(name)
+    opened = env.template.codec.encode([OPENED[name]])[0] if name in OPENED else []
+    td = env.reset(TensorDict(query=[[*start, user(TALK[0][0])]], batch_size=(1,)))
+    for k, (first, last) in enumerate(sampled):
+        prompt = td["tokens"][0].prompt.tolist()
+        expected = list(ids[:first])
+        for begin, _ in reversed(sampled[: k + 1]):
+            expected[begin:begin] = opened
+        assert prompt == expected
+        td["tokens"] = columns.ragged(Tokens, "response", [torch.tensor(ids[first:last])], td.batch_size, None)
+        td = env.step_mdp(env.step(td))
+        if k + 1 < turns:
+            td = env.append_messages(td, [TALK[k + 1][0]])
+    [ledger] = columns.read_objects(td["transcript"], td.batch_size)
+    tokens, mask = ledger.tokens.tolist(), ledger.mask.tolist()
+    for begin, _ in sampled:  # from left to right: each goes where it has come from
+        assert tokens[begin : begin + len(opened)] == opened
+        assert not any(mask[begin : begin + len(opened)])
+        del tokens[begin : begin + len(opened)], mask[begin : begin + len(opened)]
+    end = len(ids) - len(final)
+    assert tokens == ids[:end]
+    assert [i for i, m in enumerate(mask) if m] == [i for a, b in sampled for i in range(a, b)]
+
+
+def piecewise(tokenizer):
+    return lambda ids: [tokenizer.decode([i]) for i in ids]
