@@ -24,7 +24,7 @@ CALL_ID = "abcdefgh0"  # nine letters: some templates insist
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@pytest.fixture(scope="module", params=all_corpus())
+@pytest.fixture(scope="session", params=all_corpus())
 def name(request) -> str:
     """Every template in turn; all tests of one before the next, so that its tokenizer is loaded once."""
     return request.param

@@ -81,14 +81,15 @@ class Reader:
         kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
         known = [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
         lead = known[0].lead if known else ""
-        ends = last == self.eos
+        # Where a turn is closed with several tokens, one of the first of them may as well be a cut.
+        ends = last == self.eos or any(close.stop(last, text) in close.main for close in known)
         # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
         rests = [
             close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
             for close in known
             if (stop := close.stop(last, text)) is not None
         ]
-        if rests:
+        if rests and (ends or reason not in (None, "length")):
             content, ends = min(rests, key=len), True
         elif ends:
             content = text.removesuffix(self.codec.token_text(last))
