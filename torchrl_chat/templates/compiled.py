@@ -240,6 +240,9 @@ class Compiler:
         for name in ("python", "Look_Up", "a.b-c"):
             if not agrees(rule, history, _renamed(answer, name), [_named(m, name) for m in new]):
                 return None
+        for identity in ("call_1", "7", "call-00001-abcdef"):  # some templates have ids of one form only
+            if not agrees(rule, history, *_identified(answer, new, identity)):
+                return None
         triggers = []
         for literal in self.looks.literals:
             texts = forms(literal)
@@ -255,6 +258,17 @@ class Compiler:
 
 def _named(message: Message, name: str) -> Message:
     return {**message, "name": name} if "name" in message else message
+
+
+def _identified(answer: Message, new: Sequence[Message], identity: str) -> tuple[Message, list[Message]]:
+    """The messages with other ids of their calls."""
+    calls = answer.get("tool_calls") or ()
+    ids = {call["id"]: f"{identity}{i}" for i, call in enumerate(calls)}
+    if calls:
+        answer = {**answer, "tool_calls": [{**call, "id": ids[call["id"]]} for call in calls]}
+    return answer, [
+        {**m, "tool_call_id": ids.get(m["tool_call_id"], identity)} if "tool_call_id" in m else m for m in new
+    ]
 
 
 def _renamed(answer: Message, name: str) -> Message:

@@ -32,7 +32,8 @@ class Course:
         roles: the roles so far; ``None`` if the conversation is irregular (or has no user yet).
         last: the role of the last message.
         texts: whether every content is a text, or left out beside tool calls.
-        answered: whether no tool call was passed over without a result, and each has an id of its own.
+        answered: whether no tool call was passed over without a result, no result came without a call, and
+            each call has an id of its own.
         calls: whether the last message calls tools.
         extra: fields of messages besides role and content.
         begun: whether the policy has answered already.
@@ -68,6 +69,8 @@ class Course:
             role = message["role"]
             if calls and (roles is None or role != roles.tool) and role in (policy, roles and roles.user):
                 answered = False
+            if last == policy and not calls and roles is not None and role not in (policy, roles.user):
+                answered = False  # a result that no structured call asked for
             begun = begun or role == policy
             roles = _then(roles, last, role, policy, begun)
             last, calls = role, False
