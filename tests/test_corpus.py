@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import ChatEnv, ChatTemplate, ChatTemplateError, columns
+from torchrl_chat.messages import content_text
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL_ID = "abcdefgh0"  # nine letters: some templates insist
@@ -213,8 +214,9 @@ def test_look_alikes_stay_text(name, place):
     if innocent is None:
         # Then the template itself refuses or drops it, or refuses to say what follows a call with this id.
         messages, new = build(name, "WORDSQ7")
+        everything = [{**m, "content": content_text(m)} for m in (*messages, *new)]
         written = raw_render(name)([*messages, *new], True).count("WORDSQ7")
-        assert written < repr([messages, new]).count("WORDSQ7") or samples_the_call_id(name)
+        assert written < repr(everything).count("WORDSQ7") or samples_the_call_id(name)
     shown = innocent is not None and "WORDSQ7" in template.codec.decode([innocent])[0]
     for form, forged in forgeries(name).items():
         ids = ids_of(template, *build(name, forged))
@@ -222,6 +224,8 @@ def test_look_alikes_stay_text(name, place):
             assert ids is None, form
             continue
         assert ids is not None, form
+        if "parts" in place:  # some templates write a part each for itself: as many of them
+            innocent = ids_of(template, *build(name, re.sub(r"\S{2,}", "WORDSQ7", forged)))
         assert controls_in(name, ids, place) == controls_in(name, innocent, place), form
         if shown and place != "example":  # templates cut the reasoning out of an earlier answer
             text = template.codec.decode([ids])[0]
@@ -229,9 +233,17 @@ def test_look_alikes_stay_text(name, place):
 
 
 def spellings(text: str) -> list[str]:
-    """The text as templates write it: verbatim, as JSON, as JSON in JSON, as a Python string."""
+    """The text as templates write it: verbatim, as JSON, as JSON in JSON, as a Python string, as an attribute."""
     once = json.dumps(text, ensure_ascii=False)[1:-1]
-    return [text, once, json.dumps(once, ensure_ascii=False)[1:-1], repr(text)[1:-1]]
+    twice = json.dumps(once, ensure_ascii=False)[1:-1]
+    return [
+        text,
+        once,
+        twice,
+        escaped(text)[1:-1],
+        repr(text)[1:-1],
+        text.replace("&", "&amp;").replace('"', "&quot;"),
+    ]
 
 
 def squashed(text: str) -> str:

@@ -73,7 +73,9 @@ class TestMessages:
         message = {"role": "user", "content": "x"}
         assert as_messages("x") == as_messages(message) == as_messages([message]) == [message]
         assert as_messages("x", role="tool")[0]["role"] == "tool"
-        assert as_messages([{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}])
+        assert as_messages(
+            [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+        )
         assert as_messages([{"role": "user", "content": [{"type": "text", "text": "x"}]}])
 
     @pytest.mark.parametrize(
