@@ -223,13 +223,26 @@ def check_real(text: str, new: Sequence[Message]) -> None:
     for message in new:
         content = content_text(message).strip()
         found = text.find(content, at)
-        if found >= 0:
-            at = found + len(content)
-        elif not any(loosely(content) in loosely(form) for form in (text[at:], unescaped(text[at:]))):
+        if found < 0:
+            break
+        at = found + len(content)
+    else:
+        return
+    # A template may write some of them as JSON: then only letters and digits are compared, in order still.
+    written, at = loosely(unescaped(text)), 0
+    for message in new:
+        content = content_text(message).strip()
+        ends = [
+            found + len(said)
+            for said in (loosely(content), loosely(unescaped(content)))
+            if (found := written.find(said, at)) >= 0
+        ]
+        if not ends:
             raise BridgeError(
                 f"the chat template drops or rewrites a message of role {message['role']!r}: its content "
-                f"{content[:60]!r} is not in {text[at : at + 160]!r}."
+                f"{content[:60]!r} is not in {text[-160:]!r}, at least not behind the message before it."
             )
+        at = min(ends)
 
 
 def forms(literal: str) -> tuple[str, ...]:

@@ -81,8 +81,7 @@ class Reader:
         kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
         known = [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
         lead = known[0].lead if known else ""
-        # Where a turn is closed with several tokens, one of the first of them may as well be a cut.
-        ends = last == self.eos or any(close.stop(last, text) in close.main for close in known)
+        ends = last == self.eos or any(close.ends(close.stop(last, text)) for close in known)
         # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
         rests = [
             close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
