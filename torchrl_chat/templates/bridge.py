@@ -120,7 +120,7 @@ class Close:
 
     def ends(self, stop: int | None) -> bool:
         """Whether a turn that stopped so has ended: behind the first of several closing tokens it may be a cut."""
-        return stop is not None and (stop in self.main or not self.suffix(stop).text)
+        return stop is not None and (stop in self.main or not (self.cut.text or self.suffix(stop).text))
 
     def without_end(self, text: str, stop: int, token: str) -> str:
         """The sampled text without what ends the turn: the stop token, and what the template has in front of it."""
