@@ -6,7 +6,8 @@ A conversation is at turn t. The policy has sampled about 150 tokens (reasoning 
 tool call, in the words of its family); a user message or a tool's result follows. Four ways to the next prompt:
 
 - ours: ``ChatTemplate.parse_batch`` of the sampled ids, the close of the turn and ``follow_batch``, appended to the
-  ledger: what ``ChatEnv`` does each turn. Only new text is rendered and tokenized.
+  ledger (an array of int64, which a list of ids is not: the garbage collector walks over lists): what ``ChatEnv``
+  does each turn. Only new text is rendered and tokenized.
 - ours, lists: ``parse_batch``, then the public ``extend_batch``, which returns whole new lists of ids (so it copies
   the prompt; the only part that grows).
 - renderers (https://pypi.org/project/renderers, 0.1.12 measured): ``parse_response``, then
@@ -48,6 +49,7 @@ import sys
 import tempfile
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +169,11 @@ class Row:
         del new.ids[len(self.ids) :]
         return new
 
+    def on_tape(self) -> Row:
+        """The row with its ids in an array of int64, as a ledger keeps them: no Python object an id."""
+        self.ids = array("q", self.ids)
+        return self
+
 
 class Case:
     """One family and one kind of turn: its template, and its conversations at the measured turns."""
@@ -236,8 +243,8 @@ def run_ours(case: Case, rows: Sequence[Row]) -> None:
     """As ChatEnv: rows become the next prompts."""
     results = read(case, rows)
     for row, parsed in zip(rows, results, strict=True):
-        row.ids += row.sampled
-        row.ids += parsed.close.suffix(parsed.stop).ids
+        row.ids.extend(row.sampled)
+        row.ids.extend(parsed.close.suffix(parsed.stop).ids)
     follows = case.template.follow_batch(
         [row.messages for row in rows],
         [row.new for row in rows],
@@ -245,7 +252,7 @@ def run_ours(case: Case, rows: Sequence[Row]) -> None:
         stops=[parsed.stop for parsed in results],
     )
     for row, follow in zip(rows, follows, strict=True):
-        row.ids += follow.ids
+        row.ids.extend(follow.ids)
         row.messages += row.new
         row.course = row.course.then(row.new)
 
@@ -385,6 +392,8 @@ def measure(case: Case, batch: int, repeats: int, slow_repeats: int) -> dict[str
             for turn, rows in case.turns.items():
                 for group in few if slow else groups:
                     state = [row.copy() for row in rows[group]]
+                    if key == "ours":
+                        state = [row.on_tape() for row in state]
                     if slow:  # it is handed the conversation with the answer and what follows
                         for row, parsed in zip(state, read(case, [r.copy() for r in state]), strict=True):
                             row.messages += [parsed.message, *row.new]

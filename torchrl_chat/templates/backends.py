@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from torchrl_chat.templates.bytelevel import byte_table
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -134,9 +136,14 @@ class RustTokenizer:
         self._guarded: _Copy | None = None
         self._faithful = True
         self._folded: dict[int, str] = {}  # added tokens as the normalizer spells them
+        self._bytes = byte_table(rust)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guarded": None}
+        return {**self.__dict__, "_guarded": None, "_bytes": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bytes = byte_table(self._rust)
 
     def _ready(self) -> Tokenizer:
         rust = self._rust
@@ -154,8 +161,14 @@ class RustTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
-        """See :class:`Backend`; one call for all rows."""
-        return self._rust.decode_batch(batch, skip_special_tokens=False)
+        """See :class:`Backend`."""
+        if self._bytes is None:
+            return self._rust.decode_batch(batch, skip_special_tokens=False)
+        texts = list(map(self._bytes.text, batch))
+        return [
+            self._rust.decode(ids, skip_special_tokens=False) if text is None else text
+            for ids, text in zip(batch, texts, strict=True)
+        ]
 
     def encode_guarded(self, texts: Sequence[str], controls: Mapping[str, int]) -> Sequence[list[int] | None]:
         """See :class:`Backend`.

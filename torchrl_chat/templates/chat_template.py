@@ -324,10 +324,10 @@ class ChatTemplate:
         rule = self._rule(roles, answer, new, agp) if roles is not None and self._ordinary(course) else None
         if rule is not None and rule.parts is not None and rule.holds(answer, new):
             system = ""
-            if rule.reads("system"):
+            if "system" in rule.reads:
                 [first], also = self.renderer.guard(messages[:1])
                 system, marked = first["content"], marked or also
-            if rule.reads("call"):
+            if "call" in rule.reads:
                 [answer], also = self.renderer.guard([answer])
                 marked = marked or also
             text = rule.text(system, answer, guarded)

@@ -186,10 +186,14 @@ class TokenCodec:
 
     def spells(self, text: str, controls: Iterable[str] = ()) -> bool:
         """Whether the text spells a special token, or one of ``controls``, as far as the tokenizer can tell."""
-        if any(c in text for c in self._openers) and self._special_rx.search(text) is not None:
-            return True
-        if any(control in text for control in controls):
-            return True
+        for opener in self._openers:
+            if opener in text:
+                if self._special_rx.search(text) is not None:
+                    return True
+                break
+        for control in controls:
+            if control in text:
+                return True
         if not self._disguisable:
             return False
         wanted = self.special_ids | {self.controls[control] for control in controls}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
@@ -79,17 +79,22 @@ class Rule:
     parts: tuple[str | Slot, ...] | None
     triggers: tuple[str, ...]
     folds_case: bool = False
+    reads: frozenset[str] = field(init=False)
+    """For fields of what the tail has slots: ``"system"``, ``"call"``, ``"new"``."""
+
+    def __post_init__(self) -> None:
+        slots = frozenset(part.where for part in self.parts or () if isinstance(part, Slot))
+        object.__setattr__(self, "reads", slots)
 
     def text(self, system: str, answer: Message, new: Sequence[Message]) -> str:
         """The tail's text for these messages."""
         assert self.parts is not None
         return "".join(
-            part if isinstance(part, str) else part.edit(_field(part, system, answer, new)) for part in self.parts
+            [
+                part if type(part) is str else part.edit(_field(part, system, answer, new))  # type: ignore[union-attr, arg-type]
+                for part in self.parts
+            ]
         )
-
-    def reads(self, where: str) -> bool:
-        """Whether the tail has a slot for a field of ``"system"``, ``"call"`` or ``"new"``."""
-        return any(isinstance(part, Slot) and part.where == where for part in self.parts or ())
 
     def edited(self, where: str, field: str, edit: Callable[[str], str]) -> Rule:
         """The rule with another edit of one kind of slot."""
@@ -227,7 +232,7 @@ class Compiler:
         else:
             return None
         rule = edited
-        if rule.reads("system"):
+        if "system" in rule.reads:
             systems = [[{**history[0], "content": c}, *history[1:]] for c in (*PLAIN, *EDGED)]
             edits = [
                 e

@@ -81,14 +81,14 @@ class Reader:
         kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
         known = [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
         lead = known[0].lead if known else ""
-        ends = last == self.eos or any(close.ends(close.stop(last, text)) for close in known)
+        stopped = [(close, stop) for close in known if (stop := close.stop(last, text)) is not None]
+        ends = last == self.eos or any(close.ends(stop) for close, stop in stopped)
         # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
-        rests = [
-            close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
-            for close in known
-            if (stop := close.stop(last, text)) is not None
-        ]
-        if rests and (ends or reason not in (None, "length")):
+        if stopped and (ends or reason not in (None, "length")):
+            rests = [
+                close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
+                for close, stop in stopped
+            ]
             content, ends = min(rests, key=len), True
         elif ends:
             content = text.removesuffix(self.codec.token_text(last))

@@ -203,15 +203,21 @@ class Renderer:
         ], True
 
     def _spells(self, value: Any, trusted: bool) -> bool:
-        if isinstance(value, str):
+        kind = type(value)  # asked for the usual types first: an abstract class answers slowly
+        if kind is str:
             return self.codec.spells(value, () if trusted else self.controls)
-        if isinstance(value, Mapping):
-            entries = (entry for key, entry in value.items() if key != "role")
-            return any(self._spells(e, trusted) for e in entries) or any(self._spells(k, trusted) for k in value)
-        if not isinstance(value, (list, tuple)):
+        if kind is dict or isinstance(value, Mapping):
+            for key, entry in value.items():
+                if self._spells(key, trusted) or (key != "role" and self._spells(entry, trusted)):
+                    return True
             return False
+        if kind is not list and kind is not tuple:
+            return isinstance(value, str) and self.codec.spells(value, () if trusted else self.controls)
+        for entry in value:
+            if self._spells(entry, trusted):
+                return True
         # Parts that spell nothing one by one may spell something where a template writes them side by side.
-        return any(self._spells(entry, trusted) for entry in value) or self._spells(_joined(value), trusted)
+        return len(value) > 1 and self._spells(_joined(value), trusted)
 
     def _marked(self, value: Any, trusted: bool) -> Any:
         if isinstance(value, str):

@@ -117,7 +117,7 @@ _JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
 
 def json_at(scan: Scan, at: int) -> tuple[Any, int] | None:
     """The JSON value that begins at ``at`` and the position behind it; ``None`` if there is none."""
-    size, whole = 512, False
+    size, whole = 4096, False
     # A window that grows: the decoder's error counts lines from the start of what it is given, which would
     # make many failures in one long text quadratic.
     while not whole:
