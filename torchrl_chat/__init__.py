@@ -5,8 +5,9 @@ The names below are loaded when they are first used: ``import torchrl_chat`` its
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
     from torchrl_chat.envs import (
@@ -66,12 +67,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'torchrl_chat' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"torchrl_chat.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,7 +1,79 @@
-"""Scoring functions: what an answer is worth against a reference. Knows neither torch nor torchrl."""
+"""Scoring functions: what an answer is worth against a reference. Knows neither torch nor torchrl.
 
-from torchrl_chat.rewards.gsm8k import GSM8KVerifier
-from torchrl_chat.rewards.numbers import NumberVerifier, extract_number, parse_number
-from torchrl_chat.rewards.verdict import Verdict, Verifier
+A verifier is any callable ``(response, reference) -> Verdict | float``; see :mod:`torchrl_chat.rewards.verdict`.
+"""
 
-__all__ = ["GSM8KVerifier", "NumberVerifier", "Verdict", "Verifier", "extract_number", "parse_number"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torchrl_chat._lazy import lazy
+
+if TYPE_CHECKING:
+    from torchrl_chat.rewards.code import CodeVerifier, RunResult
+    from torchrl_chat.rewards.countdown import CountdownVerifier, countdown_rows
+    from torchrl_chat.rewards.formatting import FormatVerifier
+    from torchrl_chat.rewards.gsm8k import GSM8KVerifier
+    from torchrl_chat.rewards.ifeval import IFEvalVerifier
+    from torchrl_chat.rewards.matching import ExactMatch, MultipleChoice, RegexMatch
+    from torchrl_chat.rewards.math import MathVerifier
+    from torchrl_chat.rewards.numbers import NumberVerifier, extract_number, parse_number
+    from torchrl_chat.rewards.pool import PoolError, VerifierPool
+    from torchrl_chat.rewards.shaping import CosineLength, LengthPenalty, OverlongPenalty, RepetitionPenalty
+    from torchrl_chat.rewards.verdict import Episode, Verdict, Verifier, grades
+
+_HOMES = {
+    "CodeVerifier": "code",
+    "CosineLength": "shaping",
+    "CountdownVerifier": "countdown",
+    "Episode": "verdict",
+    "ExactMatch": "matching",
+    "FormatVerifier": "formatting",
+    "GSM8KVerifier": "gsm8k",
+    "IFEvalVerifier": "ifeval",
+    "LengthPenalty": "shaping",
+    "MathVerifier": "math",
+    "MultipleChoice": "matching",
+    "NumberVerifier": "numbers",
+    "OverlongPenalty": "shaping",
+    "PoolError": "pool",
+    "RegexMatch": "matching",
+    "RepetitionPenalty": "shaping",
+    "RunResult": "code",
+    "Verdict": "verdict",
+    "Verifier": "verdict",
+    "VerifierPool": "pool",
+    "countdown_rows": "countdown",
+    "extract_number": "numbers",
+    "grades": "verdict",
+    "parse_number": "numbers",
+}
+
+__all__ = [
+    "CodeVerifier",
+    "CosineLength",
+    "CountdownVerifier",
+    "Episode",
+    "ExactMatch",
+    "FormatVerifier",
+    "GSM8KVerifier",
+    "IFEvalVerifier",
+    "LengthPenalty",
+    "MathVerifier",
+    "MultipleChoice",
+    "NumberVerifier",
+    "OverlongPenalty",
+    "PoolError",
+    "RegexMatch",
+    "RepetitionPenalty",
+    "RunResult",
+    "Verdict",
+    "Verifier",
+    "VerifierPool",
+    "countdown_rows",
+    "extract_number",
+    "grades",
+    "parse_number",
+]
+
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -9,11 +9,11 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
+from torchrl_chat.rewards.marked import boxes
 from torchrl_chat.rewards.numbers import extract_number, leading_number, only_number, parse_number
 from torchrl_chat.rewards.verdict import Verdict
 
 _MARKED = re.compile(r"####[ \t]*(?P<hashes>[^\n#]*)|<answer>(?P<tag>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class GSM8KVerifier:
         candidates = [
             (m.start(), m["hashes"] if m["tag"] is None else m["tag"]) for m in _MARKED.finditer(response)
         ]
-        candidates += _boxes(response)
+        candidates += [(box.start, box.content) for box in boxes(response)]
         if candidates:
             _, text = max(candidates)
             return marked_number(text), True
@@ -92,16 +92,3 @@ def reference_number(reference: str) -> Decimal:
     if number is None:
         raise ValueError(f"the reference {reference!r:.80} does not end with a number ('#### 42', or '42').")
     return number
-
-
-def _boxes(text: str) -> list[tuple[int, str]]:
-    """``(position, content)`` of each ``\\boxed{...}`` whose braces close."""
-    boxes = []
-    for match in _BOXED.finditer(text):
-        depth, at = 1, match.end()
-        while at < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        if depth == 0:
-            boxes.append((match.start(), text[match.end() : at - 1]))
-    return boxes
