@@ -1,0 +1,252 @@
+"""Code graded by its unit tests: which program is run, and what its output says. Not how it is run.
+
+What a model writes must not run in this process, nor on this machine without a sandbox: the runner is given, there is
+none by default.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torchrl_chat.rewards.verdict import Verdict
+
+
+class RunResult(NamedTuple):
+    """What became of a program that was run."""
+
+    ok: bool
+    """Whether it ended by itself, with exit status 0."""
+    output: str
+    """What it wrote to its standard output, also where it was stopped."""
+    error: str = ""
+    """What it wrote to its standard error, or why it was stopped."""
+
+
+Runner = Callable[[str, float], RunResult]
+"""``runner(program, deadline)`` runs a Python program in isolation, for at most ``deadline`` seconds, without input."""
+
+
+@dataclass(frozen=True)
+class CodeVerifier:
+    """Right if the response's code passes all unit tests of the reference.
+
+    The code is the last fenced Python block of the response, or its last fenced block, or all of it. The reference is a
+    mapping with tests of one of these kinds:
+
+    ==========================================  ============================================================
+    ``{"test", "entry_point"}``                 HumanEval: ``test`` defines ``check(candidate)``. With ``"prompt"``,
+                                                the code may go on from the prompt, or use what it defines
+    ``{"test_list"}``                           MBPP: assert statements; ``"test_setup_code"`` or ``"test_imports"``
+                                                goes before them
+    ``{"inputs", "outputs"}``                   standard input and the standard output that it must give; white space
+                                                at the ends of lines and of the text does not count
+    ==========================================  ============================================================
+
+    A program that passes its tests says so by a secret word, so that code which ends the process early passes none.
+    Code that searches the process for that word can still find it: a grade is no proof against an attacker.
+
+    Args:
+        runner: runs a program: ``runner(program, deadline) -> RunResult``. It has to isolate it, to kill it at the
+            deadline, and to bound its memory and its output. What it raises is raised here.
+        partial: score the share of the tests that pass; otherwise all or nothing.
+        deadline: the seconds for all tests of one response together.
+
+    Raises:
+        TypeError: there is no runner.
+        ValueError: the deadline is not positive.
+
+    Example:
+        >>> def runner(program, deadline):  # a real one starts a sandbox
+        ...     return RunResult(False, "", "no sandbox")
+        >>> CodeVerifier(runner)("def f(): return 1", {"test_list": ["assert f() == 1"]}).score
+        0.0
+    """
+
+    runner: Runner | None = None
+    partial: bool = False
+    deadline: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.runner):
+            raise TypeError(
+                f"CodeVerifier(runner={self.runner!r}): expected a callable (program: str, deadline: float) -> RunResult "
+                "that runs a program in a sandbox. There is no default: code of a model is not run unprotected."
+            )
+        if not self.deadline > 0:
+            raise ValueError(f"deadline={self.deadline}: expected a positive number of seconds.")
+
+    def __call__(self, response: str, reference: Mapping[str, Any]) -> Verdict:
+        """Grade one response.
+
+        Raises:
+            ValueError: the reference holds no tests of a known kind.
+            TypeError: the runner returned something else than a ``RunResult``.
+        """
+        code = extract_code(response)
+        passed, total = self._pairs(code, reference) if _is_pairs(reference) else self._tests(code, reference)
+        correct = passed == total
+        score = passed / total if self.partial else float(correct)
+        return Verdict(score, code if code.strip() else None, correct, {"tests_passed": passed / total})
+
+    def _tests(self, code: str, reference: Mapping[str, Any]) -> tuple[int, int]:
+        sources, tests = assemble(code, reference)
+        word = secrets.token_hex(16)
+        program = _TESTS.format(sources=sources, tests=tests, word=word)
+        lines = set(self._run(program, self.deadline).output.split("\n"))
+        return sum(f"{word} {i}" in lines for i in range(len(tests))), len(tests)
+
+    def _pairs(self, code: str, reference: Mapping[str, Any]) -> tuple[int, int]:
+        inputs, outputs = _texts(reference, "inputs"), _texts(reference, "outputs")
+        if len(inputs) != len(outputs):
+            raise ValueError(f"the reference has {len(inputs)} 'inputs' and {len(outputs)} 'outputs'.")
+        passed, end = 0, time.monotonic() + self.deadline
+        for given, expected in zip(inputs, outputs, strict=True):
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            result = self._run(_MAIN.format(source=code, given=given), left)
+            if result.ok and _lines(result.output) == _lines(expected):
+                passed += 1
+            elif not self.partial:
+                break
+        return passed, len(inputs)
+
+    def _run(self, program: str, deadline: float) -> RunResult:
+        assert self.runner is not None
+        result = self.runner(program, deadline)
+        if not (isinstance(getattr(result, "output", None), str) and hasattr(result, "ok")):
+            raise TypeError(f"the runner returned {result!r:.80}: expected a RunResult(ok, output, error).")
+        return result
+
+
+# The code and the tests are texts in the program, each compiled by itself: a syntax error in one is not one of the
+# program, and ``from __future__`` may open any of them. The module is registered because dataclasses look theirs up.
+_TESTS = """\
+import sys, types
+word, write, flush = {word!r}, sys.stdout.write, sys.stdout.flush
+module = sys.modules["solution"] = types.ModuleType("solution")
+for source in {sources!r}:
+    exec(compile(source, "solution.py", "exec"), module.__dict__)
+for i, test in enumerate({tests!r}):
+    try:
+        exec(compile(test, "test.py", "exec"), module.__dict__)
+    except BaseException as error:
+        sys.stderr.write("test %d: %s: %s\\n" % (i, type(error).__name__, error))
+    else:
+        write("\\n%s %d\\n" % (word, i))
+        flush()
+"""
+
+# The input is put in both places where programs look for it: sys.stdin and file descriptor 0.
+_MAIN = """\
+import io, os, sys, tempfile, types
+given = {given!r}.encode()
+try:
+    file = tempfile.TemporaryFile()
+    file.write(given)
+    file.seek(0)
+    os.dup2(file.fileno(), 0)
+except OSError:
+    pass
+sys.stdin = io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
+module = sys.modules["__main__"] = types.ModuleType("__main__")
+exec(compile({source!r}, "solution.py", "exec"), module.__dict__)
+"""
+
+
+def assemble(code: str, reference: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What is run before the tests, and the tests.
+
+    Args:
+        code: the code that was extracted.
+        reference: a mapping of HumanEval's or MBPP's form.
+
+    Raises:
+        ValueError: it is of neither form.
+
+    Example:
+        >>> assemble("def f(): return 1", {"test_list": ["assert f() == 1"]})
+        (['def f(): return 1'], ['assert f() == 1'])
+    """
+    if isinstance(reference, Mapping) and "test" in reference and "entry_point" in reference:
+        name, prompt = str(reference["entry_point"]), str(reference.get("prompt") or "")
+        if not name.isidentifier():
+            raise ValueError(f"'entry_point' of the reference is {name!r:.80}: expected the name of a function.")
+        defined = re.search(rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|^{name}[ \t]*[=:]", code, re.MULTILINE)
+        # A prompt is a signature with a docstring, after imports and helpers: a module that runs as it stands.
+        sources = [prompt, code] if defined else [prompt + code]
+        return [source for source in sources if source], [f"{reference['test']}\n\ncheck({name})\n"]
+    if isinstance(reference, Mapping) and "test_list" in reference:
+        tests = _texts(reference, "test_list")
+        setup = reference.get("test_setup_code") or reference.get("test_imports") or ""
+        setup = setup if isinstance(setup, str) else "\n".join(setup)
+        return [source for source in (setup, code) if source], tests
+    keys = sorted(map(str, reference)) if isinstance(reference, Mapping) else type(reference).__name__
+    raise ValueError(
+        f"the reference has no tests of a known kind: expected 'test' and 'entry_point', 'test_list', or 'inputs' and "
+        f"'outputs'; got {keys}."
+    )
+
+
+# Possessive, so that no line is gone over twice.
+_FENCE = re.compile(r"^(?P<indent>[ \t]*+)(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<info>[^\s`]*+)[^`\n]*+$", re.MULTILINE)
+
+
+def extract_code(response: str) -> str:
+    """The last fenced block that says it is Python, or else the last fenced block, or else the whole text.
+
+    A fence that is never closed counts up to the end of the text.
+
+    Example:
+        >>> extract_code("Like this:\\n```python\\nx = 1\\n```\\nIt prints:\\n```\\n1\\n```")
+        'x = 1\\n'
+    """
+    python, other, opening = None, None, None
+    for fence in _FENCE.finditer(response):
+        if opening is None:
+            opening = fence
+        elif not fence["info"] and fence["fence"].startswith(opening["fence"]):
+            python, other = _kept(response, opening, fence.start(), python, other)
+            opening = None
+    if opening is not None:
+        python, other = _kept(response, opening, len(response), python, other)
+    block = python or other
+    if block is None:
+        return response
+    opening, end = block
+    lines = response[opening.end() + 1 : end].splitlines(keepends=True)
+    return "".join(line.removeprefix(opening["indent"]) for line in lines)
+
+
+_Block = tuple[re.Match[str], int] | None
+
+
+def _kept(text: str, opening: re.Match[str], end: int, python: _Block, other: _Block) -> tuple[_Block, _Block]:
+    if re.fullmatch(r"\{?\.?(?:python|py)[\d.]*\}?", opening["info"], re.IGNORECASE):
+        return (opening, end), other
+    return python, (opening, end)
+
+
+def _is_pairs(reference: Any) -> bool:
+    return isinstance(reference, Mapping) and "inputs" in reference and "outputs" in reference
+
+
+def _texts(reference: Mapping[str, Any], key: str) -> list[str]:
+    texts = reference[key]
+    if (
+        isinstance(texts, str)
+        or not isinstance(texts, Sequence)
+        or not texts
+        or not all(isinstance(t, str) for t in texts)
+    ):
+        raise ValueError(f"{key!r} of the reference is {texts!r:.80}: expected a list of texts with an entry.")
+    return list(texts)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
