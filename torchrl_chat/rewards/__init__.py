@@ -11,8 +11,10 @@ from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
     from torchrl_chat.rewards.code import CodeVerifier, RunResult
+    from torchrl_chat.rewards.compose import Gate, Rubric, Sequential, WeightedSum
     from torchrl_chat.rewards.countdown import CountdownVerifier, countdown_rows
     from torchrl_chat.rewards.formatting import FormatVerifier
+    from torchrl_chat.rewards.grader import Grader
     from torchrl_chat.rewards.gsm8k import GSM8KVerifier
     from torchrl_chat.rewards.ifeval import IFEvalVerifier
     from torchrl_chat.rewards.matching import ExactMatch, MultipleChoice, RegexMatch
@@ -30,6 +32,8 @@ _HOMES = {
     "ExactMatch": "matching",
     "FormatVerifier": "formatting",
     "GSM8KVerifier": "gsm8k",
+    "Gate": "compose",
+    "Grader": "grader",
     "IFEvalVerifier": "ifeval",
     "LengthPenalty": "shaping",
     "MathVerifier": "math",
@@ -39,10 +43,13 @@ _HOMES = {
     "PoolError": "pool",
     "RegexMatch": "matching",
     "RepetitionPenalty": "shaping",
+    "Rubric": "compose",
     "RunResult": "code",
+    "Sequential": "compose",
     "Verdict": "verdict",
     "Verifier": "verdict",
     "VerifierPool": "pool",
+    "WeightedSum": "compose",
     "countdown_rows": "countdown",
     "extract_number": "numbers",
     "grades": "verdict",
@@ -57,6 +64,8 @@ __all__ = [
     "ExactMatch",
     "FormatVerifier",
     "GSM8KVerifier",
+    "Gate",
+    "Grader",
     "IFEvalVerifier",
     "LengthPenalty",
     "MathVerifier",
@@ -66,10 +75,13 @@ __all__ = [
     "PoolError",
     "RegexMatch",
     "RepetitionPenalty",
+    "Rubric",
     "RunResult",
+    "Sequential",
     "Verdict",
     "Verifier",
     "VerifierPool",
+    "WeightedSum",
     "countdown_rows",
     "extract_number",
     "grades",

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torchrl_chat.rewards.verdict import Episode, Level, Verdict, as_verdict, grade_one, level_of
+from torchrl_chat.rewards.verdict import Episode, Level, Verdict, arguments, as_verdict, level_of
 
 
 def _length(episode: Episode, who: object) -> int:
@@ -164,7 +164,7 @@ class CosineLength:
             ValueError: the episode's length is not known.
         """
         _length(episode, self)
-        graded = grade_one(self.verifier, episode)
+        graded = self.verifier(*arguments(self.verifier, episode))
         return self._later(graded, episode) if inspect.isawaitable(graded) else self._shaped(graded, episode)
 
     async def _later(self, graded: Awaitable[Any], episode: Episode) -> Verdict:

@@ -130,17 +130,16 @@ def as_verdict(value: Any, answer: str | None) -> Verdict:
     return Verdict(score, answer, score >= 1.0)
 
 
-def grade_one(verifier: Any, episode: Episode) -> Any:
-    """Call the verifier with what it grades. Not for ``grades = "group"``.
+def arguments(verifier: Any, episode: Episode) -> tuple[Any, ...]:
+    """What the verifier is called with for one episode: no more of it than the verifier reads.
 
-    Returns:
-        whatever the verifier returned: a verdict, a number, or an awaitable of either.
+    Not for verifiers of groups.
     """
     level = level_of(verifier)
     if level == "text":
-        return verifier(episode.response, episode.reference)
+        return episode.response, episode.reference
     if level == "message":
-        return verifier(episode.message, episode.reference)
+        return episode.message, episode.reference
     if level == "messages":
-        return verifier(list(episode.messages), episode.reference)
-    return verifier(episode)
+        return list(episode.messages), episode.reference
+    return (episode,)

@@ -1,0 +1,293 @@
+"""Compositions, rubrics, and the grading of whole batches by verifiers of every sort."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrl_chat.rewards import (
+    Episode,
+    Gate,
+    Grader,
+    NumberVerifier,
+    Rubric,
+    Sequential,
+    Verdict,
+    WeightedSum,
+    grades,
+)
+from torchrl_chat.rewards.compose import as_verifier
+
+
+def episodes(*texts, reference="7"):
+    return [Episode.of(text, reference) for text in texts]
+
+
+def scores(verdicts):
+    return [verdict.score for verdict in verdicts]
+
+
+class Hanging:
+    """Right if equal; hangs, dies or raises on some words. Says that it may."""
+
+    isolate = True
+
+    def __init__(self):
+        self.asked = 0
+
+    def quick(self, response, reference):
+        if response == "broken":
+            raise RuntimeError("quick")
+        return Verdict(0.25, response, False) if response == "easy" else None
+
+    def __call__(self, response, reference):
+        if response == "hang":
+            while True:
+                pass
+        if response == "raise":
+            raise ValueError("no such number")
+        if response == "nonsense":
+            return "yes"
+        return float(response == reference)
+
+
+class TestGrader:
+    def test_in_this_thread(self):
+        def verifier(response, reference):
+            if response == "raise":
+                raise ValueError("no such number")
+            return response == reference
+
+        grader = Grader(verifier, failure_score=-1.0)
+        with pytest.warns(
+            RuntimeWarning, match=r"1 of 3 grades failed \(1 error\).*row 1: error: ValueError: no such"
+        ):
+            verdicts = grader.grade(episodes("7", "raise", "8"))
+        assert scores(verdicts) == [1.0, -1.0, 0.0]
+        assert verdicts[0] == Verdict(1.0, "7", True)
+        assert verdicts[1].failure == "error: ValueError: no such number"
+        assert grader.failures == {"error": 1}
+
+    def test_in_workers(self):
+        with Grader(Hanging(), deadline=0.5, workers=2) as grader:
+            start = time.monotonic()
+            with pytest.warns(RuntimeWarning, match="4 of 7"):
+                verdicts = grader.grade(episodes("7", "hang", "raise", "8", "easy", "nonsense", "broken"))
+            assert time.monotonic() - start < 5
+        assert scores(verdicts) == [1.0, 0.0, 0.0, 0.0, 0.25, 0.0, 0.0]
+        reasons = [v.failure and v.failure.split(":")[0] for v in verdicts]
+        assert reasons == [None, "timeout", "error", None, None, "error", "error"]
+
+    def test_isolate_wins_over_what_the_verifier_says(self):
+        import os
+
+        here = os.getpid()
+        verifier = Pid()
+        with Grader(verifier, workers=1) as grader:
+            assert grader.grade(episodes("x"))[0].score == here
+        with Grader(verifier, workers=1, isolate=True) as grader:
+            assert grader.grade(episodes("x"))[0].score != here
+        with Grader(Hanging(), isolate=False) as grader:
+            assert scores(grader.grade(episodes("7", "easy"))) == [
+                1.0,
+                0.0,
+            ]  # the whole verifier, not its quick way
+
+    def test_coroutines_run_at_once(self):
+        async def judge(response, reference):
+            await asyncio.sleep(30 if response == "hang" else 0.2)
+            if response == "raise":
+                raise ValueError("no")
+            return float(response == reference)
+
+        grader = Grader(judge, deadline=1.0)
+        start = time.monotonic()
+        with pytest.warns(RuntimeWarning, match="2 of 52"):
+            verdicts = grader.grade(episodes(*["7"] * 50, "hang", "raise"))
+        assert time.monotonic() - start < 5
+        assert scores(verdicts) == [1.0] * 50 + [0.0] * 2
+        assert [v.failure.split(":")[0] for v in verdicts[50:]] == ["timeout", "error"]
+
+        async def within():  # from code that runs on a loop itself
+            return grader.grade(episodes("7"))
+
+        assert scores(asyncio.run(within())) == [1.0]
+        grader.close()
+        assert scores(grader.grade(episodes("7"))) == [1.0]
+        grader.close()
+        assert not any(t.name == "torchrl_chat.grader" for t in threading.enumerate())
+
+    def test_what_a_verifier_is_called_with(self):
+        message = {"role": "assistant", "content": [{"type": "text", "text": "7"}], "reasoning_content": "hm"}
+        asked = {"role": "user", "content": "3 + 4?"}
+        episode = Episode(message, "7", [asked, message], {"level": 2}, length=5)
+        seen = {}
+
+        def spy(level):
+            @grades(level)
+            def verifier(*args):
+                seen[level] = args
+                return [1.0] * len(args[0]) if level == "group" else 1.0
+
+            return verifier
+
+        for level in ("text", "message", "messages", "episode", "group"):
+            Grader(spy(level)).grade([episode])
+        assert seen == {
+            "text": ("7", "7"),
+            "message": (message, "7"),
+            "messages": ([asked, message], "7"),
+            "episode": (episode,),
+            "group": ([episode],),
+        }
+
+    def test_groups(self):
+        @grades("group")
+        def shortest(members):
+            best = min(len(m.response) for m in members)
+            return [len(m.response) == best for m in members]
+
+        rows = episodes("aaa", "a", "bb", "bbb", "aa")
+        assert scores(Grader(shortest).grade(rows, groups=[0, 0, 1, 1, 0])) == [0, 1, 1, 0, 0]
+        assert scores(Grader(shortest).grade(rows)) == [0, 1, 0, 0, 0]
+
+        @grades("group")
+        def wrong_length(members):
+            return [1.0]
+
+        with pytest.warns(RuntimeWarning, match="returned"):
+            verdicts = Grader(wrong_length).grade(rows, groups=[0, 0, 1, 2, 3])
+        assert scores(verdicts) == [0, 0, 1, 1, 1]
+
+        @grades("group")
+        async def slow(members):
+            await asyncio.sleep(0.01)
+            return [len(members)] * len(members)
+
+        assert scores(Grader(slow).grade(rows, groups=[0, 0, 1, 1, 0])) == [3, 3, 2, 2, 3]
+
+    def test_pickles(self):
+        grader = Grader(Hanging(), deadline=5, workers=1)
+        grader.grade(episodes("7"))
+        copy = pickle.loads(pickle.dumps(grader))
+        assert scores(copy.grade(episodes("7"))) == [1.0]
+        copy.close()
+        grader.close()
+
+    @pytest.mark.parametrize("bad", [0, -1.0])
+    def test_bad_deadline(self, bad):
+        with pytest.raises(ValueError, match="deadline"):
+            Grader(NumberVerifier(), deadline=bad)
+
+    def test_no_verifier(self):
+        with pytest.raises(TypeError, match="callable"):
+            Grader("math")
+
+
+class Pid:
+    def __call__(self, response, reference):
+        import os
+
+        return os.getpid()
+
+
+class TestCompositions:
+    def test_weighted_sum(self):
+        reward = WeightedSum({"right": NumberVerifier(), "short": (lambda r, _: len(r) < 5, 0.5)})
+        assert reward.components == ("right", "short")
+        [verdict] = Grader(reward).grade(episodes("7"))
+        assert verdict == Verdict(1.5, "7", True, {"right": 1.0, "short": 1.0})
+
+    def test_nested_names(self):
+        inner = WeightedSum({"a": NumberVerifier(), "b": lambda r, _: 0.5})
+        outer = WeightedSum({"x": (inner, 2.0), "y": lambda r, _: 1.0})
+        assert outer.components == ("x", "x.a", "x.b", "y")
+        [verdict] = Grader(outer).grade(episodes("7"))
+        assert verdict.score == 4.0
+        assert verdict.parts == {"x": 1.5, "x.a": 1.0, "x.b": 0.5, "y": 1.0}
+
+    @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=5))
+    def test_a_sum_is_a_sum(self, pairs):
+        def constant(value):
+            return lambda response, reference: value
+
+        reward = WeightedSum({str(i): (constant(value), weight) for i, (value, weight) in enumerate(pairs)})
+        assert reward(Episode.of("x")).score == pytest.approx(sum(v * w for v, w in pairs))
+
+    def test_a_failed_component_fails_the_sum(self):
+        reward = WeightedSum({"right": NumberVerifier(), "hang": Hanging()})
+        grader = Grader(reward, deadline=0.3, workers=1, failure_score=-2.0)
+        with grader, pytest.warns(RuntimeWarning, match="1 of 2"):
+            good, bad = grader.grade(episodes("7", "hang"))
+        assert (good.score, good.failure) == (2.0, None)
+        assert bad.score == -2.0
+        assert bad.failure.startswith("timeout:")
+        assert bad.failure.endswith("(in hang)")
+
+    def test_a_gate_asks_only_behind_it(self):
+        asked = []
+
+        def then(response, reference):
+            asked.append(response)
+            return Verdict(0.75, response, False)
+
+        gate = Gate(lambda r, _: r.startswith("ok"), then, otherwise=-0.5)
+        verdicts = Grader(gate).grade(episodes("ok 1", "no", "ok 2"))
+        assert asked == ["ok 1", "ok 2"]
+        assert scores(verdicts) == [0.75, -0.5, 0.75]
+        assert verdicts[1].parts == {"condition": 0.0, "then": 0.0}
+        assert Grader(Gate(lambda r, _: 0.5, then, threshold=0.5)).grade(episodes("x"))[0].score == 0.75
+
+    def test_sequential(self):
+        asked = []
+
+        def last(response, reference):
+            asked.append(response)
+            return 0.5
+
+        chain = Sequential(lambda r, _: r != "a", lambda r, _: r != "b", last)
+        verdicts = Grader(chain).grade(episodes("a", "b", "c"))
+        assert scores(verdicts) == [0.0, 0.0, 0.5]
+        assert asked == ["c"]
+        assert [v.parts for v in verdicts] == [
+            {"0": 0.0, "1": 0.0, "2": 0.0},
+            {"0": 1.0, "1": 0.0, "2": 0.0},
+            {"0": 1.0, "1": 1.0, "2": 0.5},
+        ]
+
+    def test_groups_within_compositions(self):
+        @grades("group")
+        def size(members):
+            return [len(members)] * len(members)
+
+        reward = WeightedSum({"right": NumberVerifier(), "size": (size, 0.1)})
+        assert reward.grades == "group"
+        verdicts = Grader(reward).grade(episodes("7", "8", "7"), groups=["a", "a", "b"])
+        assert scores(verdicts) == pytest.approx([1.2, 0.2, 1.1])
+
+    def test_rubrics(self):
+        class Exact:
+            def __call__(self, action, observation):
+                return float(action.content == observation.reference and observation.metadata["level"] == 3)
+
+        async def slow(action, observation):
+            return len(observation.messages)
+
+        episode = Episode.of("7", "7", row={"level": 3})
+        assert isinstance(as_verifier(Exact()), Rubric)
+        assert Grader(Exact()).grade([episode])[0].score == 1.0
+        assert Grader(slow).grade([episode])[0].score == 1
+        assert Grader(WeightedSum({"exact": (Exact(), 3), "slow": slow})).grade([episode])[0].score == 4
+
+    def test_empty(self):
+        with pytest.raises(ValueError, match="at least one"):
+            WeightedSum({})
+        with pytest.raises(ValueError, match="at least one"):
+            Sequential()
+        assert Grader(NumberVerifier()).grade([]) == []

@@ -1,0 +1,245 @@
+"""Verifiers made of verifiers: weighted sums, gates and sequences, and OpenEnv's rubrics as verifiers.
+
+Law of this file: a composition grades a whole batch, component by component, so that each component keeps its own way
+to be run (in a worker process, on an event loop, or here); see :class:`~torchrl_chat.rewards.grader.Grader`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+from torchrl_chat.rewards.verdict import Episode, Level, Verdict, arguments, as_verdict, level_of
+
+Grade: TypeAlias = Callable[[Any, Sequence[Episode]], list[Verdict]]
+"""Grades episodes with a component: ``grade(verifier, episodes)``."""
+
+
+class Composition:
+    """What weighted sums, gates and sequences have in common."""
+
+    components: tuple[str, ...] = ()
+    """The names of what the composition reports in :attr:`Verdict.parts <torchrl_chat.rewards.Verdict.parts>`."""
+
+    def __init__(self, verifiers: Sequence[Any]):
+        self.verifiers = [as_verifier(verifier) for verifier in verifiers]
+
+    @property
+    def grades(self) -> Level:
+        """``"group"`` if any component compares the answers of a group, ``"episode"`` otherwise."""
+        return "group" if any(level_of(verifier) == "group" for verifier in self.verifiers) else "episode"
+
+    def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
+        """The verdict of each episode, from those that ``grade`` gets from the components."""
+        raise NotImplementedError
+
+    def __call__(self, graded: Episode | Sequence[Episode]) -> Any:
+        """Grade one episode (or a group, see :attr:`grades`) here and now."""
+        if isinstance(graded, Episode):
+            return self.combine([graded], grade_here)[0]
+        return self.combine(graded, grade_here)
+
+
+class WeightedSum(Composition):
+    """The weighted sum of several scores; answer and correctness are those of the first component.
+
+    The verdict's ``parts`` hold each component's own score under its name, unweighted, and its parts as
+    ``"name.part"``. Where a component failed, so has the sum.
+
+    Args:
+        components: by name, a verifier, or a verifier and its weight (1 by default).
+
+    Raises:
+        ValueError: there is no component.
+
+    Example:
+        >>> from torchrl_chat.rewards import Episode, NumberVerifier
+        >>> reward = WeightedSum({"right": NumberVerifier(), "brief": (lambda response, _: len(response) < 9, 0.5)})
+        >>> reward(Episode.of("it is 7", "7"))
+        Verdict(score=1.5, answer='7', correct=True, parts={'right': 1.0, 'brief': 1.0}, failure=None)
+    """
+
+    def __init__(self, components: Mapping[str, Any]):
+        if not components:
+            raise ValueError(
+                "WeightedSum needs at least one component: {'name': verifier} or {'name': (verifier, weight)}."
+            )
+        pairs = {name: value if isinstance(value, tuple) else (value, 1.0) for name, value in components.items()}
+        super().__init__([verifier for verifier, _ in pairs.values()])
+        self.names = tuple(pairs)
+        self.weights = [float(weight) for _, weight in pairs.values()]
+        self.components = named_parts(zip(self.names, self.verifiers, strict=True))
+
+    def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
+        """See :class:`Composition`."""
+        columns = [grade(verifier, episodes) for verifier in self.verifiers]
+        return [self._sum(row) for row in zip(*columns, strict=True)]
+
+    def _sum(self, row: Sequence[Verdict]) -> Verdict:
+        score = sum(weight * verdict.score for weight, verdict in zip(self.weights, row, strict=True))
+        return Verdict(score, row[0].answer, row[0].correct, _parts(self.names, row), _failure(self.names, row))
+
+
+class Gate(Composition):
+    """The score of ``then`` where ``condition`` scores at least ``threshold``; otherwise ``otherwise``.
+
+    ``then`` is only asked where the gate is open, so an expensive verifier costs nothing for the rest.
+
+    Args:
+        condition: the verifier that opens the gate; its score is reported as ``"condition"``.
+        then: the verifier behind it; its score is reported as ``"then"``, 0 where the gate is closed.
+        threshold: from which score on the gate is open.
+        otherwise: the score where it is closed.
+
+    Example:
+        >>> from torchrl_chat.rewards import Episode, NumberVerifier
+        >>> Gate(lambda response, _: "<think>" not in response, NumberVerifier())(Episode.of("7", "7")).score
+        1.0
+    """
+
+    def __init__(self, condition: Any, then: Any, *, threshold: float = 1.0, otherwise: float = 0.0):
+        super().__init__([condition, then])
+        self.threshold = threshold
+        self.otherwise = otherwise
+        self.components = named_parts(zip(("condition", "then"), self.verifiers, strict=True))
+
+    def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
+        """See :class:`Composition`."""
+        condition, then = self.verifiers
+        gates = grade(condition, episodes)
+        opened = [i for i, gate in enumerate(gates) if gate.failure is None and gate.score >= self.threshold]
+        behind = dict(zip(opened, grade(then, [episodes[i] for i in opened]) if opened else [], strict=True))
+        names = ("condition", "then")
+        verdicts = []
+        for i, gate in enumerate(gates):
+            verdict = behind.get(i, Verdict(self.otherwise, None, False))
+            shown = verdict if i in behind else Verdict(0.0, None, False)
+            parts, failure = _parts(names, (gate, shown)), _failure(names, (gate, verdict))
+            verdicts.append(verdict._replace(parts=parts, failure=failure))
+        return verdicts
+
+
+class Sequential(Composition):
+    """One verifier after another; the first that scores 0 (or fails) ends it, with 0. The score is the last one's.
+
+    This is OpenEnv's ``Sequential``. Verifiers behind a 0 are not asked.
+
+    Args:
+        verifiers: the verifiers, in order; the scores are reported as ``"0"``, ``"1"``, ...
+
+    Raises:
+        ValueError: there is no verifier.
+
+    Example:
+        >>> from torchrl_chat.rewards import Episode, NumberVerifier
+        >>> Sequential(lambda response, _: len(response) < 9, NumberVerifier())(Episode.of("it is 7", "7")).score
+        1.0
+    """
+
+    def __init__(self, *verifiers: Any):
+        if not verifiers:
+            raise ValueError("Sequential needs at least one verifier.")
+        super().__init__(verifiers)
+        self.names = tuple(map(str, range(len(verifiers))))
+        self.components = named_parts(zip(self.names, self.verifiers, strict=True))
+
+    def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
+        """See :class:`Composition`."""
+        rows: list[list[Verdict]] = [[] for _ in episodes]
+        going = list(range(len(episodes)))
+        for verifier in self.verifiers:
+            for i, verdict in zip(
+                going, grade(verifier, [episodes[i] for i in going]) if going else [], strict=True
+            ):
+                rows[i].append(verdict)
+            going = [i for i in going if rows[i][-1].score != 0 and rows[i][-1].failure is None]
+        blank = Verdict(0.0, None, False)
+        verdicts = []
+        for row in rows:
+            full = [*row, *[blank] * (len(self.names) - len(row))]
+            verdicts.append(row[-1]._replace(parts=_parts(self.names, full), failure=_failure(self.names, full)))
+        return verdicts
+
+
+class Rubric:
+    """An OpenEnv rubric ``(action, observation) -> float``, sync or async, as a verifier.
+
+    The rubric gets objects with the attributes that OpenEnv's chat environment gives: ``action.message``,
+    ``action.content`` and ``observation.messages``, ``.reference``, ``.metadata`` (the dataset row), ``.done``.
+
+    Args:
+        rubric: the callable.
+
+    Example:
+        >>> from torchrl_chat.rewards import Episode
+        >>> Rubric(lambda action, observation: float(action.content == observation.reference))(Episode.of("7", "7"))
+        1.0
+    """
+
+    grades: Level = "episode"
+
+    def __init__(self, rubric: Callable[[Any, Any], Any]):
+        self.rubric = rubric
+
+    def __call__(self, episode: Episode) -> Any:
+        """Grade one episode."""
+        action = SimpleNamespace(message=episode.message, content=episode.response, metadata={})
+        observation = SimpleNamespace(
+            messages=list(episode.messages),
+            reference=episode.reference,
+            metadata=dict(episode.row),
+            done=True,
+            reward=None,
+        )
+        return self.rubric(action, observation)
+
+
+def as_verifier(value: Any) -> Any:
+    """A verifier from whatever may stand for one: a verifier, or a rubric known by its parameters' names.
+
+    Raises:
+        TypeError: the value cannot be called.
+    """
+    if not callable(value):
+        raise TypeError(
+            f"{value!r:.80} is no verifier: expected a callable (response, reference) -> Verdict or number."
+        )
+    if hasattr(value, "grades"):
+        return value
+    try:
+        names = [name for name in inspect.signature(value).parameters if name != "self"]
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return value
+    return Rubric(value) if names[:2] == ["action", "observation"] else value
+
+
+def grade_here(verifier: Any, episodes: Sequence[Episode]) -> list[Verdict]:
+    """Grade in this thread, without a deadline; whatever the verifier raises is raised."""
+    if isinstance(verifier, Composition):
+        return verifier.combine(episodes, grade_here)
+    if level_of(verifier) == "group":
+        return [as_verdict(v, e.response) for v, e in zip(verifier(episodes), episodes, strict=True)]
+    return [as_verdict(verifier(*arguments(verifier, episode)), episode.response) for episode in episodes]
+
+
+def named_parts(verifiers: Any) -> tuple[str, ...]:
+    """The names of the parts of named verifiers: each name, then ``"name.part"`` for the parts that it has itself."""
+    return tuple(
+        part
+        for name, verifier in verifiers
+        for part in (name, *(f"{name}.{inner}" for inner in getattr(verifier, "components", ())))
+    )
+
+
+def _parts(names: Sequence[str], row: Sequence[Verdict]) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for name, verdict in zip(names, row, strict=True):
+        parts[name] = verdict.score
+        parts.update({f"{name}.{inner}": value for inner, value in verdict.parts.items()})
+    return parts
+
+
+def _failure(names: Sequence[str], row: Sequence[Verdict]) -> str | None:
+    return next((f"{v.failure} (in {name})" for name, v in zip(names, row, strict=True) if v.failure), None)
