@@ -219,7 +219,7 @@ class TestReward:
 
         env = make(num_envs=2, shuffle=False, dataset=ROWS[:2])
         env = env.append_transform(RewardTransform(score, failure_score=-1.0))
-        with pytest.warns(UserWarning, match="row 1 .RuntimeError: no"):
+        with pytest.warns(RuntimeWarning, match="row 1: error: RuntimeError: no"):
             assert self.answered(env) == [0.25, -1.0]
 
 

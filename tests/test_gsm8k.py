@@ -169,7 +169,7 @@ class TestEnv:
     def test_one_bad_reference_costs_its_row_only(self, mode):
         rows = [{"question": "a", "answer": "no number here"}, ROWS[0]]
         env = GSM8KEnv(dataset=rows, tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=2, shuffle=False)
-        with pytest.warns(UserWarning, match="failed on row 0 .*does not end with a number"):
+        with pytest.warns(RuntimeWarning, match="row 0: .*does not end with a number"):
             td = env.step(respond(env, env.reset(), ["#### 42", "#### 42"]))
         assert td["next", "reward"].flatten().tolist() == [0.0, 1.0]
 

@@ -12,15 +12,27 @@ from torchrl_chat._lazy import lazy
 if TYPE_CHECKING:
     from torchrl_chat.envs import (
         ChatEnv,
+        CountdownEnv,
         DatasetChatEnv,
         DatasetError,
         GSM8KEnv,
+        IFEvalEnv,
+        MATHEnv,
         ReasoningGymEnv,
         ResponseError,
+        TaskEnv,
     )
     from torchrl_chat.messages import MessageError
     from torchrl_chat.policies import TransformersPolicy
-    from torchrl_chat.rewards import GSM8KVerifier, NumberVerifier, Verdict
+    from torchrl_chat.rewards import (
+        Episode,
+        Grader,
+        GSM8KVerifier,
+        MathVerifier,
+        NumberVerifier,
+        Verdict,
+        WeightedSum,
+    )
     from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
     from torchrl_chat.training import training_view
     from torchrl_chat.transcript import Transcript
@@ -31,18 +43,26 @@ _HOMES = {
     "ChatEnv": "envs",
     "ChatTemplate": "templates",
     "ChatTemplateError": "templates",
+    "CountdownEnv": "envs",
     "DatasetChatEnv": "envs",
     "DatasetError": "envs",
+    "Episode": "rewards",
     "GSM8KEnv": "envs",
     "GSM8KVerifier": "rewards",
+    "Grader": "rewards",
+    "IFEvalEnv": "envs",
+    "MATHEnv": "envs",
+    "MathVerifier": "rewards",
     "MessageError": "messages",
     "NumberVerifier": "rewards",
     "ReasoningGymEnv": "envs",
     "ResponseError": "envs",
     "RewardTransform": "transforms",
+    "TaskEnv": "envs",
     "Transcript": "transcript",
     "TransformersPolicy": "policies",
     "Verdict": "rewards",
+    "WeightedSum": "rewards",
     "training_view": "training",
 }
 
@@ -51,18 +71,26 @@ __all__ = [
     "ChatEnv",
     "ChatTemplate",
     "ChatTemplateError",
+    "CountdownEnv",
     "DatasetChatEnv",
     "DatasetError",
+    "Episode",
     "GSM8KEnv",
     "GSM8KVerifier",
+    "Grader",
+    "IFEvalEnv",
+    "MATHEnv",
+    "MathVerifier",
     "MessageError",
     "NumberVerifier",
     "ReasoningGymEnv",
     "ResponseError",
     "RewardTransform",
+    "TaskEnv",
     "Transcript",
     "TransformersPolicy",
     "Verdict",
+    "WeightedSum",
     "training_view",
 ]
 

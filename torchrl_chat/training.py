@@ -34,6 +34,9 @@ def training_view(tensordict: TensorDictBase) -> TensorDict:
         - ``"episode"``: int64 (), the row that the sequence comes from;
         - and every other column of the row (rewards, references), repeated for its sequences.
 
+    Where a row's grade failed and :class:`~torchrl_chat.RewardTransform` masks it (``"graded"`` is false, with a
+    reason under ``"grade_failure"``), the assistant mask of its sequences is false throughout.
+
     Raises:
         KeyError: there is no ``"transcript"``.
 
@@ -51,6 +54,7 @@ def training_view(tensordict: TensorDictBase) -> TensorDict:
     flat = tensordict.reshape(-1) if tensordict.batch_dims != 1 else tensordict
     transcripts = columns.read_objects(flat.get("transcript"), flat.batch_size)
     rows = [(i, sequence) for i, transcript in enumerate(transcripts) for sequence in transcript.sequences]
+    ungraded = _ungraded(flat)
     batch, device = torch.Size([len(rows)]), tensordict.device
     episodes = torch.tensor([i for i, _ in rows], dtype=torch.int64, device=device)
     view = TensorDict({"episode": episodes}, batch_size=batch, device=device)
@@ -62,7 +66,7 @@ def training_view(tensordict: TensorDictBase) -> TensorDict:
         ]
         return columns.wrap(container, columns.stack_rows(tds, batch), *moved)
 
-    masks = [sequence.mask for _, sequence in rows]
+    masks = [torch.zeros_like(sequence.mask) if i in ungraded else sequence.mask for i, sequence in rows]
     view["tokens"] = column_of(Tokens, full=[sequence.tokens for _, sequence in rows])
     view["masks"] = column_of(Masks, all_assistant_mask=masks, all_attention_mask=list(map(torch.ones_like, masks)))
     view["log_probs"] = column_of(LogProbs, full=[sequence.log_probs for _, sequence in rows])
@@ -70,6 +74,15 @@ def training_view(tensordict: TensorDictBase) -> TensorDict:
         if key not in _SEQUENCES:
             view[key] = flat.get(key)[episodes]
     return view
+
+
+def _ungraded(flat: TensorDictBase) -> set[int]:
+    """The rows that are left out of training because their grade failed."""
+    graded, reasons = flat.get("graded", None), flat.get("grade_failure", None)
+    if graded is None or reasons is None:
+        return set()
+    failed = columns.read_objects(reasons, flat.batch_size)
+    return {i for i, fine in enumerate(graded.flatten().tolist()) if not fine and failed[i]}
 
 
 def _on(values: list[torch.Tensor], device: torch.device | None) -> list[torch.Tensor]:

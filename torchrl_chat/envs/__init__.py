@@ -1,10 +1,25 @@
-"""The environments: ``ChatEnv``, and datasets on top of it."""
+"""The environments: ``ChatEnv``, datasets on top of it, and the ready-made tasks."""
 
 from torchrl_chat.envs.chat import ChatEnv
+from torchrl_chat.envs.countdown import CountdownEnv
 from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.envs.gsm8k import GSM8KEnv
+from torchrl_chat.envs.ifeval import IFEvalEnv
 from torchrl_chat.envs.loading import DatasetError
+from torchrl_chat.envs.math import MATHEnv
 from torchrl_chat.envs.reasoning import ReasoningGymEnv
 from torchrl_chat.envs.responses import ResponseError
+from torchrl_chat.envs.task import TaskEnv
 
-__all__ = ["ChatEnv", "DatasetChatEnv", "DatasetError", "GSM8KEnv", "ReasoningGymEnv", "ResponseError"]
+__all__ = [
+    "ChatEnv",
+    "CountdownEnv",
+    "DatasetChatEnv",
+    "DatasetError",
+    "GSM8KEnv",
+    "IFEvalEnv",
+    "MATHEnv",
+    "ReasoningGymEnv",
+    "ResponseError",
+    "TaskEnv",
+]

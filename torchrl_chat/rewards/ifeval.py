@@ -80,6 +80,7 @@ class IFEvalVerifier:
     score: str = "prompt_strict"
 
     grades: ClassVar[Level] = "text"
+    components: ClassVar[tuple[str, ...]] = (*FIGURES, "instructions")
 
     def __post_init__(self) -> None:
         if self.score not in (*FIGURES, *MIXTURES):

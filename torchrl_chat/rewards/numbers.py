@@ -86,7 +86,7 @@ class NumberVerifier:
         >>> NumberVerifier()("so it is 7", "7").score
         1.0
         >>> NumberVerifier(surrounded=0.5)("so it is 7", "7")
-        Verdict(score=0.5, answer='7', correct=False)
+        Verdict(score=0.5, answer='7', correct=False, parts={}, failure=None)
     """
 
     surrounded: float = 1.0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from torchrl_chat.rewards.marked import tags
 from torchrl_chat.rewards.verdict import Verdict
-
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def load_task(task: str, settings: Mapping[str, Any]) -> Any:
@@ -45,10 +43,14 @@ class ReasoningGymVerifier:
 
     The answer is what stands in the last ``<answer></answer>``, or the whole response.
 
+    Some tasks hand the answer to SymPy, which can take forever on a hostile one: so it is graded in a worker process.
+
     Args:
         task: the name of the generator.
         settings: its settings, with ``size`` and ``seed``.
     """
+
+    isolate = True
 
     def __init__(self, task: str, settings: Mapping[str, Any]):
         self.task = task
@@ -58,11 +60,15 @@ class ReasoningGymVerifier:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_generator": None}
 
-    def __call__(self, response: str, reference: int) -> Verdict:
-        """Grade one response."""
+    def warm(self) -> None:
+        """Make the generator."""
         if self._generator is None:
             self._generator = load_task(self.task, self.settings)
-        tagged = _TAG.findall(response)
-        answer = (tagged[-1] if tagged else response).strip()
+
+    def __call__(self, response: str, reference: int) -> Verdict:
+        """Grade one response."""
+        self.warm()
+        tagged = tags(response, outer=True)  # the package itself reads from the first opening tag on
+        answer = tagged[-1].text if tagged else response.strip()
         score = float(self._generator.score_answer(answer, self._generator[int(reference)]))
         return Verdict(score, answer or None, score >= 1.0)

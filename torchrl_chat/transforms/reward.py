@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from torchrl.data import Composite, Unbounded
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torchrl.data import Composite, NonTensor, Unbounded
 from torchrl.envs import Transform
 
 from torchrl_chat import columns
-from torchrl_chat.rewards import Verdict, Verifier
+from torchrl_chat.rewards import Episode, Grader, Verdict, Verifier
 from torchrl_chat.transcript import Transcript
+
+_NOT_ASKED = Verdict(0.0, None, False)
 
 
 class RewardTransform(Transform):
-    """Grades the policy's last message of every row, in all input modes.
+    """Grades the policy's last message of every row, a whole batch at once, in all input modes.
 
-    The verifier gets the message's text, without the tokens that end the turn, and the reference of the
-    row. Written, over the environment's batch size:
+    The verifier gets the parsed message (never the tokens that end the turn) and the reference of the row; what
+    exactly is told by its attribute ``grades``, see :mod:`torchrl_chat.rewards.verdict`. It may be a composition
+    (:class:`~torchrl_chat.rewards.WeightedSum` ...), a coroutine function, or an OpenEnv rubric ``(action,
+    observation) -> float``. Written, over the environment's batch size B:
 
-    - ``("next", "reward")``: float32 (\\*B, 1, 1), the shape that torchrl's ``GRPOLoss`` needs;
-    - ``("next", "success")``: bool (\\*B, 1, 1);
+    - ``("next", "reward")``: float32 (\\*B, 1, 1), the shape that torchrl's ``GRPOLoss`` needs; added to a reward
+      that is there already;
+    - ``("next", "success")``: bool (\\*B, 1, 1), whether the answer is right;
+    - ``("next", "reward_parts", name)``: float32 (\\*B, 1, 1), each component of the verifier that has some;
+    - ``("next", "graded")``: bool (\\*B, 1, 1), false where no grade was asked for, or none came and
+      ``on_failure="mask"``;
+    - ``("next", "grade_failure")``: str (\\*B,), why no grade came; empty where one did;
     - ``("next", "terminated")`` and ``("next", "done")`` become true where an answer was given.
 
-    A verifier that raises costs its own row only: that row gets ``failure_score`` and a warning.
+    A verifier that raises, hangs or crashes costs its own row only.
 
     Args:
-        verifier: ``(response, reference) -> Verdict``, or a bare number.
-        reference_key: the entry with the references, a value a row.
+        verifier: ``(response, reference) -> Verdict``, or a bare number; or a :class:`~torchrl_chat.rewards.Grader`.
+        reference_key: the entry with the references, a value a row; or a list of entries, which the verifier
+            gets as one dict.
         end_on_answer: whether an answer ends the dialogue.
-        failure_score: the reward of a row whose verifier raised.
+        when: ``"turn"`` grades after every turn, ``"done"`` only rows that are done when the transform sees
+            them (so it stands behind what ends an episode, ``StepCounter`` say). Defaults to ``"turn"`` with
+            ``end_on_answer``, else to ``"done"``.
+        failure_score: the reward of a row whose grade failed.
+        on_failure: ``"score"`` trains on such a row, with that reward; ``"mask"`` marks it as not graded, and
+            :func:`~torchrl_chat.training_view` leaves it out of the mask. A policy that can make its grader fail
+            escapes a bad grade under ``"mask"``.
+        group_key: the entry that tells which rows answer the same question, for verifiers of groups.
+        row_keys: entries that verifiers of episodes see as ``episode.row``.
+        deadline, workers, memory_limit, isolate: as for :class:`~torchrl_chat.rewards.Grader`.
+
+    Raises:
+        KeyError: at the step: an entry is not there.
 
     Example:
         >>> env = DatasetChatEnv(dataset=rows, tokenizer=tokenizer, num_envs=2)
@@ -40,35 +62,52 @@ class RewardTransform(Transform):
 
     def __init__(
         self,
-        verifier: Verifier,
+        verifier: Verifier | Grader | Any,
         *,
-        reference_key: NestedKey = "answer",
+        reference_key: NestedKey | list[str] = "answer",
         end_on_answer: bool = True,
+        when: Literal["turn", "done"] | None = None,
         failure_score: float = 0.0,
+        on_failure: Literal["score", "mask"] = "score",
+        group_key: NestedKey = "query",
+        row_keys: Sequence[str] = (),
+        deadline: float = 10.0,
+        workers: int | None = None,
+        memory_limit: int | None = 1 << 30,
+        isolate: bool | Literal["auto"] = "auto",
     ):
-        super().__init__(in_keys=["transcript", reference_key], out_keys=["reward", "success"])
-        self.verifier = verifier
+        if when not in (None, "turn", "done"):
+            raise ValueError(f"when={when!r}: expected 'turn' or 'done'.")
+        if on_failure not in ("score", "mask"):
+            raise ValueError(f"on_failure={on_failure!r}: expected 'score' or 'mask'.")
+        if not isinstance(verifier, Grader):
+            verifier = Grader(
+                verifier,
+                deadline=deadline,
+                workers=workers,
+                memory_limit=memory_limit,
+                isolate=isolate,
+                failure_score=failure_score,
+            )
+        references = reference_key if isinstance(reference_key, list) else [reference_key]
+        super().__init__(in_keys=["transcript", *references], out_keys=["reward", "success", "graded"])
+        self.grader = verifier
         self.reference_key = reference_key
         self.end_on_answer = end_on_answer
-        self.failure_score = failure_score
+        self.when = when or ("turn" if end_on_answer else "done")
+        self.on_failure = on_failure
+        self.group_key = group_key
+        self.row_keys = tuple(row_keys)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch, device = next_tensordict.batch_size, next_tensordict.device
-        references = next_tensordict.get(self.reference_key, None)
-        if references is None:
-            references = tensordict.get(self.reference_key, None)
-        if references is None:
-            raise KeyError(
-                f"RewardTransform grades against {self.reference_key!r}, which is not there: got the keys "
-                f"{sorted(map(str, tensordict.keys()))}. Pass reference_key=..."
-            )
-        transcripts = columns.read_objects(next_tensordict.get("transcript"), batch)
-        verdicts = [
-            self._grade(_last_answer(transcript), reference, row)
-            for row, (transcript, reference) in enumerate(
-                zip(transcripts, columns.read_objects(references, batch), strict=True)
-            )
-        ]
+        rows = list(range(batch.numel()))
+        if self.when == "done":
+            done = next_tensordict.get("done").reshape(*batch, -1).any(-1).flatten().tolist()
+            rows = [row for row in rows if done[row]]
+        verdicts = [_NOT_ASKED] * batch.numel()
+        for row, verdict in zip(rows, self._grade(tensordict, next_tensordict, rows), strict=True):
+            verdicts[row] = verdict
 
         def column(values: list[Any], dtype: torch.dtype, tail: int) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device).reshape(*batch, *[1] * tail)
@@ -77,6 +116,18 @@ class RewardTransform(Transform):
         earlier = next_tensordict.get("reward", None)
         next_tensordict.set("reward", reward if earlier is None else earlier + reward)
         next_tensordict.set("success", column([verdict.correct for verdict in verdicts], torch.bool, 2))
+        graded = [False] * len(verdicts)
+        for row in rows:
+            graded[row] = verdicts[row].failure is None or self.on_failure == "score"
+        next_tensordict.set("graded", column(graded, torch.bool, 2))
+        failures = [verdict.failure or "" for verdict in verdicts]
+        next_tensordict.set("grade_failure", columns.objects(failures, batch, device))
+        if parts := self.grader.components:
+            values = {
+                name: column([verdict.parts.get(name, 0.0) for verdict in verdicts], torch.float32, 2)
+                for name in parts
+            }
+            next_tensordict.set("reward_parts", TensorDict(values, batch_size=batch, device=device))
         if self.end_on_answer:
             answered = column([verdict.answer is not None for verdict in verdicts], torch.bool, 1)
             for key in ("terminated", "done"):
@@ -84,28 +135,68 @@ class RewardTransform(Transform):
                 next_tensordict.set(key, answered if before is None else before | answered)
         return next_tensordict
 
-    def _grade(self, response: str, reference: Any, row: int) -> Verdict:
-        try:
-            verdict = self.verifier(response, reference)
-        except Exception as error:  # whatever user code raises: the other rows are not lost
-            warnings.warn(
-                f"the verifier failed on row {row} ({type(error).__name__}: {error}); its reward is "
-                f"{self.failure_score}.",
-                stacklevel=2,
-            )
-            return Verdict(self.failure_score, None, False)
-        if isinstance(verdict, Verdict):
-            return verdict
-        return Verdict(float(verdict), response, float(verdict) >= 1.0)
+    def _grade(self, root: TensorDictBase, following: TensorDictBase, rows: list[int]) -> list[Verdict]:
+        """The verdicts of some rows."""
+        batch = following.batch_size
+
+        def read(key: NestedKey, what: str) -> list[Any]:
+            value = following.get(key, None)
+            value = root.get(key, None) if value is None else value
+            if value is None:
+                raise KeyError(
+                    f"RewardTransform reads {key!r}, which is not there: got the keys "
+                    f"{sorted(map(str, root.keys()))}. Pass {what}=..."
+                )
+            return columns.read_objects(value, batch)
+
+        if isinstance(self.reference_key, list):
+            named = {key: read(key, "reference_key") for key in self.reference_key}
+            references: list[Any] = [
+                dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)
+            ]
+        else:
+            references = read(self.reference_key, "reference_key")
+        others = {key: read(key, "row_keys") for key in self.row_keys}
+        transcripts = columns.read_objects(following.get("transcript"), batch)
+        episodes = [
+            _episode(transcripts[row], references[row], {key: column[row] for key, column in others.items()})
+            for row in rows
+        ]
+        groups: list[Hashable] | None = None
+        if getattr(self.grader.verifier, "grades", None) == "group":
+            asked = read(self.group_key, "group_key")
+            groups = [asked[row] if isinstance(asked[row], Hashable) else repr(asked[row]) for row in rows]
+        return self.grader.grade(episodes, groups)
+
+    def close(self) -> None:
+        """End the worker processes; they start anew at the next step."""
+        self.grader.close()
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """The specs of ``reward`` and ``success``, both (\\*B, 1, 1)."""
-        shape, device = (*reward_spec.shape, 1, 1), reward_spec.device
-        reward_spec["reward"] = Unbounded(shape, device=device)
-        reward_spec["success"] = Unbounded(shape, dtype=torch.bool, device=device)
+        """The specs of what is written beside ``reward``."""
+        shape, device = reward_spec.shape, reward_spec.device
+
+        def number(dtype: torch.dtype = torch.float32) -> Unbounded:
+            return Unbounded((*shape, 1, 1), dtype=dtype, device=device)
+
+        reward_spec["reward"] = number()
+        reward_spec["success"] = number(torch.bool)
+        reward_spec["graded"] = number(torch.bool)
+        reward_spec["grade_failure"] = NonTensor(shape, device=device, example_data="")
+        if parts := self.grader.components:
+            reward_spec["reward_parts"] = Composite({name: number() for name in parts}, shape=shape, device=device)
         return reward_spec
 
 
-def _last_answer(transcript: Transcript) -> str:
-    """The text of the message that the policy sampled last."""
-    return "" if transcript.answer is None else transcript.messages[transcript.answer]["content"]
+def _episode(transcript: Transcript, reference: Any, row: dict[str, Any]) -> Episode:
+    """What the policy sampled last, with its conversation."""
+    if transcript.answer is None:
+        return Episode({"role": "assistant", "content": ""}, reference, transcript.messages, row)
+    return Episode(
+        transcript.messages[transcript.answer],
+        reference,
+        transcript.messages[: transcript.answer + 1],
+        row,
+        transcript.num_sampled,
+        not transcript.ended,
+    )

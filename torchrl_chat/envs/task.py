@@ -1,0 +1,172 @@
+"""``TaskEnv``: a dataset, a prompt and a verifier; the ready-made environments are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torchrl.envs import StepCounter
+
+from torchrl_chat.envs.chat import InputMode
+from torchrl_chat.envs.dataset import DatasetChatEnv
+from torchrl_chat.envs.loading import collate, load_rows
+from torchrl_chat.rewards import Episode, Grader, Verdict
+from torchrl_chat.rewards.tasks import Task
+from torchrl_chat.transforms.reward import RewardTransform
+
+
+class TaskEnv(DatasetChatEnv):
+    """A dataset whose answers a verifier grades: one of the ready-made environments below.
+
+    Each conversation starts with a question of the dataset; the policy's answer is graded against the row's reference,
+    which is the entry ``"answer"``. The dialogue ends with the answer, or after ``max_steps`` turns.
+
+    Keyword Args:
+        dataset: the hub name, a local folder or file, a ``datasets.Dataset``, or a list of rows.
+        max_steps: the number of turns after which the dialogue is truncated; 0 for no limit.
+        compute_reward: whether rewards are computed.
+        verifier: another verifier than the task's.
+        failure_score, on_failure, deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
+        options: options of the task's verifier.
+
+    The others are as for :class:`DatasetChatEnv`.
+
+    Raises:
+        KeyError: a row has no question or no reference; the message names the columns that were looked for.
+        TypeError: an option that the verifier does not have.
+    """
+
+    TASK: ClassVar[Task]
+    DATASET: ClassVar[Any] = None
+    CONFIG: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        *,
+        dataset: Any = None,
+        shuffle: bool = True,
+        name: str | None = None,
+        split: str | None = "train",
+        num_envs: int = 1,
+        repeats: int | None = None,
+        batch_size_dl: int = 1,
+        seed: int | None = None,
+        group_repeats: bool = False,
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        apply_template: bool | None = None,
+        compute_reward: bool = True,
+        collate_fn: Callable[[Any], Any] | None = None,
+        max_steps: int = 1,
+        input_mode: InputMode = "history",
+        system_prompt: str | None = None,
+        ray_backend: bool = False,
+        dataloader_actor_name: str | None = None,
+        verifier: Any = None,
+        failure_score: float = 0.0,
+        on_failure: Literal["score", "mask"] = "score",
+        deadline: float = 10.0,
+        workers: int | None = None,
+        **options: Any,
+    ):
+        verifier = verifier if verifier is not None else self.TASK.make_verifier(**options)
+        if dataset is None:
+            dataset = self.DATASET
+        if isinstance(dataset, str) and dataset == self.DATASET and name is None:
+            name = self.CONFIG
+        if ray_backend and dataloader_actor_name is None:
+            dataloader_actor_name = f"{self.TASK.name}_dataloader"
+        super().__init__(
+            dataset=dataset,
+            shuffle=shuffle,
+            name=name,
+            split=split,
+            num_envs=num_envs,
+            repeats=repeats,
+            batch_size_dl=batch_size_dl,
+            seed=seed,
+            group_repeats=group_repeats,
+            tokenizer=tokenizer,
+            device=device,
+            template_kwargs=template_kwargs,
+            apply_template=apply_template,
+            collate_fn=collate_fn or self.columns_of,
+            input_mode=input_mode,
+            system_prompt=system_prompt,
+            ray_backend=ray_backend,
+            dataloader_actor_name=dataloader_actor_name,
+        )
+        self.__dict__["_source"] = (dataset, name, split)
+        self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
+
+    def _reward(
+        self,
+        verifier: Any,
+        max_steps: int,
+        compute_reward: bool,
+        failure_score: float = 0.0,
+        on_failure: Literal["score", "mask"] = "score",
+        deadline: float = 10.0,
+        workers: int | None = None,
+    ) -> None:
+        grader = Grader(verifier, failure_score=failure_score, deadline=deadline, workers=workers)
+        self.__dict__["_grader"] = grader
+        if max_steps:
+            self.append_transform(StepCounter(max_steps=max_steps))
+        if compute_reward:
+            self.append_transform(RewardTransform(grader, on_failure=on_failure))
+
+    @classmethod
+    def from_dataloader(
+        cls,
+        dataloader: Any,
+        *,
+        max_steps: int = 1,
+        compute_reward: bool = True,
+        verifier: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The environment over an existing dataloader, whose batches have ``query`` and ``answer``.
+
+        Keyword arguments that :meth:`DatasetChatEnv.from_dataloader` does not know are the verifier's options.
+        """
+        shared = DatasetChatEnv.from_dataloader.__func__.__kwdefaults__  # type: ignore[attr-defined]
+        options = {key: kwargs.pop(key) for key in list(kwargs) if key not in shared}
+        verifier = verifier if verifier is not None else cls.TASK.make_verifier(**options)
+        self = super().from_dataloader(dataloader, **kwargs)
+        self._reward(verifier, max_steps, compute_reward)
+        return self
+
+    @classmethod
+    def columns_of(cls, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+        """Rows of the dataset to columns, ``"query"`` and ``"answer"`` among them."""
+        known = {*cls.TASK.questions, *cls.TASK.references}
+        columns = {key: column for key, column in collate(rows).items() if key not in known}
+        columns["query"] = [cls.TASK.question_of(row) for row in rows]
+        columns["answer"] = [cls.TASK.reference_of(row) for row in rows]
+        return columns
+
+    def score(self, predictions: Sequence[str], references: Sequence[Any] | None = None) -> list[Verdict]:
+        """Grade answers offline, as the environment would.
+
+        Args:
+            predictions: the responses, as texts.
+            references: their references. By default those of the dataset's rows, in the order of the dataset.
+
+        Raises:
+            ValueError: there are not as many predictions as references.
+
+        Example:
+            >>> env.score(["#### 4"], ["#### 4"])[0].correct  # doctest: +SKIP
+            True
+        """
+        if references is None:
+            if "_source" not in self.__dict__:
+                raise ValueError("an environment over a dataloader has no dataset order: pass references=[...].")
+            references = self.columns_of(list(load_rows(*self.__dict__["_source"])))["answer"]
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
+        pairs = zip(predictions, references, strict=True)
+        return self.__dict__["_grader"].grade([Episode.of(text, reference) for text, reference in pairs])

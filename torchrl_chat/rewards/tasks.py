@@ -1,0 +1,101 @@
+"""The ready-made tasks: which verifier grades them, and where their rows keep the question and the reference.
+
+Environments and ``torchrl-chat grade`` share this table, so that a response gets the same verdict in training and offline.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torchrl_chat.rewards as rewards
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of dataset rows with their verifier.
+
+    Args:
+        name: how the command line calls it.
+        verifier: the name of the verifier's class in :mod:`torchrl_chat.rewards`.
+        questions: columns that may hold the question, in the order in which they are looked for.
+        references: columns that may hold the reference, likewise.
+        fields: columns that make the reference together, as a dict, where it has no column of its own; those with
+            ``?`` behind them may be missing.
+        defaults: arguments of the verifier.
+
+    Example:
+        >>> TASKS["gsm8k"].reference_of({"question": "2 + 2?", "answer": "#### 4"})
+        '#### 4'
+    """
+
+    name: str
+    verifier: str
+    questions: tuple[str, ...] = ("query", "question", "problem", "prompt")
+    references: tuple[str, ...] = ("reference", "answer", "solution")
+    fields: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    def make_verifier(self, **options: Any) -> Any:
+        """The task's verifier.
+
+        Raises:
+            TypeError: an option that it does not have, with those that it has.
+        """
+        kind: Callable[..., Any] = getattr(rewards, self.verifier)
+        known = inspect.signature(kind).parameters
+        if unknown := sorted(options.keys() - known.keys()):
+            raise TypeError(
+                f"{self.verifier} has no option {', '.join(map(repr, unknown))}: it has {', '.join(sorted(known)) or 'none'}."
+            )
+        return kind(**dict(self.defaults) | options)
+
+    def question_of(self, row: Mapping[str, Any]) -> Any:
+        """The question of a row.
+
+        Raises:
+            KeyError: no column that may hold it is there.
+        """
+        for key in self.questions:
+            if row.get(key) is not None:
+                return row[key]
+        raise KeyError(self._missing(row, "question", self.questions))
+
+    def reference_of(self, row: Mapping[str, Any]) -> Any:
+        """The reference of a row.
+
+        Raises:
+            KeyError: no column that may hold it is there.
+        """
+        for key in self.references:
+            if row.get(key) is not None:
+                return row[key]
+        needed = [field for field in self.fields if not field.endswith("?")]
+        if needed and all(row.get(field) is not None for field in needed):
+            names = [field.rstrip("?") for field in self.fields]
+            return {name: row[name] for name in names if row.get(name) is not None}
+        raise KeyError(self._missing(row, "reference", (*self.references, *needed)))
+
+    def _missing(self, row: Mapping[str, Any], what: str, keys: tuple[str, ...]) -> str:
+        return f"a row of task {self.name!r} has no {what}: looked for {', '.join(keys)}; it has {', '.join(row)}."
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("gsm8k", "GSM8KVerifier", references=("reference", "answer")),
+        Task("math", "MathVerifier", defaults=(("unmarked", False),)),
+        Task(
+            "ifeval",
+            "IFEvalVerifier",
+            references=("reference",),
+            fields=("instruction_id_list", "kwargs", "prompt?"),
+        ),
+        Task("countdown", "CountdownVerifier", references=("reference",), fields=("target", "nums")),
+        Task("choice", "MultipleChoice"),
+        Task("exact", "ExactMatch"),
+        Task("number", "NumberVerifier"),
+    )
+}
