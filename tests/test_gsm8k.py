@@ -108,6 +108,39 @@ class TestVerifier:
             GSM8KVerifier()("#### 1", "#### one")
 
 
+FORMATS = {
+    "hashes": "{}\n#### {}",
+    "boxed": "{}\nHence $\\boxed{{{}}}$.",
+    "tags": "<think>{}</think><answer>{}</answer>",
+    "last number": "{}\nThe answer is {}.",
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_row_in_every_format(form):
+    """The gold answer is right; the next number, its negative, ten times it and a tenth of it more are wrong."""
+    rows = [
+        json.loads(line)
+        for split in ("train", "test")
+        for line in need_shared(f"data/gsm8k/{split}.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 8792
+    verify = GSM8KVerifier(last_number=form == "last number")
+    for row in rows:
+        solution, _, gold = row["answer"].rpartition("\n#### ")
+        number = reference_number(row["answer"])
+        for answer in (
+            gold,
+            str(number),
+            f"{number:,}",
+            f"${number}",
+            f"{number}.0" if number == int(number) else gold,
+        ):
+            assert verify(FORMATS[form].format(solution, answer), row["answer"]).correct, (answer, row)
+        for answer in (number + 1, -number - 1, number * 10 + 1, number + Decimal("0.1")):
+            assert not verify(FORMATS[form].format(solution, answer), row["answer"]).correct, (answer, row)
+
+
 def respond(env: GSM8KEnv, td: TensorDict, texts: list[str]) -> TensorDict:
     """Write the responses in the form of the environment's input mode."""
     td, batch = td.copy(), env.batch_size

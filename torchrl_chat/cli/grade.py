@@ -1,0 +1,271 @@
+"""``torchrl-chat grade``: responses in a file, graded as the environments grade them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from torchrl_chat.rewards.tasks import TASKS
+
+DESCRIPTION = """\
+Grade the responses of a JSONL file, each against the reference of its row, and print the accuracy.
+
+  torchrl-chat grade answers.jsonl                              # mathematics: LaTeX, numbers, "#### 42"
+  torchrl-chat grade answers.jsonl --task gsm8k --option last_number=true
+  torchrl-chat grade answers.jsonl --task ifeval --output graded.jsonl
+  torchrl-chat grade answers.jsonl --json | jq .accuracy
+
+A row has a response (a text, or an assistant message with "content"), a reference ("reference", "answer" or
+"solution"; for IFEval "instruction_id_list" and "kwargs", for Countdown "target" and "nums"), and perhaps a question.
+A grade that takes longer than --deadline is ended and counted as failed; so is a row that cannot be read. The rest
+of the file is graded all the same.
+
+The exit code is 0 if every row was graded, 1 if some failed, 2 if there was nothing to grade."""
+
+_BATCH = 256
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``grade`` to the commands."""
+    parser = commands.add_parser(
+        "grade",
+        help="grade the responses of a JSONL file",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="the JSONL file; - for standard input")
+    parser.add_argument("--task", choices=sorted(TASKS), default="math", help="what is graded (default: math)")
+    parser.add_argument(
+        "--response-key", default="response", metavar="KEY", help='the responses (default: "response")'
+    )
+    parser.add_argument("--reference-key", metavar="KEY", help="the references (default: those of the task)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the verifier, as JSON or text",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write every row with its verdict to this JSONL file"
+    )
+    parser.add_argument(
+        "--show",
+        choices=("none", "wrong", "all"),
+        default="wrong",
+        help="print rows as well (default: the first 10 wrong)",
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=10.0, metavar="SECONDS", help="for one grade (default: 10)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one a core)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
+    parser.set_defaults(run=run)
+
+
+@dataclass
+class Tally:
+    """What was counted."""
+
+    rows: int = 0
+    correct: int = 0
+    score: float = 0.0
+    unanswered: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, verdict: Any) -> None:
+        """Count one verdict."""
+        self.rows += 1
+        self.correct += verdict.correct
+        self.score += verdict.score
+        self.unanswered += verdict.answer is None and verdict.failure is None
+        if verdict.failure is not None:
+            kind = verdict.failure.partition(":")[0]
+            self.failures[kind] = self.failures.get(kind, 0) + 1
+        for name, value in verdict.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value
+
+    def summary(self) -> dict[str, Any]:
+        """The figures; accuracy with Wilson's 95 % interval (Wilson 1927)."""
+        low, high = wilson(self.correct, self.rows)
+        return {
+            "rows": self.rows,
+            "correct": self.correct,
+            "accuracy": self.correct / self.rows,
+            "interval": [low, high],
+            "mean_score": self.score / self.rows,
+            "unanswered": self.unanswered,
+            "failures": self.failures,
+            "parts": {name: value / self.rows for name, value in self.parts.items()},
+        }
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share.
+
+    Example:
+        >>> low, high = wilson(50, 100)
+        >>> f"{low:.3f} {high:.3f}"
+        '0.404 0.596'
+    """
+    share = hits / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Grade the file; the result is the exit code."""
+    import warnings
+
+    from torchrl_chat.rewards import Grader, Verdict
+
+    task = TASKS[arguments.task]
+    try:
+        verifier = task.make_verifier(**dict(map(_option, arguments.option)))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    rows = _rows(arguments.file)
+    if not rows:
+        raise ValueError(f"{arguments.file} has no rows.")
+    tally, shown = Tally(), 0
+    with ExitStack() as stack:
+        grader = stack.enter_context(Grader(verifier, deadline=arguments.deadline, workers=arguments.workers))
+        output = stack.enter_context(arguments.output.open("w")) if arguments.output else None
+        bar = stack.enter_context(_bar(len(rows)))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", RuntimeWarning)  # failures are in the summary
+        for start in range(0, len(rows), _BATCH):
+            batch = [(row, _episode(row, task, arguments)) for row in rows[start : start + _BATCH]]
+            graded = iter(grader.grade([episode for _, episode in batch if not isinstance(episode, str)]))
+            for place, (row, episode) in enumerate(batch, start + 1):
+                verdict = Verdict(0.0, None, False, {}, episode) if isinstance(episode, str) else next(graded)
+                tally.add(verdict)
+                if output is not None:
+                    print(json.dumps({**_shape(row), **_plain(verdict)}, ensure_ascii=False), file=output)
+                wanted = arguments.show == "all" or (
+                    arguments.show == "wrong" and not verdict.correct and shown < 10
+                )
+                if wanted and not arguments.json:
+                    shown += 1
+                    bar.write(_line(place, verdict, episode))
+            bar.update(len(batch))
+    summary = {"task": task.name, **tally.summary()}
+    print(json.dumps(summary, indent=2) if arguments.json else _text(summary))
+    return 1 if tally.failures else 0
+
+
+def _rows(file: str) -> list[Any]:
+    """The rows of the file; a line that is no JSON object stands as the reason."""
+    with ExitStack() as stack:
+        lines: TextIO = sys.stdin if file == "-" else stack.enter_context(open(file, encoding="utf-8"))
+        return [_read(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read(line: str, number: int) -> Any:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return f"error: line {number} is not JSON: {error}"
+    return row if isinstance(row, dict) else f"error: line {number} is a {type(row).__name__}, not an object"
+
+
+def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
+    """What is graded; or the reason why it cannot be, as a text."""
+    from torchrl_chat.rewards import Episode
+
+    if isinstance(row, str):
+        return row
+    response = row.get(arguments.response_key)
+    if isinstance(response, list) and response:  # a conversation
+        response = response[-1]
+    if not isinstance(response, str) and not (isinstance(response, dict) and "content" in response):
+        return f"error: the row has no response under {arguments.response_key!r}: it has {', '.join(row)}"
+    try:
+        reference = row[arguments.reference_key] if arguments.reference_key else task.reference_of(row)
+    except KeyError as error:
+        return f"error: {error.args[0] if not arguments.reference_key else f'the row has no {error}'}"
+    return Episode.of(response, reference, row=row)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option {text}: expected NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _shape(row: Any) -> dict[str, Any]:
+    return row if isinstance(row, dict) else {}
+
+
+def _plain(verdict: Any) -> dict[str, Any]:
+    return {
+        "score": verdict.score,
+        "correct": verdict.correct,
+        "extracted": verdict.answer,
+        "parts": dict(verdict.parts),
+        "failure": verdict.failure,
+    }
+
+
+def _line(place: int, verdict: Any, episode: Any) -> str:
+    if verdict.failure is not None:
+        return f"  row {place}: {verdict.failure}"
+    found = "no answer" if verdict.answer is None else f"{_short(verdict.answer)}"
+    return f"  row {place}: {'right' if verdict.correct else 'wrong'}, {verdict.score:g}: {found} for {_short(episode.reference)}"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}"
+
+
+def _text(summary: dict[str, Any]) -> str:
+    low, high = summary["interval"]
+    lines = [
+        f"{summary['correct']} of {summary['rows']} right: accuracy {summary['accuracy']:.4f} "
+        f"(95 % interval {low:.4f} to {high:.4f}), mean score {summary['mean_score']:.4f}",
+    ]
+    if summary["unanswered"]:
+        lines.append(f"{summary['unanswered']} without an answer")
+    if summary["failures"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
+        lines.append(f"{sum(summary['failures'].values())} not graded: {kinds}")
+    lines += [f"{name}: {value:.4f}" for name, value in summary["parts"].items()]
+    return "\n".join(lines)
+
+
+class _Silent:
+    """The progress bar where tqdm is not installed, or nobody watches."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        pass
+
+    @staticmethod
+    def write(text: str) -> None:
+        print(text)
+
+
+def _bar(total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _Silent()
+    return tqdm(total=total, unit="row", disable=None)
