@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
 from torchrl_chat.templates.backends import tokenizer_of
-from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, Tail
+from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation
 from torchrl_chat.templates.capabilities import CAPABILITIES, refusal
-from torchrl_chat.templates.codec import TokenCodec, codec_of, unmarked
-from torchrl_chat.templates.compiled import Compiler, Rule
-from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles
+from torchrl_chat.templates.codec import codec_of, unmarked
+from torchrl_chat.templates.following import Follower, raised
+from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
 from torchrl_chat.templates.parsing import AnswerParser
-from torchrl_chat.templates.proof import Prover, check_real, twin
 from torchrl_chat.templates.reading import Parsed, Reader
 from torchrl_chat.templates.renderers_parser import RenderersParser
 from torchrl_chat.templates.rendering import Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
-
-
-@dataclass
-class _Proofs:
-    """What was proved of one template with one tokenizer."""
-
-    closes: dict[tuple[Roles, AnswerKind], Close | BridgeError] = field(default_factory=dict)
-    rules: dict[Kind, Rule | BridgeError | None] = field(default_factory=dict)
-    tails: dict[Any, Tail | BridgeError] = field(default_factory=dict)
-    capabilities: dict[str, str | None] = field(default_factory=dict)
-
-
-_proofs: weakref.WeakKeyDictionary[TokenCodec, dict[Any, _Proofs]] = weakref.WeakKeyDictionary()
-
-
-def _proofs_of(codec: TokenCodec, renderer: Renderer) -> _Proofs:
-    """The proofs of all ``ChatTemplate`` objects that render alike: many environments, one proof."""
-    return _proofs.setdefault(codec, {}).setdefault(renderer.key, _Proofs())
 
 
 class Rendered(NamedTuple):
@@ -105,8 +84,7 @@ class ChatTemplate:
         self.codec = codec_of(self.tokenizer)
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
         self._derivation = Derivation(self.renderer, self.codec)
-        self._prover = Prover(self._derivation)
-        self._compiler = Compiler(self._prover)
+        self._follower = Follower(self.renderer, self._derivation)
         self.parser = AnswerParser(
             self.renderer.source if parse_reasoning or parse_tool_calls or tools else "",
             self.codec.controls,
@@ -115,9 +93,8 @@ class ChatTemplate:
             parse_reasoning=parse_reasoning,
         )
         self._rewriter = Rewriter(self._derivation, self.parser, self.close)
-        self._proved_by = _proofs_of(self.codec, self.renderer)
         peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
-        self._reader = Reader(self.renderer, self.parser, peer, self._close)
+        self._reader = Reader(self.renderer, self.parser, peer, self._follower.close)
         reserved = _RESERVED & template_kwargs.keys()
         if reserved:
             raise ValueError(
@@ -132,7 +109,7 @@ class ChatTemplate:
     def stop_ids(self) -> frozenset[int]:
         """Ids at which a policy should stop: the tokens that end a turn in this template, and the tokenizer's eos."""
         ids = {self.tokenizer.eos_token_id} - {None}
-        close, of_call = (self._close(_ROLES, kind) for kind in (AnswerKind(), _A_CALL))
+        close, of_call = (self._follower.close(_ROLES, kind) for kind in (AnswerKind(), _A_CALL))
         if isinstance(close, Close):
             ids.update(close.main)
         if isinstance(of_call, Close):  # a call may end with a token of its own
@@ -236,18 +213,7 @@ class ChatTemplate:
         Raises:
             BridgeError: the template's close cannot be derived.
         """
-        return _raised(self._close(_course(messages).shape, AnswerKind.of(messages[-1])))
-
-    def _close(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
-        key = (roles, kind)
-        close = self._proved_by.closes.get(key)
-        if close is None:
-            try:
-                close = self._prover.close(roles, kind)
-            except BridgeError as error:
-                close = error
-            self._proved_by.closes[key] = close
-        return close
+        return raised(self._follower.close(_course(messages).shape, AnswerKind.of(messages[-1])))
 
     def follow_batch(
         self,
@@ -274,7 +240,7 @@ class ChatTemplate:
         if stops is None:
             stops = [None] * len(messages)
         pending = [
-            self._follow(conversation, new, course, stop, add_generation_prompt)
+            self._follower.follow(conversation, new, course, stop, add_generation_prompt)
             for conversation, new, course, stop in zip(messages, new_messages, courses, stops, strict=True)
         ]
         encoded = self._derivation.ids_batch(pending)
@@ -308,93 +274,6 @@ class ChatTemplate:
             BridgeError: the template changes the words of an earlier answer, or drops one.
         """
         return self._rewriter.rewrite(token_ids, spans, messages, new_messages, add_generation_prompt)
-
-    def _follow(
-        self,
-        messages: Sequence[Message],
-        new: Sequence[Message],
-        course: Course,
-        stop: int | None,
-        agp: bool,
-    ) -> tuple[int | None, str, bool]:
-        """Behind which token the text goes on, the text, and whether it carries marks."""
-        answer, roles = messages[-1], course.roles
-        close = _raised(self._close(course.shape, AnswerKind.of(answer)))
-        guarded, marked = self.renderer.guard(new)
-        rule = self._rule(roles, answer, new, agp) if roles is not None and self._ordinary(course) else None
-        if rule is not None and rule.parts is not None and rule.holds(answer, new):
-            system = ""
-            if "system" in rule.reads:
-                [first], also = self.renderer.guard(messages[:1])
-                system, marked = first["content"], marked or also
-            if "call" in rule.reads:
-                [answer], also = self.renderer.guard([answer])
-                marked = marked or also
-            text = rule.text(system, answer, guarded)
-            rest = text[rule.tail.cut if stop is None else rule.tail.resume.get(stop, rule.tail.cut) :]
-        else:
-            self._check_new(new, course.policy)
-            probe = rule.tail if rule is not None else self._proved(messages, new, agp)
-            rest, marked = self._rendered(probe, messages, new, stop, agp)
-        certain = close.suffix(stop).text
-        if not rest.startswith(certain):
-            raise BridgeError(
-                f"the chat template continues this turn with {rest[: len(certain) + 20]!r}, others with {certain!r}."
-            )
-        return None if certain else stop, rest[len(certain) :], marked
-
-    def _rendered(
-        self, probe: Tail, messages: Sequence[Message], new: Sequence[Message], stop: int | None, agp: bool
-    ) -> tuple[str, bool]:
-        """What the template writes behind this very turn, checked against its text of the whole conversation."""
-        guarded, marked = self.renderer.guard([*messages, *new])
-        before, answer, after = guarded[: len(messages) - 1], guarded[len(messages) - 1], guarded[len(messages) :]
-        text = self._derivation.tail(before, answer, after, agp)
-        check_real(unmarked(text), new)
-        tail = probe.placed(text)
-        if tail is None:
-            raise BridgeError(
-                f"the chat template ends this turn with {text[: probe.end]!r}, others with "
-                f"{probe.text[probe.cut : probe.end]!r}: what ends a turn depends on what the messages say."
-            )
-        self._prover.check_answer(before, answer, after, agp, text[tail.cut :])
-        return tail.after(stop), marked
-
-    def _ordinary(self, course: Course) -> bool:
-        """Whether a conversation is of the form that rules are proved for: texts, no fields that only few have."""
-        return course.texts and course.answered and self.renderer.looks.keys.isdisjoint(course.extra)
-
-    def _check_new(self, new: Sequence[Message], policy: str) -> None:
-        if not new:
-            raise BridgeError("there is no new message to extend the conversation by.")
-        if any(message["role"] == policy for message in new):
-            raise BridgeError(f"a message of role {policy!r} is sampled by the policy, not appended.")
-
-    def _proved(self, messages: Sequence[Message], new: Sequence[Message], agp: bool) -> Tail:
-        """Prove a rendered extension once for conversations of these roles and kinds of message."""
-        kinds = tuple((m["role"], *sorted(m.keys() - {"content"})) for m in (*messages, *new))
-        key = (kinds, len(new), AnswerKind.of(messages[-1]), agp)
-        if key not in self._proved_by.tails:
-            probes = twin([*messages[:-1], *new])
-            before, following = probes[: len(messages) - 1], probes[len(messages) - 1 :]
-            try:
-                self._proved_by.tails[key] = self._prover.prove(before, messages[-1], following, agp)
-            except BridgeError as error:
-                self._proved_by.tails[key] = error
-        return _raised(self._proved_by.tails[key])
-
-    def _rule(self, roles: Roles, answer: Message, new: Sequence[Message], agp: bool) -> Rule | None:
-        """The compiled tail of this kind of extension, if there is one."""
-        kind = Kind.of(roles, answer, new, agp)
-        if kind is None:
-            return None
-        if kind not in self._proved_by.rules:
-            try:
-                self._check_new(new, roles.policy)
-                self._proved_by.rules[kind] = self._compiler.compile(kind)
-            except BridgeError as error:
-                self._proved_by.rules[kind] = error
-        return _raised(self._proved_by.rules[kind])
 
     # ------------------------------------------------------------------ ids <-> text
     def _encode(self, items: Sequence[tuple[str, bool]]) -> list[Rendered]:
@@ -443,7 +322,7 @@ class ChatTemplate:
         Raises:
             ValueError: there is no such capability.
         """
-        kept = self._proved_by.capabilities
+        kept = self._follower.proofs.capabilities
         if capability not in kept:
             kept[capability] = refusal(self, capability)
         return kept[capability]
@@ -472,12 +351,6 @@ _RESERVED = {
 def _course(messages: Sequence[Message]) -> Course:
     """The course of a conversation that ends with an answer."""
     return Course.of(messages, messages[-1]["role"])
-
-
-def _raised(value: Any) -> Any:
-    if isinstance(value, BridgeError):
-        raise value
-    return value
 
 
 def _key(messages: Sequence[Message]) -> Any:
