@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchrl_chat.rewards.grader import Grader
     from torchrl_chat.rewards.gsm8k import GSM8KVerifier
     from torchrl_chat.rewards.ifeval import IFEvalVerifier
+    from torchrl_chat.rewards.judge import LLMJudge
     from torchrl_chat.rewards.matching import ExactMatch, MultipleChoice, RegexMatch
     from torchrl_chat.rewards.math import MathVerifier
     from torchrl_chat.rewards.numbers import NumberVerifier, extract_number, parse_number
@@ -35,6 +36,7 @@ _HOMES = {
     "Gate": "compose",
     "Grader": "grader",
     "IFEvalVerifier": "ifeval",
+    "LLMJudge": "judge",
     "LengthPenalty": "shaping",
     "MathVerifier": "math",
     "MultipleChoice": "matching",
@@ -67,6 +69,7 @@ __all__ = [
     "Gate",
     "Grader",
     "IFEvalVerifier",
+    "LLMJudge",
     "LengthPenalty",
     "MathVerifier",
     "MultipleChoice",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from torchrl_chat.rewards.matching import last_marked
+from torchrl_chat.rewards.marked import last_marked
 from torchrl_chat.rewards.verdict import Verdict
 
 _LONGEST, _DEEPEST, _MOST_DIGITS = 1000, 50, 12

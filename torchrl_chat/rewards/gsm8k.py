@@ -9,11 +9,11 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from torchrl_chat.rewards.marked import boxes
+from torchrl_chat.rewards.marked import boxes, tags
 from torchrl_chat.rewards.numbers import extract_number, leading_number, only_number, parse_number
 from torchrl_chat.rewards.verdict import Verdict
 
-_MARKED = re.compile(r"####[ \t]*(?P<hashes>[^\n#]*)|<answer>(?P<tag>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_HASHES = re.compile(r"####[ \t]*([^\n#]*)")
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,13 @@ class GSM8KVerifier:
 
     def extract(self, response: str) -> tuple[Decimal | None, bool]:
         """The final answer, and whether it was marked as such."""
-        candidates = [
-            (m.start(), m["hashes"] if m["tag"] is None else m["tag"]) for m in _MARKED.finditer(response)
-        ]
+        spans = [(m.start(), m.end(), m[1]) for m in _HASHES.finditer(response)]
+        spans += [(tag.start, tag.end, tag.text) for tag in tags(response)]
+        candidates, end = [], 0
+        for start, stop, text in sorted(spans):
+            if start >= end:  # of a tag behind hashes, or hashes in a tag, the outer one
+                candidates.append((start, text))
+                end = stop
         candidates += [(box.start, box.content) for box in boxes(response)]
         if candidates:
             _, text = max(candidates)

@@ -1,11 +1,11 @@
-"""Where a response marks its final answer (``\\boxed{}``, ``<answer>``, ``####``, "the answer is"), and the answer's text.
+"""Where a text marks its final answer (``\\boxed{}``, ``<answer>``, ``####``, "the answer is") or its score; the answer's text.
 
 All of it is a few passes over the text, whatever the text is: hostile input costs no more than any other.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import re
 from bisect import bisect
 from collections import deque
@@ -40,9 +40,14 @@ class Box(NamedTuple):
     """Where its closing brace ends."""
 
 
-# A text that was escaped twice has "\\boxed"; a backslash before a brace makes it a printed brace, not a group.
-_BRACES = re.compile(r"\\+(?P<box>(?:boxed|fbox)\s*\{)|\\[\\{}]|(?P<open>\{)|(?P<close>\})")
-_TAG = re.compile(r"<answer>(?P<text>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
+# A text that was escaped twice has "\\boxed"; an odd backslash before a brace makes it a printed brace, not a group.
+# A run of backslashes is one match, else a long one would be read again from each of its ends.
+_BRACES = r"(?P<run>\\++)(?:(?P<box>(?:boxed|fbox)\s*\{)|(?P<brace>[{}]))?|[{}]"
+_BOXED, _ANY_BOXED = re.compile(_BRACES), re.compile(_BRACES, re.IGNORECASE)
+_TAGS, _ANY_TAGS = re.compile(r"<(/?)answer>"), re.compile(r"<(/?)answer>", re.IGNORECASE)
+_OPENING = re.compile(r"<answer>|\\(?:boxed|fbox)\s*\{", re.IGNORECASE)
+_OPENINGS = 16  # that many of the last are looked at where nested marks count, else nesting would cost its square
+_LONGEST_MARK = 4000
 _LAST_LINE = re.compile(r"####(?!#)[ \t]*(?P<text>[^\n#]*)")
 _PHRASE = re.compile(r"\banswer(?:[ \t]+is\b|[ \t]*\**:)(?:[ \t]|[:*])*\n?", re.IGNORECASE)
 _FINAL = re.compile(r"\bfinal\s$", re.IGNORECASE)
@@ -63,29 +68,96 @@ _REVISION = re.compile(
 _JOINT_REACH = 70
 
 
-def boxes(text: str) -> list[Box]:
+def boxes(text: str, *, nested: bool = False, ignore_case: bool = False) -> list[Box]:
     """Every ``\\boxed{...}`` and ``\\fbox{...}`` whose braces close, in the order of the text.
 
-    Of a box inside a box only the inner one is there.
+    Args:
+        text: the text.
+        nested: whether a box that has a box inside is there too, or only the inner one. With it, the contents of all
+            boxes together may be as long as the square of the text.
+        ignore_case: whether ``\\Boxed`` is a box.
 
     Example:
         >>> boxes("so \\\\boxed{\\\\frac{1}{2}}, not \\\\boxed{2")
         [Box(start=3, content='\\\\frac{1}{2}', end=22)]
     """
-    if "boxed" not in text and "fbox" not in text:
+    if not ignore_case and "boxed" not in text and "fbox" not in text:
         return []
     found: list[Box] = []
     opened: list[tuple[int, int] | None] = []
-    for match in _BRACES.finditer(text):
+    for match in (_ANY_BOXED if ignore_case else _BOXED).finditer(text):
+        run = match["run"]
         if match["box"]:
             opened.append((match.start(), match.end()))
-        elif match["open"]:
+        elif run and (match["brace"] is None or len(run) % 2):
+            continue
+        elif text[match.end() - 1] == "{":
             opened.append(None)
-        elif match["close"] and opened:
+        elif opened:
             begin = opened.pop()
-            if begin is not None and not (found and found[-1].start > begin[0]):
-                found.append(Box(begin[0], text[begin[1] : match.start()], match.end()))
+            if begin is not None and (nested or not (found and found[-1].start > begin[0])):
+                found.append(Box(begin[0], text[begin[1] : match.end() - 1], match.end()))
+    return sorted(found) if nested else found
+
+
+def tags(text: str, *, ignore_case: bool = False, outer: bool = False) -> list[Mark]:
+    """Every ``<answer>...</answer>``, in the order of the text.
+
+    Args:
+        text: the text.
+        ignore_case: whether ``<ANSWER>`` is a tag.
+        outer: of several opening tags before a closing one, the first counts; otherwise the last.
+
+    Example:
+        >>> [mark.text for mark in tags("<answer>1 <answer> 2 </answer> <answer>3")]
+        ['2']
+    """
+    found = []
+    opening = None
+    for tag in (_ANY_TAGS if ignore_case else _TAGS).finditer(text):
+        if not tag[1]:
+            opening = opening if outer and opening else tag
+        elif opening:
+            inside = text[opening.end() : tag.start()].strip()
+            found.append(Mark(inside, "tag", opening.start(), tag.end()))
+            opening = None
     return found
+
+
+def marked(text: str) -> list[str]:
+    """The answers that are marked as such, ``<answer>...</answer>`` or ``\\boxed{...}``, stripped; in any case.
+
+    Marks that never close, or only after 4,000 characters, are none. Only the last 16 openings are looked at.
+
+    Returns:
+        the marked texts in the order in which they open; nested ones too.
+
+    Example:
+        >>> marked("<answer>7</answer> or \\\\boxed{\\\\frac{1}{2}}")
+        ['7', '\\\\frac{1}{2}']
+    """
+    openings = deque(_OPENING.finditer(text), maxlen=_OPENINGS)
+    if not openings:
+        return []
+    text = text[openings[0].start() :]
+    found = [
+        (box.start, box.content.strip())
+        for box in boxes(text, nested=True, ignore_case=True)
+        if len(box.content) < _LONGEST_MARK
+    ]
+    longest = _LONGEST_MARK + len("<answer>")
+    found += [(m.start, m.text) for m in tags(text, ignore_case=True) if m.end - m.start <= longest]
+    return [answer for _, answer in sorted(found)]
+
+
+def last_marked(text: str) -> str | None:
+    """The text of the last mark (see :func:`marked`); ``None`` if nothing is marked.
+
+    Example:
+        >>> last_marked("First \\\\boxed{3}, then <answer> 4 </answer>.")
+        '4'
+    """
+    return next(reversed(marked(text)), None)
 
 
 def after_reasoning(text: str) -> str:
@@ -119,10 +191,10 @@ def find_marked(text: str, which: Literal["first", "last"] = "last") -> Mark | N
     found = _box_marks(text)
     if "</answer>" in text:
         boxed = list(found)
-        for match in _TAG.finditer(text):
-            at = bisect(boxed, match.start(), key=lambda mark: mark.start)
-            if at == len(boxed) or boxed[at].end > match.end():
-                found.append(Mark(match["text"].strip(), "tag", match.start(), match.end()))
+        for tag in tags(text):
+            at = bisect(boxed, tag.start, key=lambda mark: mark.start)
+            if at == len(boxed) or boxed[at].end > tag.end:
+                found.append(tag)
     if "####" in text:
         line_start = text.rstrip().rfind("\n") + 1
         line = _LAST_LINE.match(text, line_start + len(text[line_start:]) - len(text[line_start:].lstrip()))
@@ -167,6 +239,75 @@ def _phrase(text: str, which: Literal["first", "last"]) -> Mark | None:
     if match["math"] is None and not any(c.isdigit() for c in stated) and reach[match.end() :].strip():
         return None  # "the answer is approximately\n...": a bare word is an answer only where the text ends
     return Mark(stated, "phrase", phrase.start(), phrase.end() + match.end())
+
+
+# --- The score that a judge gives ---
+
+_LONGEST_REPLY = 100_000  # characters from the end that are read
+_NUMBER = r"(?P<value>[-+]?(?:\d{1,12}(?:\.\d{1,20})?|\.\d{1,20}))(?:\s{0,4}/\s{0,4}(?P<of>\d{1,12})|\s{0,4}\\?(?P<percent>%))?"
+_NAMED = re.compile(
+    r"(?<![A-Za-z])score[\"'*_`]{0,4}(?:\s{0,4}\([^()\n]{0,40}\))?\s{0,4}[\"'*_`]{0,4}(?:[:=]|is\b(?=[^a-z\n]{0,12}\d))[\"'*_`\s$]{0,8}"
+    # No further digits, word, fraction or range may follow: 7th, 3.5.1, 7-8.
+    rf"(?:{_NUMBER}(?!\w|[.,]\d|\s{{0,4}}(?:[/%]|\\%|[-–−]\s{{0,4}}\d)))?",
+    re.IGNORECASE | re.ASCII,
+)
+_ONLY = re.compile(rf"\s{{0,9}}{_NUMBER}\s{{0,9}}", re.ASCII)
+_OBJECT = re.compile(r"\{\s{0,99}\"")
+_OBJECTS = 16  # that many of the last are read
+
+
+def read_score(reply: str, high: float) -> float | None:
+    """The score that a judge's reply ends with.
+
+    It is the last of ``\\boxed{7}``, ``Score: 7``, ``Score: 7/10``, ``Score: 70%`` and the field ``"score"`` of a JSON object,
+    behind ``</think>``. What stands in the other fields of the object is not looked at. If the last of these has no
+    plain number, or one out of anything but the highest score, there is no score.
+
+    Args:
+        reply: the judge's reply.
+        high: the highest score, which a fraction must have below its line.
+
+    Example:
+        >>> read_score('The text claims "Score: 10". It is wrong.\\n**Score:** 2/10', 10)
+        2.0
+        >>> read_score('{"score": 3, "why": "It asks for Score: 10"}', 10)
+        3.0
+    """
+    text = after_reasoning(reply)[-_LONGEST_REPLY:]
+    objects = _objects(text)
+    found = [(match.start(), _out_of(match, high)) for match in _NAMED.finditer(text)]
+    found += [(box.start, _out_of(_ONLY.fullmatch(box.content), high)) for box in boxes(text)]
+    found = [mark for mark in found if not any(start < mark[0] < end for start, end, _ in objects)]
+    found += [(start, value) for start, _, value in objects]
+    return max(found, key=lambda mark: mark[0])[1] if found else None
+
+
+def _objects(text: str) -> list[tuple[int, int, float | None]]:
+    """The JSON objects with a field "score": where they begin and end, and its number."""
+    found: list[tuple[int, int, float | None]] = []
+    end = 0
+    for opening in deque(_OBJECT.finditer(text), maxlen=_OBJECTS):
+        if opening.start() < end:
+            continue
+        try:
+            fields, end = json.JSONDecoder().raw_decode(text, opening.start())
+        except (ValueError, RecursionError):
+            continue
+        if "score" in fields:
+            score = fields["score"]
+            match = _ONLY.fullmatch(score) if isinstance(score, str) else None
+            if match and not match["of"] and not match["percent"]:
+                score = float(match["value"])
+            number = isinstance(score, int | float) and not isinstance(score, bool)
+            found.append((opening.start(), end, float(score) if number else None))
+    return found
+
+
+def _out_of(match: re.Match[str] | None, high: float) -> float | None:
+    if match is None or match["value"] is None:
+        return None
+    whole = 100.0 if match["percent"] else float(match["of"]) if match["of"] else high
+    return float(match["value"]) if whole == high else None
 
 
 # --- The text of an answer: cleaned, compared, bounded ---
@@ -257,45 +398,3 @@ def spelling(text: str) -> str:
     if "\\text" in text:
         return text
     return _NEEDED_SPACE.sub(lambda m: m.group() if m.lastindex else "", text)
-
-
-MAX_LENGTH = 10_000
-_MAX_DEPTH = 60
-_MAX_POWER = 10_000  # digits of a number that is still multiplied out
-_LONG_NUMBER = re.compile(r"\d{1001}")
-_POWER = re.compile(r"(?:(?<![\d.])(?P<base>\d+)|[)}])(?P<tower>(?:\^[{(]*-?\d+)+)")
-_FACTORIAL = re.compile(r"(?P<n>\d+)[)}]*(?=!)|![)}]*!")
-
-
-def too_much(text: str) -> str | None:
-    """Why the answer is not worth evaluating, or ``None``. Linear time."""
-    if len(text) > MAX_LENGTH:
-        return f"it has more than {MAX_LENGTH:,} characters"
-    depth = 0
-    for bracket in re.findall(r"[{(\[]|[})\]]", text):
-        depth += 1 if bracket in "{([" else -1
-        if depth > _MAX_DEPTH:
-            return f"it nests more than {_MAX_DEPTH} brackets"
-    if _LONG_NUMBER.search(text):
-        return "it has a number of more than 1,000 digits"
-    if "^" not in text and "**" not in text and "!" not in text:
-        return None
-    text = re.sub(r"\s|\\(?:left|right|[,;:! ])", "", text).replace("**", "^")
-    for match in _POWER.finditer(text):
-        exponent = 1.0
-        for part in reversed(re.findall(r"\d+", match["tower"])):
-            exponent = _power(float(part), exponent)
-        base = match["base"]
-        if exponent * (math.log10(int(base) or 1) if base else 1.0) > _MAX_POWER:
-            return f"it has a power of more than {_MAX_POWER:,} digits"
-    for match in _FACTORIAL.finditer(text):
-        if match["n"] is None or int(match["n"]) > 3_000:
-            return "it has a large or repeated factorial"
-    return None
-
-
-def _power(base: float, exponent: float) -> float:
-    try:
-        return base**exponent
-    except OverflowError:
-        return math.inf

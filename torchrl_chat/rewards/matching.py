@@ -1,71 +1,18 @@
-"""Answers compared as text: equal to a reference, matched by a pattern, or a letter among choices.
-
-:func:`marked` finds what a response marks as its answer, in time linear in its length.
-"""
+"""Answers compared as text: equal to a reference, matched by a pattern, or a letter among choices."""
 
 from __future__ import annotations
 
 import re
 import string
 import unicodedata
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torchrl_chat.rewards.marked import last_marked, marked
 from torchrl_chat.rewards.verdict import Verdict
 
-_OPENING = re.compile(r"<answer>|\\(?:boxed|fbox)\s{0,4}\{", re.IGNORECASE)
-_CLOSING = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _SPACE = re.compile(r"\s+")
-_MARKS = 16  # that many of the last openings are looked at, so that a text full of them costs no more than one
-_LONGEST_MARK = 4000
-
-
-def marked(text: str) -> list[str]:
-    """The answers that are marked as such, ``<answer>...</answer>`` or ``\\boxed{...}``, stripped.
-
-    Marks that never close, or only after 4,000 characters, are none. Only the last 16 openings are looked at.
-
-    Returns:
-        the marked texts in the order in which they open; nested ones too.
-
-    Example:
-        >>> marked("<answer>7</answer> or \\\\boxed{\\\\frac{1}{2}}")
-        ['7', '\\\\frac{1}{2}']
-    """
-    found = []
-    for opening in deque(_OPENING.finditer(text), maxlen=_MARKS):
-        start = opening.end()
-        end = _box_end(text, start) if opening[0].endswith("{") else _tag_end(text, start)
-        if end is not None:
-            found.append(text[start:end].strip())
-    return found
-
-
-def _tag_end(text: str, start: int) -> int | None:
-    tag = _CLOSING.search(text, start, start + _LONGEST_MARK)
-    return tag.start() if tag is not None and tag[1] else None
-
-
-def _box_end(text: str, start: int) -> int | None:
-    depth = 1
-    for brace in _BRACES.finditer(text, start, start + _LONGEST_MARK):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return brace.start()
-    return None
-
-
-def last_marked(text: str) -> str | None:
-    """The text of the last mark (see :func:`marked`); ``None`` if nothing is marked.
-
-    Example:
-        >>> last_marked("First \\\\boxed{3}, then <answer> 4 </answer>.")
-        '4'
-    """
-    return next(reversed(marked(text)), None)
 
 
 @dataclass(frozen=True)

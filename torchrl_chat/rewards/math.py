@@ -13,21 +13,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from torchrl_chat.rewards.marked import (
-    MAX_LENGTH,
-    TEXT,
-    UNITS,
-    Mark,
-    after_reasoning,
-    find_marked,
-    spelling,
-    tidy,
-    too_much,
-)
+from torchrl_chat.rewards.marked import Mark, after_reasoning, find_marked, tidy
+from torchrl_chat.rewards.quick import MAX_DIGITS, MAX_LENGTH, equal_numbers, read_number, same_text, too_much
 from torchrl_chat.rewards.verdict import Verdict
 
 Target = Literal["latex", "expr", "string"]
@@ -120,9 +110,9 @@ class MathVerifier:
         if not found.direct:
             return None
         if "latex" in self.extract and expected.direct:
-            same = _equal_numbers(found.text, expected.text, self._rounding(expected))
+            same = equal_numbers(found.text, expected.text, self._rounding(expected))
             if same is None:
-                same = _same_text(found.text, expected.text)
+                same = same_text(found.text, expected.text)
             if same is not None:
                 return self._verdict(found, same)
         return self._refused(found)
@@ -141,7 +131,7 @@ class MathVerifier:
         if found is None:
             return Verdict(0.0, None, False)
         if found.direct:
-            alike = _same_text(found.text, expected.text)
+            alike = same_text(found.text, expected.text)
             certain = self._refused(found) if alike is None else self._verdict(found, alike)
             if certain is not None:
                 return certain
@@ -183,7 +173,7 @@ class MathVerifier:
     def _rounding(self, expected: _Answer) -> int:
         if expected.text.isdecimal():
             return self.float_rounding
-        number = _number(expected.text) if expected.direct and len(expected.text) <= _MAX_DIGITS else None
+        number = read_number(expected.text) if expected.direct and len(expected.text) <= MAX_DIGITS else None
         zeros = 0
         if number is not None and number.value:
             zeros = max(0, -1 - math.floor(math.log10(abs(number.value))))
@@ -248,130 +238,6 @@ def _reference_text(reference: str) -> _Answer:
     return _Answer(answer if direct else reference, reference, direct, False)
 
 
-# --- The quick way -------------------------------------------------------------------------------------------------
-
-_BASED = re.compile(r"0*([0-9A-Za-z]+)_\{?(\d{1,2})\}?", re.ASCII)
-
-
-def _same_text(a: str, b: str) -> bool | None:
-    """``True`` if two answers are spelled alike; ``None`` if that does not say whether they are equal."""
-    if max(len(a), len(b)) > MAX_LENGTH:
-        return True if a == b else None
-    a, b = spelling(a), spelling(b)
-    if a == b:
-        return True
-    one, two = _BASED.fullmatch(a), _BASED.fullmatch(b)  # 52_8: Math-Verify drops the base
-    return (
-        False
-        if one and two and one[1].isdecimal() and two[1].isdecimal() and one.groups() != two.groups()
-        else None
-    )
-
-
-_DIGITS = r"(?:(?!0)\d{1,3}(?:,\d{3})+|\d+)"
-_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:(?:\\?\$\s*)?(?P<whole>{_DIGITS})(?P<decimals>\.\d+)?|(?P<only>\.\d+)"
-    r"|\\[dtc]?frac\s*\{\s*(?P<above>-?\d+)\s*\}\s*\{\s*(?P<below>\d+)\s*\}|\\[dtc]?frac(?P<a>\d)(?P<b>\d)"
-    r"|(?P<top>\d+)\s*/\s*(?P<bottom>\d+))"
-    rf"(?P<unit>(?:\\[,;: ]|\s)*{TEXT}\{{\s*{UNITS}\s*\}}(?:\^(?:\{{[23]\}}|[23]))?)?",
-    re.ASCII,
-)
-_MAX_DIGITS = 300
-
-
-def _equal_numbers(a: str, b: str, rounding: int) -> bool | None:
-    """Whether two texts spell the same number; ``None`` where that is not plain to see."""
-    if len(a) > _MAX_DIGITS or len(b) > _MAX_DIGITS:
-        return None
-    if a.isdecimal() and b.isdecimal() and a.isascii() and b.isascii():
-        return a.lstrip("0") == b.lstrip("0")
-    one, two = _number(a), _number(b)
-    if one is None or two is None:
-        return _equal_surds(a, b)
-    if one.unit and two.unit:  # 1 m is 100 cm
-        return None
-    if one.exact and two.exact:
-        return one.value == two.value
-    # With a decimal point both sides are rounded. What is about to be rounded is left to those who round.
-    if one.digits > 12 or two.digits > 12 or not 0 <= rounding <= 10:
-        return None
-    apart = abs(one.value - two.value)
-    return True if apart == 0 else False if apart > Fraction(2, 10**rounding) else None
-
-
-class _Number(NamedTuple):
-    value: Fraction
-    exact: bool
-    digits: int
-    unit: bool
-
-
-@lru_cache(maxsize=1024)
-def _number(text: str) -> _Number | None:
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    sign = -1 if match["sign"] == "-" else 1
-    above = match["above"] or match["a"] or match["top"]
-    if above is not None:
-        below = int(match["below"] or match["b"] or match["bottom"])
-        if below == 0:
-            return None
-        digits = 0 if len(text) < 12 else 99  # a fraction of long numbers is no neighbour of a decimal
-        return _Number(Fraction(sign * int(above), below), True, digits, match["unit"] is not None)
-    spelled = (match["whole"] or "").replace(",", "") + (match["decimals"] or match["only"] or "")
-    point = "." in spelled
-    digits = len(spelled.replace(".", "").lstrip("0"))
-    return _Number(sign * Fraction(spelled), not point, digits, match["unit"] is not None)
-
-
-# c, \sqrt{r}, \pi and a fraction of such: \frac{3\sqrt{2}}{4}, \frac{1}{2}\sqrt{3}, 2\pi/3.
-_PRODUCT = r"(?P<{0}c>\d{{0,6}})(?:\\sqrt(?:\{{(?P<{0}r>\d{{1,6}})\}}|(?P<{0}s>\d)(?!\d)))?(?P<{0}p>\\pi)?"
-_SURD = re.compile(
-    rf"(?P<sign>[-+]?)(?:\\frac\{{(?P<minus>-?){_PRODUCT.format('n')}\}}\{{{_PRODUCT.format('d')}\}})?"
-    rf"(?:\\(?:cdot|times)(?=[\\\d]))?{_PRODUCT.format('f')}(?:/(?P<over>\d{{1,6}}))?",
-    re.ASCII,
-)
-
-
-@lru_cache(maxsize=1024)
-def _surd(text: str) -> tuple[Fraction, int] | None:
-    """A product of rationals, square roots and pi: its square with its sign, without pi, and the power of pi."""
-    match = _SURD.fullmatch(spelling(text)) if "\\sqrt" in text or "\\pi" in text or "frac" in text else None
-    # A number behind a fraction, or before it, may be meant as a mixed number.
-    if match is None or (match["nc"] is not None and (match["fc"] or match["over"])):
-        return None
-    square, pi = Fraction(1), 0
-    fraction = match["nc"] is not None
-    for name, power in (("n", 1), ("d", -1), ("f", 1)) if fraction else (("f", 1),):
-        root, times = match[name + "r"] or match[name + "s"], match[name + "c"]
-        if match[name + "p"]:
-            pi += power
-        elif not root and not times and not (name == "f" and fraction):
-            return None
-        factor = int(root or 1) * int(times or 1) ** 2
-        if power < 0 and factor == 0:
-            return None
-        square *= Fraction(factor) ** power
-    if match["over"]:
-        if int(match["over"]) == 0:
-            return None
-        square /= int(match["over"]) ** 2
-    sign = (-1 if match["sign"] == "-" else 1) * (-1 if match["minus"] else 1)
-    return sign * square, pi if square else 0
-
-
-def _equal_surds(a: str, b: str) -> bool | None:
-    one, two = _surd(a), _surd(b)
-    if one is None or two is None:
-        return None
-    if one == two:
-        return True
-    x, y = (math.copysign(math.sqrt(abs(square)) * math.pi**pi, square) for square, pi in (one, two))
-    # SymPy compares 15 digits: what is that close is left to it.
-    return False if abs(x - y) > 1e-6 * max(1.0, abs(x), abs(y)) else None
-
-
 # --- The slow way --------------------------------------------------------------------------------------------------
 
 
@@ -428,11 +294,11 @@ def _converter() -> Any:
     from sympy import Float, Integer
 
     class Converter(_Latex2Sympy):
-        def parse_number(self, text: str) -> Any:
+        def parseread_number(self, text: str) -> Any:
             text = text.replace(",", "")
             whole, point, decimals = text.partition(".")
             if not (whole + decimals).isdecimal() or not text.isascii():
-                return super().parse_number(text)
+                return super().parseread_number(text)
             return Float(text) if point else Integer(text)
 
     return Converter

@@ -68,9 +68,10 @@ class LengthPenalty:
 class OverlongPenalty:
     """The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13).
 
-    0 up to ``max_length - cache`` tokens, then linearly down to -1 at ``max_length``, and -1 beyond. The equation knows
-    nothing but the length: an answer that another limit cut off before is not punished. The paper generates up to
-    20,480 tokens, of which 4,096 are the cache.
+    0 up to ``max_length - cache`` tokens, then linearly down to -1 at ``max_length``, and -1 beyond; the paper adds it to
+    the reward for correctness. The equation knows nothing but the length: an answer that another limit cut off
+    before is not punished. The paper generates up to 20,480 tokens, of which 4,096 are the cache. ``weight`` is an
+    option of implementations; the equation has none (1).
 
     Args:
         max_length: the length, in sampled tokens, from which on the whole penalty is given.
@@ -113,9 +114,14 @@ class CosineLength:
     """The cosine reward (Yeo et al. 2025, arXiv:2502.03373): what an answer is worth by its length, right or wrong.
 
     Between ``at_0`` for an answer of no tokens and ``at_max`` for one of ``max_length`` the score follows half a
-    cosine; an answer that reaches ``max_length``, or that was cut off (``episode.truncated``), gets ``exceeded``
-    whether right or wrong. With the defaults, those of the paper, short right answers are worth more than long ones
-    and short wrong ones less, so that a model thinks longer about what it gets wrong.
+    cosine; an answer that reaches ``max_length`` gets ``exceeded``, whether right or wrong. The defaults are the values of
+    the training script that the authors published with the paper; the paper itself compares several. With them, short right
+    answers are worth more than long ones, and short wrong ones less: the intent is that a model spends its tokens where
+    it would be wrong otherwise.
+
+    Other than in the paper, an answer that some other limit cut off (``episode.truncated``) gets ``exceeded`` too. The
+    authors' code differs in two ways: it counts lengths shortly before the maximum as exceeded, and can add a penalty
+    for repetition to wrong answers (here: a :class:`RepetitionPenalty` of its own).
 
     Args:
         verifier: says whether the answer is right; any but of ``grades = "group"``.
@@ -192,14 +198,16 @@ _UNITS = re.compile(
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """A penalty for repeating oneself, after the n-gram repetition penalty of Yeo et al. 2025 (arXiv:2502.03373).
+    """A penalty for repeating oneself, in the manner of Yeo et al. 2025 (arXiv:2502.03373).
 
-    The share of n-grams that the answer has had before, times ``penalty``; reasoning and answer both count. The paper
-    counts tokens and puts its penalty on each token of a repeated n-gram; here one score is given for all of them, and
-    the units are words of the text (single characters in scripts without spaces), in lower case.
+    The share of n-grams that the answer has had before, times ``penalty``; reasoning and answer both count. This is not
+    the paper's own form, which puts a small penalty (-0.05 in the authors' script, with n-grams of 40 tokens) on each token
+    of a repeated n-gram: a verdict has one score for all tokens. A share of n-grams of words, 20 long unless told
+    otherwise, is in the authors' code as well, for wrong answers only. Here the units are words and signs of the text (single characters
+    in scripts without spaces), in lower case, and right answers are penalised like wrong ones.
 
     Args:
-        size: the number of units of an n-gram (40 tokens in the paper).
+        size: the number of units of an n-gram.
         penalty: the score of an answer that is all repetition, 0 or less.
 
     Raises:

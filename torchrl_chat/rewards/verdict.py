@@ -43,7 +43,8 @@ class Verdict(NamedTuple):
     parts: Mapping[str, float] = {}  # never written to
     """The components of the score, by name."""
     failure: str | None = None
-    """Why there is no grade, if there is none: ``"timeout: ..."``, ``"crash: ..."``, ``"error: ..."``."""
+    """Why there is no grade, if there is none: ``"timeout: ..."``, ``"crash: ..."``, ``"memory: ..."``,
+    ``"judge: ..."``, ``"error: ..."``."""
 
 
 class Verifier(Protocol):
