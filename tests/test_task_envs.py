@@ -148,7 +148,8 @@ def test_right_wrong_and_malformed(kind, mode, size):
     assert following["done"].all()
     assert following["graded"].all()
     assert following["grade_failure"] == [""] * size
-    assert env.score(texts[:1], answers[:1])[0].correct or isinstance(env, ReasoningGymEnv)
+    references = td["index"] if isinstance(env, ReasoningGymEnv) else answers
+    assert [verdict.correct for verdict in env.score(texts, list(references))] == success
 
 
 def test_same_seed_same_order(kind):

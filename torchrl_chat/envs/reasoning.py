@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torchrl.envs import StepCounter
 
 from torchrl_chat.envs.chat import InputMode
 from torchrl_chat.envs.dataset import DatasetChatEnv
+from torchrl_chat.rewards import Episode, Grader, Verdict
 from torchrl_chat.rewards.reasoning_gym import ReasoningGymVerifier, load_task, task_rows
 from torchrl_chat.transforms.reward import RewardTransform
 
@@ -25,6 +27,8 @@ class ReasoningGymEnv(DatasetChatEnv):
         seed: the seed of the rows and of their order.
         task_kwargs: settings of the generator, e.g. ``{"min_terms": 2, "max_terms": 2}``.
         max_steps: the number of turns after which the dialogue is truncated.
+        compute_reward: whether rewards are computed.
+        deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
 
     The others are as for :class:`DatasetChatEnv`.
 
@@ -51,6 +55,9 @@ class ReasoningGymEnv(DatasetChatEnv):
         input_mode: InputMode = "history",
         system_prompt: str | None = None,
         max_steps: int = 1,
+        compute_reward: bool = True,
+        deadline: float = 10.0,
+        workers: int | None = None,
     ):
         if seed is None:
             seed = int(torch.randint(2**31, ()))
@@ -71,7 +78,26 @@ class ReasoningGymEnv(DatasetChatEnv):
         )
         if max_steps:
             self.append_transform(StepCounter(max_steps=max_steps))
-        self.append_transform(RewardTransform(ReasoningGymVerifier(task, settings), reference_key="index"))
+        grader = Grader(ReasoningGymVerifier(task, settings), deadline=deadline, workers=workers)
+        self.__dict__["_grader"], self.__dict__["_size"] = grader, size
+        if compute_reward:
+            self.append_transform(RewardTransform(grader, reference_key="index"))
+
+    def score(self, predictions: Sequence[str], indices: Sequence[int] | None = None) -> list[Verdict]:
+        """Grade answers offline, as the environment would.
+
+        Args:
+            predictions: the responses, as texts.
+            indices: which rows they answer (the column ``"index"``). By default all rows, in order.
+
+        Raises:
+            ValueError: there are not as many predictions as rows.
+        """
+        indices = range(self.__dict__["_size"]) if indices is None else indices
+        if len(predictions) != len(indices):
+            raise ValueError(f"{len(predictions)} predictions for {len(indices)} rows.")
+        pairs = zip(predictions, indices, strict=True)
+        return self.__dict__["_grader"].grade([Episode.of(text, index) for text, index in pairs])
 
     @classmethod
     def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> ReasoningGymEnv:
