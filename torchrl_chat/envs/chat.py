@@ -264,24 +264,30 @@ class ChatEnv(FlatStepping, EnvBase):
         ids = responses.read_tokens(td, transcripts, self.batch_size)
         if ids is None:
             ids = responses.tokenize(self._read_texts(td, transcripts), transcripts, template)
-        responses.check_ids(ids, template.codec.vocab_size)
+        limits = responses.read_limits(td, self.batch_size)
+        responses.check_ids(ids, template.codec.vocab_size, limits)
         log_probs = responses.read_log_probs(td, ids, self.batch_size)
-        courses = [transcript.course for transcript in transcripts]
         reasons = responses.read_finish_reasons(td, self.batch_size)
-        prompts = [t.tokens[-12:].tolist() for t in transcripts] if template.parser.openings else None
-        parsed = template.parse_batch([row.tolist() for row in ids], courses, reasons, prompts)
+        places = list(range(len(ids)))
+        if limits is not None:
+            ids, log_probs, reasons = responses.cut(limits, ids, log_probs, reasons)
+            places = [i for i in places if limits[i] > 0]
+        parsed = template.parse_batch(
+            [ids[i].tolist() for i in places],
+            [transcripts[i].course for i in places],
+            [reasons[i] for i in places],
+            [transcripts[i].tokens[-12:].tolist() for i in places] if template.parser.openings else None,
+        )
         keep = self.input_mode == "text"
-        answered = []
-        for transcript, row, scores, read in zip(transcripts, ids, log_probs, parsed, strict=True):
+        answered = list(transcripts)  # a row that had nothing left to sample stays as it is
+        for i, read in zip(places, parsed, strict=True):
             if isinstance(read.close, BridgeError):  # nothing can follow this turn; it may well be the last
                 tail, text = None, read.text
             else:
                 suffix = read.close.suffix(read.stop)
                 tail, text = suffix.ids, read.text + suffix.text if keep else ""
-            answered.append(
-                transcript.sampled(
-                    row, scores, read.message, ended=read.ended, close=tail, text=text, stop=read.stop
-                )
+            answered[i] = transcripts[i].sampled(
+                ids[i], log_probs[i], read.message, ended=read.ended, close=tail, text=text, stop=read.stop
             )
         return answered
 

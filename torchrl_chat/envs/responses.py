@@ -187,17 +187,40 @@ def tokenize(texts: Sequence[str], transcripts: Sequence[Transcript], template: 
     return [torch.tensor(ids, dtype=torch.int64) for ids in encoded]
 
 
-def check_ids(ids: Sequence[torch.Tensor], vocab_size: int) -> None:
-    """Refuse empty responses and ids that the tokenizer does not have.
+def read_limits(td: TensorDictBase, batch_size: torch.Size) -> list[int] | None:
+    """How many tokens each row may sample in this turn, from ``"tokens_left"``, where a budget wrote it."""
+    column = td.get("tokens_left", None)
+    return None if column is None else column.reshape(batch_size.numel()).tolist()
+
+
+def cut(
+    limits: Sequence[int],
+    ids: Sequence[torch.Tensor],
+    log_probs: Sequence[torch.Tensor | None],
+    reasons: Sequence[str | None],
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[str | None]]:
+    """Answers without what was sampled beyond the limits, as if the policy had been stopped there."""
+    late = [len(row) > limit for row, limit in zip(ids, limits, strict=True)]
+    return (
+        [row[:limit] for row, limit in zip(ids, limits, strict=True)],
+        [None if row is None else row[:limit] for row, limit in zip(log_probs, limits, strict=True)],
+        ["length" if over else reason for over, reason in zip(late, reasons, strict=True)],
+    )
+
+
+def check_ids(ids: Sequence[torch.Tensor], vocab_size: int, limits: Sequence[int] | None = None) -> None:
+    """Refuse empty responses (but where nothing may be sampled) and ids that the tokenizer does not have.
 
     Raises:
         ResponseError: naming the first such row.
     """
     for i, row in enumerate(ids):
-        if not len(row):
+        if not len(row) and (limits is None or limits[i] > 0):
             raise ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
+    if not any(map(len, ids)):
+        return
     flat = torch.cat(list(ids)).numpy()  # numpy: no thread pool to wake for a few thousand ids
     if int(flat.min()) >= 0 and int(flat.max()) < vocab_size:
         return

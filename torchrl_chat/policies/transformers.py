@@ -79,6 +79,7 @@ class TransformersPolicy(TensorDictModuleBase):
             ("masks", "all_assistant_mask"),
             ("masks", "all_attention_mask"),
             ("text", "response"),
+            "finish_reason",
         ]
         self.model = model
         self.tokenizer = tokenizer_of(tokenizer)
@@ -106,7 +107,9 @@ class TransformersPolicy(TensorDictModuleBase):
                 "the policy reads ('tokens', 'prompt'), which is not there: give the environment a tokenizer."
             )
         home = prompts[0].device
-        responses, scores = self.generate([prompt.to(self.device) for prompt in prompts])
+        left = tensordict.get("tokens_left", None)  # a budget's
+        limits = None if left is None else left.reshape(len(prompts)).clamp(min=1).tolist()
+        responses, scores = self.generate([prompt.to(self.device) for prompt in prompts], limits)
         responses = [row.to(home) for row in responses]
         scores = [row.to(home) for row in scores]
         known = columns.read_field(tensordict.get("masks", None), "all_assistant_mask", batch)
@@ -144,6 +147,8 @@ class TransformersPolicy(TensorDictModuleBase):
                 all_attention_mask=[torch.ones_like(full, dtype=torch.bool) for full in fulls],
             ),
         )
+        stopped = ["stop" if int(row[-1]) in self.stop_ids else "length" for row in responses]
+        tensordict.set("finish_reason", columns.objects(stopped, batch, tensordict.device))
         texts = self.codec.decode([row.tolist() for row in responses])
         written = columns.texts("response", texts, batch, tensordict.device)
         if (text := tensordict.get("text", None)) is not None:
@@ -153,11 +158,14 @@ class TransformersPolicy(TensorDictModuleBase):
         tensordict.set("text", written)
         return tensordict
 
-    def generate(self, prompts: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def generate(
+        self, prompts: list[torch.Tensor], limits: list[int] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Sample an answer to each prompt.
 
         Args:
             prompts: int64 ids, each of shape (P,), on the model's device.
+            limits: how many tokens each row may sample at most, below ``max_new_tokens``.
 
         Returns:
             the sampled ids, each int64 (R,), the stop id included, and their log-probs, each float32 (R,).
@@ -177,14 +185,17 @@ class TransformersPolicy(TensorDictModuleBase):
         sampled, scores = [], []
         alive = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         taken = torch.zeros_like(lengths)
+        most = torch.full_like(lengths, self.max_new_tokens)
+        if limits is not None:
+            most = torch.minimum(most, torch.tensor(limits, device=self.device))
         while True:
             log_probs = self._log_probs(output.logits[:, -1, : self.vocab_size])
             token = self._sample(log_probs)
             sampled.append(token)
             scores.append(log_probs.gather(-1, token[:, None]).squeeze(-1))
             taken += alive
-            alive = alive & ~torch.isin(token, stops)
-            if len(sampled) == self.max_new_tokens or not alive.any():
+            alive = alive & ~torch.isin(token, stops) & (taken < most)
+            if not alive.any():
                 break
             attention = torch.cat((attention, torch.ones_like(alive)[:, None]), -1)
             output = self.model(

@@ -215,6 +215,10 @@ class ChatTemplate:
         """
         return raised(self._follower.close(_course(messages).shape, AnswerKind.of(messages[-1])))
 
+    def close_of(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
+        """How a turn is closed in conversations of these roles, with this kind of answer; or why that is not known."""
+        return self._follower.close(roles, kind)
+
     def follow_batch(
         self,
         messages: Sequence[Sequence[Message]],

@@ -1,5 +1,7 @@
 """torchrl transforms that act on a turn."""
 
+from torchrl_chat.transforms.budgets import Budget
 from torchrl_chat.transforms.reward import RewardTransform
+from torchrl_chat.transforms.stop import StopReason
 
-__all__ = ["RewardTransform"]
+__all__ = ["Budget", "RewardTransform", "StopReason"]

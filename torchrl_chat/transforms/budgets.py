@@ -1,0 +1,231 @@
+"""``Budget``: all limits of an episode in one place, and why it ended."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import Transform
+
+from torchrl_chat import columns
+from torchrl_chat.envs.chat import ChatEnv
+from torchrl_chat.templates import BridgeError
+from torchrl_chat.templates.kinds import AnswerKind
+from torchrl_chat.transcript import Transcript
+from torchrl_chat.transforms.stop import StopReason
+
+_NO_LIMIT = 2**31 - 1
+_NAMES = ("max_turns", "max_turn_tokens", "max_tokens", "max_context", "max_tool_calls", "max_seconds")
+
+
+class Budget(Transform):
+    """Ends episodes at their limits, says why, and tells the policy how much it may still sample.
+
+    Append it last, behind rewards and tools: it looks at the prompt that the policy will read next. A limit truncates
+    (``truncated`` and ``done``); an answer that ends the dialogue terminates, and wins over a limit reached in the same
+    turn. Written, over the environment's batch size B:
+
+    - ``"tokens_left"``: int64 (\\*B, 1), how many tokens the policy may sample in this turn (2147483647 without a limit);
+      :class:`~torchrl_chat.ChatEnv` cuts a longer answer to it, as a limit of the policy's own would, so that no
+      episode exceeds a budget, whatever the policy does;
+    - ``"calls_left"``: int64 (\\*B, 1), how many tool calls may still be run, if there is such a limit;
+    - ``"stop_reason"``: int64 (\\*B, 1), a :class:`StopReason`.
+
+    A conversation that is too long when it starts has ``stop_reason`` ``CONTEXT_FULL`` and no tokens left from the reset
+    on; its first step samples nothing and ends it. The other rows are untouched.
+
+    Args:
+        max_turns: answers in one episode.
+        max_turn_tokens: sampled tokens in one answer. An answer that is cut by it does not end the episode, unless
+            ``end_on_cut``.
+        max_tokens: sampled tokens in one episode.
+        max_context: tokens of the whole sequence, those that close the last turn included.
+        max_tool_calls: tool calls in one episode; the call beyond the last that is allowed ends it.
+        max_seconds: seconds of wall time since the reset, looked at after each turn.
+        end_on_cut: whether an answer that ``max_turn_tokens`` cuts ends the episode.
+
+    Raises:
+        ValueError: a limit is not positive, or none is given.
+        TypeError: at first use: the environment is no :class:`~torchrl_chat.ChatEnv`, or has no tokenizer for a limit
+            in tokens.
+
+    Example:
+        >>> env = ChatEnv(tokenizer=tokenizer, input_mode="tokens", batch_size=(1,))
+        >>> env = env.append_transform(Budget(max_turns=2, max_turn_tokens=64))
+        >>> env.reset(TensorDict(query=["2 + 2?"], batch_size=(1,)))["tokens_left"].tolist()
+        [[64]]
+    """
+
+    def __init__(
+        self,
+        *,
+        max_turns: int | None = None,
+        max_turn_tokens: int | None = None,
+        max_tokens: int | None = None,
+        max_context: int | None = None,
+        max_tool_calls: int | None = None,
+        max_seconds: float | None = None,
+        end_on_cut: bool = False,
+    ):
+        limits = dict(
+            zip(
+                _NAMES,
+                (max_turns, max_turn_tokens, max_tokens, max_context, max_tool_calls, max_seconds),
+                strict=True,
+            )
+        )
+        for name, limit in limits.items():
+            if limit is not None and (limit < 0 if name == "max_tool_calls" else limit <= 0):
+                raise ValueError(f"{name} is {limit}: expected a positive number, or None.")
+        if all(limit is None for limit in limits.values()):
+            raise ValueError(f"Budget has no limit: give at least one of {', '.join(_NAMES)}.")
+        written = ["tokens_left", "stop_reason"]
+        written += ["calls_left"] if max_tool_calls is not None else []
+        written += ["started_at"] if max_seconds is not None else []
+        super().__init__(in_keys=["transcript"], out_keys=written)
+        self.max_turns = max_turns
+        self.max_turn_tokens = max_turn_tokens
+        self.max_tokens = max_tokens
+        self.max_context = max_context
+        self.max_tool_calls = max_tool_calls
+        self.max_seconds = max_seconds
+        self.end_on_cut = end_on_cut
+
+    # ------------------------------------------------------------------ torchrl's hooks
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        transcripts = self._transcripts(tensordict_reset)
+        left = [self._tokens_left(transcript) for transcript in transcripts]
+        reasons = [StopReason.RUNNING if count > 0 else StopReason.CONTEXT_FULL for count in left]
+        self._write(tensordict_reset, left, reasons, transcripts)
+        if self.max_seconds is not None:
+            batch, device = tensordict_reset.batch_size, tensordict_reset.device
+            now = torch.full((*batch, 1), time.time(), dtype=torch.float64, device=device)
+            tensordict_reset.set("started_at", now)
+        return tensordict_reset
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        batch = next_tensordict.batch_size
+        transcripts = self._transcripts(next_tensordict)
+        given = tensordict.get("tokens_left").flatten().tolist()
+        started: list[float | None] = [None] * len(transcripts)
+        if self.max_seconds is not None:
+            at = tensordict.get("started_at")
+            next_tensordict.set("started_at", at)
+            started = at.flatten().tolist()
+
+        def flags(key: str) -> list[bool]:
+            value = next_tensordict.get(key, None)
+            return (
+                [False] * len(transcripts)
+                if value is None
+                else value.reshape(*batch, -1).any(-1).flatten().tolist()
+            )
+
+        left = [self._tokens_left(transcript) for transcript in transcripts]
+        reasons = [
+            StopReason.ANSWERED
+            if terminated and had > 0
+            else self._reason(transcript, had, count, start)
+            or (StopReason.TRUNCATED if truncated else StopReason.RUNNING)
+            for transcript, terminated, truncated, had, count, start in zip(
+                transcripts, flags("terminated"), flags("truncated"), given, left, started, strict=True
+            )
+        ]
+        self._write(next_tensordict, left, reasons, transcripts)
+        own = [reason not in (StopReason.RUNNING, StopReason.ANSWERED) for reason in reasons]
+        ended = torch.tensor(own, device=next_tensordict.device).reshape(*batch, 1)
+        for key in ("truncated", "done"):
+            before = next_tensordict.get(key, None)
+            next_tensordict.set(key, ended if before is None else before | ended)
+        return next_tensordict
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """The specs of what is written."""
+        shape, device = (*observation_spec.shape, 1), observation_spec.device
+        observation_spec["tokens_left"] = Bounded(0, _NO_LIMIT, shape=shape, dtype=torch.int64, device=device)
+        observation_spec["stop_reason"] = Bounded(
+            0, len(StopReason) - 1, shape=shape, dtype=torch.int64, device=device
+        )
+        if self.max_tool_calls is not None:
+            observation_spec["calls_left"] = Bounded(0, _NO_LIMIT, shape=shape, dtype=torch.int64, device=device)
+        if self.max_seconds is not None:
+            observation_spec["started_at"] = Unbounded(shape, dtype=torch.float64, device=device)
+        return observation_spec
+
+    # ------------------------------------------------------------------ one row
+    def _reason(self, transcript: Transcript, had: int, left: int, started: float | None) -> StopReason | None:
+        """Which limit ends the episode behind this turn, if one does."""
+        if had <= 0:
+            return StopReason.CONTEXT_FULL
+        if self.max_tool_calls is not None and len(transcript.course.call_ids) > self.max_tool_calls:
+            return StopReason.MAX_TOOL_CALLS
+        if self.max_tokens is not None and transcript.num_sampled >= self.max_tokens:
+            return StopReason.MAX_TOKENS
+        if self.max_turn_tokens is not None and self.end_on_cut and self._was_cut(transcript):
+            return StopReason.MAX_TURN_TOKENS
+        if left <= 0 or self._filled(transcript):
+            return StopReason.CONTEXT_FULL
+        if self.max_turns is not None and len(transcript.spans) >= self.max_turns:
+            return StopReason.MAX_TURNS
+        if started is not None and self.max_seconds is not None and time.time() - started >= self.max_seconds:
+            return StopReason.MAX_TIME
+        return None
+
+    def _was_cut(self, transcript: Transcript) -> bool:
+        span = transcript.spans[-1]
+        return not transcript.ended and span.end - span.start == self.max_turn_tokens
+
+    def _filled(self, transcript: Transcript) -> bool:
+        """Whether the last answer was cut because the context was full."""
+        if self.max_context is None or transcript.ended or not transcript.spans:
+            return False
+        return transcript.spans[-1].end + self._closing(transcript) >= self.max_context
+
+    def _tokens_left(self, transcript: Transcript) -> int:
+        """How many tokens the policy may sample in its next turn."""
+        left = _NO_LIMIT
+        if self.max_turn_tokens is not None:
+            left = self.max_turn_tokens
+        if self.max_tokens is not None:
+            left = min(left, self.max_tokens - transcript.num_sampled)
+        if self.max_context is not None:
+            left = min(left, self.max_context - len(transcript) - self._closing(transcript))
+        return max(0, left)
+
+    def _closing(self, transcript: Transcript) -> int:
+        """How many tokens the environment adds to close a turn that is cut: room for them is kept."""
+        template = self._env.template
+        if template is None:
+            raise TypeError("Budget: max_context counts tokens, and this environment has no tokenizer.")
+        closes = [template.close_of(transcript.course.shape, kind) for kind in (AnswerKind(), AnswerKind(1, False))]
+        known = [close for close in closes if not isinstance(close, BridgeError)]
+        return max((len(s.ids) for close in known for s in (close.cut, *close.stops.values())), default=0)
+
+    # ------------------------------------------------------------------ columns
+    @property
+    def _env(self) -> ChatEnv:
+        env: Any = getattr(self.parent, "base_env", None)
+        if not isinstance(env, ChatEnv):
+            raise TypeError(f"Budget works in a ChatEnv, not in {type(env).__name__}.")
+        return env
+
+    def _transcripts(self, td: TensorDictBase) -> list[Transcript]:
+        column = td.get("transcript", None)
+        if column is None:
+            raise KeyError(f"Budget reads 'transcript', the ledger; got the keys {sorted(map(str, td.keys()))}.")
+        return columns.read_objects(column, td.batch_size)
+
+    def _write(
+        self, td: TensorDictBase, left: list[int], reasons: list[StopReason], transcripts: list[Transcript]
+    ) -> None:
+        def column(values: list[Any]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=td.device).reshape(*td.batch_size, 1)
+
+        td.set("tokens_left", column(left))
+        td.set("stop_reason", column([int(reason) for reason in reasons]))
+        if self.max_tool_calls is not None:
+            calls = [len(transcript.course.call_ids) for transcript in transcripts]
+            td.set("calls_left", column([max(0, self.max_tool_calls - count) for count in calls]))

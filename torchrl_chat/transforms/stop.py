@@ -1,0 +1,33 @@
+"""Why an episode ended."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class StopReason(IntEnum):
+    """Why an episode ended; the values are what stands in ``("next", "stop_reason")``.
+
+    Example:
+        >>> StopReason(2).name
+        'MAX_TURNS'
+    """
+
+    RUNNING = 0
+    """It goes on."""
+    ANSWERED = 1
+    """The environment ended it: an answer was given, a tool or a user simulator said stop."""
+    MAX_TURNS = 2
+    """The policy has answered as often as it may."""
+    MAX_TURN_TOKENS = 3
+    """The last answer was cut at the limit of one turn."""
+    MAX_TOKENS = 4
+    """The policy has sampled as many tokens as it may in one episode."""
+    CONTEXT_FULL = 5
+    """The next prompt, or the answer to it, does not fit in the context."""
+    MAX_TOOL_CALLS = 6
+    """The policy has called tools more often than it may."""
+    MAX_TIME = 7
+    """The episode has taken as long as it may."""
+    TRUNCATED = 8
+    """Another transform truncated it (``StepCounter``, say)."""
