@@ -50,7 +50,7 @@ class Grader:
         *,
         deadline: float = 10.0,
         workers: int | None = None,
-        memory_limit: int | None = 1 << 30,
+        memory_limit: int | None = 1 << 29,
         isolate: bool | Literal["auto"] = "auto",
         failure_score: float = 0.0,
     ):

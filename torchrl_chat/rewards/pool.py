@@ -2,9 +2,9 @@
 
 Why not ``multiprocessing`` or ``pebble``: their workers import the caller's main module (torch, in a training script),
 cannot be started from a daemonic process, and a grade that hangs keeps its slot until its deadline, so that sixteen
-of them on two workers cost eight deadlines in a row. Here a grade that takes longer than a moment is left alone, at the
-lowest priority, and another worker is forked for the rows behind it: a batch costs one deadline at most
-(``benchmarks/grading.py`` measures it).
+of them on two workers cost eight deadlines in a row. Here a grade that takes longer than usual is left alone, soon at
+the lowest priority, and another worker is forked for the rows behind it: as long as no more than ``spare`` grades hang, a
+batch costs little more than one deadline (``benchmarks/grading.py`` measures it).
 """
 
 from __future__ import annotations
@@ -13,25 +13,20 @@ import contextlib
 import os
 import pickle
 import selectors
-import socket
-import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchrl_chat.rewards import worker as far
+from torchrl_chat.rewards.worker import SIZE, Nursery, PoolError, Worker, frame
 
 _PATIENCE = 0.1  # seconds: what takes longer gets company
 _CHUNK = 32  # rows: more would wait behind one another, fewer would cost a system call each
-
-
-class PoolError(RuntimeError):
-    """The pool's processes cannot be started; the text says why."""
+_CHUNK_BYTES = 1 << 16  # what a socket takes without waiting for the worker, about
+_CALLS = 2000  # what a worker grades before it is replaced, as SymPy and others gather memory
 
 
 class Outcome(NamedTuple):
@@ -43,111 +38,15 @@ class Outcome(NamedTuple):
     """Why there is no value: ``"timeout: ..."``, ``"crash: ..."``, ``"memory: ..."`` or ``"error: ..."``."""
 
 
-class _Worker:
-    """A forked worker and the near end of its socket."""
-
-    def __init__(self, sock: socket.socket, pid: int):
-        self.sock = sock
-        self.pid = pid
-        self.buffer = bytearray()
-        self.calls = 0
-
-    def replies(self) -> list[tuple[bool, Any]] | None:
-        """The replies that have come, or ``None`` if the worker has gone."""
-        try:
-            data = self.sock.recv(1 << 18, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        self.buffer += data
-        replies = []
-        while len(self.buffer) >= far.SIZE.size:
-            end = far.SIZE.size + far.SIZE.unpack_from(self.buffer)[0]
-            if len(self.buffer) < end:
-                break
-            try:
-                replies.append(pickle.loads(self.buffer[far.SIZE.size : end]))
-            except Exception as error:
-                replies.append((False, f"error: the verdict cannot be read: {type(error).__name__}: {error}"))
-            del self.buffer[:end]
-        return replies
-
-
 class _Run:
     """A worker with the rows that it was sent; it grades the first of them."""
 
-    def __init__(self, worker: _Worker, rows: Sequence[int]):
+    def __init__(self, worker: Worker, rows: Sequence[int]):
         self.worker = worker
         self.rows = deque(rows)
         self.since = time.monotonic()
-        self.slow = False
-
-
-class _Nursery:
-    """The process that forks workers, the idle ones among them, and the lock over both."""
-
-    def __init__(self, verifier: bytes, memory_limit: int | None):
-        self.lock = threading.Lock()
-        self.idle: list[_Worker] = []
-        self.owner = os.getpid()
-        near, there = socket.socketpair()
-        home = str(Path(far.__file__).parents[2])
-        path = [*sys.path, *([] if home in sys.path else [home])]
-        program = f"import sys; sys.path[:] = {path!r}; from torchrl_chat.rewards.worker import nursery; nursery({there.fileno()})"
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", program], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
-            )
-        except OSError as error:
-            raise PoolError(f"no worker process can be started: {error}") from error
-        finally:
-            there.close()
-        self.control = near
-        near.sendall(far.frame(pickle.dumps({"verifier": verifier, "memory_limit": memory_limit})))
-        hello = far.receive_frame(near)
-        greeting = "it ended without a word" if hello is None else pickle.loads(hello)
-        if isinstance(greeting, str):
-            self.close()
-            raise PoolError(f"the verifier cannot be loaded in a worker process: {greeting}")
-        self.pid, self.seconds = greeting["pid"], greeting["seconds"]
-
-    def fork(self) -> _Worker:
-        near, there = socket.socketpair()
-        with self.lock:
-            try:
-                socket.send_fds(self.control, [far.ORDER.pack(b"F", 0)], [there.fileno()])
-                reply = far.receive(self.control, far.ORDER.size)
-            except OSError:
-                reply = None
-            finally:
-                there.close()
-        if reply is None:
-            near.close()
-            raise ConnectionError("the nursery has gone")
-        near.settimeout(60.0)  # for sending: a worker that takes no data has crashed
-        return _Worker(near, far.ORDER.unpack(reply)[1])
-
-    def kill(self, worker: _Worker) -> None:
-        worker.sock.close()
-        with self.lock, contextlib.suppress(OSError):
-            self.control.sendall(far.ORDER.pack(b"K", worker.pid))
-
-    def close(self) -> None:
-        """End all processes. In a forked copy of the pool's process: only let go of them."""
-        self.control.close()
-        for worker in self.idle:
-            worker.sock.close()
-        self.idle.clear()
-        if os.getpid() != self.owner:
-            return
-        try:
-            self.process.wait(2.0)
-        except subprocess.TimeoutExpired:  # pragma: no cover  # it does nothing that could hang
-            self.process.kill()
-            self.process.wait()
+        self.slow = False  # others have its other rows
+        self.nice = False  # it has lost its priority
 
 
 class VerifierPool:
@@ -157,7 +56,7 @@ class VerifierPool:
     are warm, reused, and started on first use. A row's deadline runs from when a worker takes it up. The pool may be
     used from several threads at once, in daemonic processes and in Ray actors, and pickled (its copy starts processes
     of its own). All processes end with :meth:`close`, with the pool, and with the process that made it, also when that
-    is killed.
+    is killed; on Linux with whatever the calls have started.
 
     Args:
         verifier: any callable that pickles; a function of a script or a notebook too, where ``cloudpickle`` is
@@ -165,7 +64,7 @@ class VerifierPool:
         workers: how many calls run at a time. Defaults to the cores that this process may use.
         deadline: seconds of wall time for one call.
         memory_limit: bytes of memory that a worker may take beyond what it starts with; ``None`` for no limit.
-        spare: how many workers more may be there for the rows behind slow calls.
+        spare: how many workers more may be there for the rows behind slow calls. Each may take ``memory_limit``.
 
     Raises:
         PoolError: at first use: the verifier cannot be loaded in another process.
@@ -184,11 +83,11 @@ class VerifierPool:
         *,
         workers: int | None = None,
         deadline: float = 10.0,
-        memory_limit: int | None = 1 << 30,
+        memory_limit: int | None = 1 << 29,
         spare: int = 32,
     ):
         for name, value in (("workers", workers), ("deadline", deadline), ("memory_limit", memory_limit)):
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}: expected a positive number.")
         if spare < 0:
             raise ValueError(f"spare is {spare}: expected 0 or more.")
@@ -202,12 +101,16 @@ class VerifierPool:
         self._reset()
 
     def _reset(self) -> None:
-        self._start = threading.Lock()
-        self._nursery: _Nursery | None = None
+        self._owner = os.getpid()
+        self._start = threading.RLock()
+        self._nursery: Nursery | None = None
         self._finalizer: Any = None
+        self._runs: set[_Run] = set()  # what is at work, of all threads
+        self._usual = 0.0  # seconds of a grade, a running mean
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_start", "_nursery", "_finalizer")}
+        own = ("_owner", "_start", "_nursery", "_finalizer", "_runs", "_usual")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -221,6 +124,7 @@ class VerifierPool:
 
     def close(self) -> None:
         """End all processes; the pool starts anew if it is used again."""
+        self._disown()
         with self._start:
             if self._finalizer is not None:
                 self._finalizer()
@@ -233,7 +137,10 @@ class VerifierPool:
             the pool itself.
         """
         nursery = self._running()
-        nursery.idle += [nursery.fork() for _ in range(self.workers - len(nursery.idle))]
+        try:
+            nursery.idle += [nursery.fork() for _ in range(self.workers - len(nursery.idle))]
+        except OSError as error:
+            raise PoolError(f"no worker process can be forked: {error}") from error
         return self
 
     def processes(self) -> list[int]:
@@ -241,14 +148,22 @@ class VerifierPool:
         nursery = self._nursery
         return [] if nursery is None else [nursery.pid, *(worker.pid for worker in nursery.idle)]
 
-    def _running(self) -> _Nursery:
+    def _disown(self) -> None:
+        """In a forked copy of the pool's process: start without its nursery, and without locks that nobody frees."""
+        if self._owner != os.getpid():
+            if self._finalizer is not None:
+                self._finalizer()
+            self._reset()
+
+    def _running(self) -> Nursery:
+        self._disown()
         with self._start:
             nursery = self._nursery
-            if nursery is not None and nursery.owner == os.getpid() and nursery.process.poll() is None:
+            if nursery is not None and nursery.alive():
                 return nursery
             if self._finalizer is not None:
                 self._finalizer()
-            self._nursery = nursery = _Nursery(_pickled(self.verifier), self.memory_limit)
+            self._nursery = nursery = Nursery(_pickled(self.verifier), self.memory_limit)
             self._finalizer = weakref.finalize(self, nursery.close)
             return nursery
 
@@ -260,23 +175,24 @@ class VerifierPool:
 
         Returns:
             an :class:`Outcome` a row, in the order of the calls.
+
+        Raises:
+            PoolError: the processes cannot be started, or die as soon as they are.
         """
         if not calls:
             return []
-        batch = _Batch(self, self._running(), calls)
-        batch.run()
-        for outcome in batch.outcomes:
-            if outcome.failure is not None:
-                self.failures[outcome.failure.partition(":")[0]] += 1
-        return batch.outcomes
+        self._running()
+        outcomes = _Batch(self, calls).run()
+        with self._start:
+            self.failures.update(o.failure.partition(":")[0] for o in outcomes if o.failure is not None)
+        return outcomes
 
 
 class _Batch:
     """The calls of one :meth:`VerifierPool.map`, on their way."""
 
-    def __init__(self, pool: VerifierPool, nursery: _Nursery, calls: Sequence[tuple[Any, ...]]):
+    def __init__(self, pool: VerifierPool, calls: Sequence[tuple[Any, ...]]):
         self.pool = pool
-        self.nursery = nursery
         self.calls: list[bytes] = []
         self.results: list[Outcome | None] = [None] * len(calls)
         for row, call in enumerate(calls):
@@ -284,21 +200,32 @@ class _Batch:
                 self.calls.append(_pickled(call))
             except Exception as error:  # this row cannot be sent; the others can
                 self.calls.append(b"")
-                self.results[row] = Outcome(
-                    None, f"error: the call cannot be pickled: {type(error).__name__}: {error}"
+                self._settle(row, f"error: the call cannot be pickled: {type(error).__name__}: {error}")
+                continue
+            if pool.memory_limit is not None and 2 * len(self.calls[row]) > pool.memory_limit:
+                self._settle(
+                    row, f"memory: the call has {len(self.calls[row]):,} bytes, half of what a worker may have"
                 )
+        self.chunks: deque[list[int]] = deque()
+        rows, size = 0, 0
         waiting = [row for row, result in enumerate(self.results) if result is None]
-        size = max(1, min(_CHUNK, len(waiting) // (pool.workers * 2)))
-        self.chunks = deque(waiting[i : i + size] for i in range(0, len(waiting), size))
+        most = max(1, min(_CHUNK, len(waiting) // (pool.workers * 2)))
+        for row in waiting:
+            length = len(self.calls[row])
+            if not self.chunks or rows >= most or size + length > _CHUNK_BYTES:
+                self.chunks.append([])
+                rows = size = 0
+            self.chunks[-1].append(row)
+            rows, size = rows + 1, size + length
         self.runs: list[_Run] = []
         self.selector = selectors.DefaultSelector()
         self.deaths = 0
 
-    @property
-    def outcomes(self) -> list[Outcome]:
-        return [outcome or Outcome(None, "error: no verdict came") for outcome in self.results]
+    def _settle(self, row: int, failure: str | None, value: Any = None) -> None:
+        self.results[row] = Outcome(value, failure)
+        self.calls[row] = b""
 
-    def run(self) -> None:
+    def run(self) -> list[Outcome]:
         try:
             while self.chunks or self.runs:
                 self._employ()
@@ -309,61 +236,97 @@ class _Batch:
             for run in list(self.runs):
                 self._dismiss(run, keep=False)
             self.selector.close()
+        return [outcome or Outcome(None, "error: no verdict came") for outcome in self.results]
+
+    def _room(self) -> bool:
+        """Whether another worker may be busy. A batch may always have one that gets on, whatever others do."""
+        pool, everyone = self.pool, list(self.pool._runs)
+        if all(run.slow for run in self.runs) and len(self.runs) < 1 + pool.spare:
+            busy = 0
+        else:
+            busy = sum(not run.slow for run in everyone)
+        return busy < pool.workers and (not self.runs or len(everyone) < pool.workers + pool.spare)
 
     def _employ(self) -> None:
         """Give chunks to workers, as many as may be busy."""
-        pool = self.pool
-        while self.chunks:
-            slow = sum(run.slow for run in self.runs)
-            if len(self.runs) - slow >= pool.workers or len(self.runs) >= pool.workers + pool.spare:
-                return
-            rows = self.chunks.popleft()
+        while self.chunks and self._room():
             try:
                 worker = self._worker()
-                worker.sock.sendall(far.frame(pickle.dumps([self.calls[row] for row in rows])))
-            except OSError as error:
-                # Nobody took the rows up, so they are tried again; a nursery that dies again and again is an error.
-                self.deaths += 1
-                if self.deaths > 3:
-                    raise PoolError(f"workers die as soon as they start: {error}") from error
-                self.chunks.appendleft(rows)
-                self.nursery = pool._running()
+            except ConnectionError as error:
+                self._died(str(error))
                 continue
-            run = _Run(worker, rows)
+            except OSError as error:
+                if self.runs:  # when one of them is done there is room
+                    return
+                raise PoolError(f"no worker process can be forked: {error}") from error
+            run = _Run(worker, self.chunks.popleft())
             self.runs.append(run)
+            self.pool._runs.add(run)
             self.selector.register(worker.sock, selectors.EVENT_READ, run)
+            frames = [frame(self.calls[row]) for row in run.rows]
+            try:
+                worker.sock.sendall(b"".join([SIZE.pack(sum(map(len, frames))), *frames]))
+            except OSError as error:  # nobody took the rows up, so they are tried again
+                self._dismiss(run, keep=False)
+                self._died(str(error))
 
-    def _worker(self) -> _Worker:
+    def _worker(self) -> Worker:
+        nursery = self.pool._running()
         try:
-            return self.nursery.idle.pop()
+            return nursery.idle.pop()
         except IndexError:
-            return self.nursery.fork()
+            return nursery.fork()
+
+    def _died(self, how: str) -> None:
+        """Count deaths that are no row's fault: processes that die again and again are an error."""
+        self.deaths += 1
+        if self.deaths > self.pool.workers + 3:
+            raise PoolError(f"workers die as soon as they start: {how}")
 
     def _patience(self) -> float:
         """Seconds until the next row is slow or late."""
-        now = time.monotonic()
-        ends = [run.since + (self.pool.deadline if run.slow else self._moment) - now for run in self.runs]
-        return max(0.0, min(ends, default=0.0))
+        now, deadline = time.monotonic(), self.pool.deadline
+        ends = [
+            run.since + (deadline if run.nice else self._grace if run.slow else self._moment(run)) - now
+            for run in self.runs
+        ]
+        return min(max(0.0, min(ends, default=0.0)), 3600.0)  # the deadline may be infinite
+
+    def _moment(self, run: _Run) -> float:
+        """Seconds after which the run's row is slow.
+
+        That is measured against what a grade usually takes, or workers would be parted with that do what they can;
+        a new worker's first one takes longer. Where many rows are slow the next is found out sooner, or they add up.
+        """
+        nice = sum(run.nice for run in self.runs)
+        usual = self.pool._usual * (4 if run.worker.calls else 12)
+        return min(max(_PATIENCE / (1 + nice), _PATIENCE / 5, usual), self.pool.deadline)
 
     @property
-    def _moment(self) -> float:
-        return min(_PATIENCE, self.pool.deadline)
+    def _grace(self) -> float:
+        """Seconds after which a row loses its priority."""
+        return min(max(3 * _PATIENCE, 12 * self.pool._usual), self.pool.deadline)
 
     def _read(self, run: _Run) -> None:
         replies = run.worker.replies()
         if replies is None:
-            row = run.rows.popleft()
-            self.results[row] = Outcome(None, "crash: the worker process died while it graded")
-            self._dismiss(run, keep=False)
+            if run.worker.nursery.alive():
+                self._settle(run.rows.popleft(), "crash: the worker process died while it graded")
+                self._dismiss(run, keep=False)
+            else:  # it went with the nursery, which was no row's doing
+                self._dismiss(run, keep=False)
+                self._died("the nursery has gone")
             return
         for good, value in replies:
-            row = run.rows.popleft()
-            self.results[row] = Outcome(value, None) if good else Outcome(None, value)
-            run.since = time.monotonic()
+            self._settle(run.rows.popleft(), None if good else value, value if good else None)
+            now = time.monotonic()
+            self.pool._usual += (now - run.since - self.pool._usual) / 8
+            run.since = now
             run.worker.calls += 1
-            if run.slow or not run.rows:
-                # A slow worker has lost its priority and its other rows: it is no use any more.
-                self._dismiss(run, keep=not run.slow)
+            full = not good and value.startswith("memory")
+            if run.slow or full or not run.rows:
+                # A slow worker has lost its other rows, a full one may not get its memory back.
+                self._dismiss(run, keep=not run.slow and not full and run.worker.calls < _CALLS)
                 return
 
     def _watch(self) -> None:
@@ -372,28 +335,30 @@ class _Batch:
         for run in list(self.runs):
             spent = now - run.since
             if spent >= self.pool.deadline:
-                row = run.rows.popleft()
-                self.results[row] = Outcome(
-                    None, f"timeout: no verdict within {self.pool.deadline:g} s; the worker was killed"
-                )
+                late = f"timeout: no verdict within {self.pool.deadline:g} s; the worker was killed"
+                self._settle(run.rows.popleft(), late)
                 self._dismiss(run, keep=False)
-            elif spent >= self._moment and not run.slow:
+            elif spent >= self._moment(run) and not run.slow:
                 run.slow = True
                 first, *others = run.rows
                 run.rows = deque([first])
                 if others:
                     self.chunks.appendleft(others)
+            elif spent >= self._grace and run.slow and not run.nice:
+                run.nice = True
                 with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, run.worker.pid, 19)
+                    os.setpriority(os.PRIO_PGRP, run.worker.pid, 19)  # with what it has started
 
     def _dismiss(self, run: _Run, *, keep: bool) -> None:
         """Part with a worker; rows that it has not taken up go back to the others."""
         self.selector.unregister(run.worker.sock)
         self.runs.remove(run)
-        if keep and len(self.nursery.idle) < self.pool.workers:
-            self.nursery.idle.append(run.worker)
+        self.pool._runs.discard(run)
+        nursery = run.worker.nursery
+        if keep and nursery is self.pool._nursery and len(nursery.idle) < self.pool.workers:
+            nursery.idle.append(run.worker)
         else:
-            self.nursery.kill(run.worker)
+            nursery.kill(run.worker)
         if run.rows:
             self.chunks.appendleft(list(run.rows))
 
@@ -402,7 +367,7 @@ def _pickled(value: Any) -> bytes:
     """The value as bytes; what lives in ``__main__`` or in a function goes by value, where cloudpickle is there."""
     try:
         data = pickle.dumps(value)
-        if b"__main__" not in data:
+        if b"__main__" not in data and b"__mp_main__" not in data:
             return data
     except (pickle.PicklingError, AttributeError, TypeError):
         data = None
@@ -412,7 +377,18 @@ def _pickled(value: Any) -> bytes:
         if data is not None:
             return data
         raise
-    return cloudpickle.dumps(value)
+    main = sys.modules.get("__mp_main__")  # what multiprocessing calls the main module in its children
+    if (
+        main is None
+        or main.__name__ != "__mp_main__"
+        or main.__name__ in cloudpickle.list_registry_pickle_by_value()
+    ):
+        return cloudpickle.dumps(value)
+    cloudpickle.register_pickle_by_value(main)
+    try:
+        return cloudpickle.dumps(value)
+    finally:
+        cloudpickle.unregister_pickle_by_value(main)
 
 
 def _cores() -> int:

@@ -1,16 +1,18 @@
-"""The far side of :class:`~torchrl_chat.rewards.pool.VerifierPool`: a nursery process and the workers that it forks.
+"""The processes of :class:`~torchrl_chat.rewards.pool.VerifierPool`: a nursery, and the workers that it forks.
 
 The nursery is a fresh interpreter that imports the verifier's module and nothing else, then forks a worker whenever
 the pool asks for one: that takes a few milliseconds and shares the memory of what is imported, so a worker that
 hangs is killed and replaced rather than waited for. It kills at the pool's word, and all of them when the pool's
 process is gone, however that ended.
 
-Law of this file: the standard library only, no threads, and nothing that a verifier does in a worker reaches the nursery.
+Law of this file: the standard library only, little of it, and nothing that a verifier does in a worker reaches the
+nursery. The pool's side of the sockets stands at its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import pickle
@@ -19,15 +21,22 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 SIZE = struct.Struct("<Q")
 """What stands before each frame: its length in bytes."""
 ORDER = struct.Struct("<cq")
-"""What the pool asks of the nursery: ``b"F"`` (fork; a socket comes with it) or ``b"K"`` (kill), and a process id."""
+"""What the pool asks of the nursery: ``b"F"`` (fork; a socket comes with it) or ``b"K"`` (kill), and a process id.
+
+The answer to ``b"F"`` is the new worker's id, or the negative error number where there can be no more processes.
+"""
 MAX_REPLY = 16 << 20
 """A verdict of more bytes than this is a failure, not a verdict."""
+START = 120.0
+"""Seconds for the import of the verifier."""
 
 
 def frame(payload: bytes) -> bytes:
@@ -35,27 +44,27 @@ def frame(payload: bytes) -> bytes:
     return SIZE.pack(len(payload)) + payload
 
 
-def receive(sock: socket.socket, size: int) -> bytes | None:
+def receive(sock: socket.socket, size: int) -> bytearray | None:
     """Exactly ``size`` bytes, or ``None`` when the other side has gone."""
-    data = bytearray()
-    while len(data) < size:
-        part = sock.recv(min(size - len(data), 1 << 20))
-        if not part:
+    data = bytearray(size)
+    rest = memoryview(data)
+    while rest:
+        got = sock.recv_into(rest)
+        if not got:
             return None
-        data += part
-    return bytes(data)
+        rest = rest[got:]
+    return data
 
 
-def receive_frame(sock: socket.socket) -> bytes | None:
+def receive_frame(sock: socket.socket) -> bytearray | None:
     """One frame's payload, or ``None`` when the other side has gone."""
     size = receive(sock, SIZE.size)
     return None if size is None else receive(sock, SIZE.unpack(size)[0])
 
 
-def nursery(fd: int) -> None:
-    """Run the nursery on its control socket; returns when the pool has gone."""
+def nursery(fd: int, parent: int) -> None:
+    """Run the nursery on its control socket; returns when the pool, in the process ``parent``, has gone."""
     started = time.perf_counter()
-    parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle
     control = socket.socket(fileno=fd)
     hello = receive_frame(control)
@@ -70,18 +79,24 @@ def nursery(fd: int) -> None:
         verifier = pickle.loads(settings["verifier"])
         if hasattr(verifier, "warm"):
             verifier.warm()
+        if _is_async(verifier):
+            import asyncio  # noqa: F401  # slow to import, so not in each worker
     except BaseException as error:
         control.sendall(frame(pickle.dumps(f"{type(error).__name__}: {error}")))
         return
     gc.collect()
     gc.freeze()  # or every collection in a worker would copy the pages that it shares
+    _flush()  # or every worker would print it again
     control.sendall(frame(pickle.dumps({"pid": os.getpid(), "seconds": time.perf_counter() - started})))
-    children: set[int] = set()
+    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a dead worker leaves behind becomes a child of the nursery
+    workers: set[int] = set()
+    dying: set[int] = set()
+    poll = select.poll()  # unlike select() it takes any number of a file
+    poll.register(control, select.POLLIN)
     try:
         while os.getppid() == parent:
-            readable, _, _ = select.select([control], [], [], 0.5)
-            _reap(children)
-            if not readable:
+            if not poll.poll(500):
+                _reap(workers, dying)
                 continue
             data, fds, _, _ = socket.recv_fds(control, ORDER.size, 1)
             while data and len(data) < ORDER.size and (more := control.recv(ORDER.size - len(data))):
@@ -90,60 +105,112 @@ def nursery(fd: int) -> None:
                 return
             order, pid = ORDER.unpack(data)
             if order == b"K":
-                if pid in children:
+                # Only here are workers waited for: until then their ids, and their groups', are nobody else's.
+                if pid in workers:
                     _kill(pid)
+                    workers.discard(pid)
+                    dying.add(pid)
+                _reap(workers, dying)
                 continue
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:
+                pid = -(error.errno or errno.EAGAIN)
             if pid == 0:
                 control.close()
                 _worker(socket.socket(fileno=fds[0]), verifier, settings["memory_limit"], resource)
-            children.add(pid)
             os.close(fds[0])
+            if pid > 0:
+                workers.add(pid)
             control.sendall(ORDER.pack(b"F", pid))
+    except (ConnectionError, KeyboardInterrupt):
+        pass
     finally:
-        for pid in children:
+        for pid in workers:
             _kill(pid)
+        for pid in _descendants(os.getpid()):
+            _end(os.kill, pid)
 
 
-def _reap(children: set[int]) -> None:
-    for pid in list(children):
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                children.discard(pid)
+def _reap(workers: set[int], dying: set[int]) -> None:
+    """Take leave of killed workers, and of what they left behind."""
+    for pid in dying | (set(_children(os.getpid())) - workers):
+        try:
+            gone = os.waitpid(pid, os.WNOHANG)[0]
+        except ChildProcessError:
+            gone = pid
+        if gone:
+            dying.discard(pid)
 
 
 def _kill(pid: int) -> None:
-    """Kill the worker, and what it started in its process group."""
-    for kill in (os.killpg, os.kill):  # it may not have come to make its group yet
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(pid, signal.SIGKILL)
+    """Kill the worker, its process group, and what it started in sessions of their own."""
+    below = _descendants(pid)
+    _end(os.killpg, pid)
+    _end(os.kill, pid)  # it may not have come to make its group yet
+    for child in below:
+        _end(os.kill, child)
+
+
+def _end(kill: Callable[[int, int], None], pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        kill(pid, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    """The ids of a process's children; none where the system does not say."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    found = _children(pid)
+    for child in found:  # grows as it goes
+        found += _children(child)
+    return found
 
 
 def _worker(sock: socket.socket, verifier: Any, memory_limit: int | None, resource: Any) -> NoReturn:
     """Grade chunks until the pool closes the socket."""
     try:
+        me, nursery = os.getpid(), os.getppid()
         os.setpgid(0, 0)
-        _die_with_parent()
+        _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: be killed when the nursery dies, even if it was killed itself
+        if os.getppid() != nursery:
+            return  # type: ignore[misc]  # the finally below ends the process
+        sock.set_inheritable(False)
         if resource is not None:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             if memory_limit is not None:
                 limit = _address_space() + memory_limit
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         while (chunk := receive_frame(sock)) is not None:
-            for arguments in pickle.loads(chunk):
-                sock.sendall(frame(_grade(verifier, arguments)))
-    except (ConnectionError, BrokenPipeError):
-        pass
+            rest = memoryview(chunk)
+            del chunk
+            while rest:
+                end = SIZE.size + SIZE.unpack_from(rest)[0]
+                reply = _grade(verifier, rest[SIZE.size : end])
+                if os.getpid() != me:
+                    return  # type: ignore[misc]  # a grade forked, and this is the copy: it must not answer too
+                sock.sendall(frame(reply))
+                rest = rest[end:]
+            _flush()
+    except OSError:
+        pass  # the pool has gone
     finally:
         os._exit(0)  # no exit handler of the nursery's is the worker's to run
 
 
-def _grade(verifier: Any, arguments: bytes) -> bytes:
+def _grade(verifier: Any, arguments: memoryview) -> bytes:
     """One call, pickled: ``(True, its value)`` or ``(False, why there is none)``."""
     try:
         value = verifier(*pickle.loads(arguments))
         if hasattr(value, "__await__"):
-            import asyncio  # slow to import, and seldom needed
+            import asyncio
 
             value = asyncio.run(_awaited(value))
         reply = pickle.dumps((True, value))
@@ -170,13 +237,165 @@ def _address_space() -> int:
         return 0
 
 
-def _die_with_parent() -> None:
-    """Linux: be killed when the nursery dies, even if it was killed itself."""
-    if sys.platform == "linux":
-        import ctypes
+def _is_async(verifier: Any) -> bool:
+    code = getattr(verifier, "__code__", None) or getattr(type(verifier).__call__, "__code__", None)
+    return bool(getattr(code, "co_flags", 0) & 0x80)  # CO_COROUTINE; the module inspect is slow to import
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+def _flush() -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 if sys.platform == "linux":
-    import ctypes  # noqa: F401  # here, once: a worker that is forked must not import it anew
+    import ctypes
+
+
+# --- The near side: what the pool holds of these processes ----------------------------------------------------------
+
+
+class PoolError(RuntimeError):
+    """The pool's processes cannot be started; the text says why."""
+
+
+class Worker:
+    """A forked worker and the near end of its socket."""
+
+    def __init__(self, nursery: Nursery, sock: socket.socket, pid: int):
+        self.nursery = nursery
+        self.sock = sock
+        self.pid = pid
+        self.buffer = bytearray()
+        self.calls = 0
+
+    def replies(self) -> list[tuple[bool, Any]] | None:
+        """The replies that have come, or ``None`` if the worker has gone."""
+        try:
+            data = self.sock.recv(1 << 18, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        self.buffer += data
+        replies = []
+        while len(self.buffer) >= SIZE.size:
+            end = SIZE.size + SIZE.unpack_from(self.buffer)[0]
+            if len(self.buffer) < end:
+                break
+            try:
+                replies.append(pickle.loads(self.buffer[SIZE.size : end]))
+            except Exception as error:
+                replies.append((False, f"error: the verdict cannot be read: {type(error).__name__}: {error}"))
+            del self.buffer[:end]
+        return replies
+
+
+class Nursery:
+    """The process that forks workers, the idle ones among them, and the lock over both."""
+
+    def __init__(self, verifier: bytes, memory_limit: int | None):
+        self.lock = threading.Lock()
+        self.idle: list[Worker] = []
+        self.owner = os.getpid()
+        import subprocess  # the nursery, which imports this file, needs it not
+
+        home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = [*sys.path, *([] if home in sys.path else [home])]
+        greeting: Any = "it ended without a word"
+        try:
+            self.control, there = socket.socketpair()
+            with there:
+                program = (
+                    f"import sys; sys.path[:] = {path!r}; from torchrl_chat.rewards.worker import nursery; "
+                    f"nursery({there.fileno()}, {self.owner})"
+                )
+                # In a process group of its own: the terminal's Ctrl-C is the pool's to handle.
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    pass_fds=[there.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,
+                )
+        except OSError as error:
+            raise PoolError(f"no worker process can be started: {error}") from error
+        try:
+            self.control.settimeout(START)
+            self.control.sendall(frame(pickle.dumps({"verifier": verifier, "memory_limit": memory_limit})))
+            hello = receive_frame(self.control)
+            greeting = greeting if hello is None else pickle.loads(hello)
+        except TimeoutError:
+            greeting = f"it took more than {START:g} s"
+            self.process.kill()
+        except OSError:
+            pass  # it ended while it was spoken to
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(greeting, str):
+            self.close()
+            raise PoolError(f"the verifier cannot be loaded in a worker process: {greeting}")
+        self.pid, self.seconds = greeting["pid"], greeting["seconds"]
+
+    def fork(self) -> Worker:
+        """A new worker.
+
+        Raises:
+            ConnectionError: the nursery has gone.
+            OSError: there can be no more processes, or no more files.
+        """
+        near, there = socket.socketpair()
+        try:
+            with there, self.lock:
+                socket.send_fds(self.control, [ORDER.pack(b"F", 0)], [there.fileno()])
+                reply = receive(self.control, ORDER.size)
+        except BaseException as error:  # Ctrl-C: a reply still on its way would be taken for the next one
+            near.close()
+            self.process.kill()
+            if isinstance(error, OSError):
+                raise ConnectionError("the nursery has gone") from error
+            raise
+        pid = 0 if reply is None else ORDER.unpack(reply)[1]
+        if pid <= 0:
+            near.close()
+            raise OSError(-pid, os.strerror(-pid)) if pid else ConnectionError("the nursery has gone")
+        near.settimeout(60.0)  # for sending: a worker that takes no data has crashed
+        return Worker(self, near, pid)
+
+    def kill(self, worker: Worker) -> None:
+        """End a worker, whatever it does."""
+        worker.sock.close()
+        with self.lock, contextlib.suppress(OSError):
+            self.control.sendall(ORDER.pack(b"K", worker.pid))
+
+    def alive(self) -> bool:
+        """Whether the process is up. It says nothing unasked, so a readable control socket is a closed one."""
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            poll = select.poll()
+            poll.register(self.control, select.POLLIN)
+            return not poll.poll(0)
+        return False
+
+    def close(self) -> None:
+        """End all processes. In a forked copy of the pool's process: only let go of them."""
+        mine = os.getpid() == self.owner
+        if mine:
+            with contextlib.suppress(OSError):
+                self.control.shutdown(socket.SHUT_RDWR)  # closing is not enough: a forked process may have a copy
+        with self.lock if mine else contextlib.nullcontext():
+            self.control.close()
+        while self.idle:
+            self.idle.pop().sock.close()
+        if not mine:
+            return
+        try:
+            self.process.wait(5.0)
+        except Exception:  # pragma: no cover  # it does nothing that could hang
+            self.process.kill()
+            self.process.wait()

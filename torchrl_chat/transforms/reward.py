@@ -73,7 +73,7 @@ class RewardTransform(Transform):
         row_keys: Sequence[str] = (),
         deadline: float = 10.0,
         workers: int | None = None,
-        memory_limit: int | None = 1 << 30,
+        memory_limit: int | None = 1 << 29,
         isolate: bool | Literal["auto"] = "auto",
     ):
         if when not in (None, "turn", "done"):
