@@ -294,11 +294,11 @@ def _converter() -> Any:
     from sympy import Float, Integer
 
     class Converter(_Latex2Sympy):
-        def parseread_number(self, text: str) -> Any:
+        def parse_number(self, text: str) -> Any:
             text = text.replace(",", "")
             whole, point, decimals = text.partition(".")
             if not (whole + decimals).isdecimal() or not text.isascii():
-                return super().parseread_number(text)
+                return super().parse_number(text)
             return Float(text) if point else Integer(text)
 
     return Converter

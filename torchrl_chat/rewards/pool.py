@@ -298,13 +298,13 @@ class _Batch:
         That is measured against what a grade usually takes, or workers would be parted with that do what they can;
         a new worker's first one takes longer. Where many rows are slow the next is found out sooner, or they add up.
         """
-        nice = sum(run.nice for run in self.runs)
+        slow = sum(run.slow for run in self.runs)
         usual = self.pool._usual * (4 if run.worker.calls else 12)
-        return min(max(_PATIENCE / (1 + nice), _PATIENCE / 5, usual), self.pool.deadline)
+        return min(max(_PATIENCE / (1 + slow), _PATIENCE / 5, usual), self.pool.deadline)
 
     @property
     def _grace(self) -> float:
-        """Seconds after which a row loses its priority."""
+        """Seconds after which a row loses the rest of its priority."""
         return min(max(3 * _PATIENCE, 12 * self.pool._usual), self.pool.deadline)
 
     def _read(self, run: _Run) -> None:
@@ -340,14 +340,14 @@ class _Batch:
                 self._dismiss(run, keep=False)
             elif spent >= self._moment(run) and not run.slow:
                 run.slow = True
+                _lower(run.worker.pid, 10)
                 first, *others = run.rows
                 run.rows = deque([first])
                 if others:
                     self.chunks.appendleft(others)
             elif spent >= self._grace and run.slow and not run.nice:
                 run.nice = True
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PGRP, run.worker.pid, 19)  # with what it has started
+                _lower(run.worker.pid, 19)
 
     def _dismiss(self, run: _Run, *, keep: bool) -> None:
         """Part with a worker; rows that it has not taken up go back to the others."""
@@ -361,6 +361,12 @@ class _Batch:
             nursery.kill(run.worker)
         if run.rows:
             self.chunks.appendleft(list(run.rows))
+
+
+def _lower(pid: int, nice: int) -> None:
+    """Let a worker, and what it has started, stand back behind others."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PGRP, pid, nice)
 
 
 def _pickled(value: Any) -> bytes:
