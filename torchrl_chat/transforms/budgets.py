@@ -100,16 +100,24 @@ class Budget(Transform):
         left = [self._tokens_left(transcript) for transcript in transcripts]
         reasons = [StopReason.RUNNING if count > 0 else StopReason.CONTEXT_FULL for count in left]
         self._write(tensordict_reset, left, reasons, transcripts)
+        batch, device = tensordict_reset.batch_size, tensordict_reset.device
+        if tensordict_reset.get("truncated", None) is None:
+            tensordict_reset.set("truncated", torch.zeros((*batch, 1), dtype=torch.bool, device=device))
         if self.max_seconds is not None:
-            batch, device = tensordict_reset.batch_size, tensordict_reset.device
             now = torch.full((*batch, 1), time.time(), dtype=torch.float64, device=device)
             tensordict_reset.set("started_at", now)
         return tensordict_reset
 
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        # Messages may have been appended since: the environment is told what is left now.
+        left = [self._tokens_left(transcript) for transcript in self._transcripts(tensordict)]
+        tensordict.set("tokens_left", self._column(left, tensordict))
+        return tensordict
+
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch = next_tensordict.batch_size
         transcripts = self._transcripts(next_tensordict)
-        given = tensordict.get("tokens_left").flatten().tolist()
+        given = [self._tokens_left(transcript) for transcript in self._transcripts(tensordict)]
         started: list[float | None] = [None] * len(transcripts)
         if self.max_seconds is not None:
             at = tensordict.get("started_at")
@@ -154,6 +162,12 @@ class Budget(Transform):
         if self.max_seconds is not None:
             observation_spec["started_at"] = Unbounded(shape, dtype=torch.float64, device=device)
         return observation_spec
+
+    def transform_done_spec(self, done_spec: Composite) -> Composite:
+        """The spec of ``truncated``, if no other transform has added it."""
+        if "truncated" not in done_spec.keys():
+            done_spec["truncated"] = done_spec["done"].clone()
+        return done_spec
 
     # ------------------------------------------------------------------ one row
     def _reason(self, transcript: Transcript, had: int, left: int, started: float | None) -> StopReason | None:
@@ -221,11 +235,12 @@ class Budget(Transform):
     def _write(
         self, td: TensorDictBase, left: list[int], reasons: list[StopReason], transcripts: list[Transcript]
     ) -> None:
-        def column(values: list[Any]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=td.device).reshape(*td.batch_size, 1)
-
-        td.set("tokens_left", column(left))
-        td.set("stop_reason", column([int(reason) for reason in reasons]))
+        td.set("tokens_left", self._column(left, td))
+        td.set("stop_reason", self._column([int(reason) for reason in reasons], td))
         if self.max_tool_calls is not None:
             calls = [len(transcript.course.call_ids) for transcript in transcripts]
-            td.set("calls_left", column([max(0, self.max_tool_calls - count) for count in calls]))
+            td.set("calls_left", self._column([max(0, self.max_tool_calls - count) for count in calls], td))
+
+    @staticmethod
+    def _column(values: list[int], td: TensorDictBase) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=td.device).reshape(*td.batch_size, 1)
