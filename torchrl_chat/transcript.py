@@ -88,6 +88,8 @@ class Transcript:
         spans: where the sampled answers stand in the tokens, one :class:`Span` an answer.
         branches: the sequences that were left for another one, oldest first; empty unless the template
             rewrote the past.
+        open: where the last message begins in the tokens, if the policy is to go on with it instead of beginning one;
+            ``None`` elsewhere.
         course: what proofs need to know of all the messages, so that no turn looks at them all again.
         shown: a place where an environment keeps what it made of the messages, so that the next turn
             adds to it; no part of the value.
@@ -109,6 +111,7 @@ class Transcript:
         "course",
         "ended",
         "messages",
+        "open",
         "scored",
         "shown",
         "spans",
@@ -131,6 +134,7 @@ class Transcript:
         stop: int | None = None,
         spans: tuple[Span, ...] = (),
         branches: tuple[Branch, ...] = (),
+        open_at: int | None = None,
     ):
         self._tape = tape
         self._length = length
@@ -144,6 +148,7 @@ class Transcript:
         self.stop = stop
         self.spans = spans
         self.branches = branches
+        self.open = open_at
         self.course = Course.of(messages) if course is None else course
 
     # ------------------------------------------------------------------ reading
@@ -179,6 +184,11 @@ class Transcript:
         """The number of tokens that the policy sampled in the present sequence."""
         return int(np.count_nonzero(self._tape.views()[1][: self._length]))
 
+    @property
+    def total_sampled(self) -> int:
+        """The number of tokens that the policy sampled in all sequences."""
+        return self.num_sampled + sum(int(branch.mask.sum()) for branch in self.branches)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Transcript):
             return NotImplemented
@@ -186,8 +196,8 @@ class Transcript:
         return (
             n == other._length
             and self.messages == other.messages
-            and (self.ended, self.closed, self.scored, self.text, self.answer, self.stop)
-            == (other.ended, other.closed, other.scored, other.text, other.answer, other.stop)
+            and (self.ended, self.closed, self.scored, self.text, self.answer, self.stop, self.open)
+            == (other.ended, other.closed, other.scored, other.text, other.answer, other.stop, other.open)
             and all(
                 np.array_equal(mine[:n], theirs[:n])
                 for mine, theirs in zip(self._tape.views(), other._tape.views(), strict=True)
@@ -228,7 +238,7 @@ class Transcript:
         Args:
             ids: the sampled ids, int64 of shape (R,), on the CPU.
             log_probs: their log-probs, of shape (R,); ``None`` if the policy reports none.
-            message: the same as a message.
+            message: the same as a message; the whole of it, where the policy went on with an open one.
             ended: whether the policy ended the turn itself.
             close: the ids still missing at the end of the turn; ``None`` if not known (then the turn
                 stays open until something follows it).
@@ -247,21 +257,60 @@ class Transcript:
         if close:
             length += len(close)
             all_ids[end:length] = close
+        before, spans, course, shown = self.messages, self.spans, self.course, self.shown
+        if self.open is not None:  # the last message was begun already: it is replaced by the whole of it
+            before, start, shown = before[:-1], self.open, None
+            spans = tuple(span for span in spans if span.message < len(before))
+            course = Course.of(before, course.policy)
         return Transcript(
             tape,
             length,
-            (*self.messages, message),
+            (*before, message),
             ended,
             close is not None,
             self.scored and log_probs is not None,
             None if self.text is None else self.text + text,
-            len(self.messages),
-            self.shown,
-            self.course.then((message,)),
+            len(before),
+            shown,
+            course.then((message,)),
             stop,
-            (*self.spans, Span(len(self.messages), start, end, stop)),
+            (*spans, Span(len(before), start, end, stop)),
             self.branches,
         )
+
+    def begun(self, ids: Sequence[int], prefix: int, message: Message, text: str = "") -> Transcript:
+        """Open the next turn of the policy with words that it did not sample.
+
+        Args:
+            ids: what opens the turn, and the words.
+            prefix: how many of the ids are the words.
+            message: the message that the words begin.
+            text: the text of ``ids``, where the transcript keeps its text.
+        """
+        opened = self.appended(ids, (message,), text)
+        opened.open = opened._length - prefix
+        return opened
+
+    def reopened(self, keep: int, ids: Sequence[int], message: Message, text: str | None = None) -> Transcript:
+        """The conversation with its last answer written anew from some point on, for the policy to go on with.
+
+        The sequence so far joins the branches: what was sampled is trained there, and only what is sampled from now on in
+        the new one.
+
+        Args:
+            keep: how many of the answer's tokens stay.
+            ids: what stands behind them instead of the rest.
+            message: the message as it is now.
+            text: the text of the new sequence, where the transcript keeps its text.
+        """
+        last = self.spans[-1]
+        kept = self.tokens[: last.start + keep].tolist()
+        span = last._replace(end=len(kept) + len(ids), stop=None)
+        anew = self.branched([*kept, *ids], (*self.spans[:-1], span), text)
+        anew.messages = (*self.messages[: last.message], message)
+        anew.course = Course.of(anew.messages, self.course.policy)
+        anew.ended, anew.shown, anew.open = None, None, last.start
+        return anew
 
     def appended(self, ids: Sequence[int], messages: Sequence[Message], text: str = "") -> Transcript:
         """Append messages that the policy did not write, up to the next generation prompt.
@@ -364,7 +413,7 @@ class Transcript:
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = tuple(view[: self._length].copy() for view in self._tape.views())
         state = (self.ended, self.closed, self.scored, self.text, self.answer, None, self.course, self.stop)
-        return _restore, (arrays, self.messages, *state, self.spans, self.branches)
+        return _restore, (arrays, self.messages, *state, self.spans, self.branches, self.open)
 
 
 def _restore(arrays: tuple[np.ndarray, ...], messages: tuple[Message, ...], *state: Any) -> Transcript:

@@ -20,6 +20,7 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
 from torchrl_chat.envs import responses, specs
+from torchrl_chat.envs.editing import Editing
 from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.messages import Message, as_messages
 from torchrl_chat.templates import BridgeError, ChatTemplate
@@ -30,7 +31,7 @@ _NOT_CARRIED = {"_reset", "next", "done", "terminated", "truncated"}
 _MODES = ("history", "text", "tokens")
 
 
-class ChatEnv(FlatStepping, EnvBase):
+class ChatEnv(Editing, FlatStepping, EnvBase):
     """A batch of conversations, token-exact over turns.
 
     Reset takes the first user message of each row (or a whole list of messages) from ``data_key`` and
@@ -272,11 +273,17 @@ class ChatEnv(FlatStepping, EnvBase):
         if limits is not None:
             ids, log_probs, reasons = responses.cut(limits, ids, log_probs, reasons)
             places = [i for i in places if limits[i] > 0]
+        # An open turn is read as a whole: its words, begun by the environment, and what the policy sampled behind them.
+        heads = [
+            transcripts[i].tokens[transcripts[i].open :].tolist() if transcripts[i].open else [] for i in places
+        ]
         parsed = template.parse_batch(
-            [ids[i].tolist() for i in places],
+            [head + ids[i].tolist() for i, head in zip(places, heads, strict=True)],
             [transcripts[i].course for i in places],
             [reasons[i] for i in places],
-            [transcripts[i].tokens[-12:].tolist() for i in places] if template.parser.openings else None,
+            [transcripts[i].tokens[: transcripts[i].open][-12:].tolist() for i in places]
+            if template.parser.openings
+            else None,
         )
         keep = self.input_mode == "text"
         answered = list(transcripts)  # a row that had nothing left to sample stays as it is
@@ -285,7 +292,8 @@ class ChatEnv(FlatStepping, EnvBase):
                 tail, text = None, read.text
             else:
                 suffix = read.close.suffix(read.stop)
-                tail, text = suffix.ids, read.text + suffix.text if keep else ""
+                said = template.codec.decode([ids[i].tolist()])[0] if keep and transcripts[i].open else read.text
+                tail, text = suffix.ids, said + suffix.text if keep else ""
             answered[i] = transcripts[i].sampled(
                 ids[i], log_probs[i], read.message, ended=read.ended, close=tail, text=text, stop=read.stop
             )

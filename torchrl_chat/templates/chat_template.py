@@ -219,6 +219,18 @@ class ChatTemplate:
         """How a turn is closed in conversations of these roles, with this kind of answer; or why that is not known."""
         return self._follower.close(roles, kind)
 
+    def opening_after(self, messages: Sequence[Message], course: Course) -> str:
+        """What opens a turn of the policy right behind one of its own, the end of that turn left out.
+
+        Raises:
+            BridgeError: the template refuses it, or writes the answer otherwise when another follows.
+        """
+        return self._follower.opening(messages, course)
+
+    def suffix_ids(self, stop: int | None, text: str) -> list[int]:
+        """Ids of a text as it continues a turn that ended with ``stop``, or whose end stands there already (``None``)."""
+        return self._derivation.ids(stop, text)
+
     def follow_batch(
         self,
         messages: Sequence[Sequence[Message]],

@@ -64,6 +64,20 @@ class Follower:
             self.proofs.closes[key] = close
         return close
 
+    def opening(self, messages: Sequence[Message], course: Course) -> str:
+        """What opens a turn of the policy right behind one of its own."""
+        before, answer = messages[:-1], messages[-1]
+        ended = self.derivation.tail(before, answer, [], False)
+        opened = self.derivation.tail(before, answer, [], True)
+        if not opened.startswith(ended) or opened == ended:
+            raise BridgeError(
+                f"the chat template opens no turn behind an answer: it ends with {ended[-60:]!r} either way."
+                if opened == ended
+                else f"the chat template ends an answer with {opened[:60]!r} where another follows, else with {ended[:60]!r}."
+            )
+        self.prover.check_answer(before, answer, [], True, opened)
+        return opened[len(ended) :]
+
     def follow(
         self,
         messages: Sequence[Message],

@@ -3,5 +3,6 @@
 from torchrl_chat.transforms.budgets import Budget
 from torchrl_chat.transforms.reward import RewardTransform
 from torchrl_chat.transforms.stop import StopReason
+from torchrl_chat.transforms.thinking import AddThinkingPrompt
 
-__all__ = ["Budget", "RewardTransform", "StopReason"]
+__all__ = ["AddThinkingPrompt", "Budget", "RewardTransform", "StopReason"]

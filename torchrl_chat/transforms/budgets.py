@@ -176,7 +176,7 @@ class Budget(Transform):
             return StopReason.CONTEXT_FULL
         if self.max_tool_calls is not None and len(transcript.course.call_ids) > self.max_tool_calls:
             return StopReason.MAX_TOOL_CALLS
-        if self.max_tokens is not None and transcript.num_sampled >= self.max_tokens:
+        if self.max_tokens is not None and transcript.total_sampled >= self.max_tokens:
             return StopReason.MAX_TOKENS
         if self.max_turn_tokens is not None and self.end_on_cut and self._was_cut(transcript):
             return StopReason.MAX_TURN_TOKENS
@@ -204,7 +204,7 @@ class Budget(Transform):
         if self.max_turn_tokens is not None:
             left = self.max_turn_tokens
         if self.max_tokens is not None:
-            left = min(left, self.max_tokens - transcript.num_sampled)
+            left = min(left, self.max_tokens - transcript.total_sampled)
         if self.max_context is not None:
             left = min(left, self.max_context - len(transcript) - self._closing(transcript))
         return max(0, left)

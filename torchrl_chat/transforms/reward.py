@@ -197,6 +197,6 @@ def _episode(transcript: Transcript, reference: Any, row: dict[str, Any]) -> Epi
         reference,
         transcript.messages[: transcript.answer + 1],
         row,
-        transcript.num_sampled,
+        transcript.total_sampled,
         not transcript.ended,
     )
