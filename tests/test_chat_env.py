@@ -588,3 +588,26 @@ class TestBadInput:
         assert ledgers(td)[0].num_sampled > 1
         with pytest.raises(BridgeError, match="only one turn"):
             env.append_messages(td, ["more"])
+
+
+def test_a_row_that_cannot_be_continued_loses_no_other(mode):
+    """With ``errors``, the row stays as it is and its reason is handed over."""
+    source = (
+        "{% for m in messages %}{% if 'forbidden' in m.content %}{{ raise_exception('not that word') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    env = ChatEnv(tokenizer=bpe_tokenizer(source), input_mode=mode, batch_size=(3,))
+    td = env.reset(TensorDict(query=["a", "b", "c"], batch_size=(3,)))
+    following = env.step(respond(env, td, ["x", "y", "z"]))["next"]
+    before = columns.read_objects(following["transcript"], (3,))
+    with pytest.raises(ChatTemplateError, match="not that word"):
+        env.append_messages(following, ["more", "forbidden", None])
+    errors = {}
+    after = columns.read_objects(
+        env.append_messages(following, ["more", "forbidden", None], errors=errors)["transcript"], (3,)
+    )
+    assert list(errors) == [1]
+    assert "not that word" in str(errors[1])
+    assert after[1:] == before[1:]
+    assert after[0].messages[-1]["content"] == "more"

@@ -20,10 +20,11 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
 from torchrl_chat.envs import responses, specs
+from torchrl_chat.envs.appending import appended
 from torchrl_chat.envs.editing import Editing
 from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.messages import Message, as_messages
-from torchrl_chat.templates import BridgeError, ChatTemplate
+from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
 from torchrl_chat.transcript import Transcript
 
 InputMode = Literal["history", "text", "tokens"]
@@ -321,7 +322,12 @@ class ChatEnv(Editing, FlatStepping, EnvBase):
         ]
 
     # ------------------------------------------------------------------ new messages
-    def append_messages(self, tensordict: TensorDictBase, messages: Sequence[Any]) -> TensorDictBase:
+    def append_messages(
+        self,
+        tensordict: TensorDictBase,
+        messages: Sequence[Any],
+        errors: dict[int, ChatTemplateError] | None = None,
+    ) -> TensorDictBase:
         """Append messages to conversations: their tokens and the generation prompt follow.
 
         Args:
@@ -329,6 +335,8 @@ class ChatEnv(Editing, FlatStepping, EnvBase):
                 under ``"next"``, or that after ``step_mdp``. It is not changed.
             messages: for each row (in row-major order) a string (a user message), a message, a list of
                 messages, or ``None`` to leave the row as it is.
+            errors: takes the errors of the rows whose continuation cannot be proved exact, by row; those rows are left
+                as they are, and the others go on.
 
         Returns:
             A shallow copy of the TensorDict with the new prompts.
@@ -336,7 +344,7 @@ class ChatEnv(Editing, FlatStepping, EnvBase):
         Raises:
             ValueError: the number of rows is wrong.
             MessageError: a message is malformed.
-            BridgeError: the template's continuation cannot be proved exact.
+            BridgeError: without ``errors``: a template's continuation cannot be proved exact.
         """
         rows = self.batch_size.numel()
         if isinstance(messages, str) or len(messages) != rows:
@@ -345,48 +353,16 @@ class ChatEnv(Editing, FlatStepping, EnvBase):
             None if value is None else as_messages(value, role=self.user_role, where=f"messages[{i}]")
             for i, value in enumerate(messages)
         ]
-        transcripts = self._appended(self._transcripts(tensordict), new)
+        transcripts = self._appended(self._transcripts(tensordict), new, errors)
         return columns.replaced(tensordict, self._observe(transcripts))
 
-    def _appended(self, transcripts: list[Transcript], new: Sequence[list[Message] | None]) -> list[Transcript]:
-        places = [i for i, messages in enumerate(new) if messages]
-        added = [messages for messages in new if messages]
-        if self.template is None:
-            for i, messages in zip(places, added, strict=True):
-                transcripts[i] = transcripts[i].appended([], messages)
-            return transcripts
-        conversations = [transcripts[i].messages for i in places]
-        for i, conversation in zip(places, conversations, strict=True):
-            if transcripts[i].ended is None:
-                raise BridgeError(
-                    f"row {i} ends with a message of role {conversation[-1]['role']!r} and waits for the policy: "
-                    f"messages are appended after an answer."
-                )
-        if self.history_policy == "template":
-            for i, messages in zip(places, added, strict=True):
-                transcripts[i] = self._rewritten(transcripts[i], messages, self.template)
-        follows = self.template.follow_batch(
-            conversations,
-            added,
-            courses=[transcripts[i].course for i in places],
-            stops=[transcripts[i].stop for i in places],
-        )
-        for i, messages, follow in zip(places, added, follows, strict=True):
-            transcript, ids, text = transcripts[i], follow.ids, follow.text
-            if not transcript.closed:  # another environment left the turn open
-                suffix = self.template.close(transcript.messages).suffix(transcript.stop)
-                ids, text = [*suffix.ids, *ids], suffix.text + text
-            transcripts[i] = transcript.appended(ids, messages, text)
-        return transcripts
-
-    def _rewritten(self, transcript: Transcript, new: list[Message], template: ChatTemplate) -> Transcript:
-        """The transcript with the past as the template writes it once ``new`` follows: a branch, if that differs."""
-        tokens = transcript.tokens.tolist()
-        rewritten = template.rewrite(tokens, transcript.spans, transcript.messages, new)
-        if rewritten is None:
-            return transcript
-        text = None if transcript.text is None else template.codec.decode([rewritten.ids])[0]
-        return transcript.branched(rewritten.ids, rewritten.spans, text)
+    def _appended(
+        self,
+        transcripts: list[Transcript],
+        new: Sequence[list[Message] | None],
+        errors: dict[int, ChatTemplateError] | None = None,
+    ) -> list[Transcript]:
+        return appended(transcripts, new, self.template, self.history_policy, errors)
 
     # ------------------------------------------------------------------ transcripts <-> TensorDict
     def _transcripts(self, tensordict: TensorDictBase) -> list[Transcript]:

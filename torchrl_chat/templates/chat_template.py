@@ -15,7 +15,7 @@ from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
 from torchrl_chat.templates.parsing import AnswerParser
 from torchrl_chat.templates.reading import Parsed, Reader
 from torchrl_chat.templates.renderers_parser import RenderersParser
-from torchrl_chat.templates.rendering import Renderer
+from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
 
 
@@ -238,6 +238,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         courses: Sequence[Course] | None = None,
         stops: Sequence[int | None] | None = None,
+        errors: dict[int, ChatTemplateError] | None = None,
     ) -> list[Rendered]:
         """What follows a closed assistant turn: new messages, then the generation prompt.
 
@@ -247,18 +248,27 @@ class ChatTemplate:
             add_generation_prompt: whether the ids end with what opens an assistant turn.
             courses: the course of each conversation, where it is at hand.
             stops: the token that ended each turn, ``None`` for one that was cut by a limit.
+            errors: takes the errors of the conversations whose extension cannot be proved, by their place; nothing
+                follows those, and nothing is raised.
 
         Raises:
-            BridgeError: for the first conversation whose extension cannot be proved.
+            BridgeError: without ``errors``: for the first conversation whose extension cannot be proved.
         """
         if courses is None:
             courses = list(map(_course, messages))
         if stops is None:
             stops = [None] * len(messages)
-        pending = [
-            self._follower.follow(conversation, new, course, stop, add_generation_prompt)
-            for conversation, new, course, stop in zip(messages, new_messages, courses, stops, strict=True)
-        ]
+        pending = []
+        for i, (conversation, new, course, stop) in enumerate(
+            zip(messages, new_messages, courses, stops, strict=True)
+        ):
+            try:
+                pending.append(self._follower.follow(conversation, new, course, stop, add_generation_prompt))
+            except ChatTemplateError as error:
+                if errors is None:
+                    raise
+                errors[i] = error
+                pending.append((None, "", False))
         encoded = self._derivation.ids_batch(pending)
         return [
             Rendered(ids, unmarked(text) if marked else text)

@@ -1,0 +1,86 @@
+"""Messages that the policy did not write, appended to conversations; one row that cannot be continued loses no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torchrl_chat.messages import Message
+from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
+from torchrl_chat.transcript import Transcript
+
+
+def appended(
+    transcripts: Sequence[Transcript],
+    new: Sequence[list[Message] | None],
+    template: ChatTemplate | None,
+    history_policy: Literal["keep", "template"],
+    errors: dict[int, ChatTemplateError] | None = None,
+) -> list[Transcript]:
+    """The conversations with their new messages and the generation prompt.
+
+    Args:
+        transcripts: the conversations; those with new messages end with an answer.
+        new: the messages of each, or ``None``.
+        template: their chat template; without one, messages have no tokens.
+        history_policy: whether the past is written anew as the template does it.
+        errors: takes the errors by row; such a row stays as it is.
+
+    Raises:
+        BridgeError: without ``errors``: a continuation cannot be proved exact.
+    """
+    results = list(transcripts)
+    added = {i: messages for i, messages in enumerate(new) if messages}
+    if template is None:
+        for i, messages in added.items():
+            results[i] = results[i].appended([], messages)
+        return results
+    found: dict[int, ChatTemplateError] = {}
+    for i, messages in added.items():
+        try:
+            _check_answered(i, results[i])
+            if history_policy == "template":
+                results[i] = _rewritten(results[i], messages, template)
+        except ChatTemplateError as error:
+            if errors is None:
+                raise
+            found[i] = error
+    places = [i for i in added if i not in found]
+    failed: dict[int, ChatTemplateError] = {}
+    follows = template.follow_batch(
+        [results[i].messages for i in places],
+        [added[i] for i in places],
+        courses=[results[i].course for i in places],
+        stops=[results[i].stop for i in places],
+        errors=None if errors is None else failed,
+    )
+    for k, (i, follow) in enumerate(zip(places, follows, strict=True)):
+        if k in failed:
+            found[i], results[i] = failed[k], transcripts[i]
+            continue
+        transcript, ids, text = results[i], follow.ids, follow.text
+        if not transcript.closed:  # another environment left the turn open, or the past was written anew
+            suffix = template.close(transcript.messages).suffix(transcript.stop)
+            ids, text = [*suffix.ids, *ids], suffix.text + text
+        results[i] = transcript.appended(ids, added[i], text)
+    if errors is not None:
+        errors.update(found)
+    return results
+
+
+def _check_answered(row: int, transcript: Transcript) -> None:
+    if transcript.ended is None:
+        raise BridgeError(
+            f"row {row} ends with a message of role {transcript.messages[-1]['role']!r} and waits for the policy: "
+            f"messages are appended after an answer."
+        )
+
+
+def _rewritten(transcript: Transcript, new: list[Message], template: ChatTemplate) -> Transcript:
+    """The transcript with the past as the template writes it once ``new`` follows: a branch, if that differs."""
+    tokens = transcript.tokens.tolist()
+    rewritten = template.rewrite(tokens, transcript.spans, transcript.messages, new)
+    if rewritten is None:
+        return transcript
+    text = None if transcript.text is None else template.codec.decode([rewritten.ids])[0]
+    return transcript.branched(rewritten.ids, rewritten.spans, text)
