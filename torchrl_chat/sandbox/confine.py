@@ -1,0 +1,76 @@
+"""What a process gives up before it runs code that nobody trusts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+
+from torchrl_chat.sandbox import jail, kernel
+from torchrl_chat.sandbox.settings import Settings, step
+
+
+def confine(settings: Settings, root: bool, program: bytes) -> None:
+    """Give up all rights, in a sandbox's own namespaces; there is no way back.
+
+    The user namespace made here owns nothing but itself: the mounts and the other namespaces belong to the one above,
+    so that even a capability regained in here would be good for nothing.
+
+    Args:
+        settings: the limits.
+        root: this process is real root, and becomes nobody.
+        program: the seccomp filter.
+
+    Raises:
+        Missing: the kernel refused.
+    """
+    if root:
+        with step("leaving root", "The warden needs CAP_SETUID and CAP_SETGID."):
+            jail.become_nobody()
+    uid, gid = os.geteuid(), os.getegid()
+    with step("user namespace", jail._USER_HINT):
+        kernel.unshare(kernel.NEWUSER)
+        jail.map_ids(jail.INSIDE, uid, jail.INSIDE, gid)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # if the machine runs out of memory, this goes first
+    with step("no new privileges", "The kernel is too old."):
+        kernel.drop_capabilities()
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    version = kernel.landlock_version()
+    if version:
+        with step("Landlock", "The kernel has it but refuses it."):
+            devices = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
+            kernel.landlock(version, ["/tmp", *devices])
+    limit(settings)
+    with step("seccomp", "The kernel has to be built with CONFIG_SECCOMP_FILTER."):
+        kernel.set_filter(program)
+
+
+def limit(settings: Settings) -> None:
+    """Set the limits of this process and of those that it starts."""
+    pages = 0
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    space = pages * os.sysconf("SC_PAGE_SIZE") + settings.memory
+    cpu = math.ceil(settings.cpu or settings.deadline) + 1
+    limits = {
+        "RLIMIT_AS": (space, space),
+        "RLIMIT_CORE": (0, 0),
+        "RLIMIT_CPU": (cpu, resource.RLIM_INFINITY),
+        "RLIMIT_FSIZE": (settings.scratch, settings.scratch),
+        "RLIMIT_NOFILE": (settings.files, settings.files),
+        "RLIMIT_MEMLOCK": (0, 0),
+        "RLIMIT_MSGQUEUE": (0, 0),
+        "RLIMIT_SIGPENDING": (256, 256),
+    }
+    if settings.isolation != "none":  # there the count is that of all the user's processes
+        limits["RLIMIT_NPROC"] = (settings.processes, settings.processes)
+    for name, (soft, hard) in limits.items():
+        if hasattr(resource, name):
+            kind = getattr(resource, name)
+            most = resource.getrlimit(kind)[1]
+            if most != resource.RLIM_INFINITY:
+                hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
+                soft = min(soft, hard)
+            resource.setrlimit(kind, (soft, hard))

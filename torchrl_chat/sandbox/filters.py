@@ -1,0 +1,107 @@
+"""seccomp filters: programs of the classic BPF machine that the kernel runs at every system call.
+
+The list says what is allowed. What it does not name fails with ``EPERM``; what is newer than the list with ``ENOSYS``,
+as it would on an older kernel, so that a C library takes the older way.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Iterable
+
+from torchrl_chat.sandbox import kernel
+from torchrl_chat.sandbox.syscalls import ALLOWED, AUDIT_ARCH, LAST, NUMBERS
+
+_LOAD, _EQUAL, _GREATER, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
+_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_NUMBER, _ARCH = 0, 4  # offsets in what the kernel shows to a filter
+_X32 = 0x40000000  # x86's third set of numbers
+
+_NAMESPACES = (
+    kernel.NEWNS | kernel.NEWCGROUP | kernel.NEWUTS | kernel.NEWIPC | kernel.NEWUSER | kernel.NEWPID | kernel.NEWNET
+)
+# isatty and the size of a terminal, bytes to read, close-on-exec, blocking; none that a device driver would answer.
+_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451, 0x5421)
+# Death signal, dumpable, thread names, capabilities and no-new-privileges (to read), names of memory areas.
+_PRCTLS = (1, 2, 3, 4, 15, 16, 21, 23, 39, 0x53564D41)
+_AF_UNIX = 1
+
+
+def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def _argument(index: int) -> bytes:
+    return _op(_LOAD, 16 + 8 * index)  # the lower half; both architectures are little-endian
+
+
+def _fail(error: int) -> bytes:
+    return _op(_RETURN, _ERRNO | error)
+
+
+_PASS = _op(_RETURN, _ALLOW)
+
+
+def _one_of(index: int, values: Iterable[int], error: int) -> bytes:
+    """The rule that an argument is one of ``values``."""
+    return _argument(index) + b"".join(_op(_EQUAL, v, 0, 1) + _PASS for v in values) + _fail(error)
+
+
+def _head() -> bytes:
+    """Refuse other sets of numbers, and load the number."""
+    return (
+        _op(_LOAD, _ARCH)
+        + _op(_EQUAL, AUDIT_ARCH, 1, 0)
+        + _op(_RETURN, _KILL)
+        + _op(_LOAD, _NUMBER)
+        + _op(_AT_LEAST, _X32, 0, 1)
+        + _fail(errno.EPERM)
+    )
+
+
+def _rule(name: str, rule: bytes) -> bytes:
+    return _op(_EQUAL, NUMBERS[name], 0, len(rule) // 8) + rule
+
+
+def sandbox_filter() -> bytes:
+    """The filter for code in a sandbox.
+
+    It may use files, memory, threads, processes, signals and pipes. Refused are, among others, sockets (but for a pair
+    of connected ones), namespaces, mounts, changes of user, ptrace and the memory of other processes, System V and
+    POSIX shared objects, keys, BPF, io_uring, userfaultfd, performance counters, and memory files, which no limit counts.
+    """
+    rules = {
+        "clone": _argument(0) + _op(_ANY_BIT, _NAMESPACES, 0, 1) + _fail(errno.EPERM) + _PASS,
+        "clone3": _fail(
+            errno.ENOSYS
+        ),  # its flags lie in memory, out of a filter's sight; C libraries fall back to clone
+        "memfd_create": _fail(errno.ENOSYS),
+        "ioctl": _one_of(1, _IOCTLS, errno.ENOTTY),
+        "prctl": _one_of(0, _PRCTLS, errno.EPERM),
+        "socketpair": _one_of(0, (_AF_UNIX,), errno.EAFNOSUPPORT),
+    }
+    for name in ("setxattr", "lsetxattr", "fsetxattr"):
+        rules[name] = _fail(
+            errno.ENOTSUP
+        )  # as the scratch file system would say, mostly; copying files goes on then
+    program = _head() + b"".join(_rule(name, rule) for name, rule in rules.items())
+    for first, last in _ranges(ALLOWED.values()):
+        program += _op(_AT_LEAST, first, 0, 2) + _op(_GREATER, last, 1, 0) + _PASS
+    return program + _op(_GREATER, LAST, 0, 1) + _fail(errno.ENOSYS) + _fail(errno.EPERM)
+
+
+def refusing(names: Iterable[str], error: int = errno.EPERM) -> bytes:
+    """A filter that refuses some calls and allows all others: a kernel that lacks something, for tests."""
+    return _head() + b"".join(_rule(name, _fail(error)) for name in names) + _PASS
+
+
+def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Numbers as ranges without gaps, lowest first."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found

@@ -1,0 +1,204 @@
+"""The caller's end of the warden: starts it, orders sandboxes, kills them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from typing import Any
+
+from torchrl_chat.sandbox import wire
+from torchrl_chat.sandbox.settings import SandboxError, Settings
+
+_START = 60.0  # seconds that the warden may take to start, on a busy machine
+_BOOT = (
+    "import json, socket, sys; s = socket.socket(fileno=int(sys.argv[1])); "
+    "n = int.from_bytes(s.recv(4, socket.MSG_WAITALL), 'big'); "
+    "sys.path.append(json.loads(s.recv(n, socket.MSG_WAITALL))['home']); s.detach(); "
+    "from torchrl_chat.sandbox.warden import main; main(int(sys.argv[1]))"
+)
+
+
+class Process:
+    """One sandbox: the near ends of its sockets and pipes."""
+
+    def __init__(self, number: int, channel: socket.socket, status: socket.socket, out: int, err: int):
+        self.number = number
+        self.channel = channel
+        self.status = status
+        self.out = out
+        self.err = err
+        self.ready = False
+        self.buffer = bytearray()
+        self.open = True
+
+    def close(self) -> None:
+        """Let go of it; its keeper ends it then."""
+        if self.open:
+            self.open = False
+            self.channel.close()
+            self.status.close()
+            os.close(self.out)
+            os.close(self.err)
+
+
+class Warden:
+    """The process that forks sandboxes.
+
+    Raises:
+        SandboxError: the isolation cannot be had.
+    """
+
+    def __init__(self, settings: Settings):
+        self.owner = os.getpid()
+        self.lock = threading.RLock()  # the collector may call close() while it is held
+        self._numbers = itertools.count(1)
+        self._idle: deque[Process] = deque()  # made ahead of need
+        home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        self.control, there = socket.socketpair()
+        answer: dict[str, Any] | None = None
+        reason = "it ended without a word"
+        try:
+            with there:
+                # The interpreter itself, not that of a virtual environment, whose folder is not to be seen inside.
+                python = getattr(sys, "_base_executable", None) or sys.executable
+                self.process = subprocess.Popen(
+                    [python, "-I", "-S", "-c", _BOOT, str(there.fileno())],
+                    pass_fds=[there.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env={"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                    cwd="/",
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self.control.close()
+            raise SandboxError(f"no warden process can be started: {error}") from error
+        try:
+            self.control.settimeout(_START)
+            self.control.sendall(wire.frame({"home": home}))
+            self.control.sendall(wire.frame({"home": home, "settings": settings.to_json(), "caller": self.owner}))
+            answer = wire.receive(self.control)
+        except TimeoutError:
+            reason = f"it took more than {_START:g} s to start"
+        except OSError:
+            pass
+        except BaseException:
+            self.close()
+            raise
+        if answer is None or not answer["ready"]:
+            self.close()
+            reason = reason if answer is None else answer["reason"]
+            raise SandboxError(
+                f"isolation={settings.isolation!r} cannot be had: {reason} Nothing was run. Without any isolation, at "
+                "your own risk: isolation='none'."
+            )
+        self.control.settimeout(None)
+        self.landlock: int = answer["landlock"]
+        self.root: bool = answer["root"]
+
+    def take(self, ahead: int = 0) -> Process:
+        """A sandbox nobody has used: one that was made ahead of need, or a new one.
+
+        Args:
+            ahead: how many are to be there for the next calls.
+
+        Raises:
+            SandboxError: as :meth:`launch`.
+        """
+        try:
+            process = self._idle.popleft()
+        except IndexError:
+            process = self.launch()
+        while len(self._idle) < ahead:
+            self._idle.append(self.launch())
+        return process
+
+    def launch(self) -> Process:
+        """Order a sandbox; it may be spoken to at once.
+
+        Raises:
+            SandboxError: the warden has gone, or there can be no more files.
+        """
+        near: list[Any] = []
+        far: list[int] = []
+        try:
+            for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+                here, there = socket.socketpair(socket.AF_UNIX, kind)
+                here.setblocking(False)
+                near.append(here)
+                far.append(there.detach())
+            for _ in range(2):
+                read, write = os.pipe()
+                os.set_blocking(read, False)
+                near.append(read)
+                far.append(write)
+            with self.lock:
+                number = next(self._numbers)
+                socket.send_fds(self.control, [wire.ORDER.pack(b"N", number)], far)
+        except OSError as error:
+            for end in near:
+                if isinstance(end, int):
+                    os.close(end)
+                else:
+                    end.close()
+            raise SandboxError(f"no sandbox can be started: {error}") from error
+        finally:
+            for fd in far:
+                os.close(fd)
+        return Process(number, *near)
+
+    def kill(self, process: Process) -> None:
+        """End a sandbox with all its processes, whatever they do."""
+        with self.lock, contextlib.suppress(OSError):
+            self.control.sendall(wire.ORDER.pack(b"K", process.number))
+
+    def alive(self) -> bool:
+        """Whether it is up. It says nothing unasked, so a readable control socket is a closed one."""
+        if os.getpid() == self.owner and self.process.poll() is not None:
+            return False
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            poll = select.poll()
+            poll.register(self.control, select.POLLIN)
+            return not poll.poll(0)
+        return False
+
+    def close(self) -> None:
+        """End it with all sandboxes. In a forked copy of the caller: only let go of it."""
+        while self._idle:
+            self._idle.pop().close()
+        if os.getpid() != self.owner:
+            self.control.close()
+            return
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)
+        with self.lock:
+            self.control.close()
+        try:
+            self.process.wait(5.0)
+        except subprocess.TimeoutExpired:  # pragma: no cover
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def encode(kind: str, code: str, stdin: str | None, last: bool) -> bytes:
+    """A request to an interpreter."""
+    return wire.frame({"kind": kind, "code": code, "stdin": stdin, "last": last})
+
+
+def decode(data: bytes | bytearray) -> dict[str, Any] | None:
+    """A message out of a sandbox, or ``None`` if it is not one."""
+    try:
+        message = json.loads(bytes(data))
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) else None

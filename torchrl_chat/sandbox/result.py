@@ -1,0 +1,68 @@
+"""What came of running code in a sandbox."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Status: TypeAlias = Literal["ok", "error", "exit", "timeout", "cpu", "memory", "output", "crash"]
+"""How a call ended.
+
+===========  ================================================================
+``ok``       it ran to its end, or left with exit status 0
+``error``    an exception
+``exit``     ``sys.exit`` or a command with another exit status
+``timeout``  it was killed at its deadline
+``cpu``      it was killed for the processor time of its processes together
+``memory``   it was killed for the memory of its processes together
+``output``   it was killed because it never stopped writing
+``crash``    its interpreter was ended by a signal, or ended without a word
+===========  ================================================================
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of one call.
+
+    Example:
+        >>> Result("ok", stdout="2\\n", value="3").text
+        '2\\n3'
+    """
+
+    status: Status
+    stdout: str = ""
+    """What it wrote to its standard output, also by C code and by programs that it started; possibly cut."""
+    stderr: str = ""
+    """What it wrote to its standard error; possibly cut."""
+    value: str | None = None
+    """The ``repr`` of the last statement's value, where that is an expression and not ``None``."""
+    error: str = ""
+    """The traceback of the user's own frames, or why it was ended."""
+    seconds: float = 0.0
+    """Wall time from when the sandbox was ready."""
+    truncated: bool = False
+    """Whether some of its output is not here."""
+    exit_status: int | None = None
+    """The exit status, as a shell would see it; ``None`` where the process was killed."""
+    notice: str = ""
+    """In a session: that variables of earlier calls were lost."""
+    state_lost: bool = False
+    """In a session: whether this call ended it, so that the next one starts without variables."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended by itself, with exit status 0."""
+        return self.status == "ok"
+
+    @property
+    def output(self) -> str:
+        """The standard output; the name that ``CodeVerifier`` reads."""
+        return self.stdout
+
+    @property
+    def text(self) -> str:
+        """All of it as one text, in the order in which a notebook shows it: what a model is told."""
+        cut = "[the output was too long: the rest was left out]" if self.truncated else ""
+        parts = (self.notice, self.stdout, self.stderr, cut, self.value or "", self.error)
+        return "\n".join(part.removesuffix("\n") for part in parts if part)

@@ -1,0 +1,318 @@
+"""``Sandbox``: runs code that nobody trusts, and ``Session``: one that keeps its variables."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torchrl_chat.sandbox.calls import Call, drive, together
+from torchrl_chat.sandbox.isolation import Isolation
+from torchrl_chat.sandbox.launch import Process, Warden, encode
+from torchrl_chat.sandbox.result import Result
+from torchrl_chat.sandbox.settings import SandboxError, Settings
+
+
+class Sandbox:
+    """Runs Python programs, and shell commands on request, in isolation by the Linux kernel.
+
+    Every call has a sandbox of its own, made for it and gone after it: its own processes, users, mounts, network (none),
+    shared memory and scratch folder ``/tmp``, which is also its home. Of the machine it sees the interpreter and its
+    libraries, read-only. It has no rights, a list of allowed system calls, and the limits below. Neither Docker nor root
+    is needed; started by root, the code runs as nobody. What cannot be had is an error, never a weaker isolation.
+
+    Not covered: faults of the kernel itself and of the processor. Memory that the kernel holds for pipes and socket pairs
+    is bounded by ``processes`` and ``files`` only. The code can spoil its own result, and in a session later ones.
+
+    May be used from several threads, and pickled (the copy starts processes of its own). All processes end with
+    :meth:`close`, with the object, and with the process that made it.
+
+    Args:
+        isolation: ``"namespaces"``, or ``"none"``: the same without isolation, as the same user; it warns.
+        deadline: seconds of wall time for one call.
+        cpu: seconds of processor time for all processes of one call together. Defaults to no limit but what the
+            deadline allows.
+        memory: bytes that all processes of a sandbox together may take beyond the interpreter's own (about 48 MiB).
+            A single process gets a ``MemoryError`` there; several are killed, some hundredths of a second later.
+        scratch: bytes of the scratch folder, in memory, on top of ``memory``.
+        processes: how many processes and threads there may be.
+        files: how many open files a process may have.
+        output: bytes that are kept of each output stream; a writer that goes on for 16 MiB more is stopped.
+        allow_shell: whether there are a shell and programs: :meth:`shell`, ``os.system``, ``subprocess``.
+        packages: folders of third-party packages that may be imported, such as ``site-packages``; read-only.
+        preload: modules that are imported once, before any call, rather than in every call.
+        workers: how many calls :meth:`run_many` runs at a time. Defaults to the cores that this process may use.
+        spare: how many more it runs while some take long. Each may take ``memory``.
+        ahead: how many sandboxes are made ahead of need, so that a call need not wait for one to be built.
+
+    Raises:
+        ValueError: an argument makes no sense.
+        SandboxError: at first use: the isolation cannot be had here; the text says why, and what to do.
+
+    Example:
+        >>> from torchrl_chat.sandbox import Sandbox
+        >>> with Sandbox(deadline=5) as box:  # doctest: +SKIP
+        ...     print(box.run("print(1 + 1)").stdout)
+        2
+    """
+
+    def __init__(
+        self,
+        isolation: str = "namespaces",
+        *,
+        deadline: float = 10.0,
+        cpu: float | None = None,
+        memory: int = 512 << 20,
+        scratch: int = 64 << 20,
+        processes: int = 64,
+        files: int = 256,
+        output: int = 64 << 10,
+        allow_shell: bool = False,
+        packages: Sequence[str | os.PathLike[str]] = (),
+        preload: Sequence[str] = (),
+        workers: int | None = None,
+        spare: int = 32,
+        ahead: int = 2,
+    ):
+        if isinstance(packages, str) or isinstance(preload, str):
+            raise ValueError("packages and preload: expected lists of texts, not a text.")
+        folders = tuple(os.path.realpath(path) for path in packages)
+        for path in folders:
+            if not os.path.isdir(path):
+                raise ValueError(f"packages: {path!r} is not a folder.")
+        self.settings = Settings(
+            isolation,
+            deadline,
+            cpu,
+            memory,
+            scratch,
+            processes,
+            files,
+            output,
+            allow_shell,
+            folders,
+            tuple(preload),
+        )
+        if (workers is not None and workers < 1) or spare < 0 or ahead < 0:
+            raise ValueError(f"workers={workers}, spare={spare}, ahead={ahead}: expected at least 1, 0 and 0.")
+        self.workers = workers or _cores()
+        self.spare = spare
+        self.ahead = ahead
+        if isolation == "none":
+            warnings.warn(
+                "isolation='none': code runs as this user, with all that this user may read, write and reach.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
+        self._warden: Warden | None = None
+        self._finalizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings, "workers": self.workers, "spare": self.spare, "ahead": self.ahead}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __enter__(self) -> Sandbox:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> Sandbox:
+        """Start the processes now rather than at first use, and build a sandbox to see that it can be done.
+
+        Raises:
+            SandboxError: the isolation cannot be had.
+        """
+        self.run("", 60.0)
+        return self
+
+    def warden(self) -> Warden:
+        """The process that makes sandboxes; started if there is none."""
+        if self._owner != os.getpid():  # in a forked copy of the caller
+            if self._finalizer is not None:
+                self._finalizer()
+            self._reset()
+        with self._lock:
+            if self._warden is None or not self._warden.alive():
+                if self._finalizer is not None:
+                    self._finalizer()
+                self._warden = Warden(self.settings)
+                self._finalizer = weakref.finalize(self, self._warden.close)
+            return self._warden
+
+    def close(self) -> None:
+        """End all processes, those of sessions too; it starts anew if it is used again."""
+        with self._lock:
+            if self._finalizer is not None:
+                self._finalizer()
+            self._warden = self._finalizer = None
+
+    @property
+    def isolation(self) -> Isolation:
+        """The isolation in force, mechanism by mechanism."""
+        warden = self.warden()
+        return Isolation.of(self.settings, warden.root, warden.landlock)
+
+    def run(self, code: str, deadline: float | None = None, *, stdin: str | None = None) -> Result:
+        """Run a program in a fresh sandbox.
+
+        ``CodeVerifier(box.run)`` takes this method as its runner.
+
+        Args:
+            code: the program.
+            deadline: seconds for this call. Defaults to the sandbox's.
+            stdin: its standard input. Defaults to none: ``input()`` raises an ``EOFError`` that says so.
+
+        Raises:
+            SandboxError: no sandbox could be built.
+        """
+        return self._run_all("python", [code], deadline, stdin, 1, 0)[0]
+
+    def run_many(
+        self, codes: Sequence[str], deadline: float | None = None, *, stdin: str | None = None
+    ) -> list[Result]:
+        """Run programs side by side, each in a fresh sandbox.
+
+        Returns:
+            their results, in order.
+        """
+        return self._run_all("python", list(codes), deadline, stdin, self.workers, self.spare)
+
+    def shell(self, command: str, deadline: float | None = None, *, stdin: str | None = None) -> Result:
+        """Run a command of ``/bin/sh`` in a fresh sandbox.
+
+        Raises:
+            SandboxError: the sandbox has no shell (``allow_shell=True`` gives it one), or could not be built.
+        """
+        self.need_shell()
+        return self._run_all("shell", [command], deadline, stdin, 1, 0)[0]
+
+    def need_shell(self) -> None:
+        """Check that commands are allowed.
+
+        Raises:
+            SandboxError: they are not.
+        """
+        if not self.settings.allow_shell:
+            raise SandboxError("this sandbox has no shell: make it with Sandbox(..., allow_shell=True).")
+
+    def session(self) -> Session:
+        """A session, whose variables live on from call to call."""
+        return Session(self)
+
+    def _run_all(
+        self, kind: str, codes: list[str], deadline: float | None, stdin: str | None, workers: int, spare: int
+    ) -> list[Result]:
+        for code in codes:
+            if not isinstance(code, str):
+                raise TypeError(f"expected the code as a text, got {code!r:.60} ({type(code).__name__}).")
+        warden, seconds, calls = self.warden(), check_deadline(deadline, self.settings), []
+        ahead = self.ahead if len(codes) == 1 else 0  # many calls at once keep the warden busy as it is
+
+        def launch() -> Iterator[Call]:
+            for code in codes:
+                request = encode(kind, code, stdin, last=True)
+                call = Call(warden, warden.take(ahead), request, seconds, self.settings.output, last=True)
+                calls.append(call)
+                yield call
+
+        drive(launch(), workers, spare)
+        return [call.result() for call in calls]
+
+
+class Session:
+    """Code runs in it call after call, in one interpreter: variables, functions and files live on.
+
+    Exceptions and ``sys.exit`` do not end it. A call that is killed does: it says so, and so does the next one, which
+    starts without variables. Between calls all its processes stand still. One call at a time: others wait.
+    """
+
+    def __init__(self, box: Sandbox):
+        self.box = box
+        self._lock = threading.Lock()
+        self._process: Process | None = None
+        self._warden: Warden | None = None
+        self._lost = False
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reset()
+
+    def run(self, code: str, deadline: float | None = None, *, stdin: str | None = None) -> Result:
+        """Run a piece of code; the arguments are those of :meth:`Sandbox.run`."""
+        if not isinstance(code, str):
+            raise TypeError(f"expected the code as a text, got {code!r:.60} ({type(code).__name__}).")
+        return self._run("python", code, deadline, stdin)
+
+    def shell(self, command: str, deadline: float | None = None, *, stdin: str | None = None) -> Result:
+        """Run a command of ``/bin/sh`` among the session's files."""
+        self.box.need_shell()
+        return self._run("shell", command, deadline, stdin)
+
+    def reset(self) -> None:
+        """Forget everything; the next call starts afresh."""
+        with self._lock:
+            self._end()
+            self._lost = False
+
+    def _end(self) -> None:
+        if self._process is not None and self._warden is not None and self._process.open:
+            self._warden.kill(self._process)
+            self._process.close()
+        self._process = None
+
+    def _run(self, kind: str, code: str, deadline: float | None, stdin: str | None) -> Result:
+        settings = self.box.settings
+        seconds = check_deadline(deadline, settings)
+        with self._lock:
+            warden = self.box.warden()
+            if warden is not self._warden:
+                self._lost |= self._process is not None
+                self._process, self._warden = None, warden
+            lost, self._lost = self._lost, False
+            if self._process is None:
+                self._process = warden.take(self.box.ahead)
+            request = encode(kind, code, stdin, last=False)
+            call = Call(warden, self._process, request, seconds, settings.output, last=False)
+            try:
+                together([call])
+                result = call.result(session=True)
+            except BaseException:
+                self._process, self._lost = None, True
+                raise
+            if not call.alive:
+                self._process, self._lost = None, True
+        if lost:
+            text = "The session was started anew: the variables of earlier calls are lost."
+            result = Result(**{**result.__dict__, "notice": text})
+        return result
+
+
+def check_deadline(deadline: float | None, settings: Settings) -> float:
+    """The deadline of a call.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if deadline is None:
+        return settings.deadline
+    if not deadline > 0:
+        raise ValueError(f"deadline={deadline}: expected a positive number of seconds.")
+    return float(deadline)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

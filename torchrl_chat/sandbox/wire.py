@@ -1,0 +1,49 @@
+"""The formats in which the caller, the warden, the keepers and the interpreters speak with each other.
+
+Nothing that comes out of a sandbox is ever unpickled: it is bytes of limited length, JSON at most, and checked.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+SIZE = struct.Struct("!I")  # how long a frame is
+ORDER = struct.Struct(
+    "!cQ"
+)  # to the warden: b"N"ew (with four descriptors) or b"K"ill, and the number of a sandbox
+
+# To a keeper, one byte a message:
+RUN = b"R"  # a call begins
+HOLD = b"H"  # a call has ended: stop everything until the next
+
+
+def frame(message: dict[str, Any]) -> bytes:
+    """A message, as it is sent."""
+    data = json.dumps(message).encode("ascii")
+    return SIZE.pack(len(data)) + data
+
+
+def receive(sock: socket.socket) -> dict[str, Any] | None:
+    """The next message from a trusted end, or ``None`` when that has gone."""
+    head = _exactly(sock, SIZE.size)
+    data = None if head is None else _exactly(sock, SIZE.unpack(head)[0])
+    return None if data is None else json.loads(data)
+
+
+def _exactly(sock: socket.socket, size: int) -> bytearray | None:
+    data = bytearray(size)
+    rest = memoryview(data)
+    while rest:
+        got = sock.recv_into(rest)
+        if not got:
+            return None
+        rest = rest[got:]
+    return data
+
+
+def most(output: int) -> int:
+    """The longest reply that an interpreter may send: its two texts, each character as two escapes at the worst."""
+    return 2 * 12 * output + (64 << 10)
