@@ -291,3 +291,49 @@ class TestCompositions:
         with pytest.raises(ValueError, match="at least one"):
             Sequential()
         assert Grader(NumberVerifier()).grade([]) == []
+
+
+class TestOddVerdicts:
+    @pytest.mark.parametrize(
+        "value",
+        [10**400, float("nan"), float("inf"), -1e300, None, "yes", Verdict(None, "x", True), Verdict(float("nan"), "x", True),
+         Verdict(1.0, "x", True, {"part": float("nan")})],
+    )  # fmt: skip
+    def test_one_costs_its_row_only(self, value):
+        verifier = lambda response, reference: value if response == "odd" else 1.0  # noqa: E731
+        grader = Grader(WeightedSum({"a": verifier}))
+        with pytest.warns(RuntimeWarning, match="1 of 2 grades failed"):
+            good, bad = grader.grade(episodes("7", "odd"))
+        assert (good.score, good.failure) == (1.0, None)
+        assert bad.score == 0.0
+        assert bad.failure.startswith("error: a verifier returned")
+
+    def test_a_cancelled_coroutine_costs_its_row_only(self):
+        async def judge(response, reference):
+            if response == "cancelled":
+                raise asyncio.CancelledError
+            return 1.0
+
+        with Grader(judge) as grader, pytest.warns(RuntimeWarning, match="1 of 2"):
+            assert scores(grader.grade(episodes("7", "cancelled"))) == [1.0, 0.0]
+
+    def test_one_episode_in_two_groups(self):
+        @grades("group")
+        def size(members):
+            return [len(members)] * len(members)
+
+        [episode] = episodes("7")
+        assert scores(Grader(size).grade([episode, episode], groups=["x", "y"])) == [1, 1]
+
+    def test_what_a_rubric_declares_is_kept(self):
+        class Slow:
+            isolate = True
+
+            def __call__(self, action, observation):
+                while True:
+                    pass
+
+        with Grader(Slow(), deadline=0.3, workers=1) as grader, pytest.warns(RuntimeWarning, match="timeout"):
+            assert scores(grader.grade(episodes("7"))) == [0.0]
+        assert WeightedSum({"a": Slow()}).isolate
+        assert not WeightedSum({"a": NumberVerifier()}).isolate

@@ -299,3 +299,36 @@ class TestOptions:
         assert following["graded"].flatten().tolist() == [True, on_failure == "score"]
         masks = training_view(following)["masks"].get("all_assistant_mask", as_list=True)
         assert [bool(mask.any()) for mask in masks] == [True, on_failure == "score"]
+
+
+class TestRowsThatAreNotStepped:
+    def test_they_are_not_graded_again(self):
+        seen = []
+
+        def verifier(response, reference):
+            seen.append(response)
+            return Verdict(1.0, response if response == "stop" else None, True)
+
+        env = GSM8KEnv(
+            dataset=GSM, tokenizer=bpe_tokenizer(), input_mode="text", num_envs=2, verifier=verifier, max_steps=0
+        )
+        td = env.step(respond(env, env.reset(), ["stop", "go"]))
+        assert td["next", "done"].flatten().tolist() == [True, False]
+        root = respond(env, env.step_mdp(td), ["again", "stop"])
+        root["_step"] = torch.tensor([False, True])
+        following = env.step(root)["next"]
+        assert seen == ["stop", "go", "stop"]
+        assert following["reward"].flatten().tolist() == [0.0, 1.0]
+        assert following["graded"].flatten().tolist() == [False, True]
+
+    def test_a_failed_grade_ends_the_dialogue(self):
+        def verifier(response, reference):
+            raise RuntimeError("no grade")
+
+        env = GSM8KEnv(dataset=GSM, tokenizer=bpe_tokenizer(), input_mode="text", verifier=verifier, max_steps=0)
+        with pytest.warns(RuntimeWarning, match="no grade"):
+            assert env.step(respond(env, env.reset(), ["x"]))["next", "done"].all()
+
+    def test_options_beside_a_verifier_are_refused(self):
+        with pytest.raises(TypeError, match="no argument 'repeets'"):
+            GSM8KEnv(dataset=GSM, tokenizer=bpe_tokenizer(), verifier=lambda r, _: 1.0, repeets=4)

@@ -388,7 +388,9 @@ class Transcript:
             self.course,
             self.stop,
         )
-        return Transcript(self._tape, keep, *state).appended(ids[keep:].tolist(), ())
+        spans = tuple(span for span in self.spans if span.end <= keep)
+        kept = Transcript(self._tape, keep, *state, spans, self.branches)
+        return kept.appended(ids[keep:].tolist(), ())
 
     def _room(self, count: int) -> _Tape:
         """A tape on which the next ``count`` tokens behind this transcript are ours to write."""

@@ -71,7 +71,7 @@ class TaskEnv(DatasetChatEnv):
         workers: int | None = None,
         **options: Any,
     ):
-        verifier = verifier if verifier is not None else self.TASK.make_verifier(**options)
+        verifier = self._verifier(verifier, options)
         if dataset is None:
             dataset = self.DATASET
         if isinstance(dataset, str) and dataset == self.DATASET and name is None:
@@ -126,6 +126,10 @@ class TaskEnv(DatasetChatEnv):
         max_steps: int = 1,
         compute_reward: bool = True,
         verifier: Any = None,
+        failure_score: float = 0.0,
+        on_failure: Literal["score", "mask"] = "score",
+        deadline: float = 10.0,
+        workers: int | None = None,
         **kwargs: Any,
     ) -> Self:
         """The environment over an existing dataloader, whose batches have ``query`` and ``answer``.
@@ -134,10 +138,21 @@ class TaskEnv(DatasetChatEnv):
         """
         shared = DatasetChatEnv.from_dataloader.__func__.__kwdefaults__  # type: ignore[attr-defined]
         options = {key: kwargs.pop(key) for key in list(kwargs) if key not in shared}
-        verifier = verifier if verifier is not None else cls.TASK.make_verifier(**options)
+        verifier = cls._verifier(verifier, options)
         self = super().from_dataloader(dataloader, **kwargs)
-        self._reward(verifier, max_steps, compute_reward)
+        self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
         return self
+
+    @classmethod
+    def _verifier(cls, verifier: Any, options: dict[str, Any]) -> Any:
+        if verifier is None:
+            return cls.TASK.make_verifier(**options)
+        if options:
+            raise TypeError(
+                f"{cls.__name__} has no argument {', '.join(map(repr, sorted(options)))}; options of the task's own "
+                f"verifier go without verifier=..."
+            )
+        return verifier
 
     @classmethod
     def columns_of(cls, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

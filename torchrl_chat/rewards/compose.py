@@ -31,6 +31,11 @@ class Composition:
         """``"group"`` if any component compares the answers of a group, ``"episode"`` otherwise."""
         return "group" if any(level_of(verifier) == "group" for verifier in self.verifiers) else "episode"
 
+    @property
+    def isolate(self) -> bool:
+        """Whether a grade of any component may hang."""
+        return any(getattr(verifier, "isolate", False) for verifier in self.verifiers)
+
     def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
         """The verdict of each episode, from those that ``grade`` gets from the components."""
         raise NotImplementedError
@@ -182,6 +187,9 @@ class Rubric:
 
     def __init__(self, rubric: Callable[[Any, Any], Any]):
         self.rubric = rubric
+        self.isolate = getattr(rubric, "isolate", False)
+        self.deadline = getattr(rubric, "deadline", None)
+        self.components = tuple(getattr(rubric, "components", ()))
 
     def __call__(self, episode: Episode) -> Any:
         """Grade one episode."""

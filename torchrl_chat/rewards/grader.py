@@ -7,14 +7,14 @@ score and the reason.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
-import threading
 import warnings
-import weakref
 from collections import Counter
-from collections.abc import Coroutine, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
+from torchrl_chat._loop import LoopThread
 from torchrl_chat.rewards.compose import Composition, as_verifier
 from torchrl_chat.rewards.pool import Outcome, VerifierPool
 from torchrl_chat.rewards.verdict import Episode, Verdict, arguments, as_verdict, level_of
@@ -30,7 +30,8 @@ class Grader:
     Args:
         verifier: see :mod:`torchrl_chat.rewards.verdict`; a rubric ``(action, observation) -> float``; or a
             composition of them.
-        deadline: seconds for one grade in a worker or on the event loop. A verifier's own ``deadline`` wins.
+        deadline: seconds for one grade in a worker or on the event loop. A verifier's own ``deadline`` wins. A coroutine
+            that blocks the loop instead of awaiting cannot be ended: what blocks belongs in a worker.
         workers: worker processes. Defaults to the cores that this process may use.
         memory_limit: bytes of memory that a worker may take; ``None`` for no limit.
         isolate: ``True`` to grade everything but coroutines in worker processes, ``False`` to grade nothing there,
@@ -65,7 +66,7 @@ class Grader:
         self.failures: Counter[str] = Counter()
         """How many grades failed so far, by the first word of the reason."""
         self._pools: dict[int, VerifierPool] = {}
-        self._loop: _LoopThread | None = None
+        self._loop: LoopThread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pools": {}, "_loop": None}
@@ -87,6 +88,9 @@ class Grader:
             pool.close()
         self._pools.clear()
         if self._loop is not None:
+            closing = getattr(self.verifier, "aclose", None)
+            if closing is not None and self._loop.alive:
+                self._loop.run(closing())
             self._loop.close()
             self._loop = None
 
@@ -101,9 +105,10 @@ class Grader:
         Returns:
             a verdict an episode, in order. A failed one has the failure score, and the reason in ``failure``.
         """
-        episodes = list(episodes)
         if not episodes:
             return []
+        # A copy each: the same episode may stand in two groups.
+        episodes = [copy.copy(episode) for episode in episodes]
         of = dict(zip(map(id, episodes), groups, strict=True)) if groups is not None else {}
 
         def grade(verifier: Any, some: Sequence[Episode]) -> list[Verdict]:
@@ -169,8 +174,8 @@ class Grader:
         if _is_async(verifier) or not self._isolated(verifier):
             outcomes = [_tried(verifier, call) for call in calls]
             if any(hasattr(outcome.value, "__await__") for outcome in outcomes):
-                if self._loop is None:
-                    self._loop = _LoopThread()
+                if self._loop is None or not self._loop.alive:  # never started, or before a fork
+                    self._loop = LoopThread("torchrl_chat.grader")
                 return self._loop.run(_all_of(outcomes, deadline))
             return outcomes
         pool = self._pools.get(id(verifier))
@@ -204,6 +209,11 @@ async def _all_of(outcomes: list[Outcome], deadline: float) -> list[Outcome]:
             return Outcome(await asyncio.wait_for(outcome.value, deadline), None)
         except TimeoutError:
             return Outcome(None, f"timeout: no verdict within {deadline:g} s")
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # Ctrl-C: the batch itself is given up
+                raise
+            return Outcome(None, f"error: {type(error).__name__}: {error}")
         except Exception as error:
             return Outcome(None, f"error: {type(error).__name__}: {error}")
 
@@ -216,7 +226,7 @@ def _judged(outcome: Outcome, episode: Episode) -> Verdict:
     if failure is None:
         try:
             return as_verdict(outcome.value, episode.response)
-        except TypeError as error:
+        except Exception as error:  # no verdict, or one of odd values
             failure = f"error: {error}"
     return Verdict(0.0, None, False, {}, failure)
 
@@ -224,32 +234,3 @@ def _judged(outcome: Outcome, episode: Episode) -> Verdict:
 def _is_async(verifier: Any) -> bool:
     called = verifier if inspect.isroutine(verifier) else type(verifier).__call__
     return inspect.iscoroutinefunction(called)
-
-
-class _LoopThread:
-    """An event loop in a thread of its own, so that it may be used from code that runs in another one."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="torchrl_chat.grader", daemon=True)
-        self._thread.start()
-        self._finalizer = weakref.finalize(self, _stop, self._loop, self._thread)
-
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """The result of a coroutine."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:  # Ctrl-C: what is under way is cancelled
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        self._finalizer()
-
-
-def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(5.0)
-    if not loop.is_running():
-        loop.close()

@@ -115,20 +115,32 @@ def level_of(verifier: Any) -> Level:
 
 
 def as_verdict(value: Any, answer: str | None) -> Verdict:
-    """A verifier's return value as a verdict; a bare number counts as right from 1 on.
+    """A verifier's return value as a verdict of finite numbers; a bare number counts as right from 1 on.
 
     Raises:
         TypeError: the value is neither a verdict nor a number.
+        ValueError: a score or a part is no finite number in float32.
     """
     if isinstance(value, Verdict):
-        return value
+        score, correct = _finite(value.score, "score"), bool(value.correct)
+        parts = {str(name): _finite(part, name) for name, part in value.parts.items()} if value.parts else {}
+        return Verdict(score, value.answer, correct, parts, value.failure)
+    score = _finite(value, "score")
+    return Verdict(score, answer, score >= 1.0)
+
+
+def _finite(value: Any, name: str) -> float:
     try:
-        score = float(value)
+        number = float(value)
     except (TypeError, ValueError):
         raise TypeError(
-            f"a verifier returned {value!r:.80} ({type(value).__name__}): expected a Verdict or a number."
+            f"a verifier returned {value!r:.80} ({type(value).__name__}) as {name}: expected a Verdict or a number."
         ) from None
-    return Verdict(score, answer, score >= 1.0)
+    except OverflowError:
+        number = float("inf")
+    if not abs(number) <= 3.4e38:
+        raise ValueError(f"a verifier returned {number} as {name}: expected a finite number.")
+    return number
 
 
 def arguments(verifier: Any, episode: Episode) -> tuple[Any, ...]:

@@ -32,9 +32,9 @@ class RewardTransform(Transform):
     - ``("next", "graded")``: bool (\\*B, 1, 1), false where no grade was asked for, or none came and
       ``on_failure="mask"``;
     - ``("next", "grade_failure")``: str (\\*B,), why no grade came; empty where one did;
-    - ``("next", "terminated")`` and ``("next", "done")`` become true where an answer was given.
+    - ``("next", "terminated")`` and ``("next", "done")`` become true where an answer was given (or the grade failed).
 
-    A verifier that raises, hangs or crashes costs its own row only.
+    Rows that were not stepped (torchrl's ``"_step"``) are not graded. A verifier that raises, hangs or crashes costs its own row only.
 
     Args:
         verifier: ``(response, reference) -> Verdict``, or a bare number; or a :class:`~torchrl_chat.rewards.Grader`.
@@ -44,13 +44,12 @@ class RewardTransform(Transform):
         when: ``"turn"`` grades after every turn, ``"done"`` only rows that are done when the transform sees
             them (so it stands behind what ends an episode, ``StepCounter`` say). Defaults to ``"turn"`` with
             ``end_on_answer``, else to ``"done"``.
-        failure_score: the reward of a row whose grade failed.
         on_failure: ``"score"`` trains on such a row, with that reward; ``"mask"`` marks it as not graded, and
             :func:`~torchrl_chat.training_view` leaves it out of the mask. A policy that can make its grader fail
-            escapes a bad grade under ``"mask"``.
+            escapes a bad grade under ``"mask"``. The last grade of an episode counts.
         group_key: the entry that tells which rows answer the same question, for verifiers of groups.
         row_keys: entries that verifiers of episodes see as ``episode.row``.
-        deadline, workers, memory_limit, isolate: as for :class:`~torchrl_chat.rewards.Grader`.
+        failure_score, deadline, workers, memory_limit, isolate: as for :class:`~torchrl_chat.rewards.Grader`.
 
     Raises:
         KeyError: at the step: an entry is not there.
@@ -67,28 +66,19 @@ class RewardTransform(Transform):
         reference_key: NestedKey | list[str] = "answer",
         end_on_answer: bool = True,
         when: Literal["turn", "done"] | None = None,
-        failure_score: float = 0.0,
         on_failure: Literal["score", "mask"] = "score",
         group_key: NestedKey = "query",
         row_keys: Sequence[str] = (),
-        deadline: float = 10.0,
-        workers: int | None = None,
-        memory_limit: int | None = 1 << 29,
-        isolate: bool | Literal["auto"] = "auto",
+        **grading: Any,
     ):
         if when not in (None, "turn", "done"):
             raise ValueError(f"when={when!r}: expected 'turn' or 'done'.")
         if on_failure not in ("score", "mask"):
             raise ValueError(f"on_failure={on_failure!r}: expected 'score' or 'mask'.")
+        if isinstance(verifier, Grader) and grading:
+            raise ValueError(f"{', '.join(grading)}: the Grader that is given has these options itself.")
         if not isinstance(verifier, Grader):
-            verifier = Grader(
-                verifier,
-                deadline=deadline,
-                workers=workers,
-                memory_limit=memory_limit,
-                isolate=isolate,
-                failure_score=failure_score,
-            )
+            verifier = Grader(verifier, **grading)
         references = reference_key if isinstance(reference_key, list) else [reference_key]
         super().__init__(in_keys=["transcript", *references], out_keys=["reward", "success", "graded"])
         self.grader = verifier
@@ -101,7 +91,9 @@ class RewardTransform(Transform):
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch, device = next_tensordict.batch_size, next_tensordict.device
-        rows = list(range(batch.numel()))
+        stepped = tensordict.get("_step", None)  # torchrl's way to leave finished rows as they are
+        going = [True] * batch.numel() if stepped is None else stepped.reshape(batch.numel(), -1).any(-1).tolist()
+        rows = [row for row, goes in enumerate(going) if goes]
         if self.when == "done":
             done = next_tensordict.get("done").reshape(*batch, -1).any(-1).flatten().tolist()
             rows = [row for row in rows if done[row]]
@@ -114,7 +106,14 @@ class RewardTransform(Transform):
 
         reward = column([verdict.score for verdict in verdicts], torch.float32, 2)
         earlier = next_tensordict.get("reward", None)
-        next_tensordict.set("reward", reward if earlier is None else earlier + reward)
+        if earlier is not None:
+            if earlier.numel() != reward.numel():
+                raise ValueError(
+                    f"('next', 'reward') has the shape {tuple(earlier.shape)}: expected one reward a row, "
+                    f"{tuple(reward.shape)}, to add to."
+                )
+            reward = earlier.reshape(reward.shape) + reward
+        next_tensordict.set("reward", reward)
         next_tensordict.set("success", column([verdict.correct for verdict in verdicts], torch.bool, 2))
         graded = [False] * len(verdicts)
         for row in rows:
@@ -129,7 +128,9 @@ class RewardTransform(Transform):
             }
             next_tensordict.set("reward_parts", TensorDict(values, batch_size=batch, device=device))
         if self.end_on_answer:
-            answered = column([verdict.answer is not None for verdict in verdicts], torch.bool, 1)
+            # A failed grade ends the dialogue too: a policy that makes its grader fail gets no second one.
+            over = [verdict.answer is not None or verdict.failure is not None for verdict in verdicts]
+            answered = column(over, torch.bool, 1)
             for key in ("terminated", "done"):
                 before = next_tensordict.get(key, None)
                 next_tensordict.set(key, answered if before is None else before | answered)
@@ -198,5 +199,5 @@ def _episode(transcript: Transcript, reference: Any, row: dict[str, Any]) -> Epi
         transcript.messages[: transcript.answer + 1],
         row,
         transcript.total_sampled,
-        not transcript.ended,
+        transcript.ended is False,
     )
