@@ -1,0 +1,183 @@
+"""The execution of one tool call under a deadline, wherever it belongs: in a thread, or on an event loop.
+
+Law of this file: a call that does not end costs nobody else anything. It is given up at its deadline, and what could
+not be stopped is known, counted, and never more than ``max_stuck``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from torchrl_chat._loop import LoopThread
+from torchrl_chat.tools.function import ToolBase
+from torchrl_chat.tools.results import ToolStatus, ToolTimeout, as_text, clean, cut, error_text
+from torchrl_chat.tools.threads import Crew
+
+_GRACE = 0.5  # seconds that a cancelled coroutine has to end
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What became of one call."""
+
+    status: ToolStatus
+    text: str
+    left_out: int = 0
+    seconds: float = 0.0
+    still_running: bool = False
+
+
+class Runner:
+    """Runs calls: functions in threads, coroutines on an event loop of their own.
+
+    Args:
+        workers: how many functions run at once.
+        concurrency: how many coroutines run at once.
+        limit: characters of a result.
+        max_stuck: how many calls that were given up may still be running; with more, functions are refused.
+    """
+
+    def __init__(self, workers: int, concurrency: int, limit: int, max_stuck: int):
+        self.limit = limit
+        self.max_stuck = max_stuck
+        # Not the loop that the coroutines of tools run on: one that blocks must not stop the clock of the others.
+        self.loop = LoopThread("torchrl_chat.tools.clock")
+        self._crew = Crew("torchrl_chat.tools.worker")
+        self._coroutines: LoopThread | None = None
+        self._threads = asyncio.Semaphore(workers)
+        self._awaited = asyncio.Semaphore(concurrency)
+        self._stuck: set[Future[Any]] = set()
+        self._stuck_of: dict[Hashable, Future[Any]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def stuck(self) -> int:
+        """How many calls that were given up are still running."""
+        return len(self._stuck)
+
+    def close(self) -> None:
+        """End the loops and the idle threads."""
+        self.loop.close()
+        if self._coroutines is not None:
+            self._coroutines.close(patience=2 * _GRACE)
+        self._crew.close()
+
+    async def one(self, tool: ToolBase, arguments: dict[str, Any], conversation: Hashable, deadline: float) -> Run:
+        """Run one call; it raises nothing."""
+        if tool.per_conversation and conversation in self._stuck_of:
+            text = "Error: an earlier call in this conversation is still running, so nothing was run."
+            return Run(ToolStatus.ERROR, text)
+        places = self._awaited if tool.is_async else self._threads
+        async with places:
+            begun = time.monotonic()
+            run = await (self._coroutine if tool.is_async else self._function)(
+                tool, arguments, conversation, deadline
+            )
+            text, left_out = cut(clean(run.text), self.limit) if len(run.text) > self.limit else (run.text, 0)
+            return Run(run.status, text, run.left_out + left_out, time.monotonic() - begun, run.still_running)
+
+    # ------------------------------------------------------------------ functions
+    async def _function(
+        self, tool: ToolBase, arguments: dict[str, Any], conversation: Hashable, deadline: float
+    ) -> Run:
+        if self.stuck >= self.max_stuck:
+            text = f"Error: {tool.name} is out of order: {self.stuck} earlier calls are still running."
+            return Run(ToolStatus.ERROR, text)
+        own = tool.keeps_deadline
+        job = self._crew.start(lambda: self._settled(lambda: tool.call(arguments, conversation, deadline)))
+        done = asyncio.wrap_future(job)
+        finished, _ = await asyncio.wait([done], timeout=None if own else deadline)
+        if finished:
+            return done.result()
+        self._give_up(job, tool, conversation)
+        return _late(tool, deadline, still_running=True)
+
+    def _settled(self, call: Callable[[], Any]) -> Run:
+        """The outcome of a function; its text is made here too, since a huge result takes its time."""
+        try:
+            value = call()
+            if inspect.iscoroutine(value):
+                value.close()
+                raise TypeError("the function returned a coroutine: declare it with `async def`")
+            return self._result(value)
+        except BaseException as error:  # whatever a tool raises, sys.exit() too
+            return _failed(error)
+
+    def _result(self, value: Any) -> Run:
+        text, left_out = cut(clean(as_text(value)), self.limit)
+        return Run(ToolStatus.OK, text, left_out)
+
+    def _give_up(self, job: Future[Any], tool: ToolBase, conversation: Hashable) -> None:
+        with self._lock:
+            self._stuck.add(job)
+            if tool.per_conversation:
+                self._stuck_of[conversation] = job
+
+        def ended(job: Future[Any]) -> None:
+            with self._lock:
+                self._stuck.discard(job)
+                if tool.per_conversation and self._stuck_of.get(conversation) is job:
+                    del self._stuck_of[conversation]
+
+        job.add_done_callback(ended)
+
+    # ------------------------------------------------------------------ coroutines
+    async def _coroutine(
+        self, tool: ToolBase, arguments: dict[str, Any], conversation: Hashable, deadline: float
+    ) -> Run:
+        if self._coroutines is None:
+            self._coroutines = LoopThread("torchrl_chat.tools.coroutines")
+        loop = self._coroutines
+        ended: Future[Any] = Future()
+        begun = False
+
+        async def attempt() -> Run:
+            nonlocal begun
+            begun = True
+            try:
+                return self._result(await tool.call(arguments, conversation, deadline))
+            except asyncio.CancelledError as error:
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # by us, not by the tool
+                    raise
+                return _failed(error)
+            except BaseException as error:  # sys.exit() would end the loop's thread
+                return _failed(error)
+            finally:
+                ended.set_result(None)
+
+        job = loop.submit(attempt())
+        done = asyncio.wrap_future(job)
+        finished, _ = await asyncio.wait([done], timeout=None if tool.keeps_deadline else deadline)
+        if finished:
+            return done.result()
+        job.cancel()
+        answer = loop.submit(asyncio.sleep(0)) if loop.alive else None  # it may have been replaced already
+        stopped, _ = await asyncio.wait([asyncio.wrap_future(ended)], timeout=_GRACE)
+        if stopped:
+            return _late(tool, deadline)
+        if answer is not None and not answer.done() and self._coroutines is loop:
+            # Some call blocks the loop: those to come get another one.
+            self._coroutines = None
+            loop.close(patience=0.0)
+        if not begun:  # it was waiting for the loop, and will not begin any more
+            return _late(tool, deadline)
+        self._give_up(ended, tool, conversation)
+        return _late(tool, deadline, still_running=True)
+
+
+def _failed(error: BaseException) -> Run:
+    status = ToolStatus.TIMEOUT if isinstance(error, ToolTimeout) else ToolStatus.ERROR
+    return Run(status, clean(error_text(error)))
+
+
+def _late(tool: ToolBase, deadline: float, still_running: bool = False) -> Run:
+    end = "could not be stopped: it is still running and may yet take effect" if still_running else "was stopped"
+    text = f"Error: {tool.name} did not finish within {deadline:g} s and {end}."
+    return Run(ToolStatus.TIMEOUT, text, still_running=still_running)

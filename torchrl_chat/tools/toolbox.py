@@ -1,0 +1,321 @@
+"""``Toolbox``: the calls of a whole batch of conversations, run at once, each answered with a tool message.
+
+Law of this file: there is an answer to every call, in the order of the calls. Whatever one call does, no other call is
+lost, and none waits for it beyond its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torchrl_chat.messages import Message
+from torchrl_chat.tools.arguments import ArgumentsError
+from torchrl_chat.tools.function import Tool, ToolBase, checked_deadline, is_name
+from torchrl_chat.tools.results import (
+    ToolResult,
+    ToolStatus,
+    clean,
+    cut,
+    error_text,
+    malformed_text,
+    unknown_text,
+)
+from torchrl_chat.tools.running import Run, Runner
+
+Calls: TypeAlias = Message | Sequence[Mapping[str, Any]] | None
+"""The calls of one conversation: its assistant message, or a list of calls; ``None`` where there are none."""
+
+_CALL_FORMAT = '{"name": "<the tool\'s name>", "arguments": {"<argument>": <value>}}'
+
+
+class Toolbox:
+    """The tools of an environment, and what runs them.
+
+    Functions run in threads, coroutine functions on an event loop, the calls of all rows at once. A call that does not
+    end within its deadline is given up. A coroutine is cancelled; a thread cannot be stopped: it is abandoned, the
+    answer says that it is still running, and so does a warning. What must be stoppable belongs in a sandbox.
+
+    Args:
+        tools: functions, :class:`Tool` objects, and whatever has ``tools`` of its own, such as ``MCPTools``.
+        deadline: seconds for one call, from when it starts. A tool's own deadline wins.
+        max_result_chars: longer results are cut in the middle, with a note.
+        workers: how many functions run at once.
+        concurrency: how many coroutines run at once.
+        max_stuck: with more abandoned threads than this, functions are no longer run, but answered with an error.
+        call_format: an example of a call as the model is to write it, for the answers to malformed calls.
+
+    Raises:
+        ValueError: two tools have one name, or a limit is not positive.
+
+    Example:
+        >>> def add(a: int, b: int) -> int:
+        ...     return a + b
+        >>> call = {"id": "call00000", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+        >>> with Toolbox([add]) as toolbox:
+        ...     toolbox.run([call])[0].message
+        {'role': 'tool', 'tool_call_id': 'call00000', 'name': 'add', 'content': '3'}
+    """
+
+    def __init__(
+        self,
+        tools: Iterable[Any],
+        *,
+        deadline: float = 30.0,
+        max_result_chars: int = 20_000,
+        workers: int = 32,
+        concurrency: int = 1024,
+        max_stuck: int = 64,
+        call_format: str = _CALL_FORMAT,
+    ):
+        limits = {"max_result_chars": max_result_chars, "workers": workers, "concurrency": concurrency}
+        for name, value in {**limits, "max_stuck": max_stuck}.items():
+            least = 64 if name == "max_result_chars" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}.")
+        if deadline is None:
+            raise ValueError("deadline is None: a toolbox needs one, or a tool that hangs would stop the batch.")
+        self.deadline = checked_deadline(deadline, "the toolbox")
+        self.max_result_chars = max_result_chars
+        self.workers = workers
+        self.concurrency = concurrency
+        self.max_stuck = max_stuck
+        self.call_format = call_format
+        self._groups = list(tools)
+        self.tools: dict[str, ToolBase] = {}
+        """The tools by name."""
+        for given in self._groups:
+            for tool in given.tools if hasattr(given, "tools") else [given]:
+                tool = tool if isinstance(tool, ToolBase) else Tool(tool)
+                if tool.name in self.tools:
+                    raise ValueError(f"two tools are called {tool.name!r}: give one of them another name.")
+                self.tools[tool.name] = tool
+        self.counts: dict[str, Counter[ToolStatus]] = {}
+        """How the calls of each tool ended; those that name none of the tools are under ``""``."""
+        self._warned: set[str] = set()
+        self._runner: Runner | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runner": None, "_lock": None, "counts": {}, "_warned": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Toolbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The tools as chat templates take them: ``template_kwargs={"tools": toolbox.schemas}``."""
+        return [tool.schema for tool in self.tools.values()]
+
+    @property
+    def per_conversation(self) -> bool:
+        """Whether some tool keeps state for each conversation, so that :meth:`run` needs the conversation's key."""
+        return any(tool.per_conversation for tool in self.tools.values())
+
+    @property
+    def totals(self) -> Counter[ToolStatus]:
+        """How all calls so far ended."""
+        return sum(self.counts.values(), Counter())
+
+    @property
+    def stuck(self) -> int:
+        """How many calls that were given up are still running."""
+        return self._runner.stuck if self._runner is not None else 0
+
+    def run(self, calls: Calls, conversation: Hashable = None) -> list[ToolResult]:
+        """The answers to the calls of one conversation; see :meth:`run_batch`."""
+        return self.run_batch([calls], None if conversation is None else [conversation])[0]
+
+    def run_batch(
+        self, rows: Sequence[Calls], conversations: Sequence[Hashable] | None = None
+    ) -> list[list[ToolResult]]:
+        """The answers to the calls of all rows, run at once.
+
+        Args:
+            rows: for each conversation its assistant message (``tool_calls`` and ``invalid_tool_calls`` are read), a
+                list of calls, or ``None``. A call is ``{"id", "type": "function", "function": {"name", "arguments"}}``.
+            conversations: for each row, the key of its conversation; needed if a tool keeps state for each of them.
+
+        Returns:
+            for each row an answer a call: those to well-formed calls in their order, then those to malformed ones.
+
+        Raises:
+            ValueError: a tool is ``per_conversation``, and there are no keys, or not as many as rows.
+        """
+        if conversations is None and self.per_conversation:
+            names = ", ".join(tool.name for tool in self.tools.values() if tool.per_conversation)
+            raise ValueError(
+                f"{names}: state is kept per conversation, so `conversations` must give a key for each row."
+            )
+        keys = [None] * len(rows) if conversations is None else list(conversations)
+        if len(keys) != len(rows):
+            raise ValueError(f"there are {len(rows)} rows, but {len(keys)} conversations.")
+        answers: list[list[ToolResult | None]] = []
+        waiting: dict[Hashable, list[_Job]] = {}
+        for row, (calls, key) in enumerate(zip(rows, keys, strict=True)):
+            answers.append([])
+            for call, malformed in _calls(calls):
+                place = len(answers[row])
+                answers[row].append(None)
+
+                def put(result: ToolResult, row: int = row, place: int = place) -> None:
+                    answers[row][place] = result
+
+                job = self._read(call, malformed, place, key, put)
+                if job is not None:
+                    # Calls that share state wait for one another, all others for nothing.
+                    chain = ("of", key) if job.tool.per_conversation else (row, place)
+                    waiting.setdefault(chain, []).append(job)
+        if waiting:
+            with self._lock:
+                if self._runner is None or not self._runner.loop.alive:  # never started, closed, or before a fork
+                    self._runner = Runner(self.workers, self.concurrency, self.max_result_chars, self.max_stuck)
+                runner = self._runner
+            runner.loop.run(self._all(runner, list(waiting.values())))
+        results = [[answer for answer in some if answer is not None] for some in answers]
+        self._report(results)
+        return results
+
+    def end(self, conversation: Hashable) -> None:
+        """Let go of what the tools keep for a conversation that is over."""
+        for group in self._keepers():
+            try:
+                group.end(conversation)
+            except Exception as error:  # the others are still to be told
+                warnings.warn(
+                    f"ending {conversation!r:.60} in {group!r:.60}: {error}", RuntimeWarning, stacklevel=2
+                )
+
+    def close(self) -> None:
+        """Let go of everything: threads, loops, and what the tools hold. Used again, it starts anew."""
+        with self._lock:
+            runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+        for group in self._keepers():
+            group.close()
+
+    def _keepers(self) -> list[Any]:
+        grouped = [group for group in self._groups if hasattr(group, "tools")]
+        inside = {id(tool) for group in grouped for tool in group.tools}
+        return grouped + [tool for tool in self.tools.values() if id(tool) not in inside]
+
+    # ------------------------------------------------------------------ one call
+    def _read(
+        self, call: Any, malformed: bool, place: int, conversation: Hashable, put: Callable[[ToolResult], None]
+    ) -> _Job | None:
+        """What is to be run for a call; ``None`` where it is answered at once."""
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        name = name if isinstance(name, str) else ""
+        ident = call.get("id") if isinstance(call, Mapping) else None
+        # Nine letters and digits: some templates refuse an id of any other form.
+        ident = ident if isinstance(ident, str) and ident else f"{'bad0' if malformed else 'call'}{place:05d}"
+
+        def answer(run: Run) -> None:
+            # What the model made up is not written into the header of a message.
+            known = name if name in self.tools else name if is_name(name) else "unknown"
+            message = {"role": "tool", "tool_call_id": ident, "name": known, "content": run.text}
+            put(ToolResult(message, run.status, run.seconds, run.left_out, run.still_running))
+
+        def refuse(status: ToolStatus, text: str) -> None:
+            text, left_out = cut(clean(text), self.max_result_chars)
+            answer(Run(status, text, left_out))
+
+        tool = self.tools.get(name)
+        if malformed and (not name or call.get("status") != "unknown_tool"):
+            signature = tool.signature if tool is not None else None
+            refuse(ToolStatus.MALFORMED, malformed_text(call, self.call_format, signature))
+        elif not name:
+            bad = {"status": "missing_name", "arguments": None}
+            refuse(ToolStatus.MALFORMED, malformed_text(bad, self.call_format))
+        elif tool is None:
+            refuse(ToolStatus.UNKNOWN_TOOL, unknown_text(name, self.tools))
+        else:
+            try:
+                return _Job(tool, _fitted(tool, function.get("arguments")), conversation, answer)
+            except ArgumentsError as error:
+                faults = "\n".join(f"- {fault}" for fault in error.faults)
+                text = f"Error: the arguments do not fit {tool.signature}; nothing was run.\n{faults}"
+                refuse(ToolStatus.INVALID_ARGUMENTS, text)
+            except Exception as error:  # a dataclass's own check, say
+                refuse(ToolStatus.INVALID_ARGUMENTS, error_text(error))
+        return None
+
+    async def _all(self, runner: Runner, chains: list[list[_Job]]) -> None:
+        async def one(chain: list[_Job]) -> None:
+            for job in chain:
+                limit = job.tool.deadline or self.deadline or 30.0
+                try:
+                    run = await runner.one(job.tool, job.arguments, job.conversation, limit)
+                except Exception as error:  # no defect of ours may lose the other rows
+                    run = Run(ToolStatus.ERROR, error_text(error))
+                job.answer(run)
+
+        await asyncio.gather(*map(one, chains))
+
+    def _report(self, results: list[list[ToolResult]]) -> None:
+        stuck = set()
+        with self._lock:
+            for result in (result for row in results for result in row):
+                name = result.message["name"] if result.message["name"] in self.tools else ""
+                self.counts.setdefault(name, Counter())[result.status] += 1
+                if result.still_running and name not in self._warned:
+                    stuck.add(name)
+            self._warned |= stuck
+        for name in stuck:
+            warnings.warn(
+                f"a call of the tool {name!r} did not end within its deadline and could not be stopped: it is still "
+                f"running. Give the tool a time limit of its own, or run it in a sandbox. (Said once for each tool.)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+class _Job:
+    """A call that is to be run."""
+
+    __slots__ = ("answer", "arguments", "conversation", "tool")
+
+    def __init__(
+        self, tool: ToolBase, arguments: dict[str, Any], conversation: Hashable, answer: Callable[[Run], None]
+    ):
+        self.tool = tool
+        self.arguments = arguments
+        self.conversation = conversation
+        self.answer = answer
+
+
+def _calls(calls: Calls) -> list[tuple[Any, bool]]:
+    """The calls of a row, each with whether it is malformed."""
+    if calls is None:
+        return []
+    if isinstance(calls, Mapping):
+        well = [(call, False) for call in calls.get("tool_calls") or ()]
+        return well + [(call, True) for call in calls.get("invalid_tool_calls") or ()]
+    return [(call, False) for call in calls]
+
+
+def _fitted(tool: ToolBase, arguments: Any) -> dict[str, Any]:
+    if isinstance(arguments, str):  # as OpenAI-style APIs give them
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ArgumentsError([f"they are no JSON: {error}"]) from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise ArgumentsError(["they must be a JSON object"])
+    return tool.fit(arguments)
