@@ -28,7 +28,7 @@ def test_import_is_cheap():
     assert not {"torch", "torchrl", "transformers", "datasets"} & imported_by("import torchrl_chat")
 
 
-@pytest.mark.parametrize("room", ["rewards", "messages"])
+@pytest.mark.parametrize("room", ["rewards", "messages", "tools", "sandbox"])
 def test_ground_floor_knows_no_torch(room):
     assert not {"torch", "torchrl", "transformers"} & imported_by(f"import torchrl_chat.{room}")
 
@@ -105,6 +105,7 @@ def test_examples_run():
     shown = re.findall(r"(\d+) sampled: ([.^]+)\n", out)
     assert len(shown) == 2
     assert all(mask.count("^") == int(count) for count, mask in shown)
+    assert run("examples/user_simulator.py").count("I give up. <done>") == 2
     data = need_shared("data/gsm8k/test.jsonl")
     extra = ("--data", str(data), "--questions", "2", "--max-new-tokens", "8")
     assert "0 of 2 right" in run("examples/gsm8k_rollout.py", *extra)

@@ -4,5 +4,18 @@ from torchrl_chat.transforms.budgets import Budget
 from torchrl_chat.transforms.reward import RewardTransform
 from torchrl_chat.transforms.stop import StopReason
 from torchrl_chat.transforms.thinking import AddThinkingPrompt
+from torchrl_chat.transforms.tools import PythonInterpreter, ToolExecutor
+from torchrl_chat.transforms.user import UserSimulator
+from torchrl_chat.transforms.user_models import EndpointUser, ModelUser
 
-__all__ = ["AddThinkingPrompt", "Budget", "RewardTransform", "StopReason"]
+__all__ = [
+    "AddThinkingPrompt",
+    "Budget",
+    "EndpointUser",
+    "ModelUser",
+    "PythonInterpreter",
+    "RewardTransform",
+    "StopReason",
+    "ToolExecutor",
+    "UserSimulator",
+]

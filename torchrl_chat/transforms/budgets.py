@@ -174,7 +174,7 @@ class Budget(Transform):
         """Which limit ends the episode behind this turn, if one does."""
         if had <= 0:
             return StopReason.CONTEXT_FULL
-        if self.max_tool_calls is not None and len(transcript.course.call_ids) > self.max_tool_calls:
+        if self.max_tool_calls is not None and _calls(transcript) > self.max_tool_calls:
             return StopReason.MAX_TOOL_CALLS
         if self.max_tokens is not None and transcript.total_sampled >= self.max_tokens:
             return StopReason.MAX_TOKENS
@@ -238,9 +238,15 @@ class Budget(Transform):
         td.set("tokens_left", self._column(left, td))
         td.set("stop_reason", self._column([int(reason) for reason in reasons], td))
         if self.max_tool_calls is not None:
-            calls = [len(transcript.course.call_ids) for transcript in transcripts]
+            calls = list(map(_calls, transcripts))
             td.set("calls_left", self._column([max(0, self.max_tool_calls - count) for count in calls], td))
 
     @staticmethod
     def _column(values: list[int], td: TensorDictBase) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=td.device).reshape(*td.batch_size, 1)
+
+
+def _calls(transcript: Transcript) -> int:
+    """How many tools were called: as structured calls, or (fenced code) by what a tool answered."""
+    answers = sum(message["role"] == "tool" for message in transcript.messages)
+    return max(len(transcript.course.call_ids), answers)

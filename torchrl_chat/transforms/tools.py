@@ -1,0 +1,270 @@
+"""``ToolExecutor`` and ``PythonInterpreter``: what the policy calls is run, and the results follow in the conversation."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import Composite, NonTensor, Unbounded
+from torchrl.envs import Transform
+
+from torchrl_chat import columns
+from torchrl_chat.messages import Message, content_text
+from torchrl_chat.sandbox import Sandbox
+from torchrl_chat.tools.python import PythonTool, fenced_code
+from torchrl_chat.tools.results import ToolStatus
+from torchrl_chat.tools.toolbox import Toolbox
+from torchrl_chat.transcript import Transcript
+
+_NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
+
+
+class ToolExecutor(Transform):
+    """Runs the tool calls of the policy's answers, all rows at once, and appends their results through the ledger.
+
+    A row is answered where its last message has ``tool_calls`` or ``invalid_tool_calls`` (the environment parses them if
+    it was given the tools: ``ChatEnv(template_kwargs={"tools": toolbox.schemas})``) and it is not done. Rows
+    without a call are untouched. The results stand in messages of role ``tool``; where the chat template takes none
+    without a call (a malformed one), in a message of the user. Their tokens are never under the mask, and nothing
+    in them can begin a turn. Works in all input modes. Written, over the environment's batch size B:
+
+    - ``"tool_calls"``: int64 (\\*B, 1), the calls of this turn; ``"tool_errors"``: those that did not go well;
+    - ``"tool_failure"``: str (\\*B,), why a row's results could not be appended, which truncates it; empty elsewhere;
+    - ``"conversation"``: str (\\*B,), a key drawn at the reset, under which tools that keep state keep it. A conversation
+      that is branched in two shares that state; it ends when the environment resets the row.
+
+    Put it behind rewards that may end the dialogue and in front of :class:`~torchrl_chat.transforms.Budget`, whose
+    ``max_tool_calls`` it keeps to: what is called beyond is not run.
+
+    Args:
+        toolbox: a :class:`~torchrl_chat.tools.Toolbox`, or the tools for one.
+        fallback_role: the role of results that the template takes from no tool; ``None`` to end the row instead.
+
+    Example:
+        >>> def add(a: int, b: int) -> int:
+        ...     return a + b
+        >>> tools = Toolbox([add])
+        >>> env = ChatEnv(tokenizer=tokenizer, template_kwargs={"tools": tools.schemas}, batch_size=(1,))
+        >>> env = env.append_transform(ToolExecutor(tools))
+    """
+
+    def __init__(self, toolbox: Toolbox | Sequence[Any], *, fallback_role: str | None = "user"):
+        super().__init__(
+            in_keys=["transcript"], out_keys=["tool_calls", "tool_errors", "tool_failure", "conversation"]
+        )
+        self.toolbox = toolbox if isinstance(toolbox, Toolbox) else Toolbox(toolbox)
+        self.fallback_role = fallback_role
+        self._keys: dict[int, str] = {}  # to know what is over: no turn depends on it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_keys": {}}
+
+    def close(self) -> None:
+        """End what the tools hold: sessions, processes, connections. They start anew at the next step."""
+        self.toolbox.close()
+
+    # ------------------------------------------------------------------ torchrl's hooks
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        batch, device = tensordict_reset.batch_size, tensordict_reset.device
+        count = batch.numel()
+        reset = tensordict.get("_reset", None)
+        chosen = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
+        keys = [uuid.uuid4().hex for _ in range(count)]
+        self._begin({row: key for row, (key, fresh) in enumerate(zip(keys, chosen, strict=True)) if fresh})
+        tensordict_reset.set("conversation", columns.objects(keys, batch, device))
+        self._write(tensordict_reset, [0] * count, [0] * count, [""] * count)
+        if tensordict_reset.get("truncated", None) is None:
+            tensordict_reset.set("truncated", torch.zeros((*batch, 1), dtype=torch.bool, device=device))
+        return tensordict_reset
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        batch = next_tensordict.batch_size
+        transcripts = columns.read_objects(next_tensordict.get("transcript"), batch)
+        keys = columns.read_objects(tensordict.get("conversation"), batch)
+        left = tensordict.get("calls_left", None)
+        limits = [None] * len(keys) if left is None else left.reshape(len(keys)).tolist()
+        done = next_tensordict.get("done", None)
+        over = [False] * len(keys) if done is None else done.reshape(len(keys), -1).any(-1).tolist()
+        calls = [
+            None if finished or transcript.ended is None else self._calls(transcript, limit)
+            for transcript, finished, limit in zip(transcripts, over, limits, strict=True)
+        ]
+        results = self.toolbox.run_batch([_allowed(row) for row in calls], keys)
+        answers: list[list[Message] | None] = [None] * len(keys)
+        counts, errors = [0] * len(keys), [0] * len(keys)
+        for i, (row, found) in enumerate(zip(calls, results, strict=True)):
+            if row is None:
+                continue
+            counts[i] = row.count
+            errors[i] = row.count - sum(result.status is ToolStatus.OK for result in found)
+            answers[i] = row.answer([result.message for result in found])
+        following, failures = self._append(next_tensordict, transcripts, answers)
+        following.set("conversation", columns.objects(keys, batch, following.device))
+        self._write(following, counts, errors, failures)
+        if any(failures):
+            ended = torch.tensor([bool(failure) for failure in failures], device=following.device).reshape(
+                *batch, 1
+            )
+            for key in ("truncated", "done"):
+                before = following.get(key, None)
+                following.set(key, ended if before is None else before | ended)
+        return following
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """The specs of what is written."""
+        shape, device = observation_spec.shape, observation_spec.device
+        for key in ("tool_calls", "tool_errors"):
+            observation_spec[key] = Unbounded((*shape, 1), dtype=torch.int64, device=device)
+        for key in ("tool_failure", "conversation"):
+            observation_spec[key] = NonTensor(shape, device=device, example_data="")
+        return observation_spec
+
+    def transform_done_spec(self, done_spec: Composite) -> Composite:
+        """The spec of ``truncated``, if no other transform has added it."""
+        if "truncated" not in done_spec.keys():
+            done_spec["truncated"] = done_spec["done"].clone()
+        return done_spec
+
+    # ------------------------------------------------------------------ one turn
+    def _calls(self, transcript: Transcript, limit: int | None) -> _Turn | None:
+        """What a row's last answer calls."""
+        message = transcript.messages[-1]
+        called, malformed = message.get("tool_calls") or [], message.get("invalid_tool_calls") or []
+        if not called and not malformed:
+            return None
+        allowed = called if limit is None else called[:limit]
+        return _Turn({**message, "tool_calls": allowed}, called[len(allowed) :], len(called) + len(malformed))
+
+    def _append(
+        self, td: TensorDictBase, transcripts: list[Transcript], answers: list[list[Message] | None]
+    ) -> tuple[TensorDictBase, list[str]]:
+        env: Any = self.parent.base_env
+        failures = [""] * len(answers)
+        if not any(answers):
+            return td, failures
+        errors: dict[int, Any] = {}
+        following = env.append_messages(td, answers, errors=errors)
+        if errors and self.fallback_role is not None:
+            again: list[list[Message] | None] = [None] * len(answers)
+            for i in errors:
+                said = "\n".join(content_text(message) for message in answers[i] or ())
+                again[i] = None if transcripts[i].messages[-1].get("tool_calls") else [self._instead(said)]
+            tried, errors = errors, {}
+            following = env.append_messages(following, again, errors=errors)
+            errors.update({i: error for i, error in tried.items() if again[i] is None})
+        for i, error in errors.items():
+            failures[i] = f"{type(error).__name__}: {error}"
+        return following, failures
+
+    def _instead(self, said: str) -> Message:
+        return {"role": self.fallback_role, "content": said}
+
+    def _begin(self, keys: dict[int, str]) -> None:
+        """Let go of what tools keep for the conversations that stood in these rows before."""
+        for row, key in keys.items():
+            over = self._keys.get(row)
+            if over is not None:
+                self.toolbox.end(over)
+            self._keys[row] = key
+
+    def _write(self, td: TensorDictBase, counts: list[int], errors: list[int], failures: list[str]) -> None:
+        batch, device = td.batch_size, td.device
+        for key, values in (("tool_calls", counts), ("tool_errors", errors)):
+            td.set(key, torch.tensor(values, dtype=torch.int64, device=device).reshape(*batch, 1))
+        td.set("tool_failure", columns.objects(failures, batch, device))
+
+
+class _Turn:
+    """The calls of one answer: those to be run, and those for which no budget is left."""
+
+    def __init__(self, message: Message, refused: Sequence[Any], count: int):
+        self.message = message
+        self.refused = refused
+        self.count = count
+
+    def answer(self, messages: list[Message]) -> list[Message]:
+        """The messages that follow: the results in the order of the calls, well-formed ones first."""
+        well = len(self.message.get("tool_calls") or ())
+        late = [
+            {
+                "role": "tool",
+                "tool_call_id": call["id"],
+                "name": call["function"]["name"],
+                "content": _NO_CALLS_LEFT,
+            }
+            for call in self.refused
+        ]
+        return [*messages[:well], *late, *messages[well:]]
+
+
+def _allowed(turn: _Turn | None) -> Message | None:
+    return None if turn is None else turn.message
+
+
+class PythonInterpreter(ToolExecutor):
+    """Runs the Python code that the policy writes, in a sandbox: in fenced blocks, or as calls of the tool ``python``.
+
+    An answer with one or more blocks fenced as ```` ```python ```` is answered with what they print; so is a call of the
+    tool, if the environment was given its schema (``template_kwargs={"tools": interpreter.toolbox.schemas}``). All rows run
+    at once, each with a deadline of its own; a row that hangs gets a message that says so.
+
+    Args:
+        sandbox: where the code runs. Defaults to a :class:`~torchrl_chat.sandbox.Sandbox` with the strongest isolation,
+            which is an error where it cannot be had.
+        persistent: whether variables live on from turn to turn of one conversation.
+        fenced: whether fenced blocks are run.
+        role: the role of the messages that answer fenced code.
+        deadline: seconds for one call. Defaults to the sandbox's.
+        max_result_chars: longer results are cut in the middle, with a note.
+
+    The keys that it writes are those of :class:`ToolExecutor`.
+
+    Example:
+        >>> env = ChatEnv(tokenizer=tokenizer, batch_size=(4,), input_mode="text")
+        >>> env = env.append_transform(PythonInterpreter())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        sandbox: Sandbox | None = None,
+        *,
+        persistent: bool = False,
+        fenced: bool = True,
+        role: str = "tool",
+        deadline: float | None = None,
+        max_result_chars: int = 20_000,
+        fallback_role: str | None = "user",
+    ):
+        tool = PythonTool(sandbox, persistent=persistent, deadline=deadline)
+        super().__init__(Toolbox([tool], max_result_chars=max_result_chars), fallback_role=fallback_role)
+        self.fenced = fenced
+        self.role = role
+
+    def _calls(self, transcript: Transcript, limit: int | None) -> _Turn | None:
+        turn = super()._calls(transcript, limit)
+        if turn is not None or not self.fenced:
+            return turn
+        blocks = fenced_code(content_text(transcript.messages[-1]))
+        if not blocks:
+            return None
+        if limit is not None and limit <= 0:
+            return _Fenced({"role": "assistant"}, self.role)
+        code = "\n\n".join(blocks)
+        call = {"id": "call00000", "type": "function", "function": {"name": "python", "arguments": {"code": code}}}
+        return _Fenced({"role": "assistant", "tool_calls": [call]}, self.role)
+
+
+class _Fenced(_Turn):
+    """A turn with code that is no call: its answer answers none."""
+
+    def __init__(self, message: Message, role: str):
+        super().__init__(message, (), 1)
+        self.role = role
+
+    def answer(self, messages: list[Message]) -> list[Message]:
+        """One message with the output; or with why there is none."""
+        contents = [message["content"] for message in messages] or [_NO_CALLS_LEFT]
+        return [{"role": self.role, "content": content} for content in contents]
