@@ -108,7 +108,7 @@ def kind(request) -> Kind:
     return KINDS[request.param]
 
 
-def respond(env: Any, td: TensorDict, texts: list[str]) -> TensorDict:
+def written(env: Any, td: TensorDict, texts: list[str]) -> TensorDict:
     """Write the responses in the form of the environment's input mode."""
     td, batch = td.copy(), env.batch_size
     mode, stop = env.base_env.input_mode, env.base_env.tokenizer.eos_token
@@ -121,6 +121,9 @@ def respond(env: Any, td: TensorDict, texts: list[str]) -> TensorDict:
         ids = [torch.tensor(i) for i in env.base_env.template.codec.encode([t + stop for t in texts])]
         td["tokens"] = columns.ragged(Tokens, "response", ids, batch, None)
     return td
+
+
+respond = written
 
 
 def test_check_env_specs(kind, mode):
@@ -332,3 +335,34 @@ class TestRowsThatAreNotStepped:
     def test_options_beside_a_verifier_are_refused(self):
         with pytest.raises(TypeError, match="no argument 'repeets'"):
             GSM8KEnv(dataset=GSM, tokenizer=bpe_tokenizer(), verifier=lambda r, _: 1.0, repeets=4)
+
+    def test_a_rollout_whose_rows_end_at_different_times(self, mode):
+        """torchrl leaves finished rows as they are, while the others go on."""
+        from torchrl.envs import Transform
+
+        class Ask(Transform):
+            def _step(self, tensordict, next_tensordict):
+                over, goes = next_tensordict["done"].flatten().tolist(), columns.stepped(tensordict)
+                says = ["more?" if going and not done else None for done, going in zip(over, goes, strict=True)]
+                return self.parent.base_env.append_messages(next_tensordict, says)
+
+        env = GSM8KEnv(
+            dataset=GSM, tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=2, max_steps=4,
+            verifier=lambda response, _: Verdict(1.0, response if "stop" in response else None, True),
+        )  # fmt: skip
+        env.append_transform(Ask())
+        turns = iter([["stop", "go on with it"], ["x", "and on"], ["x", "stop"]])
+
+        def policy(td):
+            return written(env, td, next(turns))
+
+        rollout = env.rollout(3, policy, break_when_any_done=False, break_when_all_done=True)
+        assert rollout["next", "done"].squeeze(-1).tolist() == [[True, True, True], [False, False, True]]
+        first, second = columns.read_objects(rollout[:, -1]["next", "transcript"], torch.Size([2]))
+        assert [m["content"] for m in first.messages if m["role"] == "assistant"] == ["stop"]
+        assert [m["content"] for m in second.messages if m["role"] == "assistant"] == [
+            "go on with it",
+            "and on",
+            "stop",
+        ]
+        assert rollout["next", "reward"][:, -1].flatten().tolist() == [1.0, 1.0]

@@ -45,11 +45,25 @@ class Rows(LazyStackedTensorDict):
     """The lazy stack inside a container.
 
     What it mends of tensordict 0.14.3: ``apply(..., out=)`` on a container in a dense root hands the container
-    itself, not its stack, as ``out``, and a lazy stack refuses it; ``consolidate``, and so ``ParallelEnv``, fail.
+    itself, not its stack, as ``out``, and a lazy stack refuses it; ``consolidate``, and so ``ParallelEnv``, fail;
+    ``torch.where``, which a rollout takes to leave finished rows as they are, does not know what to do with containers,
+    nor with rows of different lengths: here a row is taken as a whole.
     """
 
     def _apply_nest(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
         return super()._apply_nest(*args, out=bare(out), **kwargs)
+
+    def where(self, condition: torch.Tensor, other: Any, *, out: Any = None, pad: Any = None, **kwargs: Any) -> Any:
+        """The rows of this stack where the condition holds, those of the other elsewhere."""
+        others = bare(other)
+        alike = isinstance(others, LazyStackedTensorDict) and others.stack_dim == self.stack_dim == 0
+        if out is not None or not alike or condition.shape[:1] != self.batch_size[:1]:
+            return super().where(condition, others, out=bare(out), pad=pad, **kwargs)
+        rows = [
+            (mine if bool(holds) else theirs) if holds.numel() == 1 else mine.where(holds, theirs)
+            for holds, mine, theirs in zip(condition.unbind(0), self.tensordicts, others.tensordicts, strict=True)
+        ]
+        return _like(self, rows)
 
 
 def _mend_rebuilding(cls: Any) -> None:
@@ -275,3 +289,9 @@ def read_field(container: TensorDictBase | None, key: str, batch_size: torch.Siz
     if all(value is None for value in values):
         return None
     return [value.data if isinstance(value, NonTensorData) else value for value in values]
+
+
+def stepped(td: TensorDictBase) -> list[bool]:
+    """Which rows a step is for, in row-major order: torchrl leaves finished ones as they are (``"_step"``)."""
+    count, mask = td.batch_size.numel(), td.get("_step", None)
+    return [True] * count if mask is None else mask.reshape(count, -1).any(-1).tolist()

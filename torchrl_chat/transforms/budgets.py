@@ -142,6 +142,13 @@ class Budget(Transform):
                 transcripts, flags("terminated"), flags("truncated"), given, left, started, strict=True
             )
         ]
+        goes = columns.stepped(tensordict)
+        if not all(goes):  # the others stay as they are
+            before = tensordict.get("stop_reason").flatten().tolist()
+            reasons = [
+                reason if going else StopReason(old)
+                for reason, going, old in zip(reasons, goes, before, strict=True)
+            ]
         self._write(next_tensordict, left, reasons, transcripts)
         own = [reason not in (StopReason.RUNNING, StopReason.ANSWERED) for reason in reasons]
         ended = torch.tensor(own, device=next_tensordict.device).reshape(*batch, 1)

@@ -91,9 +91,7 @@ class RewardTransform(Transform):
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch, device = next_tensordict.batch_size, next_tensordict.device
-        stepped = tensordict.get("_step", None)  # torchrl's way to leave finished rows as they are
-        going = [True] * batch.numel() if stepped is None else stepped.reshape(batch.numel(), -1).any(-1).tolist()
-        rows = [row for row, goes in enumerate(going) if goes]
+        rows = [row for row, goes in enumerate(columns.stepped(tensordict)) if goes]
         if self.when == "done":
             done = next_tensordict.get("done").reshape(*batch, -1).any(-1).flatten().tolist()
             rows = [row for row in rows if done[row]]

@@ -103,7 +103,8 @@ class AddThinkingPrompt(Transform):
         transcripts = columns.read_objects(next_tensordict.get("transcript"), batch)
         rows = next_tensordict.reshape(-1) if len(batch) != 1 else next_tensordict
         # A row that had nothing left to sample has no new answer to think about.
-        asked = [t.ended is not None and bool(self.cond(rows[i])) for i, t in enumerate(transcripts)]
+        goes = columns.stepped(tensordict)
+        asked = [goes[i] and t.ended is not None and bool(self.cond(rows[i])) for i, t in enumerate(transcripts)]
         if not any(asked):
             return next_tensordict
         env: Any = self.parent.base_env

@@ -89,8 +89,10 @@ class ToolExecutor(Transform):
         done = next_tensordict.get("done", None)
         over = [False] * len(keys) if done is None else done.reshape(len(keys), -1).any(-1).tolist()
         calls = [
-            None if finished or transcript.ended is None else self._calls(transcript, limit)
-            for transcript, finished, limit in zip(transcripts, over, limits, strict=True)
+            None if finished or not goes or transcript.ended is None else self._calls(transcript, limit)
+            for transcript, finished, goes, limit in zip(
+                transcripts, over, columns.stepped(tensordict), limits, strict=True
+            )
         ]
         results = self.toolbox.run_batch([_allowed(row) for row in calls], keys)
         answers: list[list[Message] | None] = [None] * len(keys)
