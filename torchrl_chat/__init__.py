@@ -33,13 +33,25 @@ if TYPE_CHECKING:
         Verdict,
         WeightedSum,
     )
+    from torchrl_chat.sandbox import Sandbox, SandboxError
     from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
+    from torchrl_chat.tools import MCPTools, Tool, Toolbox, tool
     from torchrl_chat.training import training_view
     from torchrl_chat.transcript import Transcript
-    from torchrl_chat.transforms import RewardTransform
+    from torchrl_chat.transforms import (
+        AddThinkingPrompt,
+        Budget,
+        PythonInterpreter,
+        RewardTransform,
+        StopReason,
+        ToolExecutor,
+        UserSimulator,
+    )
 
 _HOMES = {
+    "AddThinkingPrompt": "transforms",
     "BridgeError": "templates",
+    "Budget": "transforms",
     "ChatEnv": "envs",
     "ChatTemplate": "templates",
     "ChatTemplateError": "templates",
@@ -52,22 +64,34 @@ _HOMES = {
     "Grader": "rewards",
     "IFEvalEnv": "envs",
     "MATHEnv": "envs",
+    "MCPTools": "tools",
     "MathVerifier": "rewards",
     "MessageError": "messages",
     "NumberVerifier": "rewards",
+    "PythonInterpreter": "transforms",
     "ReasoningGymEnv": "envs",
     "ResponseError": "envs",
     "RewardTransform": "transforms",
+    "Sandbox": "sandbox",
+    "SandboxError": "sandbox",
+    "StopReason": "transforms",
     "TaskEnv": "envs",
+    "Tool": "tools",
+    "ToolExecutor": "transforms",
+    "Toolbox": "tools",
     "Transcript": "transcript",
     "TransformersPolicy": "policies",
+    "UserSimulator": "transforms",
     "Verdict": "rewards",
     "WeightedSum": "rewards",
+    "tool": "tools",
     "training_view": "training",
 }
 
 __all__ = [
+    "AddThinkingPrompt",
     "BridgeError",
+    "Budget",
     "ChatEnv",
     "ChatTemplate",
     "ChatTemplateError",
@@ -80,17 +104,27 @@ __all__ = [
     "Grader",
     "IFEvalEnv",
     "MATHEnv",
+    "MCPTools",
     "MathVerifier",
     "MessageError",
     "NumberVerifier",
+    "PythonInterpreter",
     "ReasoningGymEnv",
     "ResponseError",
     "RewardTransform",
+    "Sandbox",
+    "SandboxError",
+    "StopReason",
     "TaskEnv",
+    "Tool",
+    "ToolExecutor",
+    "Toolbox",
     "Transcript",
     "TransformersPolicy",
+    "UserSimulator",
     "Verdict",
     "WeightedSum",
+    "tool",
     "training_view",
 ]
 
