@@ -53,6 +53,45 @@ def test_rows_that_cannot_be_graded_cost_themselves(tmp_path, capsys):
     assert "'math' has no reference" in written[7]["failure"]
 
 
+def test_half_a_surrogate_pair_does_not_end_the_run(tmp_path, capsys):
+    output = tmp_path / "graded.jsonl"
+    row = '{"reference": "4", "response": "\\\\boxed{5\\ud83d}", "note": "\\ude00 \u00e9"}'
+    assert main(["grade", write(tmp_path, [row, ROWS[0]]), "--task", "gsm8k", "--output", str(output)]) == 0
+    assert "1 of 2 right" in capsys.readouterr().out
+    assert (
+        main(
+            ["grade", write(tmp_path, [row, ROWS[0]]), "--task", "exact", "--show", "all", "--output", str(output)]
+        )
+        == 0
+    )
+    assert "\\ud83d" in capsys.readouterr().out
+    written = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert written[0]["response"] == written[0]["extracted"] == "\\boxed{5\ud83d}"
+    assert written[0]["note"] == "\ude00 \u00e9"
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        (["\\boxed{4}"], "is no conversation"),
+        ([], "is no conversation"),
+        ([{"role": "assistant", "content": "5"}, "\\boxed{4}"], "is no conversation"),
+        ([{"role": "user", "content": "\\boxed{4}"}], "is not the assistant's"),
+        (
+            [{"role": "assistant", "content": "5"}, {"role": "user", "content": "\\boxed{4}"}],
+            "is not the assistant's",
+        ),
+        ([{"content": "\\boxed{4}"}], "is not the assistant's"),
+        ([{"role": "assistant"}], "no response under"),
+    ],
+)
+def test_a_list_has_to_be_a_conversation_that_the_assistant_ends(tmp_path, capsys, response, reason):
+    assert main(["grade", write(tmp_path, [{"reference": "4", "response": response}, ROWS[0]])]) == 1
+    out = capsys.readouterr().out
+    assert reason in out
+    assert "1 of 2 right" in out
+
+
 def test_tasks_and_options(tmp_path, capsys):
     row = {"answer": "#### 4", "response": "it is 4", "other": "#### 5"}
     path = write(tmp_path, [row])

@@ -111,12 +111,20 @@ class TestVerifier:
             ("<answer>24</answer>", 0), ("<answer>4*3*2</answer>", 0), ("<answer>4*3*2*1*1</answer>", 0),
             ("<answer>12*2</answer>", 0), ("<answer>3*4*2/1</answer>", 1), ("<answer>-(1*2*3*-4)</answer>", 1),
             ("<answer>3*8</answer>", 0), ("I think it is 1*2*3*4", 0), ("<answer>1*2*3*4", 0), ("", 0),
-            ("<answer>1*2*3*4 = 12*2 = 24</answer>", 0), ("<answer>1*2*3*4 =</answer>", 0),
+            ("<answer>1*2*3*4 = 12*2 = 24</answer>", 1), ("<answer>1*2*3*4 =</answer>", 0),
+            ("(1 + 3) * (2 + 4) = 6*4 = 24", 1), ("<answer>24 = (1+3)*(2+4)</answer>", 1), ("\\boxed{24 = 6*4 = 1*2*3*4 = 24}", 1),
+            ("(1 + 3) * (2 + 4) = 6*4 = 25", 0), ("25 = (1+3)*(2+4)", 0), ("24 = 24", 0), ("24 = 6*4", 0), ("24 = x = 1*2*3*4", 0),
+            ("1*2*3*4 = 12*3 = 24", 0), ("= 1*2*3*4", 0),
         ],
     )  # fmt: skip
     def test_use_all(self, response, score):
         verdict = CountdownVerifier()(response, TASK)
         assert (verdict.score, verdict.correct) == (score, score == 1)
+
+    def test_the_answer_of_a_chain_is_the_side_with_the_given_numbers(self):
+        assert CountdownVerifier()("24 = 6 * 4 = (1+3)*(2+4)", TASK).answer == "(1+3)*(2+4)"
+        assert CountdownVerifier()("24 = 6 * 4", TASK).answer == "6 * 4"
+        assert CountdownVerifier()("24", {"target": 24, "nums": [24]}).correct
 
     def test_numbers_at_most_once(self):
         verify = CountdownVerifier(use_all=False)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
+import time
+from decimal import Decimal, localcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import bpe_tokenizer, need_shared
+from hypothesis import given
+from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules.llm.policies import Tokens
@@ -29,7 +33,7 @@ class TestNumbers:
             ("42", "42"), ("-3", "-3"), ("−3", "-3"), ("1,234.50", "1234.5"), (".5", "0.5"), ("$5", "5"), ("-$5", "-5"),
             ("$-5", "-5"), ("€1,000", "1000"), ("42%", "42"), ("42.", "42"), ("\\$18", "18"), ("**7**", "7"),
             ("12,345,678", "12345678"), (" 10\n", "10"),
-            ("", None), ("x", None), ("5-3", None), ("1/2", None), ("1,2,3", None), ("1 2", None), ("9" * 500, None),
+            ("", None), ("x", None), ("5-3", None), ("1/2", None), ("1,2,3", None), ("1 2", None), ("9" * 500, None), ("- 5", "-5"), ("− 5", "-5"), ("-" + "1" * 40, "-" + "1" * 40), ("-0", "0"),
         ],
     )  # fmt: skip
     def test_parse(self, text, value):
@@ -41,6 +45,8 @@ class TestNumbers:
             ("64 + 60 = 124, then 124 + 7 = 131. The answer is 131.", "131"),
             ("5-3", "3"), ("it is -3", "-3"), ("(-5)", "-5"), ("a1b", "1"), ("from 3 to $1,200 a month", "1200"),
             ("x = .5", "0.5"), ("none", None), ("1.5.", "1.5"),
+            ("Answer:\n- 5", "5"), ("Answer - 5", "5"), ("- 5", "5"), ("x = - 5", "-5"), ("x =- 5", "-5"), ("(- 5)", "-5"), ("5 - 3", "3"),
+            ("Answer: -5", "-5"), ("- -5", "-5"), ("- $5", "5"), ("1,2,345", "345"), ("111,111,1", "1"), ("of 1,234, or so", "1234"),
         ],
     )  # fmt: skip
     def test_extract(self, text, value):
@@ -61,6 +67,74 @@ class TestNumbers:
         assert NumberVerifier()("so 7", "7").score == 1.0
         assert NumberVerifier()("so 8", "7").score == 0.0
         assert NumberVerifier()("so", "7").answer is None
+        assert NumberVerifier(surrounded=0.5)("7", 7).score == 1.0
+        assert NumberVerifier(surrounded=0.5)("so 7", "#### 7") == (0.5, "7", False, {}, None)
+
+    @pytest.mark.parametrize(
+        ("reference", "value"),
+        [
+            (7, "7"), (-7, "-7"), ("7", "7"), (" 7.\n", "7"), ("so\n#### 1,234", "1234"), ([7], "7"), (("7",), "7"), ([7.5], "7.5"),
+            (1e16, "10000000000000000"), (0.00001, "0.00001"), (0.1, "0.1"), (1e-7, "0.0000001"), (10**30, "1" + "0" * 30),
+            (Decimal("1E+3"), "1000"), (np.float64(1e16), "10000000000000000"), (np.int64(7), "7"),
+        ],
+    )  # fmt: skip
+    def test_references(self, reference, value):
+        assert reference_number(reference) == Decimal(value)
+        assert NumberVerifier()(f"it is {value}", reference) == (1.0, value, True, {}, None)
+        assert NumberVerifier()(f"it is 1{value.lstrip('-')}", reference).score == 0.0
+
+    @pytest.mark.parametrize(
+        "reference",
+        [
+            "",
+            "seven",
+            "5 apples",
+            "5/1",
+            "#### seven",
+            None,
+            True,
+            [],
+            [1, 2],
+            [[1]],
+            float("nan"),
+            float("inf"),
+            {"a": 1},
+        ],
+    )
+    def test_a_reference_without_a_number(self, reference):
+        for verify in (NumberVerifier(), GSM8KVerifier()):
+            with pytest.raises(ValueError, match="does not end with a number") as raised:
+                verify("#### 7", reference)
+            assert repr(reference) in str(raised.value)
+
+    @given(st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False, width=32))
+    def test_every_number_equals_itself_and_not_the_next(self, number):
+        text = f"{Decimal(repr(number)):f}"
+        assert NumberVerifier()(f"It is {text}.", number).correct
+        with localcontext(prec=400):
+            following = f"{Decimal(text) + 1:f}"
+        assert not NumberVerifier()(f"It is {following}.", number).correct
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "111," * 50_000 + "1", "1," * 100_000, "1" * 200_000, "1." * 100_000, "\\text{" * 40_000, "\\" * 200_000 + " \\boxed{1}",
+            "- " * 100_000, "-$" * 100_000, "####\n" * 40_000, "####" + " \n" * 100_000, "#" * 200_000, "1 or " * 40_000, " " * 200_000,
+        ],
+    )  # fmt: skip
+    def test_time_is_linear(self, text):
+        """Measured: at most 0.1 s; 20 s and more where the work is quadratic."""
+        start = time.process_time()
+        NumberVerifier()(text, 5)
+        for response in (
+            text,
+            f"<answer>{text}</answer>",
+            f"#### {text}",
+            f"\\boxed{{{text[:150_000]}}}",
+            f"<answer>{text[:900]}</answer>",
+        ):
+            GSM8KVerifier(last_number=True)(response, "#### 5")
+        assert time.process_time() - start < 3
 
 
 class TestVerifier:
@@ -76,6 +150,8 @@ class TestVerifier:
             "<answer>7 <answer>1234</answer>", "\\boxed{1{,}234}", "\\boxed{1\\,234}", "\\boxed{x = 1234}", "\\boxed{1234\\text{ m}}",
             "<answer>1234 (out of 2000)</answer>", "<answer>1234 m2</answer>", "#### 1234 dollars for 3 days",
             "<answer>Mary saw a total of 1,234 snakes.</answer>", "#### 1000 + 234 = 1234",
+            "####\n1234", "#### \n1234", "####\r\n\n $1,234\n", "####\nThe answer is 1,234 apples.", "\\boxed{1234 \\text{ apples}}",
+            "\\boxed{\\text{1234 apples}}", "\\boxed{1234\\mathrm{ km}}", "<answer>\n1234\n</answer>",
         ],
     )  # fmt: skip
     def test_right(self, response):
@@ -88,8 +164,15 @@ class TestVerifier:
         "response",
         [
             "", "1234", "the answer is 1234", "#### 1235", "\\boxed{1234", "<answer>1234", "\\boxed{1234} so #### 5",
-            "#### -1234", "<answer></answer>", "#### \n1234", "#### 12 34", "#### 12345", "#### 1234.5",
+            "#### -1234", "<answer></answer>", "#### \n12345", "####\n", "####\nso\n1234", "#### 12 34", "#### 12345", "#### 1234.5",
             "\\boxed{\\frac{1}{1234}}", "<answer>3/1234</answer>", "<answer>1 2 3 1234</answer>", "<answer>9-1234</answer>",
+            *(f"#### 1234{more}" for more in (
+                " or 5", " million", " thousand", "k", " K", " dozen", " plus 6", " times 6", " x 6", "x6", " and 1/2", " and a half",
+                " \\text{ or } 6", "\\text{ million}", "\\text{k}", " apples or 6", " apples plus 6 pears", " apples + 6", " apples and 50 cents",
+                "\\text{ apples or }6", " to 1300", " hundredths", " if 5", " more than 3", " (or 6) or 5",
+            )),
+            "<answer>minus 1234</answer>", "<answer>not 1234</answer>", "<answer>half of 1234</answer>",
+            "<answer>It is 1,234 million.</answer>", "<answer>five or 1234</answer>", "#### 1234 " + "a" * 1000,
             "#### 1e1234", "<answer>2 * 1234</answer>", "#### 1234/2", "#### 1234^2",
         ],
     )  # fmt: skip

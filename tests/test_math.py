@@ -120,7 +120,7 @@ class TestMarked:
     @pytest.mark.parametrize(
         "part",
         ["\\boxed{", "{", "<answer>", "</answer>", "\\boxed{1} and ", "<answer>1</answer>", "the answer is ", "answer: $",
-         "#### ", "\n#### ", "</think>", "\\", "answer" + " " * 50, "\\boxed{\\boxed{1}}, ", "**", "1,", "\\,1", " 123", "$", " ", "\\ ", "\\ 234", "!", "9", "^9", "2^{", ")", "\\frac", "1)!"],
+         "#### ", "\n#### ", "</think>", "\\", "answer" + " " * 50, "\\boxed{\\boxed{1}}, ", "**", "1,", "\\,1", " 123", "$", " ", "\\ ", "\\ 234", "!", "9", "^9", "2^{", ")", "\\frac", "1)!", "111,", "\\text{", "\\text{ ", "\\text{or}", "5'", "1_8", "–"],
     )  # fmt: skip
     def test_time_is_linear(self, part):
         verify = MathVerifier(unmarked=False)
@@ -303,6 +303,41 @@ class TestOptions:
         assert not MathVerifier()("\\boxed{\\sqrt{2} + 10^{-12}}", "\\sqrt{2}").correct
         assert MathVerifier(extract=("string",))("Answer: B", "B").correct
         assert not MathVerifier(extract=("string",))("Answer: B", "C").correct
+
+    @needs_library
+    @pytest.mark.parametrize(
+        ("answer", "reference"),
+        [
+            *((f"5{more}", "5") for more in (
+                "\\text{ or any other number}", "\\text{ or }6", "\\mbox{ or 6}", "\\text{ dozen}", "\\text{ if } n>0, 6\\text{ otherwise}",
+                "\\text{ (out of 6)}", "\\text{ and a half}", "\\mathrm{ or 6}", "'", "^\\prime", "^{\\prime}", "_6", "_{6}",
+            )),
+            ("\\neg 5", "5"), ("\\lnot 5", "5"), ("\\not 5", "5"), ("\\phantom{5}", "5"), ("\\hphantom{5}", "5"), ("52", "52_8"), ("52_8", "52"),
+            ("52_{8}", "52"), ("\\frac{1}{2}\\text{ million}", "\\frac{1}{2}"), ("x^2\\text{ or anything}", "x^2"), ("1234\\text{ or }5", "1,234"),
+            ("5\\text{ or }6", "\\$5"), ("\\sqrt{2}\\text{ thousand}", "\\sqrt{2}"),
+        ],
+    )  # fmt: skip
+    def test_what_is_no_unit_is_not_read_over(self, answer, reference):
+        verify = MathVerifier(unmarked=False)
+        for verdict in (
+            verify(f"\\boxed{{{answer}}}", reference),
+            verify.compare(f"\\boxed{{{answer}}}", reference),
+        ):
+            assert (verdict.correct, verdict.failure) == (False, None)
+
+    @needs_library
+    @pytest.mark.parametrize(
+        ("answer", "reference"),
+        [
+            ("5\\text{ cm}^2", "5"), ("5 \\text{ square meters}", "5"), ("5\\mbox{ cm2}", "5"), ("5\\text{ dozen}", "5\\text{ dozen}"), ("–5", "-5"),
+            ("3–7", "-4"), ("52_{8}", "52_8"), ("x=1\\text{ or }x=2", "1,2"), ("\\text{5}", "5"), ("5\\text{ km}", "5"), ("5^\\circ", "5"),
+            ("x_5", "x_5"), ("\\neg p", "\\neg p"), ("f'(x)", "f'(x)"), ("x \\neq 5", "x \\ne 5"), ("2\\text{ and }3", "2,3"),
+        ],
+    )  # fmt: skip
+    def test_units_and_lists_are_as_before(self, answer, reference):
+        verify = MathVerifier(unmarked=False)
+        assert verify(f"\\boxed{{{answer}}}", reference).correct
+        assert verify.compare(f"\\boxed{{{answer}}}", reference).correct
 
     @needs_library
     def test_unmarked(self):

@@ -360,10 +360,10 @@ def test_packages_on_request(box, tmp_path):
 def test_it_runs_the_code_verifier(box):
     verifier = CodeVerifier(box.run)
     tests = {"test_list": ["assert f(2) == 4", "assert f(3) == 9"]}
-    assert verifier("def f(x): return x * x", tests).score == 1.0
-    assert verifier("def f(x): return x + x", tests).score == 0.0
+    assert verifier.grade("def f(x): return x * x", tests).score == 1.0
+    assert verifier.grade("def f(x): return x + x", tests).score == 0.0
     pairs = {"inputs": ["3\n", "4\n"], "outputs": ["9", "16"]}
-    assert verifier("print(int(input()) ** 2)", pairs).score == 1.0
+    assert verifier.grade("print(int(input()) ** 2)", pairs).score == 1.0
 
 
 # ------------------------------------------------------------------ failing closed

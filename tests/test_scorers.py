@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -16,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_chat.rewards.code import CodeVerifier, RunResult, assemble, extract_code
+from torchrl_chat.rewards.compose import Gate, WeightedSum
 from torchrl_chat.rewards.formatting import FormatVerifier
+from torchrl_chat.rewards.grader import Grader
 from torchrl_chat.rewards.gsm8k import GSM8KVerifier
+from torchrl_chat.rewards.judge import LLMJudge
 from torchrl_chat.rewards.matching import ExactMatch, MultipleChoice, RegexMatch, last_marked, marked
 from torchrl_chat.rewards.numbers import NumberVerifier
 from torchrl_chat.rewards.shaping import (
@@ -73,13 +78,24 @@ class TestExactMatch:
     @given(st.text(max_size=40))
     def test_a_text_equals_itself_and_normalising_again_changes_nothing(self, text):
         for verify in (ExactMatch(), ExactMatch(ignore_punctuation=True), ExactMatch(False, False)):
-            assert verify(text, text).correct
+            if not verify.normalise(text).strip():
+                with pytest.raises(ValueError, match="is blank"):
+                    verify(text, text)
+            else:
+                assert verify(text, text).correct
             assert verify.normalise(verify.normalise(text)) == verify.normalise(text)
 
     @pytest.mark.parametrize("reference", [None, [], [None], {"a": 1}])
     def test_bad_reference(self, reference):
         with pytest.raises(ValueError, match="is no text"):
             ExactMatch()("a", reference)
+
+    @pytest.mark.parametrize("reference", ["", " \n", ["a", ""]])
+    def test_blank_reference(self, reference):
+        with pytest.raises(ValueError, match="is blank"):
+            ExactMatch(ignore_space=False)("", reference)
+        with pytest.raises(ValueError, match="is blank"):
+            ExactMatch(ignore_punctuation=True)("?", "!")
 
 
 class TestRegexMatch:
@@ -181,6 +197,16 @@ class TestMultipleChoice:
         assert verify(response, reference) == (1.0, "B", True, {}, None)
         assert not verify("Rome", reference).correct
         assert not verify("Answer: E", reference).correct
+
+    @pytest.mark.parametrize(
+        "wrap", ["\\boxed{%s}", "<answer>%s</answer>", "The answer is (%s).", "Answer: %s", "%s", "%s."]
+    )
+    @pytest.mark.parametrize("reference", ["B", 1, "b"])
+    def test_choices_whose_texts_are_letters(self, wrap, reference):
+        """Blood types: a letter is the letter of the choice, in the reference and in the response."""
+        verify, reference = MultipleChoice(), {"answer": reference, "choices": ["O", "A", "B", "AB"]}
+        assert [verify(wrap % letter, reference).correct for letter in "ABCD"] == [False, True, False, False]
+        assert verify(wrap % "O", reference).answer == "A"  # no letter of these four: the text
 
     def test_letters(self):
         assert MultipleChoice("1234")("The answer is (3)", "3").correct
@@ -318,6 +344,19 @@ class TestLength:
         assert (message.score, message.answer) == (2.0, "4")
         assert CosineLength(RegexMatch("a"), 100).isolate
         assert not CosineLength(GSM8KVerifier(), 100).isolate
+        judge = LLMJudge("m", base_url="http://localhost:1/v1", deadline=77.0, samples=2, temperature=1.0)
+        assert CosineLength(judge, 100).deadline == 77.0
+        assert CosineLength(judge, 100).components == ("verifier", "samples")
+        assert CosineLength(GSM8KVerifier(), 100).deadline is None
+        assert CosineLength(GSM8KVerifier(), 100).components == ("verifier",)
+        both = CosineLength(WeightedSum({"a": NumberVerifier(), "b": Gate(NumberVerifier(), RegexMatch("a"))}), 100)
+        assert both.isolate
+        assert both.components == ("verifier", *both.verifier.components)
+        assert set(both(at(5, "7")).parts) == set(both.components)
+        assert CosineLength(WeightedSum({"a": judge, "b": judge}), 100).deadline == 154.0
+        assert not CosineLength(WeightedSum({"a": NumberVerifier()}), 100).isolate
+        rubric = CosineLength(lambda action, observation: float(action.content == observation.reference), 100)
+        assert rubric(at(0, "7")).score == 2.0
         failed = Verdict(0.0, None, False, failure="timeout: 5 s")
         assert CosineLength(lambda response, reference: failed, 100)(at(0)) == failed
 
@@ -350,6 +389,10 @@ class TestRepetition:
         grams = [tuple(units[i : i + size]) for i in range(len(units) - size + 1)]
         expected = sum(gram in grams[:i] for i, gram in enumerate(grams)) / len(grams) if grams else 0.0
         assert repeated_share(units, size) == pytest.approx(expected)
+
+    def test_parts_are_announced(self):
+        penalty = RepetitionPenalty(2)
+        assert tuple(penalty(Episode.of("a b a b")).parts) == penalty.components
 
     def test_texts(self):
         score = lambda text, size=3: RepetitionPenalty(size)(Episode.of(text)).score  # noqa: E731
@@ -405,7 +448,7 @@ class TestCode:
         with pytest.raises(ValueError, match="deadline"):
             CodeVerifier(subprocess_runner, deadline=0)
         with pytest.raises(TypeError, match="RunResult"):
-            CodeVerifier(lambda program, deadline: True)("x", {"test_list": ["assert x"]})
+            CodeVerifier(lambda program, deadline: True).grade("x", {"test_list": ["assert x"]})
         assert pickle.loads(pickle.dumps(CodeVerifier(subprocess_runner))).runner is subprocess_runner
 
     @pytest.mark.parametrize(
@@ -415,7 +458,7 @@ class TestCode:
     )  # fmt: skip
     def test_bad_references(self, reference):
         with pytest.raises(ValueError, match=r"reference"):
-            CodeVerifier(subprocess_runner)("x", reference)
+            CodeVerifier(subprocess_runner).grade("x", reference)
 
     def test_human_eval_programs_all_compile(self):
         """All 164 rows, the solution as a continuation and as a whole function after the prompt."""
@@ -435,16 +478,16 @@ class TestCode:
         verify = CodeVerifier(subprocess_runner)
         whole = f"Here:\n```python\n{row['prompt']}{row['canonical_solution']}```\nDone."
         stub = f"```python\n{row['prompt']}    return None\n```"
-        assert verify(whole, row) == (1.0, extract_code(whole), True, {"tests_passed": 1.0}, None)
-        assert verify(row["canonical_solution"], row).correct
-        assert verify(stub, row)[0::2] == (0.0, False, None)
+        assert verify.grade(whole, row) == (1.0, extract_code(whole), True, {"tests_passed": 1.0}, None)
+        assert verify.grade(row["canonical_solution"], row).correct
+        assert verify.grade(stub, row)[0::2] == (0.0, False, None)
 
     def test_helpers_and_imports_of_the_prompt_are_there_for_a_whole_function(self):
         row = human_eval()[32]  # the prompt defines poly and imports math
         body = row["canonical_solution"]
         code = f"def find_zero(xs):\n{body}"
         assert "def poly" not in code
-        assert CodeVerifier(subprocess_runner)(f"```python\n{code}```", row).correct
+        assert CodeVerifier(subprocess_runner).grade(f"```python\n{code}```", row).correct
 
     MBPP = {
         "test_list": ["assert f(1) == 1", "assert f(2) == 4", "assert f(3) == 9"],
@@ -463,8 +506,8 @@ class TestCode:
         ],
     )  # fmt: skip
     def test_asserts(self, code, share):
-        whole = CodeVerifier(subprocess_runner, deadline=3.0)(code, self.MBPP)
-        part = CodeVerifier(subprocess_runner, partial=True, deadline=3.0)(code, self.MBPP)
+        whole = CodeVerifier(subprocess_runner, deadline=3.0).grade(code, self.MBPP)
+        part = CodeVerifier(subprocess_runner, partial=True, deadline=3.0).grade(code, self.MBPP)
         assert (whole.score, whole.correct) == (float(share == 1.0), share == 1.0)
         assert (part.score, part.correct) == (pytest.approx(share), share == 1.0)
         assert part.parts == {"tests_passed": part.score}
@@ -484,9 +527,63 @@ class TestCode:
     )  # fmt: skip
     def test_input_and_output(self, code, share):
         begin = time.monotonic()
-        part = CodeVerifier(subprocess_runner, partial=True, deadline=2.0)(f"```python\n{code}\n```", self.PAIRS)
+        part = CodeVerifier(subprocess_runner, partial=True, deadline=2.0).grade(
+            f"```python\n{code}\n```", self.PAIRS
+        )
         assert (part.score, part.correct) == (share, share == 1.0)
         assert time.monotonic() - begin < 10
+
+    def test_rows_run_at_once_and_failures_are_their_own(self):
+        def runner(program, deadline):
+            time.sleep(0.3)
+            if "crash" in program:
+                raise RuntimeError("the sandbox is gone")
+            return subprocess_runner(program, deadline)
+
+        count = 2 * (os.cpu_count() or 2)
+        rows = [Episode.of("def f(x): return x * x", self.MBPP)] * count
+        rows += [Episode.of("crash", self.MBPP), Episode.of("x", {}), Episode.of("def f(x): pass", self.MBPP)]
+        begin = time.monotonic()
+        with Grader(CodeVerifier(runner, deadline=60)) as grader, pytest.warns(RuntimeWarning, match="2 of"):
+            verdicts = grader.grade(rows)
+        assert time.monotonic() - begin < 0.3 * len(rows)  # one by one they would take longer
+        assert [verdict.correct for verdict in verdicts] == [True] * count + [False] * 3
+        assert "the sandbox is gone" in verdicts[-3].failure
+        assert "no tests of a known kind" in verdicts[-2].failure
+        assert verdicts[-1] == (0.0, "def f(x): pass", False, {"tests_passed": 0.0}, None)
+        assert CodeVerifier(runner).components == ("tests_passed",)
+
+    def test_waiting_for_others_is_not_time_of_ones_own(self):
+        def runner(program, deadline):
+            assert deadline <= 0.4
+            time.sleep(deadline)
+            return RunResult(False, "", "stopped")
+
+        count = 5 * 2 * (os.cpu_count() or 2)  # five times what runs at once: 2 s, with a deadline of 0.5 s
+        with Grader(CodeVerifier(runner, deadline=0.5)) as grader:
+            verdicts = grader.grade([Episode.of("x", self.MBPP)] * count)
+        assert [verdict.failure for verdict in verdicts] == [None] * count
+
+    @pytest.mark.parametrize(
+        "hack",
+        [
+            "import __main__; print(vars(__main__))", "import sys; print(sys._getframe(1).f_globals, sys._getframe(1).f_locals)",
+            "import __main__; print(__main__.word, 0); print(getattr(__main__, 'key', 0), 0)",
+            "import sys\nf = sys._getframe()\nwhile f:\n    print(f.f_globals, f.f_locals)\n    for v in {**f.f_globals, **f.f_locals}.values():\n"
+            "        for i in range(3): print(v, i); print(str(v) + ' ' + str(i)); print(v)\n    f = f.f_back",
+        ],
+    )  # fmt: skip
+    def test_the_key_stands_in_no_variable(self, hack):
+        seen = []
+
+        def runner(program, deadline):
+            seen.append((program, subprocess_runner(program, deadline)))
+            return seen[-1][1]
+
+        assert CodeVerifier(runner, partial=True).grade(hack, self.MBPP).score == 0.0
+        [(program, result)] = seen
+        key = re.search(r"blake2b\(key=(b.*), digest_size", program)[1]
+        assert key not in result.output
 
     def test_all_or_nothing_stops_at_the_first_failure(self):
         programs = []
@@ -495,7 +592,7 @@ class TestCode:
             programs.append((program, deadline))
             return RunResult(True, "0", "")
 
-        assert CodeVerifier(runner, deadline=7.0)("print(0)", self.PAIRS).score == 0.0
+        assert CodeVerifier(runner, deadline=7.0).grade("print(0)", self.PAIRS).score == 0.0
         assert len(programs) == 1
         assert 0 < programs[0][1] <= 7.0
 

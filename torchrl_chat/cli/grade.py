@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     tally, shown = Tally(), 0
     with ExitStack() as stack:
         grader = stack.enter_context(Grader(verifier, deadline=arguments.deadline, workers=arguments.workers))
-        output = stack.enter_context(arguments.output.open("w")) if arguments.output else None
+        output = stack.enter_context(_writer(arguments.output)) if arguments.output else None
         bar = stack.enter_context(_bar(len(rows)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", RuntimeWarning)  # failures are in the summary
@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
                 if wanted and not arguments.json:
                     shown += 1
-                    bar.write(_line(place, verdict, episode))
+                    bar.write(_printable(_line(place, verdict, episode)))
             bar.update(len(batch))
     summary = {"task": task.name, **tally.summary()}
     print(json.dumps(summary, indent=2) if arguments.json else _text(summary))
@@ -184,7 +184,13 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     if isinstance(row, str):
         return row
     response = row.get(arguments.response_key)
-    if isinstance(response, list) and response:  # a conversation
+    if isinstance(response, list):  # a conversation
+        if not response or not all(isinstance(message, dict) for message in response):
+            return (
+                f"error: the list under {arguments.response_key!r} is no conversation: expected messages (objects)"
+            )
+        if response[-1].get("role") != "assistant":
+            return f"error: the last message under {arguments.response_key!r} is not the assistant's: {_short(response[-1])}"
         response = response[-1]
     if not isinstance(response, str) and not (isinstance(response, dict) and "content" in response):
         return f"error: the row has no response under {arguments.response_key!r}: it has {', '.join(row)}"
@@ -193,6 +199,16 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     except KeyError as error:
         return f"error: {error.args[0] if not arguments.reference_key else f'the row has no {error}'}"
     return Episode.of(response, reference, row=row)
+
+
+def _writer(path: Path) -> TextIO:
+    # A response may hold half a surrogate pair, which UTF-8 cannot encode: JSON and Python spell it alike, \\ud83d.
+    return path.open("w", encoding="utf-8", errors="backslashreplace")
+
+
+def _printable(text: str) -> str:
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -6,12 +6,17 @@ none by default.
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import os
 import re
 import secrets
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torchrl_chat.rewards.verdict import Verdict
 
@@ -28,7 +33,8 @@ class RunResult(NamedTuple):
 
 
 Runner = Callable[[str, float], RunResult]
-"""``runner(program, deadline)`` runs a Python program in isolation, for at most ``deadline`` seconds, without input."""
+"""``runner(program, deadline)`` runs a Python program in isolation, for at most ``deadline`` seconds, without input. It
+is called in several threads at once."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,21 @@ class CodeVerifier:
                                                 at the ends of lines and of the text does not count
     ==========================================  ============================================================
 
-    A program that passes its tests says so by a secret word, so that code which ends the process early passes none.
-    Code that searches the process for that word can still find it: a grade is no proof against an attacker.
+    Called, it grades in a thread and returns an awaitable, so that a :class:`~torchrl_chat.rewards.Grader` has several
+    programs running at once: twice as many as there are cores, in all of the process. :meth:`grade` waits.
+
+    A program that passes its tests says so with a code that is made when they have passed, from a key that is bound to a hash
+    object: code which ends the process early, or prints what it finds in the variables of its callers, passes none.
+    A grade is no proof against an attacker for all that. Not prevented: an answer of a class whose ``__eq__`` is always
+    true passes ``assert f(2) == 4``; code that looks for the tests, in its callers' frames or in the program's
+    text, can answer to just these; and code that knows this file can use the hash object. Read what is graded best.
 
     Args:
         runner: runs a program: ``runner(program, deadline) -> RunResult``. It has to isolate it, to kill it at the
             deadline, and to bound its memory and its output. What it raises is raised here.
         partial: score the share of the tests that pass; otherwise all or nothing.
-        deadline: the seconds for all tests of one response together.
+        deadline: the seconds for all tests of one response together. Called, the verifier leaves a part of them (a fifth, at
+            most 1 s) to the runner, to end what it runs and report it.
 
     Raises:
         TypeError: there is no runner.
@@ -63,9 +76,11 @@ class CodeVerifier:
     Example:
         >>> def runner(program, deadline):  # a real one starts a sandbox
         ...     return RunResult(False, "", "no sandbox")
-        >>> CodeVerifier(runner)("def f(): return 1", {"test_list": ["assert f() == 1"]}).score
+        >>> CodeVerifier(runner).grade("def f(): return 1", {"test_list": ["assert f() == 1"]}).score
         0.0
     """
+
+    components: ClassVar[tuple[str, ...]] = ("tests_passed",)
 
     runner: Runner | None = None
     partial: bool = False
@@ -80,31 +95,59 @@ class CodeVerifier:
         if not self.deadline > 0:
             raise ValueError(f"deadline={self.deadline}: expected a positive number of seconds.")
 
-    def __call__(self, response: str, reference: Mapping[str, Any]) -> Verdict:
-        """Grade one response.
+    def __call__(self, response: str, reference: Mapping[str, Any]) -> Awaitable[Verdict]:
+        """Grade one response in a thread of its own.
+
+        It is begun right here, after waiting for a free thread, and not when it is awaited: so the time that a row waits
+        for others does not count as its own.
 
         Raises:
-            ValueError: the reference holds no tests of a known kind.
+            ValueError: (as do the others, when it is awaited) the reference holds no tests of a known kind.
             TypeError: the runner returned something else than a ``RunResult``.
+            TimeoutError: the runner does not keep its deadlines, and blocks all threads.
         """
+        slots, seconds = _slots, self.deadline - min(self.deadline / 5, 1.0)
+        if not slots.acquire(timeout=10 * self.deadline + 60):
+            raise TimeoutError(f"no thread became free: the runner {self.runner!r:.80} does not keep its deadline.")
+        future: Future[Verdict] = Future()
+
+        def work() -> None:
+            try:
+                future.set_running_or_notify_cancel()
+                future.set_result(self._graded(response, reference, seconds))
+            except BaseException as error:  # for whoever waits
+                future.set_exception(error)
+            finally:
+                slots.release()
+
+        threading.Thread(target=work, name="torchrl_chat.code", daemon=True).start()
+        return _Running(future)
+
+    def grade(self, response: str, reference: Mapping[str, Any]) -> Verdict:
+        """Grade one response here and now; raises what the call raises."""
+        return self._graded(response, reference, self.deadline)
+
+    def _graded(self, response: str, reference: Mapping[str, Any], seconds: float) -> Verdict:
         code = extract_code(response)
-        passed, total = self._pairs(code, reference) if _is_pairs(reference) else self._tests(code, reference)
+        count = self._pairs if _is_pairs(reference) else self._tests
+        passed, total = count(code, reference, seconds)
         correct = passed == total
         score = passed / total if self.partial else float(correct)
         return Verdict(score, code if code.strip() else None, correct, {"tests_passed": passed / total})
 
-    def _tests(self, code: str, reference: Mapping[str, Any]) -> tuple[int, int]:
+    def _tests(self, code: str, reference: Mapping[str, Any], seconds: float) -> tuple[int, int]:
         sources, tests = assemble(code, reference)
-        word = secrets.token_hex(16)
-        program = _TESTS.format(sources=sources, tests=tests, word=word)
-        lines = set(self._run(program, self.deadline).output.split("\n"))
-        return sum(f"{word} {i}" in lines for i in range(len(tests))), len(tests)
+        key = secrets.token_bytes(16)
+        program = _TESTS.format(sources=sources, tests=tests, key=key)
+        lines = set(self._run(program, seconds).output.split("\n"))
+        codes = (hashlib.blake2b(b"%d" % i, key=key, digest_size=16).hexdigest() for i in range(len(tests)))
+        return sum(code in lines for code in codes), len(tests)
 
-    def _pairs(self, code: str, reference: Mapping[str, Any]) -> tuple[int, int]:
+    def _pairs(self, code: str, reference: Mapping[str, Any], seconds: float) -> tuple[int, int]:
         inputs, outputs = _texts(reference, "inputs"), _texts(reference, "outputs")
         if len(inputs) != len(outputs):
             raise ValueError(f"the reference has {len(inputs)} 'inputs' and {len(outputs)} 'outputs'.")
-        passed, end = 0, time.monotonic() + self.deadline
+        passed, end = 0, time.monotonic() + seconds
         for given, expected in zip(inputs, outputs, strict=True):
             left = end - time.monotonic()
             if left <= 0:
@@ -127,19 +170,23 @@ class CodeVerifier:
 # The code and the tests are texts in the program, each compiled by itself: a syntax error in one is not one of the
 # program, and ``from __future__`` may open any of them. The module is registered because dataclasses look theirs up.
 _TESTS = """\
-import sys, types
-word, write, flush = {word!r}, sys.stdout.write, sys.stdout.flush
-module = sys.modules["solution"] = types.ModuleType("solution")
-for source in {sources!r}:
-    exec(compile(source, "solution.py", "exec"), module.__dict__)
-for i, test in enumerate({tests!r}):
-    try:
-        exec(compile(test, "test.py", "exec"), module.__dict__)
-    except BaseException as error:
-        sys.stderr.write("test %d: %s: %s\\n" % (i, type(error).__name__, error))
-    else:
-        write("\\n%s %d\\n" % (word, i))
-        flush()
+import hashlib, sys, types
+def run(seal, write, flush):
+    module = sys.modules["solution"] = types.ModuleType("solution")
+    for source in {sources!r}:
+        exec(compile(source, "solution.py", "exec"), module.__dict__)
+    for i, test in enumerate({tests!r}):
+        try:
+            exec(compile(test, "test.py", "exec"), module.__dict__)
+        except BaseException as error:
+            sys.stderr.write("test %d: %s: %s\\n" % (i, type(error).__name__, error))
+        else:
+            code = seal.copy()
+            code.update(b"%d" % i)
+            write("\\n%s\\n" % code.hexdigest())
+            flush()
+            del code
+run(hashlib.blake2b(key={key!r}, digest_size=16), sys.stdout.write, sys.stdout.flush)
 """
 
 # The input is put in both places where programs look for it: sys.stdin and file descriptor 0.
@@ -157,6 +204,27 @@ sys.stdin = io.TextIOWrapper(io.BytesIO(given), encoding="utf-8")
 module = sys.modules["__main__"] = types.ModuleType("__main__")
 exec(compile({source!r}, "solution.py", "exec"), module.__dict__)
 """
+
+
+class _Running:
+    """A grade that a thread works on."""
+
+    def __init__(self, future: Future[Verdict]):
+        self.future = future
+
+    def __await__(self) -> Generator[Any, None, Verdict]:
+        return asyncio.wrap_future(self.future).__await__()
+
+
+_slots = threading.BoundedSemaphore(2 * (os.cpu_count() or 2))
+
+
+def _new_slots() -> None:
+    global _slots
+    _slots = threading.BoundedSemaphore(2 * (os.cpu_count() or 2))
+
+
+os.register_at_fork(after_in_child=_new_slots)  # those that the parent's threads hold stay held in a copy
 
 
 def assemble(code: str, reference: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -155,8 +155,9 @@ def _bare(text: str) -> str:
 class CountdownVerifier:
     """Right if the answer is an expression over the given numbers that comes to the target.
 
-    The answer is the last ``<answer>...</answer>`` or ``\\boxed{...}``, or else the whole response. ``= 24`` may follow
-    the expression, and has to be true. A minus sign in front of a number or a bracket is allowed.
+    The answer is the last ``<answer>...</answer>`` or ``\\boxed{...}``, or else the whole response. It may be a chain,
+    ``(1 + 3) * (2 + 4) = 4 * 6 = 24`` or ``24 = (1 + 3) * (2 + 4)``: each side has to come to the target, and the
+    numbers count of the first side that uses the given ones, or else of the first that is not just the target. A minus sign in front of a number or a bracket is allowed.
 
     The reference is ``{"target": 24, "nums": [1, 2, 3, 4]}``, or ``"numbers"`` for ``"nums"``.
 
@@ -189,17 +190,18 @@ class CountdownVerifier:
         text = response if marked is None else marked
         if len(text) > _LONGEST:
             return Verdict(0.0, None, False)
-        left, equals, right = _bare(text).partition("=")
-        left, right = _bare(left), _bare(right)
-        expression, claimed = read_expression(left), read_expression(right) if equals else None
-        if expression is None or (equals and claimed is None):
+        sides = [_bare(side) for side in _bare(text).split("=")]
+        read = [read_expression(side) for side in sides]
+        chain = [(side, expression) for side, expression in zip(sides, read, strict=True) if expression is not None]
+        if len(chain) < len(sides):
             return Verdict(0.0, None, False)
-        correct = (
-            expression.value == target
-            and (claimed is None or claimed.value == target)
-            and self._allowed(Counter(expression.numbers), Counter(given))
-        )
-        return Verdict(1.0 if correct else self.format_reward, left, correct)
+        supply = Counter(given)
+        # Of "24 = 4 * 6" the first side is the claim, unless it is an answer by itself (nums = [24]).
+        own = [one for one in chain if one[1].numbers != (target,)] or chain
+        allowed = [one for one in chain if self._allowed(Counter(one[1].numbers), supply)]
+        shown, _ = own[0] if not allowed else allowed[0]
+        correct = bool(allowed) and all(expression.value == target for _, expression in chain)
+        return Verdict(1.0 if correct else self.format_reward, shown, correct)
 
     def _allowed(self, used: Counter[int], given: Counter[int]) -> bool:
         return used == given if self.use_all else used <= given

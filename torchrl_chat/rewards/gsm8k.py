@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from torchrl_chat.rewards.marked import boxes, tags
-from torchrl_chat.rewards.numbers import extract_number, leading_number, only_number, parse_number
+from torchrl_chat.rewards.numbers import (
+    extract_number,
+    goes_on,
+    leading_number,
+    only_number,
+    parse_number,
+    reference_number,
+)
 from torchrl_chat.rewards.verdict import Verdict
 
-_HASHES = re.compile(r"####[ \t]*([^\n#]*)")
+# The answer stands on the line of the hashes; where that is empty, on the next one with text.
+_HASHES = re.compile(r"####(?:[ \t\r]*+\n\s*+|[ \t]*+)([^\n#]*+)")
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class GSM8KVerifier:
         expected = reference_number(reference)
         correct = found is not None and found == expected
         score = 1.0 if correct else self.format_reward if marked and found is not None else 0.0
-        return Verdict(score, None if found is None else str(found), correct)
+        return Verdict(score, None if found is None else f"{found:f}", correct)
 
     def extract(self, response: str) -> tuple[Decimal | None, bool]:
         """The final answer, and whether it was marked as such."""
@@ -63,36 +71,40 @@ class GSM8KVerifier:
         return (extract_number(response) if self.last_number else None), False
 
 
-_SPACES = re.compile(r"\\[,;:! ]|\{,\}|\\text(?:rm)?\s*\{[^}]*\}|~")
-_UNIT = re.compile(
-    r"\s*(?![eE]\d)[^\W\d_(\[]|\s*[(°]"
-)  # a word or a remark may follow, an operator or a number not
+_LONGEST = 1000  # characters of a marked answer
+_SPACES = re.compile(
+    r"\\[,;:! ]|\{,\}|\\(?:text(?:rm|bf|it|normal)?|mathrm|mathbf|mbox)\s*+\{(?P<words>[^{}]*+)\}|~"
+)
+# A word or a remark may follow, an operator or a number not.
+_UNIT = re.compile(r"\s*(?![eE]\d)[^\W\d_(\[]|\s*[(°]")
+_JOINS = re.compile(
+    r"\b(?:or|and|plus|minus|times|x|divided|multiplied|over)\b|[+*×÷=]|\\(?:times|cdot|div)\b|[/^]\s?\d|\s[-−–]\s?\d",
+    re.IGNORECASE,
+)
 
 
 def marked_number(text: str) -> Decimal | None:
     """The number of a marked answer: alone, with a unit behind it, or the only one in a sentence.
 
     LaTeX spaces and thousands separators are read over, and of an equation the last side counts. Fractions,
-    products and lists of numbers are not guessed at.
+    products and lists of numbers are not guessed at, nor are "5 or 6", "5 million" and "5 and 1/2"; and what has more
+    than 1,000 characters is no answer.
     """
-    text = _SPACES.sub(lambda m: "," if m.group() in ("\\,", "{,}", "\\!") else " ", text).strip()
+    if len(text) > _LONGEST:
+        return None
+    text = _SPACES.sub(_plain, text).strip()
     text = text.rpartition("=")[2].strip().strip("{}$").strip()
     number = parse_number(text)
     if number is not None:
         return number
     found = leading_number(text)
     if found is not None and _UNIT.match(found[1]):
-        return found[0]
+        joined = _JOINS.search(found[1]) and re.search(r"(?<!\w)[\d.]*\d", found[1])
+        return None if joined or goes_on(found[1]) else found[0]
     return only_number(text)
 
 
-def reference_number(reference: str) -> Decimal:
-    """The number behind ``####`` of a GSM8K answer, or the reference itself as a number.
-
-    Raises:
-        ValueError: the reference holds no number.
-    """
-    number = parse_number(str(reference).rpartition("####")[2])
-    if number is None:
-        raise ValueError(f"the reference {reference!r:.80} does not end with a number ('#### 42', or '42').")
-    return number
+def _plain(match: re.Match[str]) -> str:
+    if match["words"] is not None:
+        return f" {match['words']} "
+    return "," if match.group() in ("\\,", "{,}", "\\!") else " "

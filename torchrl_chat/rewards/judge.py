@@ -243,6 +243,11 @@ class LLMJudge:
         self.__dict__.update(state)
         self._reset()
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the parts: with several samples, how many of them had a score."""
+        return ("samples",) if self.samples > 1 else ()
+
     async def __call__(self, episode: Episode) -> Verdict:
         """Grade one episode.
 

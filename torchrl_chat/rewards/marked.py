@@ -315,6 +315,9 @@ def _out_of(match: re.Match[str] | None, high: float) -> float | None:
 _CHARACTERS = str.maketrans(
     {
         "−": "-",
+        "–": "-",
+        "‐": "-",
+        "‑": "-",
         "\u00a0": " ",
         "\u202f": " ",
         "\u2009": " ",
@@ -348,6 +351,9 @@ _SCALED = re.compile(
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
+_BEFORE_UNIT = re.compile(r"\\[,;:! ](?=\\(?:text|mbox|mathrm)\b)")
+
+
 def tidy(text: str) -> str:
     """The answer without what surrounds it, and with numbers spelled so that Math-Verify reads them right."""
     text = text.strip().translate(_CHARACTERS).strip().strip("*").strip()
@@ -366,6 +372,7 @@ def tidy(text: str) -> str:
         while head.endswith(_SPACES):
             head = head[: -2 if head.endswith(_SPACES[:5]) else -1]
         text = head + "\\%"
+    text = _BEFORE_UNIT.sub(" ", text)  # nor 1,000\,\text{m}
     text = _THOUSANDS.sub(lambda m: re.sub(r"\D", "", m.group()), text)
     unit = _PLAIN_UNIT.fullmatch(text)
     if unit:

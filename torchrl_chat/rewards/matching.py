@@ -44,9 +44,12 @@ class ExactMatch:
         """Grade one response.
 
         Raises:
-            ValueError: the reference is neither a text, a number, nor a list of these with an entry.
+            ValueError: the reference is neither a text, a number, nor a list of these with an entry; or it is blank, in
+                the form in which it is compared.
         """
         accepted = {self.normalise(text) for text in _texts(reference)}
+        if any(not text.strip() for text in accepted):
+            raise ValueError(f"the reference {reference!r:.80} is blank: every blank response would equal it.")
         found = last_marked(response) if self.marked else response
         correct = found is not None and self.normalise(found) in accepted
         return Verdict(float(correct), found, correct)
@@ -158,7 +161,8 @@ class MultipleChoice:
 
     The reference is a letter, or the index of the choice counted from 0, or a mapping ``{"answer": ...}`` of either;
     if the mapping has ``"choices"``, a list of texts, the answer may be one of these, in the reference as in the
-    response.
+    response. What is a letter of the choices is read as the letter, also where a choice has it as its text (blood
+    types): the reference ``"B"`` is the second choice, whatever the choices say.
 
     Args:
         letters: the letters that name the choices, in order.
@@ -220,6 +224,12 @@ class MultipleChoice:
         """The letter that the response chooses; ``None`` if it chooses none, or several."""
         if len(choices) > len(self.letters):
             raise ValueError(f"{len(choices)} choices for the {len(self.letters)} letters {self.letters!r}.")
+        found = self._chosen(response, choices)
+        if found is not None and choices and self.letters.index(found) >= len(choices):  # "(O)" of four blood types
+            return self._text(found, choices) or found
+        return found
+
+    def _chosen(self, response: str, choices: Sequence[str]) -> str | None:
         claims = [self._claim(mark, choices, True) for mark in marked(response) if len(mark) <= _LONGEST]
         if any(claims):
             return self._decide(claims)
@@ -289,6 +299,9 @@ class MultipleChoice:
             return None
         same = ExactMatch().normalise
         wanted = same(text).rstrip(".")
+        letter = self._letter(wanted)
+        if letter is not None and self.letters.index(letter) < len(choices):
+            return None
         found = [
             letter
             for letter, choice in zip(self.letters, choices, strict=False)

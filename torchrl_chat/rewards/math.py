@@ -29,7 +29,8 @@ class MathVerifier:
 
     The final answer is what the response marks (see :func:`torchrl_chat.rewards.marked.find_marked`):
     ``\\boxed{}`` and ``\\fbox{}``, ``<answer>`` tags, a last line ``#### 42``, "the answer is 42". Text up to
-    ``</think>`` is read over, and so are units, other than ``\\%`` and "million". The reference is a bare answer (``\\frac{1}{2}``), a formula (``$...$``), a
+    ``</think>`` is read over, and so are units, other than ``\\%`` and "million"; where the reference is one value, text
+    behind an answer that is no unit (``5\\text{ or }6``, ``5\\text{ dozen}``) makes it wrong. The reference is a bare answer (``\\frac{1}{2}``), a formula (``$...$``), a
     worked solution that marks its answer, or a number.
 
     Simple answers are decided by :meth:`quick`. All others go to SymPy, which can take forever on a hostile answer;
@@ -44,7 +45,8 @@ class MathVerifier:
             that merely ends with the right number is rewarded, and a policy may learn to ramble until it does.
         which: whether the last marked answer counts, or the first.
         extract: what is read: LaTeX, plain expressions like ``10/9``, and letters A to D.
-        strict: whether the names of variables matter, and tuples differ from sets.
+        strict: whether the names of variables matter, and intervals differ from tuples. A tuple still equals the set of its
+            numbers, and so does a list without brackets: ``(2, 1)`` is right for ``\\{1, 2\\}`` and for ``1, 2``.
         float_rounding: where either side has a decimal point, both are rounded to so many decimals. If the reference
             is a number below 0.1, its leading zeros do not count: .0000672 is not .0000673.
         numeric_precision: significant digits to which values without a decimal point are compared.

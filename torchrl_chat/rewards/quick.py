@@ -28,11 +28,42 @@ def same_text(a: str, b: str) -> bool | None:
     if a == b:
         return True
     one, two = _BASED.fullmatch(a), _BASED.fullmatch(b)  # 52_8: Math-Verify drops the base
-    return (
-        False
-        if one and two and one[1].isdecimal() and two[1].isdecimal() and one.groups() != two.groups()
-        else None
-    )
+    if one and two:
+        differ = one[1].isdecimal() and two[1].isdecimal() and one.groups() != two.groups()
+    else:
+        differ = bool((one and _PLAIN.fullmatch(b)) or (two and _PLAIN.fullmatch(a)))
+    return False if differ or (one_value(b) and changed(a)) else None
+
+
+_PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?", re.ASCII)
+_SEVERAL = re.compile(
+    rf",(?!\d{{3}}(?!\d))|(?<!\\)\$|[;=<>\[]|{TEXT}|\\(?:[{{&]|(?:pm|mp|cup|in|l?or|vee|l?eq|geq?|text\w*|not|neg|lnot|[hv]?phantom|begin)(?![a-zA-Z]))"
+    r"|'|\\prime|\s[a-zA-Z]{2,}\s"
+)
+_TEXT = re.compile(r"(?:\\(?:text[a-z]*|mathrm|mathbf|mathit|mbox|hbox))\s*+\{(?P<words>[^{}]*+)\}")
+_NO_UNIT = re.compile(
+    r"(?<![\w^])\d|\b(?:or|and|any|if|otherwise|unless|either|else|not|plus|minus|times|over|half|halves|hundreds?|thousands?"
+    r"|millions?|billions?|trillions?|dozens?|more|less|fewer|to)\b",
+    re.IGNORECASE,
+)
+_CHANGED = re.compile(r"\\(?:neg|lnot|not|[hv]?phantom)(?![a-zA-Z])|\d\s*+(?:'|\^\s*+\{?\s*+\\prime)")
+
+
+def one_value(reference: str) -> bool:
+    """Whether a reference is one value and no more: no list, set, equation or text."""
+    return _SEVERAL.search(reference) is None
+
+
+def changed(answer: str) -> bool:
+    """Whether something in an answer changes its value, or takes it back, that Math-Verify reads over as if a unit.
+
+    Example:
+        >>> changed("5 \\\\text{ or } 6"), changed("5 \\\\text{ dozen}"), changed("5 \\\\text{ cm}^2")
+        (True, True, False)
+    """
+    if _CHANGED.search(answer):
+        return True
+    return any(match.start() > 0 and _NO_UNIT.search(match["words"]) for match in _TEXT.finditer(answer))
 
 
 _DIGITS = r"(?:(?!0)\d{1,3}(?:,\d{3})+|\d+)"

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torchrl_chat.rewards.compose import as_verifier
 from torchrl_chat.rewards.verdict import Episode, Level, Verdict, arguments, as_verdict, level_of
 
 
@@ -124,7 +125,8 @@ class CosineLength:
     for repetition to wrong answers (here: a :class:`RepetitionPenalty` of its own).
 
     Args:
-        verifier: says whether the answer is right; any but of ``grades = "group"``.
+        verifier: says whether the answer is right; any but of ``grades = "group"``, also a rubric or a composition. Its
+            score is reported as ``"verifier"``.
         max_length: the length, in sampled tokens, that counts as exceeded.
         correct: ``(at_0, at_max)`` of right answers.
         wrong: ``(at_0, at_max)`` of wrong ones.
@@ -153,6 +155,7 @@ class CosineLength:
     def __post_init__(self) -> None:
         if not self.max_length > 0:
             raise ValueError(f"max_length={self.max_length}: expected a positive number of tokens.")
+        object.__setattr__(self, "verifier", as_verifier(self.verifier))
         if level_of(self.verifier) == "group":
             raise ValueError(
                 f"{self.verifier!r:.80} grades groups; CosineLength needs one that grades single answers."
@@ -161,7 +164,17 @@ class CosineLength:
     @property
     def isolate(self) -> bool:
         """Whether the verifier inside belongs in a worker process."""
-        return bool(getattr(self.verifier, "isolate", False))
+        return _isolated(self.verifier)
+
+    @property
+    def deadline(self) -> float | None:
+        """The seconds that the verifier inside asks for, if it does; those of a composition's components together."""
+        return _deadline(self.verifier)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the parts: the score of the verifier inside, and its own parts."""
+        return ("verifier", *getattr(self.verifier, "components", ()))
 
     def __call__(self, episode: Episode) -> Verdict | Awaitable[Verdict]:
         """Grade one episode; awaitable if the verifier inside is.
@@ -186,6 +199,16 @@ class CosineLength:
             first, last = self.correct if verdict.correct else self.wrong
             score = last + 0.5 * (first - last) * (1.0 + math.cos(math.pi * length / self.max_length))
         return verdict._replace(score=score, parts={**verdict.parts, "verifier": verdict.score})
+
+
+def _isolated(verifier: Any) -> bool:
+    return bool(getattr(verifier, "isolate", False)) or any(map(_isolated, getattr(verifier, "verifiers", ())))
+
+
+def _deadline(verifier: Any) -> float | None:
+    own = getattr(verifier, "deadline", None)
+    inner = [_deadline(part) for part in getattr(verifier, "verifiers", ())]
+    return own or sum(seconds for seconds in inner if seconds) or None
 
 
 # Words; a character each of scripts that do not space them; other characters. Long runs are cut, so that an answer
@@ -220,6 +243,7 @@ class RepetitionPenalty:
     """
 
     grades: ClassVar[Level] = "episode"
+    components: ClassVar[tuple[str, ...]] = ("repeated",)
 
     size: int = 20
     penalty: float = -1.0
