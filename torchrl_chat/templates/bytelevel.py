@@ -47,7 +47,7 @@ class ByteTable(dict[int, bytes]):
     def text(self, ids: Sequence[int]) -> str | None:
         """The text of the ids; ``None`` where they end or begin in the middle of a character."""
         try:
-            return b"".join([self[i] for i in ids]).decode()
+            return b"".join(map(self.__getitem__, ids)).decode()
         except UnicodeDecodeError:
             return None
 

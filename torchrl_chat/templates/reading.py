@@ -52,6 +52,7 @@ class Reader:
         self.parser = parser
         self.peer = peer
         self.close = close
+        self._known: dict[Roles, list[Close]] = {}
 
     def read(
         self,
@@ -78,8 +79,9 @@ class Reader:
     ) -> Parsed:
         last, content = ids[-1], text
         shape = course.shape
-        kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
-        known = [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
+        known = self._known.get(shape)
+        if known is None:
+            known = self._known[shape] = self._closes(shape)
         lead = known[0].lead if known else ""
         stopped = [(close, stop) for close in known if (stop := close.stop(last, text)) is not None]
         ends = last == self.eos or any(close.ends(stop) for close, stop in stopped)
@@ -100,6 +102,11 @@ class Reader:
         own = self.close(shape, AnswerKind.of(message))
         stop = own.stop(last, text) if ended and isinstance(own, Close) else None
         return Parsed(message, answer, text, ended, stop, own)
+
+    def _closes(self, shape: Roles) -> list[Close]:
+        """The closes that an answer may have, before it is known what it is."""
+        kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
+        return [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
 
     def _opened(self, prompts: Sequence[Sequence[int]] | None, rows: int) -> list[bool]:
         """For each row, whether the generation prompt has opened the reasoning."""
