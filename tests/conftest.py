@@ -86,6 +86,26 @@ def stop_of(template) -> int:
     return close.main[0]
 
 
+def respond(env, td, texts: list[str]):
+    """Write the responses in the form of the environment's input mode."""
+    import torch
+    from torchrl.modules.llm.policies import Tokens
+
+    from torchrl_chat import columns
+
+    td, batch = td.copy(), env.batch_size
+    mode, stop = env.base_env.input_mode, env.base_env.tokenizer.eos_token
+    if mode == "text":
+        td["text"] = columns.texts("response", [t + stop for t in texts], batch, None)
+    elif mode == "history":
+        rows = [columns.history_messages([{"role": "assistant", "content": t}]) for t in texts]
+        td["history"] = columns.histories("response", rows, batch, None)
+    else:
+        ids = [torch.tensor(i) for i in env.base_env.template.codec.encode([t + stop for t in texts])]
+        td["tokens"] = columns.ragged(Tokens, "response", ids, batch, None)
+    return td
+
+
 @pytest.fixture
 def tokenizer():
     """The small byte-level BPE with ChatML."""

@@ -9,14 +9,12 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 import torch
-from conftest import bpe_tokenizer, need_shared
+from conftest import bpe_tokenizer, need_shared, respond
 from hypothesis import given
 from hypothesis import strategies as st
-from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
-from torchrl.modules.llm.policies import Tokens
 
-from torchrl_chat import GSM8KEnv, GSM8KVerifier, NumberVerifier, columns
+from torchrl_chat import GSM8KEnv, GSM8KVerifier, NumberVerifier
 from torchrl_chat.rewards import extract_number, parse_number
 from torchrl_chat.rewards.gsm8k import reference_number
 
@@ -222,21 +220,6 @@ def test_every_row_in_every_format(form):
             assert verify(FORMATS[form].format(solution, answer), row["answer"]).correct, (answer, row)
         for answer in (number + 1, -number - 1, number * 10 + 1, number + Decimal("0.1")):
             assert not verify(FORMATS[form].format(solution, answer), row["answer"]).correct, (answer, row)
-
-
-def respond(env: GSM8KEnv, td: TensorDict, texts: list[str]) -> TensorDict:
-    """Write the responses in the form of the environment's input mode."""
-    td, batch = td.copy(), env.batch_size
-    mode, stop = env.base_env.input_mode, env.base_env.tokenizer.eos_token
-    if mode == "text":
-        td["text"] = columns.texts("response", [t + stop for t in texts], batch, None)
-    elif mode == "history":
-        rows = [columns.history_messages([{"role": "assistant", "content": t}]) for t in texts]
-        td["history"] = columns.histories("response", rows, batch, None)
-    else:
-        ids = [torch.tensor(i) for i in env.base_env.template.codec.encode([t + stop for t in texts])]
-        td["tokens"] = columns.ragged(Tokens, "response", ids, batch, None)
-    return td
 
 
 class TestEnv:

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import bpe_tokenizer, need_shared
-from tensordict import TensorDict
+from conftest import bpe_tokenizer, need_shared, respond
 from torchrl.envs.utils import check_env_specs
-from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import CountdownEnv, GSM8KEnv, IFEvalEnv, MATHEnv, ReasoningGymEnv, columns, training_view
 from torchrl_chat.rewards import Verdict, WeightedSum, grades
@@ -106,24 +104,6 @@ def kind(request) -> Kind:
     if request.param == "reasoning":
         pytest.importorskip("reasoning_gym")
     return KINDS[request.param]
-
-
-def written(env: Any, td: TensorDict, texts: list[str]) -> TensorDict:
-    """Write the responses in the form of the environment's input mode."""
-    td, batch = td.copy(), env.batch_size
-    mode, stop = env.base_env.input_mode, env.base_env.tokenizer.eos_token
-    if mode == "text":
-        td["text"] = columns.texts("response", [t + stop for t in texts], batch, None)
-    elif mode == "history":
-        rows = [columns.history_messages([{"role": "assistant", "content": t}]) for t in texts]
-        td["history"] = columns.histories("response", rows, batch, None)
-    else:
-        ids = [torch.tensor(i) for i in env.base_env.template.codec.encode([t + stop for t in texts])]
-        td["tokens"] = columns.ragged(Tokens, "response", ids, batch, None)
-    return td
-
-
-respond = written
 
 
 def test_check_env_specs(kind, mode):
@@ -354,7 +334,7 @@ class TestRowsThatAreNotStepped:
         turns = iter([["stop", "go on with it"], ["x", "and on"], ["x", "stop"]])
 
         def policy(td):
-            return written(env, td, next(turns))
+            return respond(env, td, next(turns))
 
         rollout = env.rollout(3, policy, break_when_any_done=False, break_when_all_done=True)
         assert rollout["next", "done"].squeeze(-1).tolist() == [[True, True, True], [False, False, True]]

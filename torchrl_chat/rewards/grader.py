@@ -107,9 +107,10 @@ class Grader:
         """
         if not episodes:
             return []
-        # A copy each: the same episode may stand in two groups.
-        episodes = [copy.copy(episode) for episode in episodes]
-        of = dict(zip(map(id, episodes), groups, strict=True)) if groups is not None else {}
+        of: dict[int, Hashable] = {}
+        if groups is not None:  # a copy each: the same episode may stand in two groups
+            episodes = [copy.copy(episode) for episode in episodes]
+            of = dict(zip(map(id, episodes), groups, strict=True))
 
         def grade(verifier: Any, some: Sequence[Episode]) -> list[Verdict]:
             if isinstance(verifier, Composition):

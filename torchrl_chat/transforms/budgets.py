@@ -11,10 +11,10 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import Transform
 
 from torchrl_chat import columns
-from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.templates import BridgeError
 from torchrl_chat.templates.kinds import AnswerKind
 from torchrl_chat.transcript import Transcript
+from torchrl_chat.transforms.home import chat_env
 from torchrl_chat.transforms.stop import StopReason
 
 _NO_LIMIT = 2**31 - 1
@@ -227,11 +227,8 @@ class Budget(Transform):
 
     # ------------------------------------------------------------------ columns
     @property
-    def _env(self) -> ChatEnv:
-        env: Any = getattr(self.parent, "base_env", None)
-        if not isinstance(env, ChatEnv):
-            raise TypeError(f"Budget works in a ChatEnv, not in {type(env).__name__}.")
-        return env
+    def _env(self) -> Any:
+        return chat_env(self)
 
     def _transcripts(self, td: TensorDictBase) -> list[Transcript]:
         column = td.get("transcript", None)

@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import Transform
 
 from torchrl_chat import columns
+from torchrl_chat.transforms.home import chat_env
 
 _ANSWER = re.compile(r"<answer>(?:(?!<answer>).)*?</answer>", re.DOTALL)
 
@@ -107,7 +108,7 @@ class AddThinkingPrompt(Transform):
         asked = [goes[i] and t.ended is not None and bool(self.cond(rows[i])) for i, t in enumerate(transcripts)]
         if not any(asked):
             return next_tensordict
-        env: Any = self.parent.base_env
+        env = chat_env(self)
         words = [self._words(t) if wanted else None for t, wanted in zip(transcripts, asked, strict=True)]
         if self.role == "user":
             following = env.append_messages(next_tensordict, words)

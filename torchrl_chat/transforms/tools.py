@@ -18,6 +18,7 @@ from torchrl_chat.tools.python import PythonTool, fenced_code
 from torchrl_chat.tools.results import ToolStatus
 from torchrl_chat.tools.toolbox import Toolbox
 from torchrl_chat.transcript import Transcript
+from torchrl_chat.transforms.home import chat_env
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
 
@@ -143,7 +144,7 @@ class ToolExecutor(Transform):
     def _append(
         self, td: TensorDictBase, transcripts: list[Transcript], answers: list[list[Message] | None]
     ) -> tuple[TensorDictBase, list[str]]:
-        env: Any = self.parent.base_env
+        env = chat_env(self)
         failures = [""] * len(answers)
         if not any(answers):
             return td, failures

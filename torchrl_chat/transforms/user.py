@@ -18,9 +18,9 @@ from torchrl.envs import Transform
 
 from torchrl_chat import columns
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message, content_text
 from torchrl_chat.transcript import Transcript
+from torchrl_chat.transforms.home import chat_env
 
 
 class _Reply(NamedTuple):
@@ -304,11 +304,8 @@ class UserSimulator(Transform):
 
     # ------------------------------------------------------------------ reading
     @property
-    def _env(self) -> ChatEnv:
-        env: Any = getattr(self.parent, "base_env", None)
-        if not isinstance(env, ChatEnv):
-            raise TypeError(f"UserSimulator works in a ChatEnv, not in {type(env).__name__}.")
-        return env
+    def _env(self) -> Any:
+        return chat_env(self)
 
     def _read(self, root: TensorDictBase, following: TensorDictBase, key: NestedKey, what: str) -> list[Any]:
         value = following.get(key, None)
