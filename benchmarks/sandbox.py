@@ -5,6 +5,7 @@
 Peers:
 
 - ours: ``Sandbox`` at its level ``namespaces``; ``run``, ``Session.run`` and ``run_many``.
+- bubblewrap: ``Sandbox`` at its level ``bubblewrap``, where ``bwrap`` is installed.
 - torchrl: what its ``PythonInterpreter`` transform runs for each row (``_execute_python_code``), fresh and with
   ``persistent=True``; no isolation. For a batch it takes one row after another, and so does this.
 - gem: GEM's ``PythonCodeTool`` as shipped, no isolation. Optional: ``pip install --no-deps gem-llm regex``.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,19 +62,22 @@ class System:
         self.times: dict[str, list[float]] = {"fresh": [], "session": [], "rows": []}
 
 
-def systems(cleanup: list[Callable[[], Any]]) -> list[System]:
-    box = Sandbox()
+def ours(name: str, box: Sandbox, cleanup: list[Callable[[], Any]]) -> System:
     box.start()
     session = box.session()
     cleanup += [session.reset, box.close]
-    found = [
-        System(
-            "ours",
-            lambda code: box.run(code).stdout,
-            lambda code: session.run(code).stdout,
-            lambda codes: [r.stdout for r in box.run_many(codes)],
-        )
-    ]
+    return System(
+        name,
+        lambda code: box.run(code).stdout,
+        lambda code: session.run(code).stdout,
+        lambda codes: [r.stdout for r in box.run_many(codes)],
+    )
+
+
+def systems(cleanup: list[Callable[[], Any]]) -> list[System]:
+    found = [ours("ours", Sandbox(), cleanup)]
+    if shutil.which("bwrap"):
+        found.append(ours("bubblewrap", Sandbox("bubblewrap"), cleanup))
     try:
         from torchrl._utils import logger
         from torchrl.envs.llm.transforms.tools import PythonInterpreter

@@ -18,9 +18,9 @@ from torchrl_chat.rewards import CodeVerifier
 from torchrl_chat.sandbox import Result, Sandbox, SandboxError
 
 
-@pytest.fixture(scope="module")
-def box():
-    box = Sandbox(deadline=20, memory=256 << 20, allow_shell=True)
+@pytest.fixture(scope="module", params=["namespaces", "bubblewrap"])
+def box(request):
+    box = Sandbox(request.param, deadline=20, memory=256 << 20, allow_shell=True)
     try:
         box.start()
     except SandboxError as error:
@@ -406,6 +406,17 @@ def test_without_landlock_it_says_so(box):
     code = REFUSED.format(calls=["landlock_create_ruleset"], error=38)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.stdout.startswith("RAN 1\n absent"), ran
+
+
+def test_a_missing_bubblewrap_is_named():
+    """Asked for by name, it is never replaced by something else."""
+    code = (
+        "import torchrl_chat.sandbox.bubblewrap as b; b.PROGRAM = 'no-such-bwrap'\n"
+        "from torchrl_chat.sandbox.settings import Settings\nb.Builder(Settings('bubblewrap'))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "bubblewrap: no program 'no-such-bwrap' is installed" in ran.stderr
+    assert "apt install bubblewrap" in ran.stderr
 
 
 def test_no_isolation_must_be_asked_for_and_warns():

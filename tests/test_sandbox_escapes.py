@@ -315,9 +315,9 @@ def world():
         there.close()
 
 
-@pytest.fixture(scope="module")
-def box(world):
-    box = Sandbox(deadline=20, memory=256 << 20, scratch=16 << 20)
+@pytest.fixture(scope="module", params=["namespaces", "bubblewrap"])
+def box(world, request):
+    box = Sandbox(request.param, deadline=20, memory=256 << 20, scratch=16 << 20)
     try:
         box.start()
     except SandboxError as error:
@@ -456,7 +456,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="run by an ordinary user as it is")
-def test_all_of_it_as_an_ordinary_user(box):
+def test_all_of_it_as_an_ordinary_user():
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-q", "-rs", __file__]
     ran = subprocess.run(
         [sys.executable, "-c", AS_NOBODY, "", *command],

@@ -49,12 +49,13 @@ class Isolation:
         if settings.cpu is not None:
             limits["processor time"] = f"{settings.cpu:g} s of all processes together"
         user = "nobody (the caller is root)" if root else "the caller's, without any right"
+        builder = "; built by bwrap" if settings.isolation == "bubblewrap" else ""
         return cls(
-            "namespaces",
+            settings.isolation,
             {
                 "user": f"{user}; two user namespaces" if not root else f"{user}; a user namespace",
                 "capabilities": "none, for good; no new privileges",
-                "files": f"a private root, read-only; {settings.scratch >> 20} MiB of scratch in /tmp",
+                "files": f"a private root, read-only; {settings.scratch >> 20} MiB of scratch in /tmp{builder}",
                 "processes": f"a PID namespace; {settings.processes} at most",
                 "network": "a namespace without interfaces; no sockets",
                 "shared memory": "an IPC namespace; System V and POSIX queues refused",

@@ -211,6 +211,15 @@ def new_sandbox(settings: Settings) -> None:
     with step("mount, network, IPC, UTS and cgroup namespaces", _USER_HINT):
         kernel.unshare(_SHARED)
         kernel.set_hostname(b"sandbox")
+    own_mounts(settings)
+
+
+def own_mounts(settings: Settings) -> None:
+    """In the first process of a new PID namespace: a scratch folder, and a /proc with its processes and nothing else.
+
+    Raises:
+        Missing: the kernel refused.
+    """
     with step("a scratch folder of limited size", _MOUNT_HINT):
         inodes = max(64, settings.scratch >> 12)
         flags = kernel.MS_NOSUID | kernel.MS_NODEV

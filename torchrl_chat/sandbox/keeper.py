@@ -40,8 +40,10 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
     jail.close_all([null, fds[2], fds[3], fds[0], fds[1]])
     status = socket.socket(fileno=4)
     try:
-        if isolated:
+        if settings.isolation == "namespaces":
             jail.new_sandbox(settings)
+        elif isolated:
+            jail.own_mounts(settings)  # bwrap's have no limit on files, and show more of the machine
         go, ready = os.pipe()
         pid = os.fork()
     except OSError as error:

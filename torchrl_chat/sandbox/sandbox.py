@@ -31,7 +31,9 @@ class Sandbox:
     :meth:`close`, with the object, and with the process that made it.
 
     Args:
-        isolation: ``"namespaces"``, or ``"none"``: the same without isolation, as the same user; it warns.
+        isolation: ``"namespaces"``; ``"bubblewrap"``: the namespaces and mounts are made by the program ``bwrap`` (Debian
+            package ``bubblewrap``), which is slower; or ``"none"``: the same without isolation, as the same user; it
+            warns.
         deadline: seconds of wall time for one call.
         cpu: seconds of processor time for all processes of one call together. Defaults to no limit but what the
             deadline allows.

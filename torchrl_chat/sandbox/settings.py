@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LEVELS = ("namespaces", "none")
+LEVELS = ("namespaces", "bubblewrap", "none")
 
 
 class SandboxError(RuntimeError):

@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torchrl_chat.sandbox import wire
@@ -45,7 +46,10 @@ def main(fd: int) -> None:
         _refuse(control, f"preload={list(settings.preload)}: {type(error).__name__}: {error}")
     if settings.isolation == "none":
         control.sendall(wire.frame({"ready": True, "landlock": 0, "root": os.geteuid() == 0}))
-        _serve(control, settings, False, b"", -1, message["caller"])
+        _serve(control, _forker(settings, False, b"", -1), message["caller"])
+        return
+    if settings.isolation == "bubblewrap":
+        _serve_bubblewrap(control, settings, message["caller"])
         return
     try:
         from torchrl_chat.sandbox import jail, kernel
@@ -70,7 +74,23 @@ def main(fd: int) -> None:
     except OSError as error:
         _refuse(control, str(error))
     control.sendall(wire.frame({"ready": True, "landlock": kernel.landlock_version(), "root": root}))
-    _serve(control, settings, root, program, os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC))
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    _serve(control, _forker(settings, root, program, own))
+
+
+def _serve_bubblewrap(control: socket.socket, settings: Settings, caller: int) -> None:
+    from torchrl_chat.sandbox import bubblewrap, kernel
+    from torchrl_chat.sandbox.filters import sandbox_filter
+    from torchrl_chat.sandbox.settings import step
+
+    try:
+        with step("seccomp", "This package knows the system calls of x86-64 and of 64-bit ARM only."):
+            sandbox_filter()
+        builder = bubblewrap.Builder(settings)
+    except OSError as error:
+        _refuse(control, str(error))
+    control.sendall(wire.frame({"ready": True, "landlock": kernel.landlock_version(), "root": builder.root}))
+    _serve(control, builder.build, caller, bubblewrap.end)
 
 
 def _refuse(control: socket.socket, reason: str) -> NoReturn:
@@ -103,18 +123,24 @@ def _preload(settings: Settings) -> None:
         importlib.import_module(name)
 
 
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def _serve(
-    control: socket.socket, settings: Settings, root: bool, program: bytes, own: int, caller: int = 0
+    control: socket.socket,
+    build: Callable[[list[int]], int],
+    caller: int = 0,
+    end: Callable[[int], None] = _kill,
 ) -> None:
     """Carry out orders until the caller has gone.
 
     Args:
         control: where they come from.
-        settings: what a sandbox allows.
-        root: this process is real root.
-        program: the seccomp filter.
-        own: a descriptor of this process's PID namespace, or -1 to make none.
+        build: starts a sandbox that speaks through these descriptors; returns the process that ends with it.
         caller: the process to end with, where this one can see it.
+        end: kills a sandbox, given that process.
     """
     gc.collect()
     gc.freeze()  # or every collection in a sandbox would copy the pages that it shares
@@ -137,27 +163,41 @@ def _serve(
             order, number = wire.ORDER.unpack(data)
             if order == b"K":
                 if number in sandboxes:
-                    os.kill(sandboxes[number], signal.SIGKILL)
+                    end(sandboxes[number])
                 continue
             try:
-                pid = _fork(own)
+                sandboxes[number] = build(fds)
             except OSError as error:
                 with contextlib.suppress(OSError):
                     socket.socket(fileno=os.dup(fds[1])).send(
                         b'{"failure": "no process: %s"}' % str(error).encode()
                     )
-            else:
-                if pid == 0:
-                    _keep(fds, settings, root, program)
-                sandboxes[number] = pid
             for fd in fds:
                 os.close(fd)
     except (ConnectionError, KeyboardInterrupt):
         pass
     finally:
         for pid in sandboxes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            end(pid)
+
+
+def _forker(settings: Settings, root: bool, program: bytes, own: int) -> Callable[[list[int]], int]:
+    """Builds a sandbox by forking this process.
+
+    Args:
+        settings: what a sandbox allows.
+        root: this process is real root.
+        program: the seccomp filter.
+        own: a descriptor of this process's PID namespace, or -1 to make none.
+    """
+
+    def build(fds: list[int]) -> int:
+        pid = _fork(own)
+        if pid == 0:
+            _keep(fds, settings, root, program)
+        return pid
+
+    return build
 
 
 def _fork(own: int) -> int:
