@@ -68,15 +68,16 @@ class Builder:
         Returns:
             the id of the process whose end ends the sandbox.
         """
-        files, extra = [], []
+        files: list[int] = []
+        extra: list[str] = []
         for path, text in _FILES.items():
             end, begin = os.pipe()
             os.write(begin, text.encode())
             os.close(begin)
             files.append(end)
             extra += ["--perms", "0644", "--ro-bind-data", str(end), path]
-        inside = [sys.executable, "-I", "-S", "-c", _BOOT, self._settings, *map(str, fds)]
-        command = [*self._command, *extra, "--remount-ro", "/", "--as-pid-1", "--", *inside]
+        started = [sys.executable, "-I", "-S", "-c", _BOOT, self._settings, *map(str, fds)]
+        command = [*self._command, *extra, "--remount-ro", "/", "--as-pid-1", "--", *started]
         pid = os.fork()
         if pid:
             for fd in files:
@@ -101,7 +102,7 @@ def end(pid: int) -> None:
     inner: list[str] = []
     with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as children:
         inner = children.read().split()
-    for victim in map(int, inner or [pid]):
+    for victim in [int(name) for name in inner] or [pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
 
