@@ -21,9 +21,12 @@ if TYPE_CHECKING:
         ReasoningGymEnv,
         ResponseError,
         TaskEnv,
+        load_state,
+        save_state,
     )
     from torchrl_chat.messages import MessageError
-    from torchrl_chat.policies import TransformersPolicy
+    from torchrl_chat.playing import play
+    from torchrl_chat.policies import EndpointPolicy, TransformersPolicy, VLLMPolicy
     from torchrl_chat.rewards import (
         Episode,
         Grader,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
         Verdict,
         WeightedSum,
     )
+    from torchrl_chat.rollouts import read_rollouts, write_rollouts
     from torchrl_chat.sandbox import Sandbox, SandboxError
     from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
     from torchrl_chat.tools import MCPTools, Tool, Toolbox, tool
@@ -41,7 +45,10 @@ if TYPE_CHECKING:
     from torchrl_chat.transforms import (
         AddThinkingPrompt,
         Budget,
+        KLRewardTransform,
         PythonInterpreter,
+        RetrieveKL,
+        RetrieveLogProb,
         RewardTransform,
         StopReason,
         ToolExecutor,
@@ -58,11 +65,13 @@ _HOMES = {
     "CountdownEnv": "envs",
     "DatasetChatEnv": "envs",
     "DatasetError": "envs",
+    "EndpointPolicy": "policies",
     "Episode": "rewards",
     "GSM8KEnv": "envs",
     "GSM8KVerifier": "rewards",
     "Grader": "rewards",
     "IFEvalEnv": "envs",
+    "KLRewardTransform": "transforms",
     "MATHEnv": "envs",
     "MCPTools": "tools",
     "MathVerifier": "rewards",
@@ -71,6 +80,8 @@ _HOMES = {
     "PythonInterpreter": "transforms",
     "ReasoningGymEnv": "envs",
     "ResponseError": "envs",
+    "RetrieveKL": "transforms",
+    "RetrieveLogProb": "transforms",
     "RewardTransform": "transforms",
     "Sandbox": "sandbox",
     "SandboxError": "sandbox",
@@ -82,10 +93,16 @@ _HOMES = {
     "Transcript": "transcript",
     "TransformersPolicy": "policies",
     "UserSimulator": "transforms",
+    "VLLMPolicy": "policies",
     "Verdict": "rewards",
     "WeightedSum": "rewards",
+    "load_state": "envs",
+    "play": "playing",
+    "read_rollouts": "rollouts",
+    "save_state": "envs",
     "tool": "tools",
     "training_view": "training",
+    "write_rollouts": "rollouts",
 }
 
 __all__ = [
@@ -98,11 +115,13 @@ __all__ = [
     "CountdownEnv",
     "DatasetChatEnv",
     "DatasetError",
+    "EndpointPolicy",
     "Episode",
     "GSM8KEnv",
     "GSM8KVerifier",
     "Grader",
     "IFEvalEnv",
+    "KLRewardTransform",
     "MATHEnv",
     "MCPTools",
     "MathVerifier",
@@ -111,6 +130,8 @@ __all__ = [
     "PythonInterpreter",
     "ReasoningGymEnv",
     "ResponseError",
+    "RetrieveKL",
+    "RetrieveLogProb",
     "RewardTransform",
     "Sandbox",
     "SandboxError",
@@ -122,10 +143,16 @@ __all__ = [
     "Transcript",
     "TransformersPolicy",
     "UserSimulator",
+    "VLLMPolicy",
     "Verdict",
     "WeightedSum",
+    "load_state",
+    "play",
+    "read_rollouts",
+    "save_state",
     "tool",
     "training_view",
+    "write_rollouts",
 ]
 
 

@@ -1,6 +1,13 @@
 """torchrl transforms that act on a turn."""
 
 from torchrl_chat.transforms.budgets import Budget
+from torchrl_chat.transforms.kl import KLRewardTransform, RetrieveKL, RetrieveLogProb
+from torchrl_chat.transforms.references import (
+    AdapterReference,
+    CompletionsReference,
+    ModelReference,
+    RemoteReference,
+)
 from torchrl_chat.transforms.reward import RewardTransform
 from torchrl_chat.transforms.stop import StopReason
 from torchrl_chat.transforms.thinking import AddThinkingPrompt
@@ -9,11 +16,18 @@ from torchrl_chat.transforms.user import UserSimulator
 from torchrl_chat.transforms.user_models import EndpointUser, ModelUser
 
 __all__ = [
+    "AdapterReference",
     "AddThinkingPrompt",
     "Budget",
+    "CompletionsReference",
     "EndpointUser",
+    "KLRewardTransform",
+    "ModelReference",
     "ModelUser",
     "PythonInterpreter",
+    "RemoteReference",
+    "RetrieveKL",
+    "RetrieveLogProb",
     "RewardTransform",
     "StopReason",
     "ToolExecutor",

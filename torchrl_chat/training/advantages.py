@@ -1,0 +1,179 @@
+"""Advantages: of groups of episodes (GRPO, Dr. GRPO, RLOO), and of single tokens (GAE)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+
+def group_advantages(
+    reward: torch.Tensor,
+    group: torch.Tensor,
+    *,
+    episode: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    normalize: Literal["std"] | None = "std",
+    leave_one_out: bool = False,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """How much better each episode did than its group.
+
+    The mean of the group's rewards is taken off: with ``normalize="std"`` the rest is divided by the group's
+    standard deviation (GRPO, arXiv:2402.03300), with ``None`` not (Dr. GRPO, arXiv:2503.20783); with
+    ``leave_one_out=True`` the mean is that of the other episodes of the group (RLOO, arXiv:2402.14740).
+
+    Args:
+        reward: one number a row, float (N, ...), N numbers in all.
+        group: int64 (N,), which rows belong together.
+
+    Keyword Args:
+        episode: int64 (N,), the episode of each row, as in a training view: an episode of several sequences counts
+            once. Each row is its own episode if ``None``.
+        valid: bool (N, ...), rows that count; the others get 0. All if ``None``.
+        normalize: see above.
+        leave_one_out: see above.
+        eps: the least standard deviation (sample standard deviation, as in torchrl's ``MCAdvantage``).
+
+    Returns:
+        The advantages, in the shape of ``reward``. 0 where a group has one valid episode: nothing compares with it.
+
+    Raises:
+        ValueError: the shapes disagree, or a valid reward is not finite.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([0, 0, 1, 1]), normalize=None)
+        tensor([ 0.5000, -0.5000,  1.0000, -1.0000])
+    """
+    count = len(reward)
+    if normalize not in ("std", None):
+        raise ValueError(f"normalize={normalize!r}: expected 'std' or None.")
+    for name, value in (("reward", reward), ("group", group), ("episode", episode), ("valid", valid)):
+        if value is not None and value.numel() != count:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}: expected one value for {count} rows.")
+    values = reward.reshape(count).float()
+    counts = torch.ones(count, device=values.device) if valid is None else valid.reshape(count).float()
+    if bool((~values.isfinite() & (counts > 0)).any()):
+        row = int((~values.isfinite() & (counts > 0)).nonzero()[0])
+        raise ValueError(f"the reward of row {row} is {float(values[row])}: not finite.")
+    values = torch.where(counts > 0, values, 0.0)
+    weights = counts
+    if episode is not None:  # an episode's first row stands for it
+        numbers = episode.reshape(count)
+        order = torch.arange(count, device=numbers.device)
+        first = torch.full((int(numbers.max()) + 1,), count, device=numbers.device)
+        first = first.scatter_reduce(0, numbers, order, "amin")
+        weights = counts * (first[numbers] == order)
+    _, index = group.reshape(count).unique(return_inverse=True)
+
+    def total(of: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(int(index.max()) + 1, device=of.device).index_add(0, index, of)[index]
+
+    size = total(weights)
+    centred = values - total(weights * values) / size.clamp(min=1)
+    variance = total(weights * centred**2) / (size - 1).clamp(min=1)
+    if leave_one_out:
+        centred = centred * size / (size - 1).clamp(min=1)
+    if normalize == "std":
+        centred = centred / variance.sqrt().clamp(min=eps)
+    return torch.where((size > 1) & (counts > 0), centred, 0.0).reshape(reward.shape)
+
+
+def token_rewards(reward: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rewards on the tokens that earned them, for :func:`gae`.
+
+    Args:
+        reward: one number a row, on its last sampled token: (N,), (N, 1) or (N, 1, 1); or one a turn, each on the last
+            sampled token of its turn: (N, K), K > 1, as ``"turn_reward"`` of a training view.
+        mask: bool (N, T), the sampled tokens; a turn is a run of them.
+
+    Returns:
+        float32 (N, T).
+
+    Raises:
+        ValueError: the shapes disagree, or a reward has no token to stand on.
+
+    Example:
+        >>> token_rewards(torch.tensor([2.0]), torch.tensor([[False, True, True, False]]))
+        tensor([[0., 0., 2., 0.]])
+    """
+    rewards = reward.reshape(len(reward), -1).float()
+    if len(rewards) != len(mask):
+        raise ValueError(f"rewards of {len(rewards)} rows, and a mask of {len(mask)}.")
+    ends = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    if rewards.shape[1] == 1:
+        last = ends & (ends.cumsum(-1) == ends.sum(-1, keepdim=True))
+        turn = torch.zeros_like(mask, dtype=torch.int64)
+    else:
+        last, turn = ends, (ends.cumsum(-1) - 1).clamp(min=0)
+    found = last.sum(-1)
+    beyond = torch.arange(rewards.shape[1], device=rewards.device) >= found[:, None]
+    if bool((beyond & (rewards != 0)).any()) or bool((found > rewards.shape[1]).any()):
+        row = int(((beyond & (rewards != 0)).any(-1) | (found > rewards.shape[1])).nonzero()[0])
+        raise ValueError(f"row {row} has {int(found[row])} turns to put {rewards.shape[1]} rewards on.")
+    return torch.where(last, rewards.gather(1, turn.clamp(max=rewards.shape[1] - 1)), 0.0)
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    *,
+    sequences: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation over sampled tokens (Schulman et al. 2016, arXiv:1506.02438).
+
+    One step is one sampled token: from the last token of a turn to the first of the next one is one step, whatever
+    the environment wrote between them. Behind the last one the value is 0.
+
+    Args:
+        rewards: float (N, T), on sampled tokens (see :func:`token_rewards`).
+        values: float (N, T), the value before each token is sampled.
+        mask: bool (N, T), the sampled tokens.
+        gamma: discount of a token.
+        lam: the exponential weight of longer estimates, 0 to 1.
+
+    Keyword Args:
+        sequences: int64 (N, T), which sequence a token is of, where rows hold several (``"sequence_ids"`` of a packed
+            view). One a row if ``None``.
+
+    Returns:
+        The advantages and the value targets (advantage + value), float32 (N, T), 0 where the mask is false.
+
+    Raises:
+        ValueError: the shapes disagree, or a reward stands on a token that was not sampled.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 9.0, 0.25]])
+        >>> gae(rewards, values, torch.tensor([[True, False, True]]), lam=1.0)[0]
+        tensor([[0.5000, 0.0000, 0.7500]])
+    """
+    for name, value in (("rewards", rewards), ("values", values), ("sequences", sequences)):
+        if value is not None and value.shape != mask.shape:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}, and the mask {tuple(mask.shape)}.")
+    if bool((rewards[~mask] != 0).any()):
+        row, place = (~mask & (rewards != 0)).nonzero()[0].tolist()
+        raise ValueError(f"row {row} has a reward on token {place}, which was not sampled: see token_rewards.")
+    advantages, targets = torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
+    if not bool(mask.any()):
+        return advantages, targets
+    rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    owner = (rows if sequences is None else rows * (int(sequences.max()) + 2) + sequences)[mask]
+    # The sampled tokens alone, a sequence a row: what the environment wrote takes no step.
+    _, owner, counts = owner.unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(owner), device=mask.device) - (counts.cumsum(0) - counts)[owner]
+    shape = (len(counts), int(counts.max()))
+    reward = torch.zeros(shape, device=mask.device).index_put((owner, place), rewards[mask].float())
+    value = torch.zeros(shape, device=mask.device).index_put((owner, place), values[mask].float())
+    following = torch.nn.functional.pad(value[:, 1:], (0, 1))
+    delta = reward + gamma * following - value
+    carried = torch.zeros(len(counts), device=mask.device)
+    found = torch.zeros(shape, device=mask.device)
+    for step in range(shape[1] - 1, -1, -1):
+        # Behind the end of a shorter row delta is 0, and so is what is carried into it.
+        carried = delta[:, step] + gamma * lam * carried
+        found[:, step] = carried
+    advantages = advantages.masked_scatter(mask, found[owner, place])
+    return advantages, torch.where(mask, advantages + values.float(), 0.0)

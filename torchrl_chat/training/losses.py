@@ -1,0 +1,207 @@
+"""The clipped surrogate of PPO and its relatives, and estimators of the KL divergence, token by token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Aggregation = Literal["token", "sequence", "constant"]
+KLKind = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(log_probs: torch.Tensor, reference_log_probs: torch.Tensor, kind: KLKind = "k3") -> torch.Tensor:
+    """Estimates KL(policy || reference) from tokens that the policy sampled (http://joschu.net/blog/kl-approx.html).
+
+    With r = reference probability / policy probability of the token:
+
+    - ``"k1"``: -log r. Unbiased, of high variance, negative for half of the tokens.
+    - ``"k2"``: (log r)^2 / 2. Biased, never negative.
+    - ``"k3"``: r - 1 - log r. Unbiased, never negative.
+
+    That is said of the values. The gradient of a loss is another matter: that of ``"k1"`` has mean 0, that of ``"k2"`` is
+    the gradient of the KL on average, that of ``"k3"`` is not.
+
+    Args:
+        log_probs: of the sampled tokens under the policy, of any shape.
+        reference_log_probs: of the same tokens under the reference, of that shape.
+        kind: the estimator.
+
+    Returns:
+        the estimate of each token, of that shape.
+
+    Example:
+        >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-3.0]), "k1")
+        tensor([2.])
+    """
+    if log_probs.shape != reference_log_probs.shape:
+        raise ValueError(
+            f"log-probs of the shape {tuple(log_probs.shape)} have no KL with {tuple(reference_log_probs.shape)}."
+        )
+    log_ratio = reference_log_probs - log_probs
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return log_ratio**2 / 2
+    if kind == "k3":
+        return log_ratio.expm1() - log_ratio
+    raise ValueError(f"kind={kind!r}: expected 'k1', 'k2' or 'k3'.")
+
+
+def policy_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantage: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip: float | tuple[float, float] = 0.2,
+    dual_clip: float | None = None,
+    aggregation: Aggregation = "token",
+    constant: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+    sequences: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate of PPO (arXiv:1707.06347), token by token.
+
+    With the ratio w = exp(log_probs - old_log_probs) of a token and its advantage A, a token's loss is
+    -min(w A, clip(w, 1 - low, 1 + high) A).
+
+    Args:
+        log_probs: float (N, T), under the model that is trained.
+        old_log_probs: float (N, T), under the policy that sampled.
+        advantage: one a token, (N, T) or (N, T, 1); or one a row, (N,), (N, 1) or (N, 1, 1); or, with ``sequences``, one a
+            sequence, indexed by it.
+        mask: bool (N, T), the tokens that count.
+
+    Keyword Args:
+        clip: how far the ratio may go; a pair is (low, high), DAPO's clip-higher being (0.2, 0.28)
+            (arXiv:2503.14476).
+        dual_clip: where the advantage is negative, a token's loss is at most ``-dual_clip * A`` (arXiv:1912.09729), > 1.
+        aggregation: ``"token"`` takes the mean over all tokens (DAPO), ``"sequence"`` the mean over the sequences of
+            the mean over their tokens (GRPO, arXiv:2402.03300; sequences without tokens do not count),
+            ``"constant"`` the sum over tokens divided by ``constant`` times the number of sequences (Dr. GRPO,
+            arXiv:2503.20783).
+        constant: for ``"constant"``, the longest response there may be.
+        denominator: what is divided by instead of the number of tokens (``"token"``) or of sequences (the others):
+            that of the whole batch, where it is split and gradients are accumulated.
+        sequences: int64 (N, T), which sequence a token is of, where rows hold several (``"sequence_ids"`` of a packed
+            view); or (N,), to make one of several rows (``"episode"``). One a row if ``None``.
+
+    Returns:
+        the loss, a scalar; and for logging, without gradients: ``"ratio"`` (mean), ``"clip_fraction"`` (of tokens
+        where the clip has the last word), ``"kl"`` (k3 against the old policy), ``"ess"`` (effective sample size a
+        token, 1 where all ratios are equal).
+
+    Raises:
+        ValueError: the shapes disagree, or a setting is out of range.
+
+    Example:
+        >>> loss, metrics = policy_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2).bool())
+        >>> loss
+        tensor(-1.)
+    """
+    low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
+    _check(log_probs, old_log_probs, mask, (low, high), dual_clip, aggregation, constant)
+    weights = _per_token(advantage, mask, sequences)
+    log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
+    ratio = log_ratio.exp()
+    plain, clipped = ratio * weights, ratio.clamp(1 - low, 1 + high) * weights
+    gain = torch.minimum(plain, clipped)
+    if dual_clip is not None:
+        gain = torch.where(weights < 0, torch.maximum(gain, dual_clip * weights), gain)
+    loss = _aggregated(torch.where(mask, -gain, 0.0), mask, aggregation, constant, denominator, sequences)
+    with torch.no_grad():
+        count = mask.sum().clamp(min=1)
+        chosen = log_ratio[mask]
+        ess = (2 * chosen.logsumexp(0) - (2 * chosen).logsumexp(0)).exp() / count
+        metrics = {
+            "ratio": (ratio * mask).sum() / count,
+            "clip_fraction": ((clipped < plain) & mask).sum() / count,
+            "kl": ((ratio - 1 - log_ratio) * mask).sum() / count,
+            "ess": ess if len(chosen) else torch.ones_like(ess),
+        }
+    return loss, metrics
+
+
+def masked_mean(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    aggregation: Aggregation = "token",
+    *,
+    constant: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+    sequences: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A number for each token as one number, the way :func:`policy_loss` does it: for a KL or an entropy term.
+
+    Example:
+        >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
+        tensor(3.)
+    """
+    _check(values, values, mask, (0.0, 0.0), None, aggregation, constant)
+    return _aggregated(torch.where(mask, values, 0.0), mask, aggregation, constant, denominator, sequences)
+
+
+def _check(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    aggregation: str,
+    constant: float | None,
+) -> None:
+    if not log_probs.shape == old_log_probs.shape == mask.shape or mask.ndim != 2:
+        shapes = [tuple(value.shape) for value in (log_probs, old_log_probs, mask)]
+        raise ValueError(f"log-probs, old log-probs and mask have the shapes {shapes}: expected one shape (N, T).")
+    if not 0 <= clip[0] < 1 or clip[1] < 0:
+        raise ValueError(f"clip={clip}: expected 0 <= low < 1 and high >= 0.")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip={dual_clip}: expected more than 1.")
+    if aggregation not in ("token", "sequence", "constant"):
+        raise ValueError(f"aggregation={aggregation!r}: expected 'token', 'sequence' or 'constant'.")
+    if (aggregation == "constant") != (constant is not None):
+        raise ValueError(
+            f"aggregation={aggregation!r} with constant={constant}: 'constant' needs one, others none."
+        )
+    if constant is not None and constant <= 0:
+        raise ValueError(f"constant={constant}: expected more than 0.")
+
+
+def _per_token(advantage: torch.Tensor, mask: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:
+    if advantage.shape in (mask.shape, (*mask.shape, 1)):
+        return advantage.reshape(mask.shape)
+    rows = advantage.reshape(-1)
+    if sequences is not None and sequences.shape == mask.shape:
+        if int(sequences.max()) < len(rows) == advantage.shape[0]:
+            return rows[sequences.clamp(min=0)]  # padding has -1, and is under no mask
+    elif len(rows) == len(mask) == advantage.shape[0]:
+        return rows[:, None].expand_as(mask)
+    raise ValueError(
+        f"the advantage has the shape {tuple(advantage.shape)}: expected one a token, {tuple(mask.shape)}, or one a sequence."
+    )
+
+
+def _aggregated(
+    loss: torch.Tensor,
+    mask: torch.Tensor,
+    aggregation: str,
+    constant: float | None,
+    denominator: float | torch.Tensor | None,
+    sequences: torch.Tensor | None,
+) -> torch.Tensor:
+    if aggregation == "token":
+        return loss.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    if sequences is None:
+        index = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    else:
+        index = sequences if sequences.shape == mask.shape else sequences.reshape(-1, 1).expand_as(mask)
+    if constant is not None:
+        count = index[index >= 0].unique().numel() if denominator is None else denominator
+        return loss.sum() / (constant * count)
+    size = int(index.max()) + 1
+    flat = index.clamp(min=0).flatten()
+    sums = torch.zeros(size, device=loss.device, dtype=loss.dtype).index_add(0, flat, loss.flatten())
+    tokens = torch.zeros(size, device=loss.device).index_add(0, flat, mask.flatten().float())
+    means = sums / tokens.clamp(min=1)
+    return means.sum() / ((tokens > 0).sum().clamp(min=1) if denominator is None else denominator)

@@ -1,0 +1,289 @@
+"""Log-probs of given tokens under a model, without more logits than there are tokens to score.
+
+The logits of a large vocabulary are what fills memory, not the model: 32,768 tokens of 150,000 logits are 20 GB in
+float32. So the output head is only shown the hidden states whose next token counts, and of the softmax there is never
+more than a chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
+
+from torchrl_chat import columns
+
+
+class Scores(NamedTuple):
+    """What a model says of the tokens of a view."""
+
+    log_probs: torch.Tensor  # float32 (N, T) or (M, L), 0 where the mask is false
+    entropy: torch.Tensor | None  # the same shape, of the distribution that the token was drawn from
+    mask: torch.Tensor  # bool, the tokens that were scored
+
+
+class _Dense(NamedTuple):
+    ids: torch.Tensor
+    mask: torch.Tensor
+    attention: torch.Tensor
+    position_ids: torch.Tensor
+    sequence_ids: torch.Tensor | None  # only where a row has several sequences
+
+    def part(self, rows: torch.Tensor, width: int) -> _Dense:
+        ids, mask, attention, position_ids = (field[rows, :width] for field in self[:4])
+        owners = None if self.sequence_ids is None else self.sequence_ids[rows, :width]
+        return _Dense(ids, mask, attention, position_ids, owners)
+
+
+def sequence_log_probs(
+    model: Any,
+    view: TensorDictBase,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    max_tokens: int | None = None,
+    chunk: int = 1024,
+) -> Scores:
+    """The log-prob of every trained token of a view, given the tokens before it.
+
+    Args:
+        model: a transformers causal language model (or a PEFT model of one) with an output head.
+        view: what :func:`training_view` gives, in any layout; ragged rows are padded on the right.
+
+    Keyword Args:
+        temperature: that of the sampling distribution, by which logits are divided.
+        vocab_size: logits from this id on are cut off (embeddings are often longer than the vocabulary, and
+            nothing samples those ids).
+        entropy: whether the entropies are computed too.
+        max_tokens: the rows go through the model in minibatches of at most so many tokens, padding included (or
+            of one row, where that is longer); all at once if ``None``. Without gradients this bounds memory; with
+            them see :func:`microbatches`.
+        chunk: how many distributions are in float32 at a time.
+
+    Returns:
+        ``Scores(log_probs, entropy, mask)``, float32 and bool of shape (N, T), or (M, L) for a packed view.
+
+    Raises:
+        KeyError: the view lacks tokens or masks.
+        ValueError: a token id is outside the model's vocabulary, or a setting is out of range.
+
+    Packed rows attend block by block: causal within a sequence, blind to the others. transformers makes such a mask
+    of ``position_ids`` that begin anew (with flash attention for one row at a time, so the rows go through it one by
+    one). Models that carry a state over positions (Mamba, linear attention) cannot take packed rows.
+
+    Example:
+        >>> view = training_view(batch, layout="padded")
+        >>> scores = sequence_log_probs(model, view)
+        >>> ratio = (scores.log_probs - view["log_probs"].full).exp()[scores.mask]
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: expected more than 0.")
+    if chunk < 1 or (max_tokens is not None and max_tokens < 1):
+        raise ValueError(f"chunk={chunk}, max_tokens={max_tokens}: expected at least 1.")
+    device = next(model.parameters()).device
+    dense = _dense(view, device)
+    _check_ids(model, dense)
+    # The first token of a sequence has nothing before it: it is never scored.
+    mask = dense.mask & (dense.position_ids > 0)
+    log_probs = torch.zeros(mask.shape, device=device)
+    entropies = torch.zeros(mask.shape, device=device) if entropy else None
+    if dense.sequence_ids is not None and "flash" in str(getattr(model.config, "_attn_implementation", "")):
+        max_tokens = 1
+    for rows, width in _minibatches(dense.attention, mask, max_tokens):
+        wanted = mask[rows, :width]
+        part = dense.part(rows, width)
+        scored, uncertain = _score(model, part, wanted, temperature, vocab_size, entropy, chunk)
+        where = torch.zeros_like(mask)
+        where[rows, :width] = wanted
+        log_probs = log_probs.masked_scatter(where, scored)
+        if entropies is not None:
+            entropies = entropies.masked_scatter(where, uncertain)
+    return Scores(log_probs, entropies, mask)
+
+
+def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
+    """The rows of a ragged or padded view in minibatches of similar length, for gradients to be accumulated over.
+
+    Args:
+        view: N sequences.
+        max_tokens: how many tokens a minibatch has at most, padding included; a longer row stands alone.
+
+    Returns:
+        row numbers, int64, each row in one of them: ``view[rows]``.
+
+    Example:
+        >>> total = view["masks"].all_assistant_mask.sum()
+        >>> for rows in microbatches(view, 16384):
+        ...     scores = sequence_log_probs(model, view[rows])
+        ...     loss, _ = policy_loss(scores.log_probs, old[rows], advantage[rows], scores.mask, denominator=total)
+        ...     loss.backward()
+    """
+    if len(view.batch_size) != 1:
+        raise ValueError("a packed view is not split further: pack it with max_tokens instead.")
+    attention = columns.read_field(view.get("masks"), "all_attention_mask", view.batch_size) or []
+    lengths = [int(row.sum()) for row in attention]
+    return [torch.tensor(rows) for rows in _by_length(lengths, max_tokens)]
+
+
+def _dense(view: TensorDictBase, device: torch.device) -> _Dense:
+    def rows(container: str, key: str) -> Any:
+        value = columns.bare(view.get(container, None))
+        if value is None:
+            raise KeyError(f"the view has no ({container!r}, {key!r}): make it with training_view.")
+        if "sequence_ids" in view.keys() or "position_ids" in view.keys():
+            return value.get(key).to(device)
+        found = columns.read_field(value, key, view.batch_size)
+        if found is None:
+            raise KeyError(f"the view has no ({container!r}, {key!r}): make it with training_view.")
+        return pad_sequence([row.to(device) for row in found], batch_first=True)
+
+    ids = rows("tokens", "full")
+    mask, attention = rows("masks", "all_assistant_mask").bool(), rows("masks", "all_attention_mask").bool()
+    position_ids, sequence_ids = view.get("position_ids", None), view.get("sequence_ids", None)
+    if position_ids is None:
+        position_ids = (attention.cumsum(-1) - 1).clamp(min=0)
+    if sequence_ids is not None:
+        sequence_ids = sequence_ids.to(device)
+    ids = ids.masked_fill(~attention, 0)  # whatever stands there, -100 say
+    return _Dense(ids, mask, attention, position_ids.to(device), sequence_ids)
+
+
+def _check_ids(model: Any, dense: _Dense) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    highest = int(dense.ids.max())
+    if highest >= size:
+        raise ValueError(
+            f"the view has the token id {highest}, and the model knows {size} ids: it has another vocabulary."
+        )
+
+
+def _minibatches(
+    attention: torch.Tensor, mask: torch.Tensor, max_tokens: int | None
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Row numbers, and how wide these rows are; rows without a token to score are left out."""
+    count, width = mask.shape
+    places = torch.arange(1, width + 1, device=mask.device)
+    ends = (attention * places).amax(-1).tolist()
+    wanted = mask.any(-1).tolist()
+    chosen = [row for row in range(count) if wanted[row]]
+    if max_tokens is None:
+        groups = [chosen] if chosen else []
+    else:
+        groups = [[chosen[i] for i in group] for group in _by_length([ends[row] for row in chosen], max_tokens)]
+    for group in groups:
+        group = sorted(group)
+        yield torch.tensor(group, device=mask.device), max(ends[row] for row in group)
+
+
+def _by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected at least 1.")
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
+            groups[-1].append(row)
+        else:
+            longest = lengths[row]
+            groups.append([row])
+    return groups
+
+
+def _score(
+    model: Any,
+    dense: _Dense,
+    wanted: torch.Tensor,
+    temperature: float,
+    vocab_size: int | None,
+    entropy: bool,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of the wanted tokens, both (K,), in row-major order."""
+    before = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # position t has the logits of token t + 1
+    with _head_sees_only(model, before) as head:
+        output = model(
+            input_ids=dense.ids,
+            # Without a mask transformers reads from the position ids where packed sequences begin.
+            attention_mask=None if dense.sequence_ids is not None else dense.attention.long(),
+            position_ids=dense.position_ids,
+            use_cache=False,
+        )
+    logits = output.logits.squeeze(0) if head else output.logits[before]
+    targets = dense.ids[wanted]
+    return _TokenScores.apply(logits, targets, temperature, vocab_size, entropy, chunk)
+
+
+class _TokenScores(torch.autograd.Function):
+    """Log-probs and entropies of tokens, (K,) each, from logits (K, V).
+
+    Autograd would keep several tensors (K, V) in float32; here the logits are kept as they came, and the softmax is
+    taken again for the gradient, chunk by chunk. With p the softmax of logits / temperature, the gradient of
+    log p[i] is (e_i - p) / temperature, that of the entropy H is -p (log p + H) / temperature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        vocab_size: int | None,
+        entropy: bool,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scored = torch.empty(len(targets), device=logits.device)
+        uncertain = torch.zeros_like(scored)
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            log_probs = (logits[rows, :vocab_size].float() / temperature).log_softmax(-1)
+            scored[rows] = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
+            if entropy:
+                uncertain[rows] = -(log_probs.exp() * log_probs).sum(-1)
+        ctx.save_for_backward(logits, targets, uncertain)
+        ctx.settings = temperature, vocab_size, entropy, chunk
+        return scored, uncertain
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_scored: torch.Tensor, of_uncertain: torch.Tensor) -> tuple[Any, ...]:
+        logits, targets, uncertain = ctx.saved_tensors
+        temperature, vocab_size, entropy, chunk = ctx.settings
+        gradient = torch.zeros_like(logits)
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            log_probs = (logits[rows, :vocab_size].float() / temperature).log_softmax(-1)
+            probs = log_probs.exp()
+            part = probs * -of_scored[rows, None]
+            part.scatter_add_(1, targets[rows, None], of_scored[rows, None])
+            if entropy:
+                part -= probs * (log_probs + uncertain[rows, None]) * of_uncertain[rows, None]
+            gradient[rows, :vocab_size] = part / temperature
+        return gradient, None, None, None, None, None
+
+
+@contextlib.contextmanager
+def _head_sees_only(model: Any, where: torch.Tensor) -> Iterator[bool]:
+    """Inside, the model's output head gets the hidden states at ``where`` only, as one row of K.
+
+    What models do behind the head (soft caps, scales) is element by element, so their logits are the same. Yields
+    whether there is such a head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield False
+        return
+
+    def select(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][where][None], *args[1:])
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield True
+    finally:
+        hook.remove()

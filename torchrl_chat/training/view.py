@@ -1,0 +1,177 @@
+"""The training view: episodes as the token sequences that are trained on.
+
+An episode is one sequence, unless its chat template rewrote the past and began branches (history policy
+``"template"``): then it is several, and each sampled token is under the mask of exactly one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from torchrl_chat import columns
+from torchrl_chat.training import layouts
+from torchrl_chat.training.episodes import Episodes
+from torchrl_chat.training.layouts import Flat, Layout, Side
+
+# The view's own columns: those of the same name in the data are not kept (but may tell the groups).
+_OWN = {"episode", "group", "scored", "turn_reward", "position_ids", "sequence_ids", "cu_seqlens"}
+
+
+def training_view(
+    data: TensorDictBase | Sequence[TensorDictBase],
+    *,
+    layout: Layout = "ragged",
+    group: str | int | None = "query",
+    turns: bool = False,
+    side: Side = "right",
+    pad_id: int = 0,
+    multiple_of: int = 1,
+    max_tokens: int | None = None,
+) -> TensorDict:
+    """Every sequence of every finished episode, laid out for a loss.
+
+    Args:
+        data: rows that end an episode (what ``step`` wrote under ``"next"``, or that after ``step_mdp``), of any
+            batch size, every one of which is taken; or steps with their ``"next"``, such as a rollout or a batch of
+            torchrl's ``LLMCollector``, of which those are taken that ended (``("next", "done")``), in
+            row-major order; or a sequence of either.
+
+    Keyword Args:
+        layout: see below.
+        group: the column whose equal values make a group of GRPO; or the group's size, where the episodes of a group
+            stand one behind the other. Without that column (or with ``None``) there is no ``"group"``.
+        turns: the reward of an episode is the sum over its turns, and that of each turn stands in
+            ``"turn_reward"``. It needs steps, with time as the last dimension of the batch.
+        side: where a padded layout has its padding.
+        pad_id: the token id of padding.
+        multiple_of: T and L below are multiples of it.
+        max_tokens: how many tokens a row of a packed layout has at most; one row if ``None``.
+
+    Returns:
+        E episodes in N >= E sequences, those of an episode in the order in which they were sampled. In every
+        layout:
+
+        - ``("tokens", "full")``: int64;
+        - ``("masks", "all_assistant_mask")``: bool, true on the tokens that are trained;
+        - ``("masks", "all_attention_mask")``: bool, false on padding;
+        - ``("log_probs", "full")``: float32, 0 where the policy did not sample or reported none;
+        - ``"episode"``: int64 (N,), the episode that a sequence comes from, and ``"group"``: int64 (N,);
+        - ``"scored"``: bool (N,), whether the policy reported a log-prob for every token that it sampled;
+        - every other column of the row (rewards, references), repeated for its sequences, but for what is of one step's
+          tokens (reference log-probs: apply :class:`~torchrl_chat.transforms.kl.RetrieveLogProb` to the view) and for
+          columns that have the name of one of the view's own;
+        - ``"turn_reward"`` if asked for: float32 (N, K), the rewards of the turns that a sequence holds, 0 behind them.
+
+        ``"ragged"``: batch size (N,), the first four are lazy stacks of rows (T_i,), as torchrl's losses read them.
+        ``"padded"``: batch size (N,), they are (N, T), and so is ``"position_ids"``.
+        ``"packed"``: batch size (), they are (M, L), several sequences a row (M = 1 without ``max_tokens``), with
+        ``"position_ids"`` int64 (M, L), which begin at 0 with each sequence; ``"sequence_ids"`` int64 (M, L), the
+        sequence's number 0..N-1 by which the columns of length N are indexed, -1 on padding; and ``"cu_seqlens"``
+        int32, where each sequence begins in the flattened rows, a row's padding being one of them, and their end.
+
+    Where a row's grade failed and :class:`~torchrl_chat.RewardTransform` masks it (``"graded"`` is false, with a
+    reason under ``"grade_failure"``), the assistant mask of its sequences is false throughout.
+
+    Raises:
+        KeyError: there is no ``"transcript"``.
+        ValueError: no episode is finished; the episodes are no multiple of the group size; a sequence is
+            longer than ``max_tokens``; ``turns`` without steps; or a setting is unknown.
+
+    Example:
+        >>> env = ChatEnv(tokenizer=tokenizer, input_mode="tokens")
+        >>> td = env.rollout(2, policy)[..., -1]["next"]
+        >>> training_view(td)["episode"].tolist()
+        [0]
+    """
+    _check(layout, side, multiple_of, max_tokens)
+    found = Episodes(data)
+    branches = [transcript.sequences for transcript in found.transcripts]
+    episodes = [i for i, sequences in enumerate(branches) for _ in sequences]
+    every = [sequence for sequences in branches for sequence in sequences]
+    kept = {key: found.column(key, episodes) for key in found.keys()}
+    device, count = found.device, len(every)
+    ungraded = _ungraded(kept, count)
+    masks = [torch.zeros_like(s.mask) if i in ungraded else s.mask for i, s in enumerate(every)]
+    flat = Flat.of([s.tokens for s in every], masks, [s.log_probs for s in every]).to(device)
+    if layout == "ragged":
+        laid = layouts.ragged(flat, device)
+    elif layout == "padded":
+        laid = layouts.padded(flat, device, side, pad_id, multiple_of)
+    else:
+        laid = layouts.packed(flat, device, pad_id, multiple_of, max_tokens)
+    batch = torch.Size([]) if layout == "packed" else torch.Size([count])
+    view = TensorDict({"episode": torch.tensor(episodes, device=device)}, batch_size=batch, device=device)
+    view.set("scored", torch.tensor([found.transcripts[i].scored for i in episodes], device=device))
+    groups = _groups(kept, group, episodes, len(branches))
+    if groups is not None:
+        view.set("group", torch.tensor(groups, device=device))
+    for key, value in kept.items():
+        if key not in _OWN:
+            view.set(key, value)
+    for key, value in laid.items():
+        view.set(key, value)
+    if turns:
+        rewards = found.turn_rewards()
+        sums = torch.stack([reward.sum() for reward in rewards])[episodes].to(device)
+        view.set("reward", sums.reshape(kept["reward"].shape))
+        view.set("turn_reward", _turns([s.mask for s in every], episodes, rewards).to(device))
+    return view
+
+
+def _check(layout: str, side: str, multiple_of: int, max_tokens: int | None) -> None:
+    if layout not in ("ragged", "padded", "packed"):
+        raise ValueError(f"layout={layout!r}: expected 'ragged', 'padded' or 'packed'.")
+    if side not in ("left", "right"):
+        raise ValueError(f"side={side!r}: expected 'left' or 'right'.")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of={multiple_of}: expected at least 1.")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected at least 1.")
+
+
+def _ungraded(kept: dict[str, Any], count: int) -> set[int]:
+    """The sequences that are left out of training because their episode's grade failed."""
+    if "graded" not in kept or "grade_failure" not in kept:
+        return set()
+    failed = columns.read_objects(kept["grade_failure"], torch.Size([count]))
+    return {i for i, fine in enumerate(kept["graded"].flatten().tolist()) if not fine and failed[i]}
+
+
+def _groups(kept: dict[str, Any], group: str | int | None, episodes: list[int], total: int) -> list[int] | None:
+    """The number of each sequence's group, counted in the order in which the groups appear."""
+    if isinstance(group, int):
+        if group < 1 or total % group:
+            raise ValueError(f"there are {total} finished episodes: not a multiple of the group size {group}.")
+        return [episode // group for episode in episodes]
+    if group is None or group not in kept:
+        return None
+    column = kept[group]
+    if isinstance(column, torch.Tensor):
+        values: list[Any] = [tuple(row.flatten().tolist()) for row in column]
+    else:
+        values = [repr(value) for value in columns.read_objects(column, torch.Size([len(episodes)]))]
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(value, len(numbers)) for value in values]
+
+
+def _turns(masks: list[torch.Tensor], episodes: list[int], rewards: list[torch.Tensor]) -> torch.Tensor:
+    """The rewards of the turns whose tokens each sequence trains, (N, K)."""
+    # A turn is a run of sampled tokens: the environment's words stand between two of them.
+    counts = [int((mask & ~torch.nn.functional.pad(mask[:-1], (1, 0))).sum()) for mask in masks]
+    found = [0] * len(rewards)
+    for episode, count in zip(episodes, counts, strict=True):
+        found[episode] += count
+    for episode, (count, known) in enumerate(zip(found, rewards, strict=True)):
+        if count != len(known):
+            raise ValueError(
+                f"episode {episode} has {count} turns with sampled tokens and {len(known)} rewards: its first steps are "
+                "in an earlier batch, or a turn sampled nothing."
+            )
+    result = torch.zeros(len(masks), max(counts, default=0))
+    for row, (values, count) in enumerate(zip(torch.cat(rewards).split(counts), counts, strict=True)):
+        result[row, :count] = values
+    return result
