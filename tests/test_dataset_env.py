@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import bpe_tokenizer
+from conftest import bpe_tokenizer, respond
 from datasets import Dataset, DatasetDict
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
@@ -15,7 +15,15 @@ from torchrl.envs import StepCounter, Transform
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules.llm.policies import Tokens
 
-from torchrl_chat import ChatEnv, DatasetChatEnv, DatasetError, NumberVerifier, RewardTransform, columns
+from torchrl_chat import (
+    ChatEnv,
+    DatasetChatEnv,
+    DatasetError,
+    NumberVerifier,
+    RewardTransform,
+    UserSimulator,
+    columns,
+)
 from torchrl_chat.cli.tiny import last_digit_rows
 
 ROWS = [{"query": f"question {i}", "answer": str(i), "level": i} for i in range(10)]
@@ -143,6 +151,25 @@ class TestRepeats:
             td = env.reset(td)
             seen += [query for query, fresh in zip(td["query"], reset.flatten().tolist(), strict=False) if fresh]
         assert seen == [f"question {i // 3}" for i in range(len(seen))]
+
+    def test_a_partial_reset_leaves_the_step_before_it(self, mode):
+        """The ledgers that a step ended with, and the columns beside them, are not those of the episodes that follow."""
+        env = make(mode, num_envs=4).append_transform(
+            UserSimulator(lambda m: None if m[0]["content"][-1] in "27" else "so?")
+        )
+        td, steps = env.reset(), []
+        for _ in range(6):
+            stepped, td = env.step_and_maybe_reset(respond(env, td, list("abcd")))
+            steps.append(stepped)
+        assert any(step["next", "done"].any() and not step["next", "done"].all() for step in steps)
+        for step in steps:
+            starts, ends = (
+                columns.read_objects(part["transcript"], part.batch_size) for part in (step, step["next"])
+            )
+            for query, before, after in zip(step["query"], starts, ends, strict=True):
+                assert query == before.messages[0]["content"]
+                assert after.messages[: len(before.messages)] == before.messages
+                assert len(after.messages) > len(before.messages)
 
     def test_bad_repeats(self):
         with pytest.raises(ValueError, match="repeats is 0"):

@@ -9,6 +9,7 @@ from torchrl_chat.envs.loading import DatasetError
 from torchrl_chat.envs.math import MATHEnv
 from torchrl_chat.envs.reasoning import ReasoningGymEnv
 from torchrl_chat.envs.responses import ResponseError
+from torchrl_chat.envs.state import collector_state, load_collector_state, load_state, save_state
 from torchrl_chat.envs.task import TaskEnv
 
 __all__ = [
@@ -22,4 +23,8 @@ __all__ = [
     "ReasoningGymEnv",
     "ResponseError",
     "TaskEnv",
+    "collector_state",
+    "load_collector_state",
+    "load_state",
+    "save_state",
 ]

@@ -22,6 +22,7 @@ from torchrl_chat import columns
 from torchrl_chat.envs import responses, specs
 from torchrl_chat.envs.appending import appended
 from torchrl_chat.envs.editing import Editing
+from torchrl_chat.envs.resetting import FreshRows
 from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.messages import Message, as_messages
 from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
@@ -32,7 +33,7 @@ _NOT_CARRIED = {"_reset", "next", "done", "terminated", "truncated"}
 _MODES = ("history", "text", "tokens")
 
 
-class ChatEnv(Editing, FlatStepping, EnvBase):
+class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
     """A batch of conversations, token-exact over turns.
 
     Reset takes the first user message of each row (or a whole list of messages) from ``data_key`` and

@@ -11,11 +11,15 @@ from torchrl.data import Composite
 from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_chat.envs.chat import ChatEnv, InputMode
-from torchrl_chat.envs.loading import RowPrimer, make_dataloader
+from torchrl_chat.envs.dataloaders import LoaderEpisodes
+from torchrl_chat.envs.loading import RowPrimer, dataset_episodes
+from torchrl_chat.envs.ray_episodes import RayEpisodes
+from torchrl_chat.envs.resetting import FreshRows
 from torchrl_chat.envs.stepping import FlatStepping
+from torchrl_chat.seeds import EPISODE_KEYS
 
 
-class DatasetChatEnv(FlatStepping, TransformedEnv):
+class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
     """:class:`ChatEnv` with a primer that draws a row of a dataset for every conversation.
 
     The columns of the dataset become entries of the TensorDict, ``data_key`` (``"query"``) being the
@@ -29,18 +33,32 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
         num_envs: the number of conversations (of different rows, with ``group_repeats``).
         repeats: how many conversations each row is used for (the group size of GRPO).
         batch_size_dl: how many rows are read from the dataset at a time.
-        seed: the order of rows; the same seed gives the same order. Random if ``None``.
+        seed: of the order of rows, which is another one in each epoch, and of the episodes. Random if ``None``.
         group_repeats: whether all repeats of a row are in the same batch: the batch size is then
             ``num_envs * repeats``, each row standing ``repeats`` times in a row.
         tokenizer, device, template_kwargs, input_mode, data_key, system_prompt: as for :class:`ChatEnv`.
         apply_template: accepted for torchrl's sake; the template is applied wherever there is a tokenizer.
         collate_fn: rows to columns, a list of dicts to a dict of lists.
         primers: specs of the columns, if they are not to be inferred from the first row.
-        ray_backend, dataloader_actor_name: load the rows in one Ray actor shared by several environments
-            (torchrl's ``RayDataLoadingPrimer``; extra ``ray``).
+        ray_backend, dataloader_actor_name: draw the episodes from a Ray actor, which environments that give the same name
+            share (extra ``ray``).
+        shard: ``(index, count)``, for several workers with one seed: worker ``index`` plays the rows ``index``,
+            ``index + count`` ... of the order that one worker alone would play, each with all its repeats.
+
+    **Episodes.** All environments of one dataset, seed, ``repeats`` and shard play the same endless sequence of episodes
+    in the same order (rows of the batch that start together: the first row first), whatever ``num_envs`` is and whichever
+    conversations end first: each epoch's rows in its order, each row ``repeats`` times. Four columns, int64 of shape (B,),
+    tell which: ``"episode_row"`` (the row's number in the dataset), ``"episode_epoch"``, ``"episode_place"`` (0 to
+    ``repeats - 1``) and ``"episode_seed"``, which depends on these three and the environment's seed only. A
+    dataset with columns of these names is refused.
+
+    **State.** ``state_dict()`` is where the sequence is (a few numbers), and what the transforms keep;
+    :func:`~torchrl_chat.envs.state.compact` makes the conversations in flight, which travel in the TensorDict, ready for
+    ``torch.save``. An environment that loads the state goes on with the next episode, one that was pickled too.
 
     Raises:
         DatasetError: the dataset cannot be opened.
+        ValueError: an option has no such value, or a column has the name of an entry of the environment.
 
     Example:
         >>> rows = [{"query": "2 + 2?", "answer": "4"}, {"query": "3 + 3?", "answer": "6"}]
@@ -75,20 +93,20 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
         system_prompt: str | None = None,
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
+        shard: tuple[int, int] = (0, 1),
     ):
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        factory = functools.partial(
-            make_dataloader,
-            dataset=dataset,
-            name=name,
-            split=split,
-            batch_size_dl=batch_size_dl,
-            shuffle=shuffle,
-            collate_fn=collate_fn,
-        )
         self._build(
-            dataloader_factory=functools.partial(factory, seed=seed),
+            functools.partial(
+                dataset_episodes,
+                dataset,
+                name,
+                split,
+                batch_size=batch_size_dl,
+                shuffle=shuffle,
+                shard=shard,
+                collate_fn=collate_fn,
+            ),
+            seed=seed,
             repeats=repeats,
             group_repeats=group_repeats,
             batch_size=num_envs,
@@ -102,7 +120,6 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
             data_key=data_key,
             system_prompt=system_prompt,
         )
-        self.__dict__["_seeded_factory"] = factory
 
     @classmethod
     def from_dataloader(
@@ -121,21 +138,25 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
         system_prompt: str | None = None,
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
+        seed: int | None = None,
     ) -> DatasetChatEnv:
         """The environment over an existing dataloader.
 
         Args:
             dataloader: an iterable of batches (mappings of columns, lists of rows, or TensorDicts), started
-                again when it ends.
+                again when it ends. What its state needs is told by
+                :class:`~torchrl_chat.envs.dataloaders.LoaderEpisodes`.
 
         Keyword Args:
             batch_size: the number of conversations (as ``num_envs``). Defaults to ``(1,)``.
+            seed: of the episodes. The order of the rows is the loader's own.
 
         The others are as for the class.
         """
         self = cls.__new__(cls)
         self._build(
-            dataloader=dataloader,
+            functools.partial(LoaderEpisodes, dataloader),
+            seed=seed,
             repeats=repeats,
             group_repeats=group_repeats,
             batch_size=batch_size,
@@ -153,9 +174,9 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
 
     def _build(
         self,
+        episodes: Callable[..., Any],
         *,
-        dataloader: Any = None,
-        dataloader_factory: Callable[[], Any] | None = None,
+        seed: int | None,
         repeats: int | None,
         group_repeats: bool,
         batch_size: int | tuple[int, ...] | torch.Size | None,
@@ -178,20 +199,10 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
         if not ray_backend and dataloader_actor_name is not None:
             raise ValueError("dataloader_actor_name is given without ray_backend=True.")
         device = torch.device(device) if device is not None else None
-        arguments: dict[str, Any] = {
-            "dataloader": dataloader,
-            "dataloader_factory": dataloader_factory,
-            "repeats": repeats,
-            "primers": primers,
-            "batch_size": size,
-            "device": device,
-        }
-        if ray_backend:
-            from torchrl.envs.llm.transforms.dataloading import RayDataLoadingPrimer
-
-            primer: Any = RayDataLoadingPrimer(actor_name=dataloader_actor_name, **arguments)
-        else:
-            primer = RowPrimer(**arguments)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        factory = functools.partial(episodes, seed=seed, repeats=repeats or 1)
+        rows: Any = RayEpisodes(factory, dataloader_actor_name) if ray_backend else factory()
+        primer = RowPrimer(rows, primers=primers, batch_size=size, device=device)
         base = ChatEnv(
             batch_size=size,
             device=device,
@@ -201,7 +212,7 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
         if base.data_key not in primer.primers.keys():
             raise KeyError(
                 f"the dataset has no column {base.data_key!r} to start a conversation from: it has "
-                f"{sorted(map(str, primer.primers.keys()))}. Pass data_key=..., or a collate_fn that renames one."
+                f"{sorted(set(map(str, primer.primers.keys())) - set(EPISODE_KEYS))}. Pass data_key=..., or a collate_fn that renames one."
             )
         taken = set(base.observation_spec.keys()) | {"done", "terminated", "truncated", "reward", "next"}
         if clash := sorted(taken & set(primer.primers.keys())):
@@ -222,17 +233,18 @@ class DatasetChatEnv(FlatStepping, TransformedEnv):
 
         Returns:
             the environment itself.
+
+        Raises:
+            DatasetError: the rows come from an iterator, which can be read only once.
         """
         self.primer.reset_dataloader()
         return self
 
     def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
-        """Seed the order of the rows; the dataset starts anew.
+        """Seed the episodes, and the order of the rows; the dataset starts anew.
 
-        Only for an environment that made its dataloader itself: an existing one keeps its own order.
+        An existing dataloader keeps its own order, and goes on: the seed is that of its next episodes.
         """
-        factory = self.__dict__.get("_seeded_factory")
-        if factory is not None and seed is not None and isinstance(self.primer, RowPrimer):
-            self.primer.dataloader_factory = functools.partial(factory, seed=seed)
-            self.primer.reset_dataloader()
+        if seed is not None:
+            self.primer.episodes.reseed(seed)
         return EnvBase.set_seed(self.base_env, seed, static_seed)

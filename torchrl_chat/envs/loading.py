@@ -7,26 +7,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensor_collection
-from torch.utils.data import DataLoader
+from tensordict import LazyStackedTensorDict, TensorDictBase
 from torchrl.data import Composite, NonTensor, Unbounded
 from torchrl.envs.llm.transforms import DataLoadingPrimer
 
 from torchrl_chat import columns
+from torchrl_chat.envs.episodes import DatasetEpisodes, DatasetError, Episodes, collate
+from torchrl_chat.seeds import EPISODE_KEYS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+__all__ = ["DatasetError", "RowPrimer", "collate", "dataset_episodes", "load_rows", "renamed"]
+
 _FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be opened; the text names the path or the name, and what to do."""
 
 
 def load_rows(dataset: Any, name: str | None = None, split: str | None = None) -> Dataset:
@@ -98,14 +97,6 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or suffix in _FORMATS or name.count("/") > 1
 
 
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows to columns; ``"text"`` becomes ``"query"``, as in torchrl, whose containers own ``"text"``."""
-    batch = {key: [row[key] for row in rows] for key in rows[0]}
-    if "text" in batch and "query" not in batch:
-        batch["query"] = batch.pop("text")
-    return batch
-
-
 def renamed(rows: Sequence[Mapping[str, Any]], key: str, to: str) -> dict[str, list[Any]]:
     """:func:`collate` with one column under another name."""
     batch = collate(rows)
@@ -114,87 +105,66 @@ def renamed(rows: Sequence[Mapping[str, Any]], key: str, to: str) -> dict[str, l
     return batch
 
 
-def make_dataloader(
+def dataset_episodes(
     dataset: Any,
-    name: str | None,
-    split: str | None,
-    seed: int,
-    batch_size_dl: int,
-    shuffle: bool,
-    collate_fn: Callable[[Any], Any] | None,
-) -> DataLoader:
-    """A ``DataLoader`` whose order depends on the seed alone."""
-    generator = torch.Generator()
-    generator.manual_seed(seed)
-    return DataLoader(
-        load_rows(dataset, name, split),
-        batch_size=batch_size_dl,
-        shuffle=shuffle,
-        collate_fn=collate_fn or collate,
-        generator=generator,
-    )
+    name: str | None = None,
+    split: str | None = None,
+    *,
+    collate_fn: Callable[[Any], Any] | None = None,
+    **settings: Any,
+) -> DatasetEpisodes:
+    """The episodes of a dataset in any form; ``settings`` are those of :class:`DatasetEpisodes`."""
+    return DatasetEpisodes(load_rows(dataset, name, split), collate_fn=collate_fn or collate, **settings)
 
 
 class RowPrimer(DataLoadingPrimer):
     """torchrl's ``DataLoadingPrimer``: a row of a dataset for every conversation that starts.
 
-    What it mends of torchrl 0.14.1: batches that come as lists (torchrl's own default collate function
-    makes them) are taken; ``group_repeats`` leaves the specs of its rows and of the environment in
-    agreement; partial resets do not need a value to fill the other rows with; and it can be pickled.
+    What it mends of torchrl 0.14.1: batches that come as lists (torchrl's own default collate function makes them) are
+    taken; ``group_repeats`` leaves the specs of its rows and of the environment in agreement; partial resets do not need a
+    value to fill the other rows with; it can be pickled; and it knows how far it is: in its ``state_dict``, and in the
+    columns ``"episode_seed"``, ``"episode_row"``, ``"episode_epoch"`` and ``"episode_place"``, int64 of shape (B,).
+
+    Args:
+        episodes: what the conversations start from.
 
     Keyword Args:
-        dataloader: an iterable of batches: mappings of columns, lists of rows, or TensorDicts. It is
-            started again when it ends.
-        dataloader_factory: a callable that makes it, called again by :meth:`reset_dataloader`.
         batch_size: the environment's batch size, ``(B,)``.
-        repeats: how often each row is used before the next one.
-        primers: the specs of the columns; inferred from the first row if ``None``.
+        primers: the specs of the dataset's columns; inferred from the first row if ``None``.
         device: where tensor columns are put.
+
+    Raises:
+        ValueError: a column of the dataset has the name of one that the primer writes.
     """
 
     def __init__(
         self,
+        episodes: Episodes,
         *,
-        dataloader: Any = None,
-        dataloader_factory: Callable[[], Any] | None = None,
         batch_size: torch.Size,
-        repeats: int | None = None,
         primers: Composite | None = None,
         device: torch.device | None = None,
     ):
-        self._waiting: list[dict[str, Any]] = []
-        if primers is None:
-            if dataloader_factory is not None:
-                first, _ = _peek(dataloader_factory())  # a loader of its own: looking must not move the order
-            else:
-                first, dataloader = _peek(dataloader)
-            primers = _specs(first, batch_size)
+        self.episodes = episodes
+        primers = _specs(episodes.example(), batch_size) if primers is None else primers.clone()
+        for key in EPISODE_KEYS:
+            primers[key] = Unbounded(shape=batch_size, dtype=torch.int64, device=primers.device)
         super().__init__(
-            dataloader=dataloader,
-            dataloader_factory=dataloader_factory,
-            primers=primers,
-            batch_size=batch_size,
-            repeats=repeats,
-            device=device,
+            dataloader=episodes, primers=primers, batch_size=batch_size, repeats=episodes.repeats, device=device
         )
+        del self.endless_dataloader  # torchrl's own way to the rows, which no pickle takes
 
     def reset_dataloader(self) -> RowPrimer:
-        """Start from the first row again (of a new order, if the loader shuffles)."""
-        self._waiting.clear()
-        return super().reset_dataloader()
+        """Start from the first row again."""
+        self.episodes.restart()
+        return self
 
     def _load_from_dataloader(self, reset: torch.Tensor | None = None) -> TensorDictBase:
         count = 1 if reset is None else int(reset.sum())
-        rows = [self._next_row() for _ in range(count)]
+        rows = [self.episodes.next() for _ in range(count)]
         device = self.device
-        tds = [columns.row_td({k: _leaf(v, device) for k, v in row.items()}, device) for row in rows]
+        tds = [columns.row_td({k: _leaf(k, v, device) for k, v in row.items()}, device) for row in rows]
         return tds[0] if reset is None or reset.ndim == 0 else LazyStackedTensorDict(*tds, stack_dim=0)
-
-    def _next_row(self) -> dict[str, Any]:
-        if not self._waiting:
-            rows = _rows(next(self.endless_dataloader))
-            self._waiting = [row for row in rows for _ in range(max(1, self.repeats))][::-1]
-        return self._waiting.pop()
 
     def _reset_func(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         reset = tensordict.get("_reset", None)
@@ -217,70 +187,22 @@ class RowPrimer(DataLoadingPrimer):
                 tensordict_reset.set(key, columns.objects(data, self.batch_size, tensordict_reset.device))
         return tensordict_reset
 
-    def __getstate__(self) -> dict[str, Any]:
-        # An iterator cannot be pickled: the copy goes on with the rows fetched so far, then starts its loader anew.
-        state = super().__getstate__()
-        state.pop("endless_dataloader", None)
-        return state
+    def get_extra_state(self) -> dict[str, Any]:
+        """Where the episodes are, in ``state_dict()``."""
+        return self.episodes.state_dict()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.endless_dataloader = self._endless_iter(self.dataloader)
+    def set_extra_state(self, state: Any) -> None:
+        """Go on from there.
 
-
-def _rows(batch: Any) -> list[dict[str, Any]]:
-    """The rows of one batch of a loader."""
-    if is_tensor_collection(batch):
-        batch = batch if batch.batch_dims else batch.unsqueeze(0)
-        return [
-            {key: getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value
-             for key, value in row.items()}
-            for row in batch.unbind(0)
-        ]  # fmt: skip
-    if isinstance(batch, Mapping):
-        sizes = {len(column) for column in batch.values() if not isinstance(column, str)}
-        if len(sizes) != 1:
-            raise DatasetError(
-                f"a batch of the dataloader has columns of lengths {sorted(sizes)}: expected one length for all of "
-                f"{sorted(map(str, batch))}."
-            )
-        return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-    if isinstance(batch, Sequence) and batch and all(isinstance(row, Mapping) for row in batch):
-        return _rows(collate(batch))
-    raise DatasetError(
-        f"the dataloader gave a {type(batch).__name__}: expected a mapping of columns, a list of rows, or a TensorDict."
-    )
+        Raises:
+            ValueError: it is the state of other episodes.
+        """
+        self.episodes.load_state_dict(state)
 
 
-def _peek(dataloader: Any) -> tuple[dict[str, Any], Any]:
-    """The first row, and a loader that still gives it."""
-    iterator = iter(dataloader)
-    batch = next(iterator, None)
-    if batch is None:
-        raise DatasetError("the dataloader is empty.")
-    return _rows(batch)[0], _Resumed(batch, iterator, dataloader)
-
-
-class _Resumed:
-    """A loader whose first epoch has been begun: its first batch is given again, then the rest."""
-
-    def __init__(self, batch: Any, iterator: Iterator[Any], loader: Any):
-        self._begun: tuple[Any, Iterator[Any]] | None = (batch, iterator)
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            yield begun[0]
-            yield from begun[1]
-        else:
-            yield from self.loader
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_begun": None, "loader": self.loader}
-
-
-def _leaf(value: Any, device: torch.device | None) -> Any:
+def _leaf(key: str, value: Any, device: torch.device | None) -> Any:
+    if key in EPISODE_KEYS:
+        return torch.tensor(value, dtype=torch.int64, device=device)
     if isinstance(value, torch.Tensor):
         return value if device is None else value.to(device)
     return columns.as_object(value, device)

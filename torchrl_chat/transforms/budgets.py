@@ -44,7 +44,8 @@ class Budget(Transform):
         max_tokens: sampled tokens in one episode.
         max_context: tokens of the whole sequence, those that close the last turn included.
         max_tool_calls: tool calls in one episode; the call beyond the last that is allowed ends it.
-        max_seconds: seconds of wall time since the reset, looked at after each turn.
+        max_seconds: seconds of wall time since the reset, looked at after each turn. The time between ``state_dict()`` and
+            ``load_state_dict()`` does not count.
         end_on_cut: whether an answer that ``max_turn_tokens`` cuts ends the episode.
 
     Raises:
@@ -93,6 +94,21 @@ class Budget(Transform):
         self.max_tool_calls = max_tool_calls
         self.max_seconds = max_seconds
         self.end_on_cut = end_on_cut
+        self._pauses: list[tuple[float, float]] = []  # when the run was saved, and when it went on
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """When this is, in ``state_dict()``, and when a run was interrupted before."""
+        return {"saved_at": time.time(), "pauses": [list(pause) for pause in self._pauses]}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on: what has passed since the state was saved is no episode's time."""
+        before = [(begin, end) for begin, end in state["pauses"]]
+        self._pauses = [*before, (state["saved_at"], time.time())]
+
+    def _seconds(self, started: float) -> float:
+        """The wall time since then, less the pauses."""
+        paused = sum(max(0.0, end - max(begin, started)) for begin, end in self._pauses)
+        return time.time() - started - paused
 
     # ------------------------------------------------------------------ torchrl's hooks
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
@@ -191,7 +207,7 @@ class Budget(Transform):
             return StopReason.CONTEXT_FULL
         if self.max_turns is not None and len(transcript.spans) >= self.max_turns:
             return StopReason.MAX_TURNS
-        if started is not None and self.max_seconds is not None and time.time() - started >= self.max_seconds:
+        if started is not None and self.max_seconds is not None and self._seconds(started) >= self.max_seconds:
             return StopReason.MAX_TIME
         return None
 

@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import Transform
 
 from torchrl_chat import columns
+from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.transforms.home import chat_env
 
 _ANSWER = re.compile(r"<answer>(?:(?!<answer>).)*?</answer>", re.DOTALL)
@@ -37,8 +38,9 @@ class AddThinkingPrompt(Transform):
     Args:
         cond: gets the row's TensorDict (what ``step`` wrote under ``"next"``) and says whether to ask.
         prompt: what is said; a default if ``None``.
-        random_prompt: whether one of several prompts is drawn, from ``seed`` and the conversation: the same
-            conversation gets the same prompt.
+        random_prompt: whether one of several prompts is drawn: from ``seed``, the episode's seed (``"episode_seed"``, which
+            a :class:`~torchrl_chat.DatasetChatEnv` writes) and the turn; in other environments from ``seed`` and the
+            conversation, so that the same conversation gets the same prompt.
         role: who says it.
         edit_last_turn: see above. Defaults to ``True`` with ``role="assistant"``.
         zero_reward: whether the row's reward becomes 0. Defaults to ``edit_last_turn``.
@@ -109,7 +111,11 @@ class AddThinkingPrompt(Transform):
         if not any(asked):
             return next_tensordict
         env = chat_env(self)
-        words = [self._words(t) if wanted else None for t, wanted in zip(transcripts, asked, strict=True)]
+        seeds = turn_seeds(tensordict, transcripts, "thinking")
+        words = [
+            self._words(transcript, seed) if wanted else None
+            for transcript, seed, wanted in zip(transcripts, seeds, asked, strict=True)
+        ]
         if self.role == "user":
             following = env.append_messages(next_tensordict, words)
         elif self.edit_last_turn:
@@ -133,11 +139,12 @@ class AddThinkingPrompt(Transform):
                 where = chosen.reshape(*chosen.shape, *[1] * (value.ndim - chosen.ndim))
                 td.set(key, torch.where(where, torch.zeros_like(value), value))
 
-    def _words(self, transcript: Any) -> str:
+    def _words(self, transcript: Any, seed: int | None) -> str:
         if not self.random_prompt:
             return self.prompt
-        said = zlib.crc32(transcript.tokens.numpy().tobytes())
-        return random.Random(f"{self.seed} {said}").choice(self.prompts)
+        if seed is None:
+            seed = zlib.crc32(transcript.tokens.numpy().tobytes())
+        return random.Random(f"{self.seed} {seed}").choice(self.prompts)
 
 
 def _edit(text: str, words: str) -> tuple[int, str]:

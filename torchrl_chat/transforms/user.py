@@ -19,6 +19,7 @@ from torchrl.envs import Transform
 from torchrl_chat import columns
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message, content_text
+from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.home import chat_env
 
@@ -57,8 +58,9 @@ class UserSimulator(Transform):
     Put it behind rewards that may end the dialogue, and in front of :class:`Budget`; a reward that grades what is done
     (``when="done"``) goes behind it. The user's tokens are never under the mask. The step is a function of the
     TensorDict as far as the user is one: a script goes on where ``"user_turns"`` says, or, in rows that another
-    environment began, behind as many lines as there are messages of the user after the policy's first answer. (A
-    seeded ``ModelUser`` has a random generator.)
+    environment began, behind as many lines as there are messages of the user after the policy's first answer. A user that
+    draws at random is a function of it too where it draws from the seed that it is given (``seeded``). What a user keeps
+    beside that is in the transform's ``state_dict()``, if the user has a ``state_dict`` and a ``load_state_dict``.
 
     Args:
         user: a script or a function.
@@ -72,6 +74,9 @@ class UserSimulator(Transform):
         turns: how many messages the user may say in one row.
         row_keys: entries that the user may know (its goal, say): the function then gets a second argument, a dict with
             the row's values; a batched function a list of dicts.
+        seeded: whether the function gets a keyword argument ``seed`` (a batched one ``seeds``, a list): an integer drawn
+            from the episode's seed, which a :class:`~torchrl_chat.DatasetChatEnv` writes, and the turn; ``None`` in
+            other environments. Defaults to what the function says of itself, in an attribute ``seeded``.
         deadline: seconds for an asynchronous reply; ``None`` for no limit. A user with a ``deadline`` of its own keeps
             it itself. A function that is not asynchronous cannot be interrupted.
 
@@ -97,6 +102,7 @@ class UserSimulator(Transform):
         keep_closing: bool = False,
         turns: int | None = None,
         row_keys: Sequence[NestedKey] = (),
+        seeded: bool | None = None,
         deadline: float | None = 60.0,
     ):
         if (user is None) == (script_key is None):
@@ -114,9 +120,10 @@ class UserSimulator(Transform):
             raise ValueError(f"row_keys is {row_keys!r}: expected a list of entries.")
         super().__init__(in_keys=["transcript"], out_keys=["user_turns", "user_failure"])
         self.script = _script(user, "user") if scripted else None
-        self.user = None if scripted else user
+        self.user: Any = None if scripted else user
         self.script_key = script_key
         self.batched = bool(getattr(user, "batched", False)) if batched is None else batched
+        self.seeded = bool(getattr(user, "seeded", False)) if seeded is None else seeded
         self.stop = stop
         self.keep_closing = keep_closing
         self.turns = turns
@@ -126,6 +133,21 @@ class UserSimulator(Transform):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_loop": None}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the user keeps, in ``state_dict()``."""
+        return {"user": self.user.state_dict()} if self._has_state else {}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Give it back to the user."""
+        if self._has_state and "user" in state:
+            self.user.load_state_dict(state["user"])
+
+    @property
+    def _has_state(self) -> bool:
+        # One that is a module is in state_dict() already, as a part of the transform.
+        own = hasattr(self.user, "state_dict") and hasattr(self.user, "load_state_dict")
+        return own and not isinstance(self.user, torch.nn.Module)
 
     def close(self) -> None:
         """Close connections and end the event loop's thread; they start anew at the next step."""
@@ -231,7 +253,9 @@ class UserSimulator(Transform):
         else:
             named = {key: self._read(root, following, key, "row_keys") for key in self.row_keys}
             known = [{key: column[i] for key, column in named.items()} for i in going]
-            values = self._asked([[dict(m) for m in transcripts[i].messages] for i in going], known)
+            seeds = turn_seeds(root, transcripts, "user")
+            conversations = [[dict(m) for m in transcripts[i].messages] for i in going]
+            values = self._asked(conversations, known, [seeds[i] for i in going])
         replies = {i: self._reply(value) for i, value in zip(going, values, strict=True)}
         return [replies.get(i, _Reply(limit=True)) for i in asked]
 
@@ -239,16 +263,16 @@ class UserSimulator(Transform):
     def _line(script: list[str | Message], count: int) -> str | Message | None:
         return script[count] if count < len(script) else None
 
-    def _asked(self, conversations: list[list[Message]], rows: list[dict[Any, Any]]) -> list[Any]:
+    def _asked(
+        self, conversations: list[list[Message]], rows: list[dict[Any, Any]], seeds: list[int | None]
+    ) -> list[Any]:
         """What the function returns for each conversation, or the exception that it raises."""
         if not conversations:
             return []
-        calls: list[tuple[Any, ...]] = [(conversations, rows) if self.row_keys else (conversations,)]
-        if not self.batched:
-            calls = list(
-                zip(conversations, rows, strict=True) if self.row_keys else zip(conversations, strict=True)
-            )
-        values = [_tried(self.user, *call) for call in calls]
+        values = [
+            _tried(self.user, *((said, row) if self.row_keys else (said,)), **given)
+            for said, row, given in self._calls(conversations, rows, seeds)
+        ]
         if any(hasattr(value, "__await__") for value in values):
             if self._loop is None or not self._loop.alive:  # a forked child has no thread
                 self._loop = LoopThread("torchrl_chat.user")
@@ -263,6 +287,15 @@ class UserSimulator(Transform):
             wrong = f"a batched user returned {value!r:.80} for {len(conversations)} conversations"
             return [ValueError(wrong)] * len(conversations)
         return list(value)
+
+    def _calls(
+        self, conversations: list[list[Message]], rows: list[dict[Any, Any]], seeds: list[int | None]
+    ) -> list[tuple[Any, Any, dict[str, Any]]]:
+        """What the function is called with: conversations, their rows, and keyword arguments."""
+        if self.batched:
+            return [(conversations, rows, {"seeds": seeds} if self.seeded else {})]
+        given = [{"seed": seed} if self.seeded else {} for seed in seeds]
+        return list(zip(conversations, rows, given, strict=True))
 
     def _reply(self, value: Any) -> _Reply:
         """What a value that the user returned means."""
@@ -340,10 +373,10 @@ def _flags(td: TensorDictBase, key: str, default: bool) -> list[bool]:
     return value.reshape(td.batch_size.numel(), -1).any(-1).tolist()
 
 
-def _tried(function: Any, *arguments: Any) -> Any:
+def _tried(function: Any, *arguments: Any, **given: Any) -> Any:
     """What the function returns, or the exception that it raises."""
     try:
-        return function(*arguments)
+        return function(*arguments, **given)
     except Exception as error:
         return error
 
