@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
+import episodes
 import pytest
 import torch
 from conftest import bpe_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.objectives.llm.grpo import GRPOLoss
 
 from torchrl_chat import ChatEnv, TransformersPolicy, columns
 from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
+from torchrl_chat.policies import VLLMPolicy
+from torchrl_chat.policies.sampling import GumbelNoise, default_stop_ids, stream_seed
+from torchrl_chat.policies.writing import read_prompts, read_seeds, write_answers
 
 
 def policy(tokenizer=None, **kwargs) -> TransformersPolicy:
@@ -132,3 +140,161 @@ def test_bad_arguments():
         policy(temperature=-1)
     with pytest.raises(KeyError, match=r"\('tokens', 'prompt'\)"):
         policy()(TensorDict(batch_size=(1,)))
+    with pytest.raises(ValueError, match="takes no generator"):
+        policy(seeded=True)
+
+
+def test_acceptance(mode):
+    """64 ragged episodes with tools: log-probs, effective sample size, and both again after an optimizer step."""
+    act = TransformersPolicy(
+        episodes.model(extra=3), episodes.tokenizer(), max_new_tokens=24, temperature=0.8, seeded=True
+    )
+    lengths = []
+    for _ in range(2):
+        td, count = episodes.play(episodes.environment(mode), act)
+        assert episodes.check(td, count, act.model, 0.8) < 1e-4
+        loss = episodes.losses(td, act)
+        assert loss.ESS.item() == pytest.approx(1.0, abs=1e-4)
+        assert abs(loss.kl_approx.item()) < 1e-5
+        episodes.one_step(td, act)
+        lengths.append([len(t) for t in columns.read_objects(td["transcript"], td.batch_size)])
+    assert lengths[0] != lengths[1], "the step changed the policy"
+    assert episodes.check(td, count, act.model, 0.8) > 1e-2, "log-probs of before the update are others"
+
+
+class TestSeeded:
+    def act(self, **options) -> TransformersPolicy:
+        return policy(generator=None, seeded=True, **options)
+
+    def rows(self, count: int = 12) -> tuple[list[torch.Tensor], list[int]]:
+        _, td = start("tokens", count)
+        return columns.read_field(td["tokens"], "prompt", td.batch_size), [97 * i - 300 for i in range(count)]
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.integers(0, 11), min_size=1, max_size=16))
+    def test_rows_do_not_depend_on_their_neighbours(self, places):
+        """Any rows, in any order, some of them twice, with any padding beside them."""
+        act, (prompts, seeds) = self.act(), self.rows()
+        reference = [row.tolist() for row in act.generate(prompts, seeds=seeds)[0]]
+        ids, scores = act.generate([prompts[i] for i in places], seeds=[seeds[i] for i in places])
+        assert [row.tolist() for row in ids] == [reference[i] for i in places]
+        assert all(len(row) == len(score) for row, score in zip(ids, scores, strict=True))
+
+    def test_a_conversation_goes_on_alike_in_another_batch(self):
+        act = TransformersPolicy(episodes.model(), episodes.tokenizer(), max_new_tokens=12, seeded=True)
+        env = episodes.environment("tokens", 16)
+        td, _ = episodes.play(env, act)
+        whole = [t.tokens.tolist() for t in columns.read_objects(td["transcript"], td.batch_size)]
+        half = episodes.environment("tokens", 8)
+        td, _ = episodes.play(half, act)
+        assert [t.tokens.tolist() for t in columns.read_objects(td["transcript"], td.batch_size)] == whole[:8]
+
+    def test_other_seeds_and_other_turns_sample_otherwise(self):
+        act, (prompts, _) = self.act(), self.rows(2)
+        ids, _ = act.generate([prompts[0]] * 8, seeds=[*range(7), 0])
+        assert len({tuple(row.tolist()) for row in ids}) == 7
+        longer = torch.cat((prompts[0], prompts[0][-1:]))
+        again, _ = act.generate([longer], seeds=[0])
+        assert again[0].tolist() != ids[0].tolist()
+
+    def test_global_random_state_is_neither_read_nor_changed(self):
+        act, (prompts, seeds) = self.act(), self.rows()
+        state = torch.get_rng_state()
+        first, _ = act.generate(prompts, seeds=seeds)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(5)
+        second, _ = act.generate(prompts, seeds=seeds)
+        assert [r.tolist() for r in first] == [r.tolist() for r in second]
+
+    @pytest.mark.parametrize("shape", [(4,), (4, 1)])
+    def test_the_column(self, shape):
+        _, td = start("tokens")
+        td["episode_seed"] = torch.arange(4).reshape(shape)
+        assert read_seeds(td) == [0, 1, 2, 3]
+        self.act()(td)
+
+    def test_a_missing_or_odd_column_is_named(self):
+        _, td = start("tokens")
+        with pytest.raises(KeyError, match="'episode_seed', int64 of shape \\(4,\\)"):
+            self.act()(td)
+        for bad in (torch.zeros(4), torch.zeros(4, 2, dtype=torch.int64)):
+            td["episode_seed"] = bad
+            with pytest.raises(ValueError, match="'episode_seed' is"):
+                self.act()(td)
+
+    @pytest.mark.parametrize("vary", ["seeds", "positions"])
+    def test_the_noise_samples_the_distribution(self, vary):
+        """Chi-square over 40,000 draws from 8 tokens whose chances span three orders of magnitude."""
+        count = 40_000
+        chances = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.03, 0.01, 0.0095, 0.0005])
+        if vary == "seeds":
+            seeds, lengths = list(range(count)), torch.full((count,), 17)
+        else:
+            seeds, lengths = [12345] * count, torch.arange(count)
+        noise = GumbelNoise(seeds, lengths, 1, torch.device("cpu")).at(0, 8)
+        found = torch.bincount((chances.log() + noise).argmax(-1), minlength=8)
+        assert float(((found - count * chances) ** 2 / (count * chances)).sum()) < 24.3  # p = 0.001, 7 degrees
+
+    def test_the_noise_of_a_large_vocabulary_is_gumbel(self):
+        noise = GumbelNoise([1, 2], torch.tensor([5, 5]), 3, torch.device("cpu"))
+        drawn = noise.at(2, 200_000)
+        assert torch.isfinite(drawn).all()
+        # Mean, and variance, of the standard Gumbel distribution: Euler's constant, and pi squared over 6.
+        assert drawn.mean().item() == pytest.approx(0.5772, abs=0.01)
+        assert drawn.var().item() == pytest.approx(1.6449, abs=0.02)
+        assert abs(torch.corrcoef(drawn)[0, 1]) < 0.01
+        assert abs(torch.corrcoef(torch.stack((drawn[0, :-1], drawn[0, 1:])))[0, 1]) < 0.01
+        nearby = GumbelNoise([1], torch.tensor([6]), 3, torch.device("cpu"))
+        assert torch.equal(nearby.at(1, 50), drawn[:1, :50]), "seed and position are all that counts"
+
+    def test_nearly_the_same_log_probs_sample_the_same(self):
+        """Log-probs that are off by up to d change at most a share of 2 d of the tokens, whatever the vocabulary."""
+        count, off = 4_000, 5e-3
+        for vocab_size in (4, 2_000):
+            log_probs = torch.randn(vocab_size, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+            noise = GumbelNoise(list(range(count)), torch.full((count,), 3), 1, torch.device("cpu")).at(
+                0, vocab_size
+            )
+            near = log_probs + off * (2 * torch.rand(noise.shape, generator=torch.Generator().manual_seed(1)) - 1)
+            changed = ((near + noise).argmax(-1) != (log_probs + noise).argmax(-1)).float().mean()
+            assert 0 < changed < 2 * off
+
+    def test_stream_seeds(self):
+        seeds = {stream_seed(seed, position) for seed in (-3, 0, 1, 2**63 - 1) for position in range(500)}
+        assert len(seeds) == 2000
+        assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class TestWriting:
+    def test_rows_without_log_probs_are_left_out(self):
+        """A row whose log-probs are not known is not scored in the ledger; the others are."""
+        env, td = start("tokens", 2)
+        prompts = read_prompts(td)
+        ids = [torch.tensor([9, env.tokenizer.eos_token_id])] * 2
+        write_answers(td, prompts, ids, [torch.tensor([-1.0, -2.0]), None], ["a", "b"], ["stop", "stop"])
+        following = env.step(td)["next"]
+        scored = [t.scored for t in columns.read_objects(following["transcript"], td.batch_size)]
+        assert scored == [True, False]
+
+    def test_a_budget_limits_every_row(self):
+        _, td = start("tokens", 3)
+        assert read_prompts(td).most(5) == [5, 5, 5]
+        td["tokens_left"] = torch.tensor([[9], [2], [0]])
+        assert read_prompts(td).most(5) == [5, 2, 1]
+        lengths = [len(r) for r in columns.read_field(policy()(td)["tokens"], "response", td.batch_size)]
+        assert lengths[1] <= 2
+        assert lengths[2] == 1
+
+
+def test_stop_ids():
+    tokenizer = bpe_tokenizer()
+    stop = tokenizer.eos_token_id
+    assert default_stop_ids(tokenizer) == default_stop_ids(tokenizer, stop) == {stop}
+    assert default_stop_ids(tokenizer, [7, 8]) == {stop, 7, 8}
+    assert default_stop_ids(tokenizer, 7) == {stop, 7}
+
+
+def test_vllm_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"torchrl_chat\[vllm\]"):
+        VLLMPolicy.from_pretrained("a-model")

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     )
     from torchrl_chat.messages import MessageError
     from torchrl_chat.playing import play
-    from torchrl_chat.policies import EndpointPolicy, TransformersPolicy, VLLMPolicy
+    from torchrl_chat.policies import (
+        EndpointPolicy,
+        ExactTransformersWrapper,
+        ExactVLLMWrapper,
+        TransformersPolicy,
+        VLLMPolicy,
+    )
     from torchrl_chat.rewards import (
         Episode,
         Grader,
@@ -67,6 +73,8 @@ _HOMES = {
     "DatasetError": "envs",
     "EndpointPolicy": "policies",
     "Episode": "rewards",
+    "ExactTransformersWrapper": "policies",
+    "ExactVLLMWrapper": "policies",
     "GSM8KEnv": "envs",
     "GSM8KVerifier": "rewards",
     "Grader": "rewards",
@@ -117,6 +125,8 @@ __all__ = [
     "DatasetError",
     "EndpointPolicy",
     "Episode",
+    "ExactTransformersWrapper",
+    "ExactVLLMWrapper",
     "GSM8KEnv",
     "GSM8KVerifier",
     "Grader",

@@ -17,9 +17,10 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.distributions.discrete import LLMMaskedCategorical
-from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
+from torchrl_chat.policies.sampling import default_stop_ids, generate, left_padded
+from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_prompts, read_seeds, write_answers
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
@@ -49,6 +50,9 @@ class TransformersPolicy(TensorDictModuleBase):
             own template, and the tokenizer's and the model's eos; give ``env.template.stop_ids`` where the
             environment uses another template.
         generator: the random state to sample with; torch's global one if ``None``.
+        seeded: sample each row from its ``"episode_seed"``, int64 (\\*B,), and the position in its conversation, so that
+            what a conversation samples does not depend on the rows beside it: see
+            :class:`~torchrl_chat.policies.sampling.GumbelNoise`. Rows of one seed and one prompt sample the same.
 
     Example:
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=64)
@@ -64,23 +68,17 @@ class TransformersPolicy(TensorDictModuleBase):
         temperature: float = 1.0,
         stop_ids: Iterable[int] | None = None,
         generator: torch.Generator | None = None,
+        seeded: bool = False,
     ):
         super().__init__()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1.")
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}: expected 0 (greedy) or more.")
-        self.in_keys = [("tokens", "prompt")]
-        self.out_keys = [
-            ("tokens", "response"),
-            ("tokens", "full"),
-            ("log_probs", "response"),
-            ("log_probs", "full"),
-            ("masks", "all_assistant_mask"),
-            ("masks", "all_attention_mask"),
-            ("text", "response"),
-            "finish_reason",
-        ]
+        if seeded and generator is not None:
+            raise ValueError("seeded=True samples from each row's 'episode_seed': it takes no generator.")
+        self.in_keys = [*IN_KEYS, "episode_seed"] if seeded else list(IN_KEYS)
+        self.out_keys = list(OUT_KEYS)
         self.model = model
         self.tokenizer = tokenizer_of(tokenizer)
         self.codec = codec_of(self.tokenizer)
@@ -89,7 +87,9 @@ class TransformersPolicy(TensorDictModuleBase):
         self.vocab_size = self.codec.vocab_size
         self.temperature = temperature
         self.generator = generator
-        self.stop_ids = frozenset(_default_stops(model, tokenizer) if stop_ids is None else stop_ids)
+        self.seeded = seeded
+        eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self.stop_ids = default_stop_ids(self.tokenizer, eos) if stop_ids is None else frozenset(stop_ids)
 
     @property
     def device(self) -> torch.device:
@@ -99,128 +99,45 @@ class TransformersPolicy(TensorDictModuleBase):
     # ------------------------------------------------------------------ acting
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Sample an answer to every row's prompt."""
-        batch = tensordict.batch_size
-        prompts = columns.read_field(tensordict.get("tokens", None), "prompt", batch)
-        if prompts is None:
-            raise KeyError(
-                "the policy reads ('tokens', 'prompt'), which is not there: give the environment a tokenizer."
-            )
-        home = prompts[0].device
-        left = tensordict.get("tokens_left", None)  # a budget's
-        limits = None if left is None else left.reshape(len(prompts)).clamp(min=1).tolist()
-        responses, scores = self.generate([prompt.to(self.device) for prompt in prompts], limits)
-        responses = [row.to(home) for row in responses]
-        scores = [row.to(home) for row in scores]
-        known = columns.read_field(tensordict.get("masks", None), "all_assistant_mask", batch)
-        carried = columns.read_field(tensordict.get("log_probs", None), "prompt", batch)
-        masks = known or [torch.zeros_like(prompt, dtype=torch.bool) for prompt in prompts]
-        before = carried or [torch.zeros(prompt.shape, device=home) for prompt in prompts]
-        fulls = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+        """Sample an answer to every row's prompt.
 
-        def container(cls: type, **fields: list[torch.Tensor]) -> Any:
-            device = tensordict.device
-            rows = [
-                columns.row_td(dict(zip(fields, values, strict=True)), device)
-                for values in zip(*fields.values(), strict=True)
-            ]
-            return columns.wrap(cls, columns.stack_rows(rows, batch), *fields)
-
-        tensordict.set("tokens", container(Tokens, prompt=prompts, response=responses, full=fulls))
-        tensordict.set(
-            "log_probs",
-            container(
-                LogProbs,
-                prompt=before,
-                response=scores,
-                full=[torch.cat(pair) for pair in zip(before, scores, strict=True)],
-            ),
-        )
-        tensordict.set(
-            "masks",
-            container(
-                Masks,
-                all_assistant_mask=[
-                    torch.cat((mask, torch.ones_like(row, dtype=torch.bool)))
-                    for mask, row in zip(masks, responses, strict=True)
-                ],
-                all_attention_mask=[torch.ones_like(full, dtype=torch.bool) for full in fulls],
-            ),
-        )
-        stopped = ["stop" if int(row[-1]) in self.stop_ids else "length" for row in responses]
-        tensordict.set("finish_reason", columns.objects(stopped, batch, tensordict.device))
-        texts = self.codec.decode([row.tolist() for row in responses])
-        written = columns.texts("response", texts, batch, tensordict.device)
-        if (text := tensordict.get("text", None)) is not None:
-            text = columns.shallow(text)
-            text.response = written.response
-            written = text
-        tensordict.set("text", written)
-        return tensordict
+        Raises:
+            KeyError: there is no ``("tokens", "prompt")``, or, for seeded sampling, no ``"episode_seed"``.
+        """
+        prompts = read_prompts(tensordict)
+        seeds = read_seeds(tensordict) if self.seeded else None
+        ids = [prompt.to(self.device) for prompt in prompts.ids]
+        responses, scores = self.generate(ids, prompts.limits, seeds)
+        sampled = [row.tolist() for row in responses]
+        reasons = ["stop" if row[-1] in self.stop_ids else "length" for row in sampled]
+        return write_answers(tensordict, prompts, responses, scores, self.codec.decode(sampled), reasons)
 
     def generate(
-        self, prompts: list[torch.Tensor], limits: list[int] | None = None
+        self,
+        prompts: list[torch.Tensor],
+        limits: list[int] | None = None,
+        seeds: list[int] | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Sample an answer to each prompt.
+        """Sample an answer to each prompt: :func:`~torchrl_chat.policies.sampling.generate` with this policy's settings.
 
         Args:
             prompts: int64 ids, each of shape (P,), on the model's device.
             limits: how many tokens each row may sample at most, below ``max_new_tokens``.
+            seeds: a seed a row.
 
         Returns:
             the sampled ids, each int64 (R,), the stop id included, and their log-probs, each float32 (R,).
         """
-        stops = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=self.device)
-        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        attention = torch.arange(ids.shape[1], device=self.device) >= (ids.shape[1] - lengths)[:, None]
-        position = lengths
-        output = self.model(
-            input_ids=ids,
-            attention_mask=attention.long(),
-            position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
+        return generate(
+            self.model,
+            prompts,
+            stop_ids=self.stop_ids,
+            most=[min(limit, self.max_new_tokens) for limit in limits or [self.max_new_tokens] * len(prompts)],
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            seeds=seeds,
+            generator=self.generator,
         )
-        sampled, scores = [], []
-        alive = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
-        taken = torch.zeros_like(lengths)
-        most = torch.full_like(lengths, self.max_new_tokens)
-        if limits is not None:
-            most = torch.minimum(most, torch.tensor(limits, device=self.device))
-        while True:
-            log_probs = self._log_probs(output.logits[:, -1, : self.vocab_size])
-            token = self._sample(log_probs)
-            sampled.append(token)
-            scores.append(log_probs.gather(-1, token[:, None]).squeeze(-1))
-            taken += alive
-            alive = alive & ~torch.isin(token, stops) & (taken < most)
-            if not alive.any():
-                break
-            attention = torch.cat((attention, torch.ones_like(alive)[:, None]), -1)
-            output = self.model(
-                input_ids=token[:, None],
-                attention_mask=attention.long(),
-                position_ids=position[:, None],
-                past_key_values=output.past_key_values,
-                use_cache=True,
-            )
-            position = position + 1
-        counts = taken.tolist()
-        rows, row_scores = torch.stack(sampled, 1), torch.stack(scores, 1)
-        return (
-            [row[:count].clone() for row, count in zip(rows, counts, strict=True)],
-            [row[:count].clone() for row, count in zip(row_scores, counts, strict=True)],
-        )
-
-    def _log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Log-probs of the sampling distribution, in float32; greedy decoding reports those at temperature 1."""
-        return (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
-
-    def _sample(self, log_probs: torch.Tensor) -> torch.Tensor:
-        if self.temperature == 0:
-            return log_probs.argmax(-1)
-        return torch.multinomial(log_probs.exp(), 1, generator=self.generator).squeeze(-1)
 
     # ------------------------------------------------------------------ training
     def get_dist(self, tensordict: TensorDictBase, **_: Any) -> LLMMaskedCategorical:
@@ -240,11 +157,7 @@ class TransformersPolicy(TensorDictModuleBase):
 
     def _dist(self, tensordict: TensorDictBase, columns_key: str | None) -> LLMMaskedCategorical:
         batch = tensordict.batch_size
-        fulls = self._rows(tensordict, "tokens", "full")
-        ids = pad_sequence(fulls, batch_first=True, padding_side="left")
-        lengths = torch.tensor([len(full) for full in fulls], device=self.device)
-        places = torch.arange(ids.shape[1], device=self.device)
-        attention = places >= (ids.shape[1] - lengths)[:, None]
+        ids, attention = left_padded(self._rows(tensordict, "tokens", "full"))
         logits = self.model(
             input_ids=ids,
             attention_mask=attention.long(),
@@ -255,6 +168,7 @@ class TransformersPolicy(TensorDictModuleBase):
         if columns_key is None:
             counts = [len(row) for row in self._rows(tensordict, "tokens", "response")]
             responses = torch.tensor(counts, device=self.device)
+            places = torch.arange(ids.shape[1], device=self.device)
             mask = places >= (ids.shape[1] - responses)[:, None]
         else:
             rows = self._rows(tensordict, "masks", columns_key)
@@ -267,20 +181,3 @@ class TransformersPolicy(TensorDictModuleBase):
         if rows is None:
             raise KeyError(f"the loss needs ({container!r}, {key!r}), which this policy writes when it acts.")
         return [row.to(self.device) for row in rows]
-
-
-def _default_stops(model: Any, tokenizer: Any) -> set[int]:
-    from torchrl_chat.templates import ChatTemplate, ChatTemplateError
-
-    stops = {tokenizer.eos_token_id} - {None}
-    try:
-        stops |= ChatTemplate(tokenizer).stop_ids
-    except ChatTemplateError:
-        pass  # no template: the eos tokens are all there is to know
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops |= set(eos) if isinstance(eos, (list, tuple)) else {eos} - {None}
-    if not stops:
-        raise ValueError(
-            "neither the tokenizer, its chat template nor the model names a token that ends an answer."
-        )
-    return stops

@@ -1,0 +1,200 @@
+"""torchrl's ``TransformersWrapper`` on the ledger's ids: exact over turns, in every mode, also where the parent errs."""
+
+from __future__ import annotations
+
+import episodes
+import pytest
+import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.modules.llm import TransformersWrapper
+
+from torchrl_chat import ChatEnv, TransformersPolicy, columns
+from torchrl_chat.policies import ExactTransformersWrapper
+from torchrl_chat.transforms import Budget
+
+TEMPERATURE = 0.8
+SAMPLE = {"max_new_tokens": 24, "do_sample": True, "temperature": TEMPERATURE}
+
+
+def wrapper(mode="tokens", model=None, **options) -> ExactTransformersWrapper:
+    options = {"generate_kwargs": SAMPLE, **options}
+    model = episodes.model() if model is None else model
+    return ExactTransformersWrapper(model, tokenizer=episodes.tokenizer(), input_mode=mode, **options)
+
+
+def rows(td, container, key):
+    return columns.read_field(td[container], key, td.batch_size)
+
+
+def test_acceptance(mode):
+    """64 ragged episodes with tools: log-probs, effective sample size, and both again after an optimizer step."""
+    torch.manual_seed(0)
+    policy = wrapper(mode, episodes.model(extra=3))
+    actor = policy.get_new_version(generate=False)
+    for _ in range(2):
+        td, count = episodes.play(episodes.environment(mode), policy)
+        assert episodes.check(td, count, policy.model, TEMPERATURE) < 1e-4
+        loss = episodes.losses(td, actor)
+        assert loss.ESS.item() == pytest.approx(1.0, abs=1e-4)
+        assert abs(loss.kl_approx.item()) < 1e-5
+        before = [p.clone() for p in policy.model.parameters()]
+        episodes.one_step(td, actor)
+        assert any(
+            (old - new).abs().max() > 1e-3 for old, new in zip(before, policy.model.parameters(), strict=True)
+        )
+
+
+def test_the_parent_errs_where_we_do_not(mode):
+    """The tests above can fail: torchrl's wrapper does, on the first row already (its first log-prob is 0)."""
+    torch.manual_seed(0)
+    env = episodes.environment("tokens", 4)
+    td = episodes.first(env)
+    parent = TransformersWrapper(
+        episodes.model(), tokenizer=episodes.tokenizer(), input_mode="tokens", generate_kwargs=SAMPLE
+    )
+    theirs = parent(td.select("tokens"))["log_probs"].get("response", as_list=True)
+    assert all(row[0] == 0 for row in theirs)
+    ours = rows(wrapper(mode)(episodes.first(episodes.environment(mode, 4))), "log_probs", "response")
+    assert all(row[0] < 0 for row in ours)
+
+
+def test_what_is_written(mode):
+    torch.manual_seed(1)
+    env = episodes.environment(mode, 64)
+    start = episodes.first(env)
+    prompts = rows(start, "tokens", "prompt")
+    policy = wrapper(mode)
+    td = policy(start)
+    assert td is start
+    stop = env.base_env.tokenizer.eos_token_id
+    decode = env.base_env.template.codec.decode
+    reasons = columns.read_objects(td["finish_reason"], td.batch_size)
+    assert set(reasons) == {"stop", "length"}
+    for i, prompt in enumerate(prompts):
+        response, full = rows(td, "tokens", "response")[i], rows(td, "tokens", "full")[i]
+        assert full.tolist() == prompt.tolist() + response.tolist()
+        assert stop not in response[:-1]
+        assert (reasons[i] == "stop") == (response[-1].item() == stop)
+        assert rows(td, "log_probs", "full")[i].shape == full.shape
+        assert rows(td, "masks", "all_attention_mask")[i].shape == full.shape
+        text = rows(td, "text", "response")[i]
+        assert text == decode([response.tolist()])[0]
+        if mode != "tokens":
+            assert rows(td, "text", "full")[i] == decode([full.tolist()])[0]
+        if mode == "history":
+            said = rows(td, "history", "response")[i]
+            content = said.content[0] if not isinstance(said.content, str) else said.content
+            assert content == text.removesuffix("<|end|>")
+            assert columns.read_objects(said.get("is_complete"), said.batch_size) == [reasons[i] == "stop"]
+            assert (
+                rows(td, "history", "full")[i].batch_size[0] == rows(td, "history", "prompt")[i].batch_size[0] + 1
+            )
+    env.step(td)
+
+
+def test_scoring_is_that_of_the_ledger(mode):
+    """``generate=False`` scores the ids themselves, in every mode, and leaves the rest of the TensorDict alone."""
+    torch.manual_seed(2)
+    policy = wrapper(mode)
+    td = policy(episodes.first(episodes.environment(mode, 8)))
+    sampled = rows(td, "log_probs", "response")
+    scorer = policy.get_new_version(generate=False, inplace=False)
+    scored = scorer(td)
+    assert {"log_probs", "masks"} == set(scored.keys())
+    again = policy.get_new_version(generate=False)(td.copy())
+    for i, expected in enumerate(sampled):
+        whole = rows(scored, "log_probs", "full")[i]
+        assert whole.shape == rows(td, "tokens", "full")[i].shape
+        assert torch.allclose(whole[-len(expected) :], expected, atol=1e-5)
+        assert (whole[1 : -len(expected)] < 0).all(), "the prompt is scored too"
+        assert torch.equal(rows(again, "log_probs", "full")[i], whole)
+    assert set(again.keys()) == set(td.keys())
+
+
+def test_a_token_that_pads_is_kept():
+    """With ``pad_token == eos_token``, and with a pad token that is sampled, torchrl deletes tokens."""
+    tokenizer = episodes.tokenizer()
+    pad = tokenizer.pad_token_id
+    model = episodes.model()
+    torch.manual_seed(0)
+    policy = ExactTransformersWrapper(
+        model, tokenizer=tokenizer, input_mode="tokens", generate_kwargs={"max_new_tokens": 60, "do_sample": True}
+    )
+    td = policy(episodes.first(episodes.environment("tokens")))
+    responses = rows(td, "tokens", "response")
+    assert any(pad in row for row in responses)
+    scored = policy.get_new_version(generate=False, inplace=False)(td)
+    for full, row in zip(rows(td, "tokens", "full"), rows(scored, "log_probs", "full"), strict=True):
+        assert full.shape == row.shape
+
+
+def test_greedy_is_that_of_the_policy():
+    env = episodes.environment("tokens", 8)
+    ours = wrapper(generate_kwargs={"max_new_tokens": 9})(episodes.first(env))
+    reference = TransformersPolicy(episodes.model(), episodes.tokenizer(), max_new_tokens=9, temperature=0)
+    expected = reference(episodes.first(env))
+    for key in ("response", "full"):
+        for a, b in zip(rows(ours, "tokens", key), rows(expected, "tokens", key), strict=True):
+            assert a.tolist() == b.tolist()
+        for a, b in zip(rows(ours, "log_probs", key), rows(expected, "log_probs", key), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_budgets_are_kept_to():
+    env = episodes.environment("tokens", 4).append_transform(Budget(max_turn_tokens=3))
+    td = wrapper()(episodes.first(env))
+    assert max(map(len, rows(td, "tokens", "response"))) <= 3
+
+
+def test_lazy_stacks_and_single_rows():
+    td = episodes.first(episodes.environment("tokens", 3))
+    stacked = wrapper()(lazy_stack([row.copy() for row in td.unbind(0)]))
+    assert len(columns.read_field(stacked["tokens"], "response", stacked.batch_size)) == 3
+    one = wrapper()(td[1].copy())
+    full = one["tokens"].full
+    assert full[: len(td[1]["tokens"].prompt)].tolist() == td[1]["tokens"].prompt.tolist()
+
+
+def test_sampling_settings_of_the_model_are_switched_off():
+    model = episodes.model()
+    model.generation_config.top_k = 2
+    model.generation_config.repetition_penalty = 1.5
+    torch.manual_seed(0)
+    td = wrapper(model=model)(episodes.first(episodes.environment("tokens", 16)))
+    kinds = {int(row[0]) for row in rows(td, "tokens", "response")}
+    assert len(kinds) > 6, "top_k would leave few first tokens"
+    actor = TransformersPolicy(model, episodes.tokenizer(), temperature=TEMPERATURE)
+    dist = actor.get_dist(td)
+    assert dist.mask.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pad_output": True}, "pad_output"),
+        ({"num_samples": 4}, "num_samples"),
+        ({"pad_model_input": False, "generate": False}, "pad_model_input"),
+        ({"generate_kwargs": {"top_k": 5}}, "top_k=5"),
+        ({"generate_kwargs": {"top_p": 0.9}}, "top_p=0.9"),
+        ({"generate_kwargs": {"num_beams": 4}}, "num_beams=4"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        wrapper(**options)
+
+
+def test_missing_ids():
+    bare = TensorDict(query=["a"], batch_size=(1,))
+    with pytest.raises(KeyError, match="'tokens', 'prompt'"):
+        wrapper()(bare)
+    with pytest.raises(KeyError, match="'tokens', 'full'"):
+        wrapper(generate=False)(bare)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        wrapper()(bare, max_new_tokens=3)
+
+
+def test_two_batch_dimensions():
+    env = ChatEnv(input_mode="tokens", tokenizer=episodes.tokenizer(), batch_size=(2, 2))
+    td = env.reset(TensorDict(query=[["a", "bb"], ["ccc", "d"]], batch_size=(2, 2)))
+    env.step(wrapper()(td))

@@ -1,0 +1,191 @@
+"""torchrl's own LLM wrappers, generating from the ledger's ids: for code that is written for those wrappers.
+
+The defects named in the docstrings are those of torchrl 0.14.1. Where the parent is right, it does the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
+from torchrl.modules.llm.policies import LogProbs
+
+from torchrl_chat.policies.sampling import left_padded
+from torchrl_chat.policies.vllm import check_log_probs_mode, sampled, sampling_params, vocabulary_bias
+from torchrl_chat.policies.wrapping import NEUTRAL, Answers, LedgerWrapper
+from torchrl_chat.policies.writing import container
+
+
+class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
+    """torchrl's ``TransformersWrapper`` on the ledger's ids, for ``generate`` true and false and all input modes.
+
+    What of torchrl 0.14.1 it mends, and what by:
+
+    - the first sampled token's log-prob is 0; log-probs ignore the temperature: log-probs are those of the scores that
+      ``model.generate`` sampled from, and ``generate=False`` and ``get_dist`` divide by the same temperature;
+    - no ``("log_probs", "full")`` from ``generate=True``: it is written, 0 where not sampled, earlier turns included;
+    - rows that are padded with ``<none>`` messages, or have unequal numbers of messages or tokens, lose their answers or
+      crash, ``prefer_tokens`` or not: messages are not read;
+    - tokens equal to the padding or eos token are deleted: an answer ends at its first stop id, and sequences have no
+      padding;
+    - ``generate=False`` tokenizes histories again, to other ids: it scores ``("tokens", "full")`` in every mode;
+    - torchrl's own chat templates in place of the tokenizer's: none is used here.
+
+    Refused, since they cannot be mended here: ``pad_output``, packing (``pad_model_input=False``, not causal), ``num_samples``
+    and ``batching``, and sampling that the loss cannot see (``top_k``, ``top_p``, penalties, beams); those that the
+    model's own generation config asks for are switched off.
+
+    Args:
+        model: a transformers causal language model.
+
+    Keyword Args:
+        options: as of ``TransformersWrapper``; ``tokenizer`` is needed. ``generate_kwargs`` takes ``max_new_tokens``,
+            ``do_sample``, ``temperature``, ``eos_token_id`` (by default what ends an answer for
+            :class:`~torchrl_chat.TransformersPolicy`).
+
+    Example:
+        >>> policy = ExactTransformersWrapper(
+        ...     model, tokenizer=tokenizer, generate_kwargs={"max_new_tokens": 64, "do_sample": True}
+        ... )
+        >>> loss = GRPOLoss(policy.get_new_version(generate=False), masking_strategy="sft")
+    """
+
+    def __init__(self, model: Any, **options: Any):
+        super().__init__(model, **options)
+        dropped = {"temperature", "output_logits", *NEUTRAL}
+        self.generate_kwargs = {
+            **{name: value for name, value in self.generate_kwargs.items() if name not in dropped},
+            "eos_token_id": sorted(self.stop_ids),
+            "pad_token_id": min(self.stop_ids),  # what stands behind an answer is cut off
+            "output_scores": True,
+            "repetition_penalty": 1.0,
+        }
+        beyond = list(range(self.codec.vocab_size, self.model.config.vocab_size))
+        if beyond:
+            self.generate_kwargs["suppress_tokens"] = beyond
+        if self.generate_kwargs.get("do_sample"):
+            self.generate_kwargs |= {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+
+    def _model_eos(self) -> Any:
+        return getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+
+    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Answers:
+        device = next(self.model.parameters()).device
+        ids, attention = left_padded([prompt.to(device) for prompt in prompts])
+        settings = dict(self.generate_kwargs)
+        if most is not None:
+            settings["max_new_tokens"] = min(most, settings.get("max_new_tokens", most))
+        output = self.model.generate(input_ids=ids, attention_mask=attention.long(), **settings)
+        answers = output["sequences"][:, ids.shape[1] :]
+        scores = torch.stack([step.float().log_softmax(-1) for step in output["scores"]], 1)
+        scores = scores.gather(-1, answers[..., None]).squeeze(-1).cpu()
+        rows = []
+        for row in answers.tolist():
+            end = next((i for i, token in enumerate(row) if token in self.stop_ids), len(row) - 1)
+            rows.append(row[: end + 1])
+        return rows, [row_scores[: len(row)] for row, row_scores in zip(rows, scores, strict=True)]
+
+    def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
+        masks = self._attention(tensordict, self._whole(tensordict))
+        prepared = tensordict.select("tokens").set("masks", masks).to_lazystack(0)
+        scored: TensorDictBase = TransformersWrapper.forward(
+            self, prepared, tensordict_out=prepared.copy(), logits_only=logits_only
+        )
+        return scored
+
+    def _from_transformers_logprobs_history(self, td: Any, cfg: Any, out: Any, logits_only: bool = False) -> Any:
+        return self._from_transformers_logprobs_tokens(td, cfg, out, logits_only=logits_only)
+
+    _from_transformers_logprobs_text = _from_transformers_logprobs_history
+
+    def _model_forward_with_padded_sequences(
+        self, tokens: torch.Tensor, attention: torch.Tensor, *, logits_only: bool = False, **_: Any
+    ) -> Any:
+        device = next(self.model.parameters()).device
+        ids, mask = tokens.to(device), attention.to(device)
+        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        logits = self.model(input_ids=ids, attention_mask=mask.long(), position_ids=places).logits
+        scaled = {"logits": logits[..., : self.codec.vocab_size].float() / self.temperature}
+        return self._compute_log_probs_from_model_output(scaled, ids, mask, None, logits_only=logits_only)
+
+
+class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
+    """torchrl's ``vLLMWrapper`` on the ledger's ids, for ``generate`` true and false and all input modes.
+
+    What of torchrl 0.14.1 it mends, and what by:
+
+    - the text of the stop token stays in ``("history", "response")`` and is rendered again; a cut answer is called
+      complete: the content ends before the stop id, and ``is_complete`` says whether there was one;
+    - text mode has neither ids nor masks, and log-probs of the response only: all are written in every mode;
+    - ragged prompts crash, with ``prefer_tokens`` too: rows are handed over one by one, unpadded;
+    - tokens equal to the padding token are deleted from what ``generate=False`` scores: nothing is deleted;
+    - in history mode the prompt is rendered anew, with torchrl's chat templates: messages are not read;
+    - the log-probs of prompts, which switch vLLM's prefix cache off, are not asked for when generating:
+      ``("log_probs", "full")`` has the sampled tokens', earlier turns included, and 0 elsewhere.
+
+    Refused: ``pad_output`` (misaligned), ``num_samples`` and ``batching``, ``top_k``, ``top_p`` and penalties; an engine whose
+    ``logprobs_mode`` is not that of the sampling; and ``generate=False`` at a temperature other than 1, which vLLM does
+    not know for prompts.
+
+    Args:
+        model: a ``vllm.LLM``, such as ``VLLMPolicy.from_pretrained(...).engine``, or torchrl's ``AsyncVLLM`` (at temperature
+            1 with a tokenizer; its engine's settings cannot be seen from here).
+
+    Keyword Args:
+        options: as of ``vLLMWrapper``; ``generate_kwargs`` takes ``max_new_tokens``, ``temperature``,
+            ``eos_token_id``.
+
+    Example:
+        >>> policy = ExactVLLMWrapper(engine, tokenizer=tokenizer, generate_kwargs={"max_new_tokens": 64})
+    """
+
+    def __init__(self, model: Any, **options: Any):
+        super().__init__(model, **options)
+        greedy = (options.get("generate_kwargs") or {}).get("do_sample") is False
+        if not self.generate and self.temperature != 1:
+            raise ValueError(f"temperature={self.temperature}: vLLM scores given sequences at temperature 1 only.")
+        config, bias = getattr(self.model, "model_config", None), None
+        if config is not None:
+            bias = vocabulary_bias(config, self.codec.vocab_size)
+            check_log_probs_mode(config, 0 if greedy else self.temperature, bias)
+        elif self.temperature != 1:
+            raise ValueError(f"temperature={self.temperature}: this engine does not say what log-probs it reports.")
+        names = ("max_tokens", "temperature", "seed")
+        self._sampling = {name: getattr(self.sampling_params, name) for name in names} | {"logit_bias": bias}
+
+    def _model_eos(self) -> Any:
+        config = getattr(self.model, "model_config", None)
+        return None if config is None else config.try_get_generation_config().get("eos_token_id")
+
+    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Answers:
+        settings = dict(self._sampling)
+        if most is not None:
+            settings["max_tokens"] = min(most, settings["max_tokens"])
+        outputs = self._call_generate(
+            prompt_token_ids=[row.tolist() for row in prompts],
+            sampling_params=sampling_params(self.stop_ids, **settings),
+            use_tqdm=False,
+        )
+        ids, log_probs = sampled(outputs)
+        return ids, list(map(torch.tensor, log_probs))
+
+    def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
+        fulls = self._whole(tensordict)
+        outputs = self._call_generate(
+            prompt_token_ids=[row.tolist() for row in fulls], sampling_params=self.sampling_params, use_tqdm=False
+        )
+        batch, device = tensordict.batch_size, tensordict.device
+        scores = []
+        for output, row in zip(outputs, fulls, strict=True):
+            steps = zip(output.prompt_logprobs[1:], row[1:].tolist(), strict=True)
+            scores.append(torch.tensor([0.0, *(step[token].logprob for step, token in steps)], device=row.device))
+        return TensorDict(
+            {
+                self.masks_key: self._attention(tensordict, fulls),
+                self.log_probs_key: container(LogProbs, [{"full": row} for row in scores], batch, device),
+            },
+            batch_size=batch,
+            device=device,
+        )

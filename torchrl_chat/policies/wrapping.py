@@ -1,0 +1,208 @@
+"""What torchrl's LLM wrappers need to generate from the ledger's ids: the part that does not depend on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase, lazy_stack
+from torchrl.data.llm import History
+from torchrl.modules.llm.policies import ChatHistory, LLMWrapperBase, Masks, Text
+
+from torchrl_chat import columns
+from torchrl_chat.policies.sampling import default_stop_ids
+from torchrl_chat.policies.writing import Prompts, container, read_prompts, write_answers
+from torchrl_chat.templates.backends import tokenizer_of
+from torchrl_chat.templates.codec import codec_of
+
+# Options of the sampling that change the distribution in ways that a forward pass over the sequence does not see.
+NEUTRAL = {
+    "top_k": (None, 0, -1),
+    "top_p": (None, 1.0),
+    "repetition_penalty": (None, 1.0),
+    "presence_penalty": (None, 0.0),
+    "frequency_penalty": (None, 0.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "diversity_penalty": (None, 0.0),
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "force_words_ids": (None,),
+    "stop_sequences": (None,),
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+}
+Answers = tuple[list[list[int]], list[torch.Tensor]]
+
+
+class LedgerWrapper(LLMWrapperBase):
+    """What the two wrappers share: prompts from the ledger, answers into the parent's containers.
+
+    In every input mode ``generate=True`` reads ``("tokens", "prompt")``, and ``generate=False`` ``("tokens", "full")``:
+    an environment of this package writes the one and the policy the other, whatever the mode.
+    """
+
+    model: Any
+    stop_ids: frozenset[int]
+    generate_kwargs: dict[str, Any]
+    out_keys: list[Any]
+
+    def __init__(self, model: Any, **options: Any):
+        settings = dict(options.get("generate_kwargs") or {})
+        for name, neutral in NEUTRAL.items():
+            if settings.get(name) not in neutral:
+                raise ValueError(
+                    f"generate_kwargs has {name}={settings[name]!r}: the loss, which has the model's own distribution at "
+                    f"one temperature, would train on samples of another."
+                )
+        for name, only in (("pad_output", False), ("batching", None), ("num_samples", None), ("input_key", None)):
+            if options.get(name, only) not in (only, None, False):
+                raise ValueError(f"{type(self).__name__} has no {name}: a row of the environment has one answer.")
+        if options.get("pad_model_input") is False:
+            raise ValueError("pad_model_input=False lets tokens see those behind them (torchrl 0.14.1).")
+        if settings.get("temperature") and "do_sample" not in settings:
+            settings["do_sample"] = True  # transformers would ignore the temperature, and take the likeliest token
+        super().__init__(model, **{**options, "generate_kwargs": settings})
+        self._options = {**options, "generate_kwargs": settings}
+        self.tokenizer: Any = tokenizer_of(self.tokenizer)
+        self.codec = codec_of(self.tokenizer)
+        self.temperature = settings.get("temperature") or 1.0
+        given = settings.get("eos_token_id")
+        if given is None:
+            self.stop_ids = default_stop_ids(self.tokenizer, self._model_eos())
+        else:
+            self.stop_ids = frozenset([given] if isinstance(given, int) else given)
+        self.in_keys = [("tokens", "prompt" if self.generate else "full")]
+        self.input_key = self.in_keys[0]
+        if self.generate:
+            self.out_keys = [*dict.fromkeys([*self.out_keys, self.text_key, "finish_reason"])]
+
+    def get_new_version(self, **options: Any) -> Any:
+        """The same wrapper with other options."""
+        model = options.pop("model", self.model)
+        return type(self)(model, **{**self._options, **options})
+
+    def forward(
+        self,
+        tensordict: TensorDictBase,
+        *,
+        tensordict_out: TensorDictBase | None = None,
+        logits_only: bool = False,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        """Answer every row's prompt, or, with ``generate=False``, score ``("tokens", "full")``.
+
+        Raises:
+            KeyError: the ids are not there.
+        """
+        if kwargs:
+            raise ValueError(
+                f"{sorted(kwargs)} cannot be given to a call: use get_new_version(generate_kwargs=...)."
+            )
+        if not tensordict.ndim:
+            return self.forward(lazy_stack([tensordict]), logits_only=logits_only)[0]
+        if self.generate:
+            written = self._answered(tensordict)
+            names = {self.tokens_key: "tokens", self.masks_key: "masks", self.log_probs_key: "log_probs"}
+            names |= {self.text_key: "text", "finish_reason": "finish_reason"}
+            if self.input_mode == "history" and "history" in written.keys():
+                names[self.history_key] = "history"
+        else:
+            written = self._scored(tensordict, logits_only)
+            if "logits" in self.out_keys:  # a distribution is asked for
+                return written
+            names = {key: key for key in (self.masks_key, self.log_probs_key)}
+        if tensordict_out is None:
+            fresh = TensorDict(batch_size=tensordict.batch_size, device=tensordict.device)
+            tensordict_out = tensordict if self.inplace is True else fresh
+        for name, source in names.items():
+            tensordict_out.set(name, written.get(source))
+        return tensordict_out
+
+    def _model_eos(self) -> Any:
+        """``eos_token_id`` of the model's generation config."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ generate=True
+    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Answers:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _answered(self, tensordict: TensorDictBase) -> TensorDictBase:
+        prompts = read_prompts(tensordict)
+        ids, scores = self._sampled(prompts.ids, max(prompts.limits) if prompts.limits else None)
+        if prompts.limits:  # a budget's
+            ids = [row[:limit] for row, limit in zip(ids, prompts.limits, strict=True)]
+            scores = [row[:limit] for row, limit in zip(scores, prompts.limits, strict=True)]
+        texts = self.codec.decode(ids)
+        reasons = ["stop" if row[-1] in self.stop_ids else "length" for row in ids]
+        responses = [torch.tensor(row, dtype=torch.int64) for row in ids]
+        written = write_answers(columns.replaced(tensordict, _NOTHING), prompts, responses, scores, texts, reasons)
+        if self.input_mode != "tokens":
+            written.set("text", self._texts(written, prompts, texts))
+        if self.input_mode == "history" and (history := tensordict.get("history", None)) is not None:
+            bodies = self.codec.decode([row[:-1] if row[-1] in self.stop_ids else row for row in ids])
+            written.set("history", _answered_histories(history, bodies, [r == "stop" for r in reasons], written))
+        return written
+
+    def _texts(self, written: TensorDictBase, prompts: Prompts, texts: list[str]) -> Text:
+        batch, device = written.batch_size, written.device
+        known = columns.read_field(written.get("text"), "prompt", batch)
+        before = known or self.codec.decode([row.tolist() for row in prompts.ids])
+        fields = {"prompt": before, "response": texts, "full": list(map("".join, zip(before, texts, strict=True)))}
+        rows = [{key: columns.as_object(value, device) for key, value in row.items()} for row in rows_of(fields)]
+        return container(Text, rows, batch, device)
+
+    # ------------------------------------------------------------------ generate=False
+    def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
+        raise NotImplementedError
+
+    def _whole(self, tensordict: TensorDictBase) -> list[torch.Tensor]:
+        """The sequences to score."""
+        fulls = columns.read_field(tensordict.get("tokens", None), "full", tensordict.batch_size)
+        if fulls is None:
+            raise KeyError(
+                "('tokens', 'full') is not there: a policy of this package and training_view() write it. Text or messages "
+                "are not tokenized again."
+            )
+        return fulls
+
+    def _attention(self, tensordict: TensorDictBase, fulls: list[torch.Tensor]) -> Masks:
+        """The masks of whole sequences: there is no padding in them, whatever their ids."""
+        sampled = columns.read_field(tensordict.get("masks", None), "all_assistant_mask", tensordict.batch_size)
+        fields: dict[str, list[torch.Tensor]] = {
+            "all_attention_mask": [torch.ones_like(row, dtype=torch.bool) for row in fulls]
+        }
+        if sampled is not None and all(len(m) == len(row) for m, row in zip(sampled, fulls, strict=True)):
+            fields["all_assistant_mask"] = sampled
+        return container(Masks, rows_of(fields), tensordict.batch_size, tensordict.device)
+
+
+def rows_of(fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns as rows."""
+    return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+
+
+_NOTHING = TensorDict()
+_ENTRY = ("role", "content", "is_complete")
+
+
+def _answered_histories(
+    history: Any, bodies: Sequence[str], complete: Sequence[bool], like: TensorDictBase
+) -> ChatHistory:
+    """The ``ChatHistory`` with the response, and the conversation up to it."""
+    batch, device = like.batch_size, like.device
+    prompts = columns.read_field(history, "prompt", batch) or []
+    rows = []
+    for prompt, body, whole in zip(prompts, bodies, complete, strict=True):
+        [entry] = columns.history_messages([{"role": "assistant", "content": body}], device)
+        entry._tensordict["is_complete"] = columns.as_object(whole, device)
+        before = list(columns.bare(prompt).unbind(0))
+        entries = {"prompt": before, "response": [entry], "full": [*before, entry]}
+        rows.append(
+            {
+                key: columns.wrap(History, columns.stack_scalars(value, columns.Conversation), *_ENTRY)
+                for key, value in entries.items()
+            }
+        )
+    return container(ChatHistory, rows, batch, device)
