@@ -21,7 +21,7 @@ from torchrl_chat.rewards.judge import REFERENCE_PROMPT, RUBRIC_PROMPT, LLMJudge
 from torchrl_chat.rewards.marked import read_score
 from torchrl_chat.rewards.verdict import Episode, level_of
 
-pytest.importorskip("openai", reason="needs the extra: torchrl_chat[judge]")
+pytest.importorskip("openai", reason="needs the extra: torchrl_chat[openai]")
 
 
 def completion(text, finish="stop") -> bytes:
@@ -499,7 +499,7 @@ class TestProcesses:
         )
         assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
         monkeypatch.setitem(sys.modules, "openai", None)
-        with pytest.raises(ImportError, match=r"torchrl_chat\[judge\]"):
+        with pytest.raises(ImportError, match=r"torchrl_chat\[openai\]"):
             asyncio.run(LLMJudge("m")(episode()))
 
     def test_level(self):

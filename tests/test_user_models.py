@@ -248,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     """An endpoint that answers as ``script(body, number of the request)`` says."""
-    pytest.importorskip("openai", reason="needs the extra: torchrl_chat[judge]")
+    pytest.importorskip("openai", reason="needs the extra: torchrl_chat[openai]")
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.lock = True, threading.Lock()
     server.requests, server.flying, server.most = [], 0, 0
@@ -352,7 +352,7 @@ class TestEndpointUser:
 
     def test_without_the_library(self, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "openai", None)
-        with pytest.raises(ImportError, match=r"torchrl_chat\[judge\]"):
+        with pytest.raises(ImportError, match=r"torchrl_chat\[openai\]"):
             EndpointUser("m", "http://127.0.0.1:1/v1")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from torchrl_chat.cli.eval_stats import wilson
 from torchrl_chat.rewards.tasks import TASKS
 
 DESCRIPTION = """\
@@ -105,20 +105,6 @@ class Tally:
             "failures": self.failures,
             "parts": {name: value / self.rows for name, value in self.parts.items()},
         }
-
-
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share.
-
-    Example:
-        >>> low, high = wilson(50, 100)
-        >>> f"{low:.3f} {high:.3f}"
-        '0.404 0.596'
-    """
-    share = hits / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def run(arguments: argparse.Namespace) -> int:

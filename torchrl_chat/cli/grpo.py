@@ -21,6 +21,7 @@ from torchrl.envs import EnvBase
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 
 from torchrl_chat import columns
+from torchrl_chat.playing import play
 from torchrl_chat.policies import TransformersPolicy
 from torchrl_chat.transcript import Transcript
 
@@ -146,7 +147,6 @@ class Graded:
     reference: Any
 
 
-@torch.no_grad()
 def evaluate(env: EnvBase, policy: TransformersPolicy, count: int, max_turns: int = 64) -> list[Graded]:
     """Play ``count`` fresh conversations to their end and grade them.
 
@@ -158,24 +158,15 @@ def evaluate(env: EnvBase, policy: TransformersPolicy, count: int, max_turns: in
     """
     graded: list[Graded] = []
     while len(graded) < count:
-        td = env.reset()
-        rows = env.batch_size
-        finished: list[Graded | None] = [None] * rows.numel()
-        for turn in range(max_turns):
-            td = env.step(policy(td))
-            following = td["next"]
-            references = columns.read_objects(td.get("answer", None), rows)
-            transcripts = columns.read_objects(following.get("transcript"), rows)
-            done = following["done"].reshape(rows.numel(), -1).any(-1).tolist()
-            reward = following["reward"].flatten().tolist()
-            success = following["success"].flatten().tolist()
-            for i, over in enumerate(done):
-                if finished[i] is None and (over or turn == max_turns - 1):
-                    finished[i] = Graded(transcripts[i], reward[i], bool(success[i]), references[i])
-            if None not in finished:
-                break
-            td = env.step_mdp(td)
-        graded += [entry for entry in finished if entry is not None]
+        finished = play(env, policy, max_turns=max_turns)
+        rows = finished.batch_size
+        graded += map(
+            Graded,
+            columns.read_objects(finished.get("transcript"), rows),
+            finished["reward"].flatten().tolist(),
+            finished["success"].flatten().tolist(),
+            columns.read_objects(finished.get("answer", None), rows),
+        )
     return graded[:count]
 
 

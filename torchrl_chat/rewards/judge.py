@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from torchrl_chat._endpoint import RESERVED, make_client
 from torchrl_chat.messages import content_text
 from torchrl_chat.rewards.marked import read_score
 from torchrl_chat.rewards.verdict import Episode, Level, Verdict
@@ -61,7 +62,6 @@ line of its own: "Score: x", where x is a number from {low} (the rubric is not m
 
 _NAMES = ("question", "reference", "response", "conversation", "rubric", "low", "high")
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}", re.ASCII)
-_RESERVED = ("model", "messages", "temperature", "max_tokens", "n", "stream", "timeout")
 
 
 @dataclass
@@ -206,7 +206,7 @@ class LLMJudge:
         self._reset()
 
     def _check_extra(self) -> None:
-        reserved = sorted(set(self.extra) & set(_RESERVED))
+        reserved = sorted(set(self.extra) & set(RESERVED))
         if reserved:
             raise ValueError(f"extra has {reserved}: these are set by options of LLMJudge, or not supported.")
         try:
@@ -346,17 +346,7 @@ class LLMJudge:
             return here
 
     def _client(self) -> Any:
-        try:
-            from openai import AsyncOpenAI, OpenAIError
-        except ImportError as error:
-            raise ImportError("LLMJudge needs the openai library: pip install 'torchrl_chat[judge]'.") from error
-        options: Any = {"base_url": self.base_url, "max_retries": self.retries, "timeout": self.timeout}
-        try:
-            return AsyncOpenAI(api_key=self.api_key, **options)
-        except OpenAIError as error:
-            if self.base_url is None or self.api_key is not None:
-                raise ValueError(f"LLMJudge(model={self.model!r}) cannot connect: {error}") from None
-            return AsyncOpenAI(api_key="none", **options)  # servers of one's own often want no key
+        return make_client(self)
 
     def _count(self, **more: int) -> None:
         with self._lock:

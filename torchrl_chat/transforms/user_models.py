@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
+from torchrl_chat._endpoint import check_options, make_client
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.rewards.marked import after_reasoning
+from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate
 
 OPENING = "Hello! How can I help you?"
 """What the policy seems to have said first, so that the user's first message replies to something."""
 
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}", re.ASCII)
-_RESERVED = ("model", "messages", "temperature", "max_tokens", "n", "stream", "timeout")
 
 
 def as_user_sees(
@@ -94,9 +95,11 @@ class ModelUser:
     all rows in one batch. A reply that ``max_new_tokens`` cuts is said as far as it goes; one without words behind the
     reasoning, and a conversation that the template refuses or that fills the model's context, fail their row only.
 
-    With a ``seed`` it keeps a random generator, the only state of a simulator: the same calls in the same order give
-    the same replies, but a saved TensorDict that is stepped again may be replied to differently. At ``temperature=0``
-    there is no such state. Without a seed torch's global generator is used.
+    In a :class:`~torchrl_chat.DatasetChatEnv` a reply is sampled from the seed of its episode, the turn and ``seed``: it
+    does not depend on the rows beside it, nor on what was sampled before. In other environments a ``seed`` means a random
+    generator that is kept (and saved, see :meth:`state_dict`): the same calls in the same order give the same replies,
+    but a saved TensorDict that is stepped again may be replied to differently. Without a seed torch's global generator
+    is used there.
 
     Args:
         model: a transformers causal language model; it is neither trained nor moved.
@@ -108,7 +111,7 @@ class ModelUser:
         opening: what the policy seems to have said first.
         max_new_tokens: where a reply is cut.
         temperature: of the sampling; 0 takes the likeliest token.
-        seed: of the generator.
+        seed: of the sampling.
         stop_ids: ids that end a reply. Defaults to those of the template, the tokenizer and the model.
         template_kwargs: for :class:`~torchrl_chat.ChatTemplate`, e.g. ``{"enable_thinking": False}``.
         user_role, policy_role: the roles in the environment's conversations.
@@ -127,6 +130,7 @@ class ModelUser:
     """
 
     batched = True
+    seeded = True
 
     def __init__(
         self,
@@ -164,17 +168,35 @@ class ModelUser:
         self.template.render(self.view(asked))  # a template that knows no system message says so here
 
     def __call__(
-        self, conversations: Sequence[Sequence[Message]], rows: Sequence[Mapping[str, Any]] | None = None
+        self,
+        conversations: Sequence[Sequence[Message]],
+        rows: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        seeds: Sequence[int | None] | None = None,
     ) -> list[str | Exception]:
         """What the user says next in each conversation; an exception where that failed."""
+        drawn = [None] * len(conversations) if seeds is None else seeds
         known = [{}] * len(conversations) if rows is None else rows
         prompts = [self.view(messages, row) for messages, row in zip(conversations, known, strict=True)]
         rendered = [self._rendered(prompt) for prompt in prompts]
         replies: list[str | Exception] = [r if isinstance(r, Exception) else "" for r in rendered]
         places = [i for i, reply in enumerate(replies) if not isinstance(reply, Exception)]
-        for i, reply in zip(places, self._sampled([rendered[i] for i in places]), strict=True):
+        said = self._sampled([rendered[i] for i in places], [drawn[i] for i in places])
+        for i, reply in zip(places, said, strict=True):
             replies[i] = reply
         return replies
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The state of the generator, if there is one already."""
+        generator = self._sampler.generator
+        return {} if generator is None else {"generator": generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on with that generator."""
+        self._sampler.generator = None
+        if "generator" in state:
+            self._sampler.generator = torch.Generator(self._sampler.device)
+            self._sampler.generator.set_state(state["generator"])
 
     def view(self, messages: Sequence[Message], row: Mapping[str, Any] | None = None) -> list[Message]:
         """The conversation as the model is given it."""
@@ -203,14 +225,19 @@ class ModelUser:
         return most if context is None else min(most, context - length)
 
     @torch.no_grad()
-    def _sampled(self, ids: list[list[int]]) -> list[str | Exception]:
+    def _sampled(self, ids: list[list[int]], seeds: list[int | None]) -> list[str | Exception]:
         if not ids:
             return []
         device = self._sampler.device
-        if self.seed is not None and self._sampler.generator is None:
-            self._sampler.generator = torch.Generator(device).manual_seed(self.seed)
         inputs = [torch.tensor(row, dtype=torch.int64, device=device) for row in ids]
-        sampled, _ = self._sampler.generate(inputs, [self._room(len(row)) for row in ids])
+        rooms = [self._room(len(row)) for row in ids]
+        own = [seed if self.seed is None else mixed(self.seed, seed) for seed in seeds if seed is not None]
+        if len(own) == len(ids):
+            sampled, _ = self._sampler.generate(inputs, rooms, own)
+        else:
+            if self.seed is not None and self._sampler.generator is None:
+                self._sampler.generator = torch.Generator(device).manual_seed(self.seed)
+            sampled, _ = self._sampler.generate(inputs, rooms)
         replies: list[str | Exception] = []
         for read in self.template.parse_batch([row.tolist() for row in sampled]):
             try:
@@ -274,14 +301,7 @@ class EndpointUser:
     policy_role: str = "assistant"
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {least} or more.")
-        for name in ("timeout", "deadline"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected seconds, more than 0.")
-        if reserved := sorted(set(self.extra) & set(_RESERVED)):
-            raise ValueError(f"extra has {reserved}: these are set by options of EndpointUser, or not supported.")
+        check_options(self)
         self._client()  # a missing library or key is the whole run's affair: it must not wait for the first row
         self._reset()
 
@@ -348,16 +368,4 @@ class EndpointUser:
             await here[0].close()
 
     def _client(self) -> Any:
-        try:
-            from openai import AsyncOpenAI, OpenAIError
-        except ImportError as error:
-            raise ImportError(
-                "EndpointUser needs the openai library: pip install 'torchrl_chat[judge]'."
-            ) from error
-        options: Any = {"base_url": self.base_url, "max_retries": self.retries, "timeout": self.timeout}
-        try:
-            return AsyncOpenAI(api_key=self.api_key, **options)
-        except OpenAIError as error:
-            if self.base_url is None or self.api_key is not None:
-                raise ValueError(f"EndpointUser(model={self.model!r}) cannot connect: {error}") from None
-            return AsyncOpenAI(api_key="none", **options)  # servers of one's own often want no key
+        return make_client(self)

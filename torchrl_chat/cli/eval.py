@@ -1,0 +1,300 @@
+"""``torchrl-chat eval``: a model on a dataset with verified answers, to figures that can be trusted."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torchrl_chat.cli.eval_stats import Figures
+from torchrl_chat.cli.eval_tasks import DATASETS, make_env, make_policy
+
+DESCRIPTION = """\
+Play every row of a dataset, grade the answers as in training, and sum up: accuracy, pass@k, and how sure they are.
+
+  torchrl-chat eval --dataset digits                                     # a tiny random model, nothing is downloaded
+  torchrl-chat eval --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --limit 200
+  torchrl-chat eval --dataset math --data math500.jsonl --model FOLDER --samples 8     # pass@1, 2, 4, 8
+  torchrl-chat eval --dataset gsm8k --backend endpoint --endpoint http://localhost:8000/v1 --model NAME
+  torchrl-chat eval --resume runs/eval-gsm8k-20260101-120000
+
+Written to the output folder: config.json, rollouts.jsonl (an episode a line, see docs/rollouts.md) and summary.json.
+Every episode is in the file as soon as its batch is graded. A run that was ended, by Ctrl-C or by kill -9, goes on
+where it was: give the same --out again, or --resume FOLDER without anything else. Requests to an endpoint that failed
+are made again then. --limit and --samples may be raised, and --batch changed; anything else is another evaluation.
+
+Each episode samples from a seed of its own, so that answers depend neither on the batch nor on an interruption (but an
+endpoint samples as it likes). Rows without an answer count as wrong. The interval of the accuracy is Wilson's, with
+several answers a question at their effective number (clustered by question, arXiv:2411.00640); pass@k is unbiased
+(arXiv:2107.03374), its interval from resampled questions.
+
+The exit code is 0 if every episode was graded, 1 if some failed, 2 if the evaluation could not be made, 130 after Ctrl-C."""
+
+_FREE = {"out", "resume", "run", "command", "json", "limit", "samples", "batch", "device", "no_tokens"}
+"""Settings that may differ when a run goes on."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``eval`` to the commands."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure a model on a dataset",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    task = parser.add_argument_group("dataset")
+    task.add_argument(
+        "--dataset", default="digits", metavar="NAME", help=f"{', '.join(DATASETS)} (default: digits)"
+    )
+    task.add_argument("--data", metavar="PATH", help="a local copy: a folder, or a JSONL, Parquet or CSV file")
+    task.add_argument("--split", metavar="NAME", help="default: test, where there is one")
+    task.add_argument("--limit", type=int, metavar="N", help="the first N rows (default: all; 1000 generated ones)")
+    task.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default="tiny",
+        metavar="NAME",
+        help="tiny (default), a name or a folder of a transformers model, or the model's name at the endpoint",
+    )
+    model.add_argument("--backend", choices=("transformers", "vllm", "endpoint"), default="transformers")
+    model.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible server; the key: OPENAI_API_KEY")
+    model.add_argument(
+        "--api",
+        choices=("chat", "completions"),
+        default="chat",
+        help="what is sent to the endpoint: messages (default), or the token ids of the prompt, with --tokenizer",
+    )
+    model.add_argument("--tokenizer", metavar="NAME", help="default: the model's; for an endpoint: none")
+    model.add_argument("--device", help="default: cuda where there is one, else cpu")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature", type=float, metavar="T", help="default: 0 (greedy) for one sample, 1 for several"
+    )
+    sampling.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="where an answer is cut (default: 1024; tiny: 8)"
+    )
+    sampling.add_argument("--batch", type=int, default=32, metavar="N", help="conversations at once (default: 32)")
+    sampling.add_argument(
+        "--input-mode",
+        choices=("tokens", "text", "history"),
+        help="default: tokens; history for an endpoint without a tokenizer",
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="of sampling and of generated rows (default: 0)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/eval-DATASET-TIME")
+    output.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+    output.add_argument(
+        "--no-tokens", action="store_true", help="leave token ids and log-probs out of rollouts.jsonl"
+    )
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Play, sum up, and say where the files are; the result is the exit code."""
+    folder = _folder(arguments)
+    _settle(arguments)
+    from torchrl_chat.cli.eval_run import DatasetRun
+
+    policy = make_policy(arguments)
+    path = folder / "rollouts.jsonl"
+    interrupted = False
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", RuntimeWarning)  # failures are in the summary
+        stack.callback(getattr(policy, "close", lambda: None))
+        plan = DatasetRun(
+            functools.partial(make_env, arguments, policy),
+            policy,
+            path,
+            batch=arguments.batch,
+            limit=arguments.limit,
+            tokens=not arguments.no_tokens,
+            metadata={"policy": arguments.model, "dataset": arguments.dataset},
+        )
+        stack.callback(plan.close)
+        _remember(folder, arguments)  # only when the dataset and the model have been opened
+        done = plan.total - len(plan.todo)
+        if done:
+            print(f"going on: {done} of {plan.total} answers are in {path}", file=sys.stderr)
+        bar = stack.enter_context(_Bar(plan.total, done))
+        try:
+            for played in plan:
+                bar.add(played)
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted and not path.exists():
+        print("interrupted before there was an answer", file=sys.stderr)
+        return 130
+    summary = {"dataset": arguments.dataset, "model": arguments.model, "samples": arguments.samples}
+    summary |= summed_up(path, arguments.limit, arguments.samples) | {"missing": len(plan.todo)}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2) if arguments.json else f"{as_table(summary)}\nfiles in {folder}/")
+    if interrupted:
+        return 130
+    return 1 if summary["errors"] or summary["grade_failures"] else 0
+
+
+def summed_up(path: Path, limit: int | None = None, samples: int | None = None) -> dict[str, Any]:
+    """The figures of a rollout file.
+
+    Args:
+        path: the file.
+        limit, samples: count the first rows, and the first answers to each, only.
+
+    Raises:
+        ValueError: there is no episode in it.
+        OSError: there is no file.
+    """
+    from torchrl_chat.rollouts import read_rollouts
+
+    if not path.exists():
+        raise ValueError("no episode was played: there is nothing to sum up.")
+    return Figures.of(
+        episode
+        for episode in read_rollouts(path)
+        if (limit is None or episode["row"] < limit) and (samples is None or episode["place"] < samples)
+    ).summary()
+
+
+def as_table(summary: dict[str, Any]) -> str:
+    """The figures for people."""
+    low, high = summary["interval"]
+    length = summary["sampled_tokens"]
+    lines = [
+        ("dataset, model", f"{summary['dataset']}, {summary['model']}"),
+        ("questions", f"{summary['questions']}, {summary['episodes']} answers"),
+        ("accuracy", f"{summary['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"),
+        *(
+            (f"pass@{k}", "{value:.4f}  ({interval[0]:.4f} to {interval[1]:.4f})".format(**entry))
+            for k, entry in summary["pass_at_k"].items()
+            if k != "1"
+        ),
+        ("mean reward", f"{summary['mean_reward']:.4f}"),
+        *((f"  {name}", f"{value:.4f}") for name, value in summary["reward_parts"].items()),
+        (
+            "sampled tokens",
+            f"mean {length['mean']:.1f}, median {length['median']:g}, 95 % up to {length['p95']}, max {length['max']}",
+        ),
+        ("cut at a limit", f"{summary['cut_share']:.1%}"),
+        ("ended", _counts(summary["stops"])),
+        *((name, _counts(summary[key])) for name, key in _TROUBLE if summary[key]),
+        *([("drift", f"{summary['prompt_differs']} {_DRIFT}")] if summary["prompt_differs"] else []),
+        *([("not played", f"{summary['missing']} answers")] if summary.get("missing") else []),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+_TROUBLE = (("not graded", "grade_failures"), ("failed requests", "errors"))
+_DRIFT = "answers to a prompt that is not the ledger's: the server renders and tokenizes on its own"
+
+
+def _counts(counter: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.items())
+
+
+# ---------------------------------------------------------------------- settings
+def _folder(arguments: argparse.Namespace) -> Path:
+    """The output folder; for ``--resume``, the settings are those of its run."""
+    if arguments.resume is None:
+        name = f"eval-{arguments.dataset.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = arguments.out or Path("runs") / name
+    else:
+        folder = arguments.resume
+        if arguments.out not in (None, folder):
+            raise ValueError(f"--resume {folder} and --out {arguments.out} are two folders: give one.")
+        for key, value in _settings_of(folder).items():
+            setattr(arguments, key, value)
+    return folder
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--resume {folder}: there is no run in this folder ({path} is missing).") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return settings
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other settings, and refuse what does not fit together."""
+    if arguments.temperature is None:
+        arguments.temperature = 0.0 if arguments.samples == 1 else 1.0
+    if arguments.max_new_tokens is None:
+        arguments.max_new_tokens = 8 if arguments.model == "tiny" else 1024
+    if arguments.input_mode is None:
+        bare = arguments.backend == "endpoint" and arguments.tokenizer is None
+        arguments.input_mode = "history" if bare else "tokens"
+    for name in ("samples", "limit", "batch", "max_new_tokens"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected at least 1.")
+    if arguments.samples > 1 and arguments.temperature == 0:
+        raise ValueError(
+            f"--samples {arguments.samples} at --temperature 0 asks for the same answer again: raise it."
+        )
+    if arguments.endpoint is not None and arguments.backend != "endpoint":
+        raise ValueError(f"--endpoint {arguments.endpoint} needs --backend endpoint.")
+    if arguments.model == "tiny" and arguments.backend != "transformers":
+        raise ValueError(f"--backend {arguments.backend} needs --model: tiny is made on the spot for transformers.")
+
+
+def _remember(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the settings, or compare them with those of the run that is in the folder."""
+    settings = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in ("out", "resume", "run", "command", "json")
+    }
+    path = folder / "config.json"
+    if path.exists():
+        before = _settings_of(folder)
+        differs = [key for key in settings if key not in _FREE and before.get(key, settings[key]) != settings[key]]
+        if differs:
+            key = differs[0]
+            raise ValueError(
+                f"{folder} holds an evaluation with --{key.replace('_', '-')} {before[key]}, not {settings[key]}: give "
+                f"another --out, or the same settings."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name("config.json.part")
+    beside.write_text(json.dumps(settings, indent=2) + "\n")
+    beside.replace(path)
+
+
+class _Bar:
+    """The progress, with the accuracy so far; nothing where tqdm is not installed, or nobody watches."""
+
+    def __init__(self, total: int, done: int):
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self._bar = None
+        else:
+            self._bar = tqdm(total=total, initial=done, unit="answer", disable=None)
+        self._right = self._count = 0
+
+    def add(self, played: list[dict[str, Any]]) -> None:
+        """A batch is in the file."""
+        self._count += len(played)
+        self._right += sum(bool(episode["success"]) and not episode["error"] for episode in played)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"right {self._right / self._count:.3f}", refresh=False)
+            self._bar.update(len(played))
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

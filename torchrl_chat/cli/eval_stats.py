@@ -1,0 +1,209 @@
+"""The figures of an evaluation: accuracy, pass@k, and how far they can be trusted. Questions are the sample, answers are not.
+
+Answers to one question resemble each other, so that ``samples`` answers to each of ``Q`` questions say less than that many
+answers to as many questions would. Standard errors are clustered by question (Miller 2024, arXiv:2411.00640, section
+2.2), and resampling draws whole questions.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_Z = 1.96  # 95 %
+_RESAMPLES = 2000
+
+
+def wilson(hits: float, total: float, z: float = _Z) -> tuple[float, float]:
+    """Wilson's interval of a share (Wilson 1927).
+
+    Args:
+        hits, total: the share; as counts, or scaled to an effective number of observations.
+        z: the quantile of the normal distribution; 1.96 for 95 %.
+
+    Example:
+        >>> low, high = wilson(50, 100)
+        >>> f"{low:.3f} {high:.3f}"
+        '0.404 0.596'
+    """
+    share = hits / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def clustered_error(clusters: Sequence[Sequence[float]]) -> float:
+    """The standard error of the mean of all values, whose clusters are drawn as a whole.
+
+    With one value a cluster it is the usual one, s / sqrt(n).
+
+    Args:
+        clusters: the values, one list a question; NaN for fewer than two of them.
+    """
+    count, groups = sum(map(len, clusters)), len(clusters)
+    if groups < 2:
+        return math.nan
+    mean = sum(map(sum, clusters)) / count
+    spread = sum(sum(value - mean for value in cluster) ** 2 for cluster in clusters)
+    return math.sqrt(spread * groups / (groups - 1)) / count
+
+
+def share_interval(clusters: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The 95 % interval of the share of ones among all values: Wilson's, at the effective number of answers.
+
+    That number is how many independent answers would have the same (clustered) standard error: all of them with one answer
+    a question, between the number of questions and that of the answers otherwise. Unlike mean +- 1.96 errors the
+    interval stays within 0 and 1, and does not shrink to a point where all is right or all is wrong.
+    """
+    count, groups = sum(map(len, clusters)), len(clusters)
+    share = sum(map(sum, clusters)) / count
+    if count == groups:
+        return wilson(share * count, count)
+    error = clustered_error(clusters)
+    if not error > 0:  # nothing differs between questions, or there is one only
+        size: float = groups
+    else:
+        size = min(count, max(1.0, share * (1 - share) / error**2))
+    return wilson(share * size, size)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The probability that one of ``k`` answers is right, estimated without bias (Chen et al. 2021, arXiv:2107.03374).
+
+    1 - C(n - c, k) / C(n, k): the share of the subsets of size k of the n answers that have a right one.
+
+    Args:
+        samples: n, how many answers there are.
+        correct: c, how many of them are right.
+        k: at most ``samples``.
+
+    Raises:
+        ValueError: ``k`` or ``correct`` do not fit ``samples``.
+
+    Example:
+        >>> pass_at_k(4, 1, 2)
+        0.5
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass@{k} of {correct} right among {samples}: expected 1 <= k and right <= samples.")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def bootstrap_interval(values: Sequence[float], resamples: int = _RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of a mean, by drawing the values anew with replacement (Efron 1979).
+
+    Args:
+        values: one for each question.
+        resamples: how often they are drawn.
+        seed: of the draws: the same values have the same interval.
+    """
+    import numpy as np
+
+    drawn, given = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
+    # How often each question is drawn, in blocks: a large dataset times all resamples would take gigabytes.
+    block = max(1, 2_000_000 // len(given))
+    means = np.concatenate(
+        [
+            drawn.multinomial(len(given), np.full(len(given), 1 / len(given)), size=min(block, resamples - start))
+            @ given
+            for start in range(0, resamples, block)
+        ]
+    ) / len(given)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+@dataclass
+class Figures:
+    """What is counted of the episodes, a few numbers each: the episodes themselves stay in their file."""
+
+    successes: dict[int, list[float]] = field(default_factory=dict)
+    rewards: dict[int, list[float]] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    turns: int = 0
+    cut: int = 0
+    prompt_differs: int = 0
+    stops: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, episodes: Iterable[Mapping[str, Any]]) -> Figures:
+        """The figures of the episodes of a rollout file."""
+        figures = cls()
+        for episode in episodes:
+            figures.add(episode)
+        return figures
+
+    def add(self, episode: Mapping[str, Any]) -> None:
+        """Count one episode. One without an answer (its request failed) counts as wrong."""
+        row = episode["row"]
+        self.successes.setdefault(row, []).append(float(bool(episode["success"]) and not episode["error"]))
+        self.rewards.setdefault(row, []).append(episode["reward"] or 0.0)
+        for name, value in episode["reward_parts"].items():
+            self.parts[name] = self.parts.get(name, 0.0) + (value or 0.0)
+        self.lengths.append(episode["sampled_tokens"])
+        self.turns += episode["turns"]
+        self.cut += episode["cut"]
+        self.prompt_differs += bool(episode.get("prompt_differs"))
+        self.stops[episode["stop"]] += 1
+        for counter, reason in ((self.failures, episode["grade_failure"]), (self.errors, episode["error"])):
+            if reason:
+                counter[reason.partition(":")[0]] += 1
+
+    @property
+    def episodes(self) -> int:
+        """How many were counted."""
+        return len(self.lengths)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as one object for JSON.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        if not self.episodes:
+            raise ValueError("no episode was played: there is nothing to sum up.")
+        successes, rewards = list(self.successes.values()), list(self.rewards.values())
+        lengths = sorted(self.lengths)
+        error, reward_error = clustered_error(successes), clustered_error(rewards)
+        return {
+            "questions": len(successes),
+            "episodes": self.episodes,
+            "accuracy": sum(map(sum, successes)) / self.episodes,
+            "interval": list(share_interval(successes)),
+            "standard_error": None if math.isnan(error) else error,
+            "pass_at_k": self._pass_at_k(successes),
+            "mean_reward": sum(map(sum, rewards)) / self.episodes,
+            "reward_standard_error": None if math.isnan(reward_error) else reward_error,
+            "reward_parts": {name: value / self.episodes for name, value in sorted(self.parts.items())},
+            "sampled_tokens": {
+                "mean": statistics.fmean(lengths),
+                "median": statistics.median(lengths),
+                "p95": lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))],
+                "max": lengths[-1],
+            },
+            "mean_turns": self.turns / self.episodes,
+            "cut_share": self.cut / self.episodes,
+            "prompt_differs": self.prompt_differs,
+            "stops": dict(self.stops.most_common()),
+            "grade_failures": dict(self.failures.most_common()),
+            "errors": dict(self.errors.most_common()),
+        }
+
+    @staticmethod
+    def _pass_at_k(successes: Sequence[Sequence[float]]) -> dict[str, dict[str, Any]]:
+        """For k = 1, 2, 4 ... and all answers, over the questions that have as many."""
+        most = max(map(len, successes))
+        chosen = sorted({*(2**i for i in range(most.bit_length())), most})
+        result: dict[str, dict[str, Any]] = {}
+        for k in chosen if most > 1 else ():
+            values = [pass_at_k(len(of), int(sum(of)), k) for of in successes if len(of) >= k]
+            low, high = bootstrap_interval(values)
+            result[str(k)] = {"value": statistics.fmean(values), "interval": [low, high]}
+        return result

@@ -1,0 +1,104 @@
+"""Play a batch of conversations to their end: what evaluation does, and whoever wants finished episodes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+
+_OWN = {"next", "_step", "_reset", "done", "terminated", "truncated", "reward"}
+
+
+@torch.no_grad()
+def play(
+    env: EnvBase,
+    policy: Callable[[TensorDictBase], TensorDictBase],
+    tensordict: TensorDictBase | None = None,
+    *,
+    max_turns: int = 64,
+) -> TensorDictBase:
+    """Play every conversation of a batch to its end, each row once.
+
+    A row that is done stays as it is while the others go on: it is not stepped (torchrl's ``"_step"``), so that no tool
+    is called and nothing graded for it. A policy that clears ``"_step"`` for a row, as
+    :class:`~torchrl_chat.policies.endpoint.EndpointPolicy` does where a request fails, ends it.
+
+    Args:
+        env: the environment.
+        policy: it may leave out rows whose ``"_step"`` is false.
+        tensordict: what ``env.reset()`` returned; ``None`` resets here.
+
+    Keyword Args:
+        max_turns: after so many turns a conversation that has not ended is left as it is.
+
+    Returns:
+        The finished rows, of the environment's batch size: for each row what its last step wrote under ``"next"`` and,
+        beside it, the other columns of the root (``"query"``, ``"answer"``, ``"finish_reason"`` ...). A row
+        that was never stepped has the columns of the root, and of the others what a step writes for such rows.
+
+    Raises:
+        ValueError: ``max_turns`` is not positive.
+
+    Example:
+        >>> finished = play(env, policy)
+        >>> [transcript.messages[-1]["role"] for transcript in finished["transcript"]]
+        ['assistant']
+    """
+    if max_turns < 1:
+        raise ValueError(f"max_turns is {max_turns}: expected at least 1.")
+    td = env.reset() if tensordict is None else tensordict
+    batch = env.batch_size
+    live = torch.ones(batch, dtype=torch.bool)
+    finished: TensorDictBase | None = None
+    for turn in range(max_turns):
+        if not live.all():
+            td.set("_step", live.clone())
+        td = policy(td)
+        wanted = td.get("_step", None)
+        asked = live
+        stepped = live if wanted is None else wanted.reshape(batch).cpu() & live
+        if not stepped.any():  # a step of no row would write nothing
+            last = td.exclude("_step")
+            return last if finished is None else _where(asked, last, finished)
+        td = env.step(td)
+        last = finished_rows(td)
+        finished = last if finished is None else _where(asked, last, finished)
+        done = td["next", "done"].reshape(*batch, -1).any(-1).cpu()
+        live = stepped & ~done
+        if not live.any() or turn == max_turns - 1:
+            break
+        td = env.step_mdp(td)
+    assert finished is not None
+    return finished
+
+
+def finished_rows(tensordict: TensorDictBase) -> TensorDictBase:
+    """What a step wrote, with the columns of the root that stay: queries, references, why the policy stopped.
+
+    Args:
+        tensordict: the result of ``env.step``, or the last step of a rollout; rows without ``"next"`` stay as they are.
+    """
+    following = tensordict.get("next", None)
+    if following is None:
+        return tensordict
+    rows = following.copy()
+    for key in tensordict.keys():
+        if key not in _OWN and rows.get(key, None) is None:
+            rows.set(key, tensordict.get(key))
+    return rows
+
+
+def _where(chosen: torch.Tensor, new: TensorDictBase, old: TensorDictBase) -> TensorDictBase:
+    """The new rows where chosen, the old elsewhere; a column that the new rows lack stays as it is."""
+    if chosen.all() and set(old.keys()) <= set(new.keys()):
+        return new
+    shared = [key for key in new.keys() if old.get(key, None) is not None]
+    mask = chosen if new.device is None else chosen.to(new.device)
+    rows = old.copy()
+    mixed: Any = torch.where(mask, new.select(*shared), old.select(*shared))
+    for key in shared:
+        rows.set(key, mixed.get(key))
+    return rows

@@ -1,0 +1,329 @@
+"""The rollout file: JSONL, a finished episode a line, written by training and evaluation, read by whoever looks at them.
+
+The format is documented in ``docs/rollouts.md``. A line is written as a whole, so a process that is killed leaves at most
+one broken line, the last; readers drop it, and the next writer cuts it off. Nothing in an episode can make a line
+that is not JSON: numbers that JSON lacks (NaN, infinities) become ``null``, half a surrogate pair is escaped, and
+an object that JSON does not know is spelled as text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat import columns
+from torchrl_chat.pieces import TokenPieces
+from torchrl_chat.playing import finished_rows
+from torchrl_chat.seeds import EPISODE_KEYS
+from torchrl_chat.transcript import Branch, Transcript
+from torchrl_chat.transforms.stop import StopReason
+
+VERSION = 1
+"""The version of the format; it changes when a field changes its meaning, not when one is added."""
+
+_DEPTH = 64  # levels of nesting that are written; deeper values are spelled as text
+
+
+def episodes(
+    td_next: TensorDictBase,
+    tokenizer: Any = None,
+    *,
+    tokens: bool = True,
+    ids: Sequence[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The finished rows of a batch, as what a line of the rollout file holds.
+
+    Args:
+        td_next: rows with a ``"transcript"`` each: what :func:`~torchrl_chat.playing.play` returned, what a step wrote
+            under ``"next"``, or the result of a step (then the root's query and reference are taken along). Of any
+            batch size; rewards and reasons are read where they are there.
+        tokenizer: for the text of each token; ``None`` leaves the pieces out.
+
+    Keyword Args:
+        tokens: whether the token sequences are written: ids, pieces, mask and log-probs. Without them a line is about a
+            third as long.
+        ids: a name for each episode; random ones if ``None``.
+        metadata: what holds for all of them: ``"policy"``, ``"step"`` ...; ``"time"`` is added.
+
+    Yields:
+        dicts that JSON can spell, in row-major order of the batch.
+
+    Raises:
+        KeyError: there is no ``"transcript"``.
+        ValueError: there are not as many ``ids`` as episodes.
+
+    Example:
+        >>> [episode] = episodes(env.rollout(1, policy)[..., -1], tokenizer)
+        >>> episode["version"], episode["stop"]
+        (1, 'running')
+    """
+    td = finished_rows(td_next)
+    batch = td.batch_size
+    column = td.get("transcript", None)
+    if column is None:
+        raise KeyError(f"episodes needs 'transcript', the ledger; got the keys {sorted(map(str, td.keys()))}.")
+    transcripts: list[Transcript] = columns.read_objects(column, batch)
+    if ids is not None and len(ids) != len(transcripts):
+        raise ValueError(f"ids has {len(ids)} entries for {len(transcripts)} episodes.")
+    spell = TokenPieces(tokenizer) if tokens and tokenizer is not None else None
+    shared = {"time": time.time(), **(metadata or {})}
+
+    def read(key: str) -> list[Any]:
+        value = td.get(key, None)
+        return [None] * len(transcripts) if value is None else columns.read_objects(value, batch)
+
+    def number(key: Any) -> list[Any]:
+        value = td.get(key, None)
+        return [None] * len(transcripts) if value is None else value.reshape(len(transcripts)).tolist()
+
+    held = td.get("reward_parts", None)
+    parts = {} if held is None else {str(key): number(("reward_parts", key)) for key in held.keys()}
+    read_columns = {key: read(key) for key in ("query", "answer", "grade_failure", "finish_reason", "policy_error")}
+    numbers = {key: number(key) for key in ("reward", "success", "stop_reason", "prompt_differs", *EPISODE_KEYS)}
+    flags = {key: _flags(td, key, len(transcripts)) for key in ("done", "terminated")}
+    for i, transcript in enumerate(transcripts):
+        of = {key: values[i] for key, values in (read_columns | numbers | flags).items()}
+        episode = {
+            "version": VERSION,
+            "id": uuid.uuid4().hex if ids is None else ids[i],
+            **_origin(of),
+            "query": of["query"],
+            "reference": of["answer"],
+            "messages": transcript.messages,
+            "reward": of["reward"],
+            "success": of["success"],
+            "reward_parts": {name: values[i] for name, values in parts.items()},
+            "grade_failure": of["grade_failure"] or None,
+            "stop": _stop(of),
+            "finish_reason": of["finish_reason"],
+            "cut": transcript.ended is False,
+            "error": of["policy_error"] or None,
+            "prompt_differs": of["prompt_differs"],
+            "turns": len(transcript.spans),
+            "sampled_tokens": transcript.total_sampled,
+            "total_tokens": len(transcript),
+        }
+        if tokens:
+            scored = transcript.scored
+            episode["sequences"] = [_sequence(branch, spell, scored) for branch in transcript.sequences]
+        yield plain({**episode, "metadata": shared})
+
+
+def write_rollouts(
+    path: str | os.PathLike[str],
+    td_next: TensorDictBase,
+    tokenizer: Any = None,
+    *,
+    append: bool = True,
+    **options: Any,
+) -> int:
+    """Write the finished rows of a batch to a rollout file, all of them with one write.
+
+    Args:
+        path: the file; it is made if it is not there.
+        td_next: the rows, as for :func:`episodes`.
+        tokenizer: for the text of each token.
+
+    Keyword Args:
+        append: go on behind what the file holds (its last line is cut off where it is broken); else write it anew.
+        options: as for :func:`episodes`.
+
+    Returns:
+        how many were written.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> write_rollouts(folder / "rollouts.jsonl", play(env, policy), tokenizer, metadata={"step": 3})
+        1
+    """
+    lines = [as_line(episode) for episode in episodes(td_next, tokenizer, **options)]
+    write_lines(path, lines, append=append)
+    return len(lines)
+
+
+def as_line(episode: Mapping[str, Any]) -> bytes:
+    """An episode as a line of the file, UTF-8, its newline included."""
+    text = json.dumps(episode, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Half a surrogate pair is no UTF-8; JSON and Python spell it alike, \\ud83d, and so do JSON's readers.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def write_lines(path: str | os.PathLike[str], lines: Sequence[bytes], *, append: bool = True) -> None:
+    """Write lines, each with its newline, all at once; a broken last line of the file is cut off first."""
+    if append:
+        mend(path)
+    with open(path, "ab" if append else "wb", buffering=0) as file:
+        whole = memoryview(b"".join(lines))
+        while whole:  # the system may take less than all of it
+            whole = whole[file.write(whole) or 0 :]
+
+
+def mend(path: str | os.PathLike[str]) -> None:
+    """Cut off a last line that was not written to its end; complete one that lacks its newline only."""
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        start, tail = end, b""
+        while start and b"\n" not in tail:
+            step = min(start, 1 << 16)
+            start = file.seek(start - step)
+            tail = file.read(step) + tail
+        last = tail[tail.rfind(b"\n") + 1 :]
+        if not last:
+            return
+        try:
+            json.loads(last)
+        except ValueError:
+            file.truncate(end - len(last))
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+
+
+def read_rollouts(
+    path: str | os.PathLike[str], *, on_error: Literal["warn", "raise"] = "warn"
+) -> Iterator[dict[str, Any]]:
+    """The episodes of a rollout file, one by one: the file may be larger than the memory.
+
+    Args:
+        path: the file.
+
+    Keyword Args:
+        on_error: a line that is no episode (no JSON, no object, of a later version of the format) is left out with a
+            ``RuntimeWarning`` that has its number, or raised. A last line that was not written to its end, as a process
+            leaves it that is killed, is always left out, with such a warning.
+
+    Raises:
+        ValueError: ``on_error`` is neither; or, with ``"raise"``, for the first such line.
+        OSError: there is no such file.
+
+    Example:
+        >>> [episode["success"] for episode in read_rollouts("rollouts.jsonl")]  # doctest: +SKIP
+        [True, False]
+    """
+    if on_error not in ("warn", "raise"):
+        raise ValueError(f"on_error={on_error!r}: expected 'warn' or 'raise'.")
+    with open(path, "rb") as file:
+        for place, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield _read(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    warnings.warn(
+                        f"{path}: the last line, {place}, was not written to its end; it is left out.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    return
+                message = f"{path}, line {place}: {error}"
+                if on_error == "raise":
+                    raise ValueError(message) from error
+                warnings.warn(f"{message}; it is left out.", RuntimeWarning, stacklevel=2)
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    try:
+        episode = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(episode, dict):
+        raise ValueError(f"a {type(episode).__name__}, not an episode (an object)")
+    version = episode.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise ValueError(f"its version is {version!r}, this library reads up to {VERSION}")
+    return episode
+
+
+# ---------------------------------------------------------------------- one episode
+def _origin(of: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the episode comes from, as far as a dataset environment tells."""
+    seed, row, epoch, place = (of[key] for key in EPISODE_KEYS)
+    group = None if row is None or epoch is None else f"{epoch}.{row}"
+    # A seed has 63 bits; the numbers of JavaScript have 53.
+    return {"row": row, "epoch": epoch, "group": group, "place": place, "seed": None if seed is None else str(seed)}
+
+
+def _stop(of: Mapping[str, Any]) -> str:
+    """Why the episode ended: the name of a :class:`StopReason` in small letters, or ``"error"``."""
+    if of["policy_error"]:
+        return "error"
+    if of["stop_reason"]:
+        return StopReason(of["stop_reason"]).name.lower()
+    if of["terminated"]:
+        return StopReason.ANSWERED.name.lower()
+    return (StopReason.TRUNCATED if of["done"] else StopReason.RUNNING).name.lower()
+
+
+def _flags(td: TensorDictBase, key: str, count: int) -> list[bool]:
+    value = td.get(key, None)
+    return [False] * count if value is None else value.reshape(count, -1).any(-1).tolist()
+
+
+def _sequence(branch: Branch, spell: TokenPieces | None, scored: bool) -> dict[str, Any]:
+    """One token sequence, compact: the mask as runs, log-probs of sampled tokens only."""
+    ids = branch.tokens.tolist()
+    sequence: dict[str, Any] = {"ids": ids, "sampled": runs(branch.mask)}
+    # Six digits: float32 has seven, and the last is beyond what two kernels agree on.
+    sampled = branch.log_probs[branch.mask].tolist()
+    sequence["log_probs"] = [float(f"{value:.6g}") for value in sampled] if scored and sampled else None
+    if spell is not None:
+        pieces = spell(ids)
+        sequence["pieces"] = pieces.texts
+        if pieces.partial:
+            sequence["bytes"] = {str(place): raw.hex() for place, raw in pieces.partial.items()}
+        if pieces.text is not None:
+            sequence["text"] = pieces.text
+    return sequence
+
+
+def runs(mask: torch.Tensor) -> list[list[int]]:
+    """The stretches where a mask is true, as ``[start, end)``.
+
+    Example:
+        >>> runs(torch.tensor([False, True, True, False, True]))
+        [[1, 3], [4, 5]]
+    """
+    edges = torch.diff(mask.to(torch.int8), prepend=torch.zeros(1).char(), append=torch.zeros(1).char())
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    return [list(run) for run in zip(starts, ends, strict=True)]
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """The value as what JSON knows: NaN and infinities become ``None``, other objects are spelled as text."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if depth < _DEPTH:
+        if isinstance(value, Mapping):
+            return {
+                key if isinstance(key, str) else str(key): plain(inner, depth + 1) for key, inner in value.items()
+            }
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [plain(inner, depth + 1) for inner in value]
+        if isinstance(value, Path):
+            return str(value)
+        if hasattr(value, "tolist"):  # tensors, arrays, their scalars
+            return plain(value.tolist(), depth + 1)
+    try:
+        return repr(value)[:10_000]
+    except Exception:  # an object, or a nesting, that cannot even be spelled
+        return f"<{type(value).__name__}>"
