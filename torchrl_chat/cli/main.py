@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchrl_chat.cli import audit, eval, grade, train
+from torchrl_chat.cli import audit, eval, grade, serve, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_parser(commands)
     eval.add_parser(commands)
+    serve.add_parser(commands)
     audit.add_parser(commands)
     grade.add_parser(commands)
     arguments = parser.parse_args(argv)

@@ -1,0 +1,405 @@
+"""``ChatEnvironment``: OpenEnv's chat environment, in this process or behind a server, over a token-exact ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import inspect
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from torchrl_chat._loop import LoopThread
+from torchrl_chat.messages import Message, MessageError, as_messages, check_message
+from torchrl_chat.openenv.episode import EpisodeEnded, EpisodeLimits, Turn
+from torchrl_chat.openenv.interfaces import Environment, Rubric
+from torchrl_chat.openenv.ledger import Answer, Ledger, Writer, writer_of
+from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata, ResetRequest
+from torchrl_chat.transforms.stop import StopReason
+
+_LIGHT_TOKENS = 2048
+_INITIAL = {"messages", "query"}
+
+
+class _Proposal(NamedTuple):
+    """What a step would make of the episode; nothing of it has happened yet."""
+
+    ledger: Ledger
+    turn: Turn
+    turns: int
+    sampled: int
+
+
+class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
+    """A conversation as an OpenEnv environment: ``reset``, ``step``, ``state``.
+
+    An action is what the policy sampled (``tokens``), or its answer as ``text``, or ``messages`` of others. The observation
+    is the whole conversation, as messages and as token ids. The ids are the prompt for the policy's next turn: everything
+    it sampled stands there id for id, and between the answers what the tokenizer's own chat template writes. After a
+    message of a user or a tool they end with what opens the policy's turn.
+
+    A step either happens as a whole or not at all: a bad id, a message that the template refuses, a rubric that raises
+    leave the episode as it was.
+
+    Args:
+        tokenizer: a tokenizer or processor of transformers, or a :class:`~torchrl_chat.ChatTemplate`, which many
+            environments may share. An object that has only ``apply_chat_template`` and ``decode`` does as well; then
+            every message is rendered alone, as OpenEnv does it.
+        system_prompt: the first message of every episode.
+        system_role: its role.
+        transform: a callable that changes every observation.
+        rubric: ``(action, observation) -> float``, sync or async: the reward of a step. OpenEnv's rubrics work as they are.
+            It is called with the observation after the step, its ``done`` already set.
+        max_turns, max_turn_tokens, max_tokens, max_context, max_seconds: see :class:`EpisodeLimits`.
+        recognise_messages: whether tokens that are the whole rendering of one message become that message, of its own
+            role, where it is not the policy's turn. OpenEnv's client sends messages so.
+        **template: arguments of :class:`~torchrl_chat.ChatTemplate`, such as ``chat_template`` or ``tools``.
+
+    Raises:
+        ChatTemplateError: the tokenizer has no chat template.
+
+    Example:
+        >>> env = ChatEnvironment(tokenizer, system_prompt="Be brief.", max_turns=1)
+        >>> env.reset(seed=0).messages
+        [{'role': 'system', 'content': 'Be brief.'}]
+        >>> observation = env.step(env.message_to_action({"role": "user", "content": "2 + 2?"}))
+        >>> observation = env.step(ChatAction(text="4"))
+        >>> observation.done, observation.metadata["stop_reason"]
+        (True, 'max_turns')
+    """
+
+    SUPPORTS_CONCURRENT_SESSIONS = True
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        system_prompt: str | None = None,
+        system_role: str = "system",
+        transform: Callable[[Any], Any] | None = None,
+        rubric: Rubric | None = None,
+        *,
+        max_turns: int | None = None,
+        max_turn_tokens: int | None = None,
+        max_tokens: int | None = None,
+        max_context: int | None = None,
+        max_seconds: float | None = None,
+        recognise_messages: bool = True,
+        **template: Any,
+    ):
+        super().__init__(transform=transform, rubric=rubric)
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.system_role = system_role
+        self.limits = EpisodeLimits(
+            max_turns=max_turns,
+            max_turn_tokens=max_turn_tokens,
+            max_tokens=max_tokens,
+            max_context=max_context,
+            max_seconds=max_seconds,
+        )
+        self.recognise_messages = recognise_messages
+        self._writer: Writer = writer_of(tokenizer, **template)
+        self._ledger: Ledger | None = None
+        self._episode_id: str | None = None
+        self._seed: int | None = None
+        self._step_count = self._turns = self._sampled = 0
+        self._stop = StopReason.RUNNING
+        self._started = time.monotonic()
+        self._loop: LoopThread | None = None
+
+    # ------------------------------------------------------------------ OpenEnv's methods
+    def reset(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> ChatObservation:
+        """Begin an episode.
+
+        Args:
+            seed: recorded with the episode; nothing here is random.
+            episode_id: its identifier, at most 255 characters; a new one if ``None``.
+            **kwargs: ``messages`` (or ``query``): what the conversation begins with, behind the system prompt. Others
+                are not used, and are named under ``"ignored"`` in the metadata.
+
+        Raises:
+            ValueError: a bad seed, episode id or message.
+        """
+        return self.reset_turn(seed=seed, episode_id=episode_id, **kwargs).as_observation()
+
+    def step(self, action: ChatAction, timeout_s: float | None = None, **kwargs: Any) -> ChatObservation:
+        """Append one turn.
+
+        Args:
+            action: see :class:`ChatAction`.
+            timeout_s: seconds that an async rubric may take.
+            **kwargs: not used.
+
+        Raises:
+            EpisodeEnded: the episode has ended.
+            ResponseError: an id that the tokenizer does not have.
+            BridgeError: the chat template refuses the message here, or its continuation cannot be proved exact.
+            TimeoutError: the rubric took too long.
+        """
+        return self.step_turn(action, timeout_s).as_observation()
+
+    async def reset_async(
+        self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any
+    ) -> ChatObservation:
+        """:meth:`reset`, for a running event loop."""
+        prepared = self._prepare(seed, episode_id, kwargs)
+        await self._reset_rubric_async()
+        return self._begin(*prepared).as_observation()
+
+    async def step_async(
+        self, action: ChatAction, timeout_s: float | None = None, **kwargs: Any
+    ) -> ChatObservation:
+        """:meth:`step`, for a running event loop; an async rubric is awaited in it."""
+        proposal = self._propose(action)
+        observation = self._seen(proposal)
+        if observation is not None and self.rubric is not None:
+            async with asyncio.timeout(timeout_s):
+                observation.reward = _reward(await self._apply_rubric_async(action, observation))
+        return self._commit(proposal, observation).as_observation()
+
+    @property
+    def state(self) -> ChatState:
+        """The history so far; a copy."""
+        ledger = self._current
+        return ChatState(
+            episode_id=self._episode_id,
+            step_count=self._step_count,
+            history_messages=copy.deepcopy(list(ledger.transcript.messages)),
+            history_tokens=ledger.segments(),
+        )
+
+    def message_to_action(self, message: Message) -> ChatAction:
+        """The action that appends a message: its tokens as they would stand behind the present conversation.
+
+        Raises:
+            ValueError: the message has no role or content, or the template refuses it here.
+        """
+        if not isinstance(message, Mapping) or message.get("content") is None:
+            raise MessageError("the message has no 'content': expected {'role': ..., 'content': ...}.")
+        checked = check_message(message)
+        ledger = self._written(self._current, [checked], None)[0]
+        return ChatAction(tokens=ledger.transcript.tokens[ledger.kept[1] :].tolist(), messages=[checked])
+
+    def get_metadata(self) -> EnvironmentMetadata:
+        """Name, description and version."""
+        return EnvironmentMetadata(
+            name="chat_env",
+            description="A conversation, token-exact over turns, whatever the chat template.",
+            version="1.0.0",
+        )
+
+    def close(self) -> None:
+        """End the thread in which async rubrics run."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    # ------------------------------------------------------------------ turns, as servers read them
+    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Turn:
+        """:meth:`reset`; of its result nothing is copied."""
+        prepared = self._prepare(seed, episode_id, kwargs)
+        self._reset_rubric()
+        return self._begin(*prepared)
+
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Turn:
+        """:meth:`step`; of its result nothing is copied."""
+        proposal = self._propose(action)
+        observation = self._seen(proposal)
+        if observation is not None and self.rubric is not None:
+            reward = self._apply_rubric(action, observation)
+            if inspect.isawaitable(reward):
+                if self._loop is None:
+                    self._loop = LoopThread("torchrl_chat.rubric")
+                reward = self._loop.run(_awaited(reward, timeout_s))
+            observation.reward = _reward(reward)
+        return self._commit(proposal, observation)
+
+    def is_light(self, action: ChatAction) -> bool:
+        """Whether a step takes so little that a server may run it in its event loop."""
+        return (
+            self.rubric is None
+            and self.transform is None
+            and action.messages is None
+            and len(action.tokens or action.text or ()) <= _LIGHT_TOKENS
+            and self._writer.is_quick(self._current)
+        )
+
+    # ------------------------------------------------------------------ one reset
+    @property
+    def _current(self) -> Ledger:
+        if self._ledger is None:
+            self._begin(*self._prepare(None, None, {}))
+        assert self._ledger is not None
+        return self._ledger
+
+    def _prepare(
+        self, seed: int | None, episode_id: str | None, kwargs: dict[str, Any]
+    ) -> tuple[ResetRequest, Ledger, dict[str, Any]]:
+        request = ResetRequest(seed=seed, episode_id=episode_id)
+        messages: list[Message] = []
+        if self.system_prompt is not None:
+            messages.append({"role": self.system_role, "content": self.system_prompt})
+        for key in ("messages", "query"):
+            if kwargs.get(key) is not None:
+                messages += as_messages(kwargs[key], where=key)
+        metadata: dict[str, Any] = {}
+        if ignored := sorted(kwargs.keys() - _INITIAL):
+            metadata["ignored"] = ignored
+        return request, self._writer.start(messages), metadata
+
+    def _begin(self, request: ResetRequest, ledger: Ledger, metadata: dict[str, Any]) -> Turn:
+        self._ledger = ledger
+        self._episode_id = uuid.uuid4().hex if request.episode_id is None else request.episode_id
+        self._seed = request.seed
+        self._step_count = self._turns = self._sampled = 0
+        self._stop, self._started = StopReason.RUNNING, time.monotonic()
+        metadata |= self._left(ledger, 0)
+        turn = Turn(
+            messages=ledger.transcript.messages, transcript=ledger.transcript, kept=(0, 0), metadata=metadata
+        )
+        if self.transform is None:
+            return turn
+        return _with_observation(turn, self._transformed(turn.as_observation()))
+
+    # ------------------------------------------------------------------ one step
+    def _propose(self, action: ChatAction) -> _Proposal:
+        if self._stop is not StopReason.RUNNING:
+            raise EpisodeEnded(f"the episode has ended ({self._stop.name.lower()}): reset begins the next one.")
+        ledger = self._current
+        messages = action.messages
+        if messages is None and action.tokens is not None and self.recognise_messages and not ledger.awaits_policy:
+            message = self._writer.recognise(action.tokens)
+            messages = None if message is None else [message]
+        after, turns, sampled = self._written(ledger, messages, action)
+        turns, sampled = self._turns + turns, self._sampled + sampled
+        stop = self.limits.reason(after.transcript, turns, sampled, self._started)
+        metadata = self._left(after, sampled)
+        if stop is not StopReason.RUNNING:
+            metadata["stop_reason"] = stop.name.lower()
+        if turns > self._turns and after.transcript.spans:
+            span = after.transcript.spans[-1]
+            metadata["sampled"] = [span.start, span.end]
+        turn = Turn(
+            messages=after.transcript.messages,
+            transcript=after.transcript,
+            kept=after.kept,
+            reward=0.0,
+            done=stop is not StopReason.RUNNING,
+            metadata=metadata,
+        )
+        return _Proposal(after, turn, turns, sampled)
+
+    def _written(
+        self, ledger: Ledger, messages: Sequence[Message] | None, action: ChatAction | None
+    ) -> tuple[Ledger, int, int]:
+        """The ledger after an action, how many answers it brought, and how many sampled tokens."""
+        if messages is None:
+            assert action is not None
+            ids = action.tokens if action.tokens is not None else self._encoded(ledger, str(action.text))
+            reason = action.finish_reason or (None if action.tokens is not None else "stop")
+            answer = self._cut(ledger, Answer(ids, reason), self._sampled)
+            return self._writer.answer(ledger, answer), 1, len(answer.ids)
+        before, kept, turns, sampled = len(ledger.ends), len(ledger.transcript), 0, 0
+        for message in messages:
+            if message["role"] != "assistant":
+                ledger = self._writer.add(ledger, [message])
+            else:
+                if message.keys() != {"role", "content"} or not isinstance(message["content"], str):
+                    raise MessageError(
+                        "an assistant message is given by its 'content' alone, a string, or as tokens."
+                    )
+                answer = Answer(self._encoded(ledger, message["content"]), "stop")
+                answer = self._cut(ledger, answer, self._sampled + sampled)
+                ledger = self._writer.answer(ledger, answer)
+                turns, sampled = turns + 1, sampled + len(answer.ids)
+            kept = min(kept, ledger.kept[1])
+        return replace(ledger, kept=(before, kept)), turns, sampled
+
+    def _encoded(self, ledger: Ledger, text: str) -> list[int]:
+        ids = self._writer.encode(ledger, text)
+        if not ids:
+            raise MessageError("the answer is empty: it has no tokens.")
+        return ids
+
+    def _cut(self, ledger: Ledger, answer: Answer, sampled: int) -> Answer:
+        """The answer without what is beyond the limits, as if the policy had been stopped there."""
+        if not self.limits.in_tokens:
+            return answer
+        left = self.limits.tokens_left(ledger.transcript, sampled)
+        if left is None or len(answer.ids) <= left:
+            return answer
+        if left == 0:
+            raise EpisodeEnded("no tokens are left in this episode: reset begins the next one.")
+        return Answer(list(answer.ids)[:left], "length")
+
+    def _left(self, ledger: Ledger, sampled: int) -> dict[str, Any]:
+        if not self.limits.in_tokens:
+            return {}
+        return {"tokens_left": self.limits.tokens_left(ledger.transcript, sampled)}
+
+    def _seen(self, proposal: _Proposal) -> ChatObservation | None:
+        """The observation, where somebody looks at it."""
+        return None if self.rubric is self.transform is None else proposal.turn.as_observation()
+
+    def _transformed(self, observation: ChatObservation) -> ChatObservation:
+        changed = self._apply_transform(observation)
+        if isinstance(changed, ChatObservation):
+            return changed
+        try:
+            return ChatObservation.model_validate({name: getattr(changed, name) for name in _fields(changed)})
+        except (ValidationError, TypeError) as error:
+            raise ValueError(f"the transform returned no observation: {error}") from error
+
+    def _commit(self, proposal: _Proposal, observation: ChatObservation | None) -> Turn:
+        """Let the step happen; everything that may fail has gone well, but for the transform, which is called first."""
+        turn = proposal.turn
+        if observation is not None:
+            reward = observation.reward
+            if self.transform is not None:
+                turn = _with_observation(turn, self._transformed(observation))
+            else:
+                turn = replace(turn, reward=reward)
+        self._ledger, self._turns, self._sampled = proposal.ledger, proposal.turns, proposal.sampled
+        self._step_count += 1
+        if turn.done:
+            name = str(turn.metadata.get("stop_reason", "truncated")).upper()
+            self._stop = StopReason.__members__.get(name, StopReason.ANSWERED)
+        return turn
+
+
+def _with_observation(turn: Turn, observation: ChatObservation) -> Turn:
+    return replace(
+        turn,
+        observation=observation,
+        reward=None if observation.reward is None else float(observation.reward),
+        done=observation.done,
+        metadata=observation.metadata,
+    )
+
+
+def _fields(observation: Any) -> list[str]:
+    return [name for name in ChatObservation.model_fields if hasattr(observation, name)]
+
+
+def _reward(value: Any) -> float:
+    """A rubric's value as a reward.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    with contextlib.suppress(TypeError, ValueError):
+        reward = float(value)
+        if math.isfinite(reward):
+            return reward
+    raise ValueError(f"the rubric returned {value!r:.60}: expected a finite number.")
+
+
+async def _awaited(value: Any, timeout_s: float | None) -> Any:
+    async with asyncio.timeout(timeout_s):
+        return await value

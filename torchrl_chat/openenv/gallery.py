@@ -1,0 +1,130 @@
+"""The environments that ``torchrl-chat serve`` knows by name, and those that a module of the user's makes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
+from torchrl_chat.openenv.environment import ChatEnvironment
+
+NAMES = ("chat", "countdown", "digits", "gsm8k", "ifeval", "math", "reasoning-gym:TASK")
+
+
+def factory_of(
+    name: str,
+    tokenizer: Any,
+    *,
+    data: str | None = None,
+    system_prompt: str | None = None,
+    seed: int = 0,
+    python_tool: bool = False,
+    template: dict[str, Any] | None = None,
+    **limits: float | None,
+) -> tuple[Callable[[], Any], str]:
+    """What makes the environment of a session, and the environment's name.
+
+    Args:
+        name: one of :data:`NAMES`; or ``module:function``, called with the tokenizer, which returns a
+            :class:`~torchrl_chat.ChatEnv`, a dataset environment, an :class:`EnvPool`, or an object with OpenEnv's
+            ``reset`` and ``step``.
+        tokenizer: shared by all sessions.
+        data: a local copy of the dataset.
+        system_prompt: instead of the environment's own.
+        seed: of generated problems.
+        python_tool: whether fenced Python code in an answer is run in a sandbox, its output appended.
+        template: arguments of :class:`~torchrl_chat.ChatTemplate`.
+        **limits: see :class:`~torchrl_chat.openenv.episode.EpisodeLimits`.
+
+    Raises:
+        ValueError: there is no such environment.
+    """
+    given: dict[str, Any] = {key: value for key, value in limits.items() if value is not None}
+    template = template or {}
+    if name == "chat" and not python_tool:
+        from torchrl_chat.templates import ChatTemplate
+
+        shared = ChatTemplate(tokenizer, **template)
+        return functools.partial(ChatEnvironment, shared, system_prompt=system_prompt, **given), "chat_env"
+    kind, _, task = name.partition(":")
+    if task and kind != "reasoning-gym":
+        return _of_module(name, tokenizer), task
+    make, splits = _makers(kind, task, tokenizer, data, system_prompt, seed, template)
+
+    def equipped(split: str) -> Any:
+        env = make(split)
+        if python_tool:
+            from torchrl_chat.transforms import PythonInterpreter
+
+            env = env.append_transform(PythonInterpreter())
+        if given:
+            from torchrl_chat.transforms import Budget
+
+            env = env.append_transform(Budget(**given))
+        return env
+
+    return functools.partial(TorchRLEnvironment, EnvPool(equipped, splits, kind)), kind
+
+
+def _makers(
+    kind: str,
+    task: str,
+    tokenizer: Any,
+    data: str | None,
+    system_prompt: str | None,
+    seed: int,
+    template: dict[str, Any],
+) -> tuple[Callable[[str], Any], tuple[str, ...]]:
+    """What makes the TorchRL environment of a split, and the splits."""
+    from torchrl_chat import envs
+
+    shared: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "input_mode": "tokens",
+        "template_kwargs": template,
+        "system_prompt": system_prompt,
+    }
+    rows = {**shared, "shuffle": False, "seed": seed}
+    if kind == "chat":
+        return lambda split: envs.ChatEnv(batch_size=(1,), **shared), ("train",)
+    if kind == "digits":
+        return functools.partial(_digits, data, rows), ("train",)
+    if kind == "reasoning-gym" and task:
+        return lambda split: envs.ReasoningGymEnv(task, **rows), ("train",)
+    tasks = {"countdown": envs.CountdownEnv, "gsm8k": envs.GSM8KEnv, "math": envs.MATHEnv, "ifeval": envs.IFEvalEnv}
+    if kind not in tasks:
+        raise ValueError(f"there is no environment {kind!r}: expected {', '.join(NAMES)} or module:function.")
+    cls: Any = tasks[kind]
+    splits = ("train",) if kind == "ifeval" else ("train", "test")
+    return lambda split: cls(dataset=data, split=split, **rows), splits
+
+
+def _digits(data: str | None, rows: dict[str, Any], split: str) -> Any:
+    from torchrl.envs import StepCounter
+
+    from torchrl_chat.cli.tiny import last_digit_rows
+    from torchrl_chat.envs import DatasetChatEnv
+    from torchrl_chat.rewards import NumberVerifier
+    from torchrl_chat.transforms import RewardTransform
+
+    env = DatasetChatEnv(dataset=data or last_digit_rows(seed=rows["seed"]), **rows)
+    env.append_transform(StepCounter(max_steps=1))
+    return env.append_transform(RewardTransform(NumberVerifier()))
+
+
+def _of_module(name: str, tokenizer: Any) -> Callable[[], Any]:
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
+    first = make(tokenizer)
+    if isinstance(first, EnvPool):
+        return functools.partial(TorchRLEnvironment, first)
+    if hasattr(getattr(first, "base_env", first), "append_messages"):
+        return functools.partial(TorchRLEnvironment, EnvPool(lambda split: make(tokenizer), name=function))
+    if not (hasattr(first, "reset") and hasattr(first, "step")):
+        raise ValueError(f"{name} returned a {type(first).__name__}: expected an environment or an EnvPool.")
+    return functools.partial(make, tokenizer)

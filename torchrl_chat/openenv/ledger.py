@@ -1,0 +1,296 @@
+"""Who writes the ledger of one episode: messages and answers in, a new :class:`Ledger` out.
+
+Law of this file: a ledger is a value. What cannot be written raises, and the ledger that was stays what it was. What
+the policy has answered to is never written anew; what it has not yet answered to may be, because the next message
+can change how a template renders it (a system prompt that is merged into the first question).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from torchrl_chat.envs.appending import appended
+from torchrl_chat.envs.responses import ResponseError, check_ids
+from torchrl_chat.messages import Message, MessageError
+from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
+from torchrl_chat.templates.kinds import Roles
+from torchrl_chat.transcript import Transcript
+
+_ROLES = ("user", "assistant", "system", "tool")
+_OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
+_SENTINEL = "qzj"
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """One conversation, and where each of its messages ends in the tokens.
+
+    Attributes:
+        transcript: the tokens and messages now.
+        ends: for each message, where its tokens end. Messages that were written at once: all tokens stand with the last.
+        answered: the transcript as it was after the policy's last answer; ``None`` before the first.
+        kept: how many messages and tokens are the same as in the ledger that this one was made of.
+    """
+
+    transcript: Transcript
+    ends: tuple[int, ...] = ()
+    answered: Transcript | None = None
+    kept: tuple[int, int] = (0, 0)
+
+    @property
+    def awaits_policy(self) -> bool:
+        """Whether a question stands unanswered."""
+        messages = self.transcript.messages
+        return (
+            self.transcript.ended is None and bool(messages) and messages[-1]["role"] not in ("assistant", "system")
+        )
+
+    def then(self, transcript: Transcript, answered: Transcript | None) -> Ledger:
+        """The next ledger of the same conversation."""
+        old, new = self.transcript.tokens.numpy(), transcript.tokens.numpy()
+        same = 0 if self.answered is None else len(self.answered)
+        if answered is transcript:
+            same = len(old)
+        shared = min(len(old), len(new))
+        differs = (old[same:shared] != new[same:shared]).nonzero()[0]
+        kept = same + int(differs[0]) if len(differs) else shared
+        before, now = len(self.ends), len(transcript.messages)
+        ends = [min(end, kept) for end in self.ends[:now]] if kept < len(old) else self.ends
+        added = [kept] * (now - before - 1) + [len(new)] if now > before else []
+        return Ledger(transcript, (*ends, *added), answered, (before, kept))
+
+    def segments(self) -> list[list[int]]:
+        """The tokens that each message brought."""
+        starts = (0, *self.ends)
+        return [self.transcript.tokens[a:b].tolist() for a, b in zip(starts, self.ends, strict=False)]
+
+
+@dataclass
+class _Known:
+    """What has been found out about a template, shared by all its writers."""
+
+    proved: set[Roles] = field(default_factory=set)  # kinds of conversation in which an answer was closed already
+    renderings: dict[str, tuple[str, str]] | None = None
+
+
+_known: weakref.WeakKeyDictionary[ChatTemplate, _Known] = weakref.WeakKeyDictionary()
+
+
+class Answer(NamedTuple):
+    """What a policy sampled."""
+
+    ids: Sequence[int]
+    finish_reason: str | None = None
+
+
+class Writer(Protocol):
+    """Writes ledgers with one tokenizer."""
+
+    def start(self, messages: Sequence[Message]) -> Ledger:
+        """A conversation that begins with these messages; there may be none."""
+        ...
+
+    def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
+        """The ledger with further messages, and what opens the policy's turn behind them."""
+        ...
+
+    def answer(self, ledger: Ledger, answer: Answer) -> Ledger:
+        """The ledger with what the policy sampled, id for id, and the end of its turn."""
+        ...
+
+    def encode(self, ledger: Ledger, text: str) -> list[int]:
+        """The ids of an answer that came as a text."""
+        ...
+
+    def recognise(self, ids: Sequence[int]) -> Message | None:
+        """The message of which these ids are the whole rendering, if they are one."""
+        ...
+
+    def is_quick(self, ledger: Ledger) -> bool:
+        """Whether an answer costs its own tokens only: nothing about the template has to be proved first."""
+        ...
+
+
+def writer_of(tokenizer: Any, **template: Any) -> Writer:
+    """The writer for a tokenizer: its chat template bridged; or, for one that has little more than
+    ``apply_chat_template`` and ``decode`` (a mock, a remote one), message by message.
+
+    Args:
+        tokenizer: a tokenizer or processor of transformers, a :class:`~torchrl_chat.ChatTemplate` to share, or an object
+            with those two methods.
+        **template: arguments of :class:`~torchrl_chat.ChatTemplate`.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if isinstance(tokenizer, ChatTemplate):
+        return TemplateWriter(tokenizer)
+    if hasattr(tokenizer, "get_vocab") or hasattr(tokenizer, "tokenizer"):
+        return TemplateWriter(ChatTemplate(tokenizer, **template))
+    if callable(getattr(tokenizer, "apply_chat_template", None)) and callable(getattr(tokenizer, "decode", None)):
+        return PlainWriter(tokenizer)
+    raise TypeError(
+        f"tokenizer is a {type(tokenizer).__name__}: expected a tokenizer with apply_chat_template and decode."
+    )
+
+
+class TemplateWriter:
+    """Writes by the bridge of a real chat template; safe to share between sessions.
+
+    Args:
+        template: the chat template.
+    """
+
+    def __init__(self, template: ChatTemplate):
+        self.template = template
+        self._known = _known.setdefault(template, _Known())
+
+    def start(self, messages: Sequence[Message]) -> Ledger:
+        """See :class:`Writer`. A system prompt that the template cannot render alone has no tokens before a question."""
+        if not messages:
+            return Ledger(Transcript.start([], ()))
+        opens = messages[-1]["role"] != "assistant"
+        try:
+            ids = self.template.render_batch([messages], opens)[0].ids
+        except ChatTemplateError:
+            if any(message["role"] != "system" for message in messages):
+                raise
+            ids = []
+        transcript = Transcript.start(ids, messages)
+        return Ledger(transcript, (0,) * (len(messages) - 1) + (len(ids),))
+
+    def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
+        """See :class:`Writer`."""
+        answered = ledger.answered
+        if answered is None:
+            return ledger.then(self.start([*ledger.transcript.messages, *messages]).transcript, None)
+        waiting = [*ledger.transcript.messages[len(answered.messages) :], *messages]
+        return ledger.then(appended([answered], [waiting], self.template, "keep")[0], answered)
+
+    def answer(self, ledger: Ledger, answer: Answer) -> Ledger:
+        """See :class:`Writer`."""
+        template, before = self.template, ledger.transcript
+        if before.messages and not len(before):
+            raise ResponseError("the template cannot render what there is so far: send a user message first.")
+        ids = torch.tensor(answer.ids, dtype=torch.int64)
+        check_ids([ids], template.codec.vocab_size)
+        prompts = [before.tokens[-_OPENING_IDS:].tolist()] if template.parser.openings else None
+        read = template.parse_batch([answer.ids], [before.course], [answer.finish_reason], prompts)[0]
+        # A turn whose end is not known stays open: nothing can follow it, but it may well be the last.
+        close = None if isinstance(read.close, BridgeError) else read.close.suffix(read.stop).ids
+        after = before.sampled(ids, None, read.message, ended=read.ended, close=close, stop=read.stop)
+        self._known.proved.add(before.course.shape)
+        return ledger.then(after, after)
+
+    def encode(self, ledger: Ledger, text: str) -> list[int]:
+        """See :class:`Writer`."""
+        tokens = ledger.transcript.tokens
+        after = int(tokens[-1]) if len(tokens) else None
+        return self.template.codec.encode_continuation([text], [after])[0]
+
+    def recognise(self, ids: Sequence[int]) -> Message | None:
+        """See :class:`Writer`. Exact: rendering the message gives the very ids."""
+        known = self._known
+        if known.renderings is None:
+            known.renderings = dict(self._learn())
+        if not known.renderings:
+            return None
+        text = self.template.codec.decode([ids])[0]
+        for role, (head, tail) in known.renderings.items():
+            if text.startswith(head) and text.endswith(tail) and len(text) >= len(head) + len(tail):
+                message = {"role": role, "content": text[len(head) : len(text) - len(tail)]}
+                try:
+                    if self.template.render([message], False) == list(ids):
+                        return message
+                except (ChatTemplateError, MessageError):
+                    continue
+        return None
+
+    def is_quick(self, ledger: Ledger) -> bool:
+        """See :class:`Writer`."""
+        known = self._known
+        return known.renderings is not None and ledger.transcript.course.shape in known.proved
+
+    def _learn(self) -> list[tuple[str, tuple[str, str]]]:
+        """What the template puts around a message that stands alone, for the roles where that names the role."""
+        found = []
+        for role in _ROLES:
+            try:
+                text = self.template.render_batch([[{"role": role, "content": _SENTINEL}]], False)[0].text
+            except ChatTemplateError:
+                continue
+            head, sentinel, tail = text.partition(_SENTINEL)
+            if sentinel and head:
+                found.append((role, (head, tail)))
+        heads = [around for _, around in found]
+        return [(role, around) for role, around in found if heads.count(around) == 1]
+
+
+class PlainWriter:
+    """Writes message by message, for tokenizers with ``apply_chat_template`` and ``decode`` only.
+
+    Such a tokenizer does not tell how a turn is opened or closed, so nothing is added to what is rendered and sampled,
+    and every message is rendered alone. This is what OpenEnv's own chat environment does with every tokenizer; a
+    tokenizer of transformers is bridged instead.
+
+    Args:
+        tokenizer: the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def start(self, messages: Sequence[Message]) -> Ledger:
+        """See :class:`Writer`."""
+        return self.add(Ledger(Transcript.start([], ())), messages)
+
+    def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
+        """See :class:`Writer`."""
+        transcript, ends = ledger.transcript, list(ledger.ends)
+        kept = len(ends), len(transcript)
+        for message in messages:
+            transcript = transcript.appended(self._render(message), [message])
+            ends.append(len(transcript))
+        return Ledger(transcript, tuple(ends), transcript, kept)
+
+    def answer(self, ledger: Ledger, answer: Answer) -> Ledger:
+        """See :class:`Writer`."""
+        ids = list(answer.ids)
+        try:
+            size = len(self.tokenizer)
+        except TypeError:
+            size = 2**31
+        check_ids([torch.tensor(ids)], size)
+        try:
+            content = self.tokenizer.decode(ids, skip_special_tokens=True)
+        except Exception as error:
+            raise ResponseError(f"the tokenizer cannot decode the action's ids: {error}") from error
+        message = {"role": "assistant", "content": content}
+        ended = answer.finish_reason != "length"
+        after = ledger.transcript.sampled(torch.tensor(ids), None, message, ended=ended)
+        return ledger.then(after, after)
+
+    def encode(self, ledger: Ledger, text: str) -> list[int]:
+        """See :class:`Writer`."""
+        return self._render({"role": "assistant", "content": text})
+
+    def recognise(self, ids: Sequence[int]) -> Message | None:
+        """See :class:`Writer`. Such a tokenizer does not show roles in its ids."""
+        return None
+
+    def is_quick(self, ledger: Ledger) -> bool:
+        """See :class:`Writer`."""
+        return True
+
+    def _render(self, message: Message) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(conversation=[message], tokenize=True)
+        ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        while ids and isinstance(ids[0], (list, tuple)):
+            ids = list(ids[0])
+        return list(map(int, ids))

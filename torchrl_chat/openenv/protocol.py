@@ -1,0 +1,211 @@
+"""OpenEnv's wire protocol: frames, error codes, limits; bytes in, bytes out.
+
+A client sends one JSON object a frame, ``{"type": "reset" | "step" | "state" | "mcp" | "close", "data": {...}}``, and
+gets one reply a frame, in order. What cannot be read raises :class:`ProtocolError`, which knows its reply; the
+session goes on. Everything is as in ``openenv`` 0.10 and ``openenv-core`` 0.3; the extensions (``RATE_LIMITED``,
+``UNAUTHORIZED``, delta observations, resumed sessions) are seen only by those who ask for them.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+from pydantic import ValidationError
+
+FRAME_TYPES = ("reset", "step", "state", "mcp", "close")
+_KEYS = frozenset({"type", "data"})
+_MAX_ERRORS = 8
+_MAX_SHOWN = 300  # characters of a client's own input in an error
+
+
+class ErrorCode(enum.StrEnum):
+    """The codes of error frames. The session survives the first group and ends with the second."""
+
+    INVALID_JSON = "INVALID_JSON"
+    UNKNOWN_TYPE = "UNKNOWN_TYPE"
+    VALIDATION_ERROR = "VALIDATION_ERROR"
+    EXECUTION_ERROR = "EXECUTION_ERROR"
+    RATE_LIMITED = "RATE_LIMITED"
+
+    CAPACITY_REACHED = "CAPACITY_REACHED"
+    FACTORY_ERROR = "FACTORY_ERROR"
+    SESSION_ERROR = "SESSION_ERROR"
+    UNAUTHORIZED = "UNAUTHORIZED"
+
+
+class CloseCode(enum.IntEnum):
+    """WebSocket close codes that the server uses (RFC 6455, section 7.4)."""
+
+    NORMAL = 1000
+    GOING_AWAY = 1001
+    TOO_BIG = 1009
+    TAKEN_OVER = 4001  # another socket has resumed this session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+        max_message_bytes: size of one frame or request body.
+        max_depth: nesting of its JSON.
+        max_sessions: sessions at a time.
+        idle_seconds: a session without a request for so long is closed; ``None`` for never.
+        resume_seconds: how long a resumable session outlives its socket.
+        requests_per_second: of one connection (of one address over HTTP); ``None`` for no limit. Twice as many
+            may come at once.
+        step_seconds: a step (or reset) that takes longer is answered with an error; ``None`` for no limit.
+    """
+
+    max_message_bytes: int = 16 * 2**20
+    max_depth: int = 64
+    max_sessions: int = 1024
+    idle_seconds: float | None = 3600.0
+    resume_seconds: float = 120.0
+    requests_per_second: float | None = None
+    step_seconds: float | None = 600.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: expected a positive number.")
+
+
+class ProtocolError(Exception):
+    """A request that cannot be served.
+
+    Attributes:
+        code: the error code of the reply.
+        message: what is wrong, for people.
+        details: further entries of the reply's ``data``.
+    """
+
+    def __init__(self, code: ErrorCode, message: str, **details: Any):
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details
+
+    def frame(self) -> bytes:
+        """The reply."""
+        return error_frame(self.code, self.message, **self.details)
+
+
+class Frame(NamedTuple):
+    """What a client sent."""
+
+    type: str
+    data: dict[str, Any]
+
+
+def dumps(value: Any) -> bytes:
+    """JSON of a value, compact; not a number and infinity become ``null``, unknown objects their text."""
+    return orjson.dumps(value, default=_fallback, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _fallback(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    return str(value)
+
+
+def loads(raw: bytes | str, limits: Limits) -> Any:
+    """A JSON value within the limits.
+
+    Raises:
+        ProtocolError: ``INVALID_JSON``, or ``VALIDATION_ERROR`` for a value beyond the limits.
+    """
+    if len(raw) > limits.max_message_bytes:
+        raise ProtocolError(
+            ErrorCode.VALIDATION_ERROR, f"the message has {len(raw)} bytes, {limits.max_message_bytes} are allowed."
+        )
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise ProtocolError(ErrorCode.INVALID_JSON, f"Invalid JSON: {error}") from None
+    if _too_deep(value, limits.max_depth):
+        raise ProtocolError(
+            ErrorCode.VALIDATION_ERROR, f"the JSON is nested deeper than {limits.max_depth} levels."
+        )
+    return value
+
+
+def _too_deep(value: Any, depth: int) -> bool:
+    level = [value] if isinstance(value, (list, dict)) else []
+    while level:
+        if depth <= 0:
+            return True
+        depth -= 1
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if type(inner) is list or type(inner) is dict
+        ]
+    return False
+
+
+def parse_frame(raw: bytes | str, limits: Limits) -> Frame:
+    """The frame that a client sent.
+
+    Raises:
+        ProtocolError: naming what is wrong with it.
+    """
+    value = loads(raw, limits)
+    if not isinstance(value, dict):
+        raise ProtocolError(
+            ErrorCode.VALIDATION_ERROR, f"a message is a JSON object with 'type' and 'data', not {_kind(value)}."
+        )
+    kind = value.get("type")
+    if kind not in FRAME_TYPES:
+        raise ProtocolError(
+            ErrorCode.UNKNOWN_TYPE,
+            f"Unknown message type: {short(kind)}; expected one of {', '.join(FRAME_TYPES)}.",
+        )
+    if extra := value.keys() - _KEYS:
+        names = ", ".join(short(key) for key in sorted(extra)[:_MAX_ERRORS])
+        raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"a message has 'type' and 'data' only, not {names}.")
+    data = value.get("data", {} if kind != "step" else None)
+    if not isinstance(data, dict):
+        raise ProtocolError(
+            ErrorCode.VALIDATION_ERROR, f"'data' of a {kind} message is an object, not {_kind(data)}."
+        )
+    return Frame(kind, data)
+
+
+def frame(kind: str, data: Any) -> bytes:
+    """A reply."""
+    return b'{"type":%b,"data":%b}' % (orjson.dumps(kind), dumps(data))
+
+
+def error_frame(code: ErrorCode, message: str, **details: Any) -> bytes:
+    """An error reply."""
+    return frame("error", {"message": message, "code": str(code), **details})
+
+
+def invalid(error: ValidationError, what: str) -> ProtocolError:
+    """The reply to data that a model refuses: which fields, and why; the input itself is not repeated."""
+    found = [
+        {"type": item["type"], "loc": list(item["loc"])[:8], "msg": item["msg"][:_MAX_SHOWN]}
+        for item in error.errors(include_url=False, include_input=False, include_context=False)[:_MAX_ERRORS]
+    ]
+    lines = "; ".join(f"{'.'.join(map(str, item['loc'])) or what}: {item['msg']}" for item in found)
+    return ProtocolError(ErrorCode.VALIDATION_ERROR, f"Invalid {what}: {lines}", errors=found)
+
+
+def short(value: Any) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,351 @@
+"""Sessions: each an environment of its own; how many there are, who may use them, and when they end.
+
+Law of this file: a session that is closed is gone. It leaves the table first, its socket is closed, its environment is
+closed once nothing runs in it; no request reaches it after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ValidationError
+
+from torchrl_chat.openenv.metrics import Metrics
+from torchrl_chat.openenv.models import ResetRequest
+from torchrl_chat.openenv.protocol import ErrorCode, Limits, ProtocolError, dumps, invalid, short
+from torchrl_chat.openenv.replies import Replies
+
+log = logging.getLogger("torchrl_chat.openenv")
+
+
+class Line(Protocol):
+    """The socket that a session talks through."""
+
+    async def end(self, error: ProtocolError | None, code: int, reason: str) -> None:
+        """Close the socket, after the step that is under way."""
+        ...
+
+
+class Session:
+    """One environment and what its client has seen of it.
+
+    Args:
+        env: the environment.
+        action_cls: the model of its actions.
+        limits: see :class:`Limits`.
+        pool: where its heavy work runs.
+        metrics: the server's counters.
+        resumable: whether it outlives its socket.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        action_cls: type[BaseModel],
+        limits: Limits,
+        pool: ThreadPoolExecutor,
+        metrics: Metrics,
+        resumable: bool = False,
+    ):
+        self.id = uuid.uuid4().hex
+        self.env = env
+        self.resumable = resumable
+        self.line: Line | None = None
+        self.replies = Replies()
+        self.used = time.monotonic()
+        self.closed = False
+        self._action_cls = action_cls
+        self._limits = limits
+        self._pool = pool
+        self._metrics = metrics
+        self._lock = asyncio.Lock()
+        self._late: asyncio.Future[Any] | None = None
+        self._lost = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return self._lock.locked()
+
+    async def reset(self, data: dict[str, Any]) -> bytes:
+        """Begin an episode; the observation as JSON.
+
+        Raises:
+            ProtocolError: the arguments are bad, or the environment refuses.
+        """
+        arguments = dict(data)
+        delta = arguments.pop("delta", None)
+        if delta not in (None, True, False):
+            raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"'delta' is {short(delta)}: expected true or false.")
+        try:
+            request = ResetRequest.model_validate(arguments)
+        except ValidationError as error:
+            raise invalid(error, "reset") from None
+        arguments |= {"seed": request.seed, "episode_id": request.episode_id}
+        async with self._lock:
+            turn = await self._call("reset", _accepted(self.env, arguments))
+            self._lost = False
+            if delta is not None:
+                self.replies.delta = delta
+            self.replies.forget()
+            if self.resumable and hasattr(turn, "metadata"):
+                turn.metadata["session_id"] = self.id
+            return self.replies.result(turn)
+
+    async def step(self, data: dict[str, Any], timeout_s: float | None = None) -> bytes:
+        """Take a step; the observation as JSON.
+
+        Raises:
+            ProtocolError: the action is bad, or the environment refuses; the episode is as it was.
+        """
+        try:
+            action = self._action_cls.model_validate(data)
+        except ValidationError as error:
+            raise invalid(error, "action") from None
+        async with self._lock:
+            if self._lost:
+                raise ProtocolError(ErrorCode.EXECUTION_ERROR, "the last step took too long: reset the session.")
+            turn = await self._call("step", {"action": action, "timeout_s": timeout_s})
+            return self.replies.result(turn)
+
+    async def state(self) -> bytes:
+        """The environment's state as JSON.
+
+        Raises:
+            ProtocolError: the environment refuses.
+        """
+        async with self._lock:
+            return dumps(await self._call("state", {}))
+
+    async def end(self) -> None:
+        """Close the environment, once nothing runs in it."""
+        self.closed = True
+        async with self._lock:
+            if self._late is not None:
+                await asyncio.wait([self._late])
+            close = getattr(self.env, "close", None)
+            if callable(close):
+                try:
+                    await asyncio.get_running_loop().run_in_executor(self._pool, close)
+                except Exception as error:
+                    log.warning("close failed", extra={"session": self.id, "error": repr(error)})
+            self.env = None
+
+    # ------------------------------------------------------------------ running the environment
+    async def _call(self, name: str, arguments: dict[str, Any]) -> Any:
+        if self.closed:
+            raise ProtocolError(ErrorCode.SESSION_ERROR, "the session has been closed.")
+        if self._late is not None and not self._late.done():
+            raise ProtocolError(ErrorCode.EXECUTION_ERROR, "an earlier request is still running; try again later.")
+        self._late = None
+        started = self.used = time.monotonic()
+        try:
+            return await self._run(name, arguments)
+        except ProtocolError:
+            raise
+        except (ValueError, TypeError, KeyError, IndexError, TimeoutError, NotImplementedError) as error:
+            # What an environment raises at its caller: the text says what to do. No fault of the server.
+            text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+            raise ProtocolError(
+                ErrorCode.EXECUTION_ERROR, text[:2000] or type(error).__name__, error_type=type(error).__name__
+            ) from None
+        except Exception as error:
+            log.error("the environment failed", extra={"session": self.id, "error": repr(error)[:2000]})
+            raise ProtocolError(
+                ErrorCode.EXECUTION_ERROR,
+                f"{type(error).__name__}: {error}"[:2000],
+                error_type=type(error).__name__,
+            ) from None
+        finally:
+            self.used = time.monotonic()
+            if name != "state":
+                self._metrics.took(self.used - started)
+
+    async def _run(self, name: str, arguments: dict[str, Any]) -> Any:
+        env = self.env
+        if name == "step" and not hasattr(env, "step_turn"):
+            arguments = {key: value for key, value in arguments.items() if key != "timeout_s" or value is not None}
+        if name == "step" and hasattr(env, "is_light") and env.is_light(arguments["action"]):
+            return env.step_turn(**arguments)
+        if not hasattr(env, "step_turn") and _is_async(env, name):
+            async with asyncio.timeout(self._limits.step_seconds):
+                return await getattr(env, f"{name}_async")(**arguments)
+        if name == "state":
+            call: Callable[[], Any] = lambda: env.state() if callable(env.state) else env.state  # noqa: E731
+        else:
+            method = getattr(env, f"{name}_turn", None) or getattr(env, name)
+            call = lambda: method(**arguments)  # noqa: E731
+        future = asyncio.get_running_loop().run_in_executor(self._pool, call)
+        done, _ = await asyncio.wait([future], timeout=self._limits.step_seconds)
+        if not done:
+            self._late, self._lost = future, name != "state"
+            raise TimeoutError(f"the {name} takes longer than {self._limits.step_seconds:g} s.")
+        return future.result()
+
+
+def _accepted(env: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the environment's reset takes; others are dropped, as OpenEnv does it."""
+    method = getattr(env, "reset_turn", None) or env.reset
+    parameters = inspect.signature(method).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return arguments
+    return {key: value for key, value in arguments.items() if key in parameters}
+
+
+def _is_async(env: Any, name: str) -> bool:
+    """Whether the environment has an async method of its own."""
+    method = getattr(type(env), f"{name}_async", None)
+    return method is not None and not method.__module__.endswith((".interfaces", "env_server.interfaces"))
+
+
+class Sessions:
+    """The table of sessions.
+
+    Args:
+        factory: makes the environment of a session.
+        action_cls: the model of its actions.
+        limits: see :class:`Limits`.
+        metrics: the server's counters.
+        workers: threads for heavy work.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        action_cls: type[BaseModel],
+        limits: Limits,
+        metrics: Metrics,
+        workers: int = 4,
+    ):
+        self._factory = factory
+        self._action_cls = action_cls
+        self._limits = limits
+        self._metrics = metrics
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="torchrl_chat.openenv")
+        self._table: dict[str, Session] = {}
+        self._opening = 0
+        self._lines: set[Line] = set()
+        self.draining = False
+        metrics.gauge("sessions", "Sessions open now.", lambda: len(self._table))
+        metrics.gauge("sessions_max", "Sessions that may be open.", lambda: limits.max_sessions)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run something heavy beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def open(self, resumable: bool = False, listed: bool = True) -> Session:
+        """A new session.
+
+        Args:
+            resumable: whether it outlives its socket.
+            listed: whether it is kept in the table; one request of its own needs no place there.
+
+        Raises:
+            ProtocolError: the server is full or shutting down, or the environment cannot be made.
+        """
+        if self.draining:
+            raise ProtocolError(ErrorCode.SESSION_ERROR, "the server is shutting down.")
+        active = len(self._table) + self._opening
+        if active >= self._limits.max_sessions:
+            raise ProtocolError(
+                ErrorCode.CAPACITY_REACHED,
+                f"all {self._limits.max_sessions} sessions are in use: close one, or start the server with more.",
+                active_sessions=active,
+                max_sessions=self._limits.max_sessions,
+            )
+        self._opening += 1
+        try:
+            env = await self.call(self._factory)
+        except Exception as error:
+            name = getattr(self._factory, "__name__", type(self._factory).__name__)
+            log.error("the environment cannot be made", extra={"error": repr(error)[:2000]})
+            raise ProtocolError(
+                ErrorCode.FACTORY_ERROR, f"the environment cannot be made: {error}"[:2000], factory_name=name
+            ) from None
+        finally:
+            self._opening -= 1
+        session = Session(env, self._action_cls, self._limits, self._pool, self._metrics, resumable)
+        if listed:
+            self._table[session.id] = session
+            self._metrics.count("sessions_opened_total")
+            log.info("session opened", extra={"session": session.id, "sessions": len(self)})
+        return session
+
+    def find(self, session_id: Any) -> Session:
+        """The session of an id.
+
+        Raises:
+            ProtocolError: there is none (any more).
+        """
+        session = self._table.get(session_id) if isinstance(session_id, str) else None
+        if session is None:
+            raise ProtocolError(
+                ErrorCode.SESSION_ERROR, f"Unknown session_id: {short(session_id)}; it may have been idle too long."
+            )
+        session.used = time.monotonic()
+        return session
+
+    async def close(self, session: Session, reason: str) -> None:
+        """End a session."""
+        if self._table.pop(session.id, None) is None:
+            return
+        self._metrics.count("sessions_closed_total", f'reason="{reason}"')
+        log.info("session closed", extra={"session": session.id, "reason": reason, "sessions": len(self)})
+        line, session.line = session.line, None
+        session.closed = True
+        if line is not None:
+            error = ProtocolError(ErrorCode.SESSION_ERROR, f"the session has been closed: {reason}.")
+            await line.end(error, 1000, reason)
+        await session.end()
+
+    async def detach(self, session: Session, line: Line) -> None:
+        """The socket of a session is gone: so is the session, unless it can be resumed."""
+        if session.line is not line:
+            return
+        session.line = None
+        session.used = time.monotonic()
+        session.replies.forget()
+        if not session.resumable:
+            await self.close(session, "disconnected")
+
+    async def reap(self) -> None:
+        """Close the sessions that nobody has used for too long; runs until it is cancelled."""
+        waits = [self._limits.resume_seconds, *filter(None, [self._limits.idle_seconds])]
+        while True:
+            await asyncio.sleep(max(0.05, min(5.0, min(waits) / 4)))
+            now = time.monotonic()
+            for session in list(self._table.values()):
+                idle = now - session.used
+                detached = session.resumable and session.line is None
+                too_long = self._limits.idle_seconds is not None and idle > self._limits.idle_seconds
+                if not session.busy and (too_long or (detached and idle > self._limits.resume_seconds)):
+                    await self.close(session, "idle")
+
+    async def drain(self, seconds: float) -> None:
+        """Shut down: steps that are under way are finished and answered, then every session is closed."""
+        self.draining = True
+        closing = [asyncio.ensure_future(self._leave(session)) for session in list(self._table.values())]
+        if closing:
+            _, pending = await asyncio.wait(closing, timeout=seconds)
+            for task in pending:
+                task.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _leave(self, session: Session) -> None:
+        line = session.line
+        if line is not None:
+            await line.end(None, 1001, "the server is shutting down")
+        while session.busy:
+            await asyncio.sleep(0.005)
+        session.line = None
+        await self.close(session, "shutdown")

@@ -1,0 +1,171 @@
+"""The WebSocket ``/ws``: one session a socket, one reply a frame, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from torchrl_chat.openenv import mcp
+from torchrl_chat.openenv.metrics import Metrics
+from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, Limits, ProtocolError, parse_frame, short
+from torchrl_chat.openenv.security import Bucket, Guard
+from torchrl_chat.openenv.sessions import Session, Sessions
+
+log = logging.getLogger("torchrl_chat.openenv")
+_GONE = (WebSocketDisconnect, RuntimeError, OSError)  # what sending to a closed socket raises
+_YES = frozenset({"1", "true", "yes"})
+
+
+class Connection:
+    """One socket and its session.
+
+    Args:
+        socket: the accepted socket.
+        sessions: the server's sessions.
+        metrics: the server's counters.
+        limits: see :class:`Limits`.
+    """
+
+    def __init__(self, socket: WebSocket, sessions: Sessions, metrics: Metrics, limits: Limits):
+        self._socket = socket
+        self._sessions = sessions
+        self._metrics = metrics
+        self._limits = limits
+        self._bucket = Bucket(limits.requests_per_second)
+        self._busy = False
+        self._leaving: tuple[ProtocolError | None, int, str] | None = None
+
+    async def serve(self) -> None:
+        """Answer frames until either side closes."""
+        try:
+            session = await self._session()
+        except ProtocolError as error:
+            self._metrics.count("errors_total", f'code="{error.code}"')
+            await self._send(error.frame())
+            await self._close(CloseCode.NORMAL, str(error.code))
+            return
+        try:
+            await self._talk(session)
+        finally:
+            await self._sessions.detach(session, self)
+
+    async def end(self, error: ProtocolError | None, code: int, reason: str) -> None:
+        """Close the socket, after the step that is under way."""
+        self._leaving = error, code, reason
+        if not self._busy:
+            await self._leave()
+
+    async def _session(self) -> Session:
+        query = self._socket.query_params
+        wanted = query.get("session_id")
+        if wanted:
+            session = self._sessions.find(wanted)
+            before, session.line = session.line, self
+            session.resumable = True
+            session.replies.forget()
+            if before is not None:  # of two sockets the newer one is right: the older may be half open
+                await before.end(None, CloseCode.TAKEN_OVER, "resumed by another socket")
+        else:
+            session = await self._sessions.open(resumable=query.get("resume", "").lower() in _YES)
+            session.line = self
+        if (delta := query.get("delta")) is not None:
+            session.replies.delta = delta.lower() in _YES
+        return session
+
+    async def _talk(self, session: Session) -> None:
+        receive = self._socket.receive
+        while self._leaving is None:
+            message = await receive()
+            if message["type"] != "websocket.receive":
+                return
+            raw = message.get("text")
+            self._busy = True
+            try:
+                reply = await self._answer(session, message.get("bytes") or b"" if raw is None else raw)
+            finally:
+                self._busy = False
+            if reply is None:
+                await self._close(CloseCode.NORMAL, "")
+                return
+            if not await self._send(reply):
+                return
+        await self._leave()
+
+    async def _answer(self, session: Session, raw: str | bytes) -> bytes | None:
+        """The reply to a frame; ``None`` where the client wants to leave."""
+        try:
+            if not self._bucket.takes():
+                raise ProtocolError(
+                    ErrorCode.RATE_LIMITED, f"more than {self._limits.requests_per_second:g} requests a second."
+                )
+            kind, data = parse_frame(raw, self._limits)
+            self._metrics.count("requests_total", f'kind="{kind}"')
+            if kind == "step":
+                return b'{"type":"observation","data":%b}' % await session.step(data)
+            if kind == "reset":
+                return b'{"type":"observation","data":%b}' % await session.reset(data)
+            if kind == "state":
+                return b'{"type":"state","data":%b}' % await session.state()
+            if kind == "mcp":
+                return b'{"type":"mcp","data":%b}' % await mcp.answer(data, self._sessions)
+            return None
+        except ProtocolError as error:
+            self._metrics.count("errors_total", f'code="{error.code}"')
+            return error.frame()
+        except Exception as error:  # a defect of ours: this session is told, the others go on
+            log.error("internal error", extra={"session": session.id, "error": repr(error)[:2000]})
+            self._metrics.count("errors_total", 'code="INTERNAL"')
+            return ProtocolError(ErrorCode.EXECUTION_ERROR, f"internal error: {short(error)}").frame()
+
+    async def _send(self, reply: bytes) -> bool:
+        try:
+            await self._socket.send({"type": "websocket.send", "text": reply.decode()})
+        except _GONE:
+            return False
+        self._metrics.count("bytes_sent_total", amount=len(reply))
+        return True
+
+    async def _leave(self) -> None:
+        assert self._leaving is not None
+        error, code, reason = self._leaving
+        if error is not None:
+            await self._send(error.frame())
+        await self._close(code, reason)
+
+    async def _close(self, code: int, reason: str) -> None:
+        if self._socket.application_state is WebSocketState.DISCONNECTED:
+            return
+        try:
+            await asyncio.wait_for(self._socket.close(code, reason), 5.0)
+        except (*_GONE, TimeoutError):
+            pass  # it is closed, as wanted
+
+
+async def refuse(socket: WebSocket, status: int, reason: str) -> None:
+    """Answer a handshake with an HTTP error."""
+    try:
+        await socket.send_denial_response(JSONResponse({"detail": reason}, status_code=status))
+    except _GONE:
+        pass  # the client has left
+
+
+def endpoint(sessions: Sessions, guard: Guard, metrics: Metrics, limits: Limits) -> Any:
+    """The endpoint of ``/ws``."""
+
+    async def ws(socket: WebSocket) -> None:
+        refusal = guard.refusal(socket)
+        if refusal is not None:
+            metrics.count("refused_total", f'reason="{refusal[0]}"')
+            await refuse(socket, *refusal)
+            return
+        try:
+            await socket.accept()
+        except _GONE:
+            return
+        await Connection(socket, sessions, metrics, limits).serve()
+
+    return ws
