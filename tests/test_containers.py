@@ -15,7 +15,7 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import AsyncEnvPool, ParallelEnv, SerialEnv
 from torchrl.objectives.llm.grpo import MCAdvantage
 
-from torchrl_chat import ChatEnv, GSM8KEnv, TransformersPolicy, columns
+from torchrl_chat import ChatEnv, DatasetChatEnv, GSM8KEnv, TransformersPolicy, columns
 from torchrl_chat.cli.tiny import tiny_model
 
 ROWS = [{"question": f"what is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
@@ -55,6 +55,18 @@ class TestVectorized:
         td = env.rollout(3, make_policy(), break_when_any_done=False)
         assert td.shape == (workers, 2, 3)
         check_rollout(td)
+
+    def test_serial_env_of_all_lengths(self):
+        """Prompts and answers of many lengths: some combinations of them failed in tensordict's naming of dimensions."""
+        tokenizer = bpe_tokenizer()
+        rows = [{"query": "a" * (i + 1)} for i in range(12)]
+        factory = functools.partial(
+            DatasetChatEnv, dataset=rows, tokenizer=tokenizer, input_mode="tokens", num_envs=2, seed=0
+        )
+        policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        for seed in range(8):
+            torch.manual_seed(seed)
+            check_rollout(SerialEnv(2, factory).rollout(3, policy, break_when_any_done=False))
 
     def test_parallel_env(self, mode):
         """Without shared buffers, since rows differ in length; in processes of their own."""

@@ -20,6 +20,7 @@ from tensordict import (
     NonTensorStack,
     TensorDict,
     TensorDictBase,
+    is_tensor_collection,
     is_tensorclass,
 )
 from torchrl.data.llm import History
@@ -85,6 +86,19 @@ def _mend_rebuilding(cls: Any) -> None:
 
 for _container in (Tokens, Masks, LogProbs, Text, ChatHistory, History):
     _mend_rebuilding(_container)
+
+
+def _entry_class(self: LazyStackedTensorDict, key: Any) -> type:
+    """The class of an entry, asked of the first row.
+
+    tensordict 0.14.3 stacks the entry of that row to see its class, which fails where it is ragged itself: ``rollout`` over a
+    ``SerialEnv``, which names the dimension of time, failed for some lengths.
+    """
+    found = self.tensordicts[0].entry_class(key)
+    return LazyStackedTensorDict if is_tensor_collection(found) else found
+
+
+LazyStackedTensorDict.entry_class = _entry_class
 
 
 class Conversation(Rows):
