@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         save_state,
     )
     from torchrl_chat.messages import MessageError
+    from torchrl_chat.openenv import OpenEnvChatEnv
     from torchrl_chat.playing import play
     from torchrl_chat.policies import (
         EndpointPolicy,
@@ -85,6 +86,7 @@ _HOMES = {
     "MathVerifier": "rewards",
     "MessageError": "messages",
     "NumberVerifier": "rewards",
+    "OpenEnvChatEnv": "openenv",
     "PythonInterpreter": "transforms",
     "ReasoningGymEnv": "envs",
     "ResponseError": "envs",
@@ -137,6 +139,7 @@ __all__ = [
     "MathVerifier",
     "MessageError",
     "NumberVerifier",
+    "OpenEnvChatEnv",
     "PythonInterpreter",
     "ReasoningGymEnv",
     "ResponseError",

@@ -9,8 +9,17 @@ from torchrl_chat._lazy import lazy
 if TYPE_CHECKING:
     from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
     from torchrl_chat.openenv.batch import OpenEnvChatEnv
+    from torchrl_chat.openenv.batch_adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, Adapter, text_adapter
     from torchrl_chat.openenv.client import GenericClient, StepResult
+    from torchrl_chat.openenv.client_channel import ReplyLost
     from torchrl_chat.openenv.client_chat import ChatEnv
+    from torchrl_chat.openenv.client_session import (
+        ConnectFailed,
+        OpenEnvError,
+        RequestTimeout,
+        ServerError,
+        SessionLost,
+    )
     from torchrl_chat.openenv.environment import ChatEnvironment
     from torchrl_chat.openenv.episode import EpisodeEnded, EpisodeLimits
     from torchrl_chat.openenv.interfaces import Environment, ModelTokenizer, Rubric, TaskProvider, Transform
@@ -28,11 +37,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Action": "models",
+    "Adapter": "batch_adapters",
+    "CHAT": "batch_adapters",
+    "CHAT_ENV": "batch_adapters",
+    "CHAT_TEXT": "batch_adapters",
     "ChatAction": "models",
     "ChatEnv": "client_chat",
     "ChatEnvironment": "environment",
     "ChatObservation": "models",
     "ChatState": "models",
+    "ConnectFailed": "client_session",
+    "ECHO_ENV": "batch_adapters",
     "EnvPool": "adapter",
     "Environment": "interfaces",
     "EpisodeEnded": "episode",
@@ -43,7 +58,12 @@ _HOMES = {
     "ModelTokenizer": "interfaces",
     "Observation": "models",
     "OpenEnvChatEnv": "batch",
+    "OpenEnvError": "client_session",
+    "ReplyLost": "client_channel",
+    "RequestTimeout": "client_session",
     "Rubric": "interfaces",
+    "ServerError": "client_session",
+    "SessionLost": "client_session",
     "State": "models",
     "StepResult": "client",
     "TaskProvider": "interfaces",
@@ -51,15 +71,22 @@ _HOMES = {
     "Transform": "interfaces",
     "create_app": "server",
     "run": "server",
+    "text_adapter": "batch_adapters",
 }
 
 __all__ = [
+    "CHAT",
+    "CHAT_ENV",
+    "CHAT_TEXT",
+    "ECHO_ENV",
     "Action",
+    "Adapter",
     "ChatAction",
     "ChatEnv",
     "ChatEnvironment",
     "ChatObservation",
     "ChatState",
+    "ConnectFailed",
     "EnvPool",
     "Environment",
     "EpisodeEnded",
@@ -70,7 +97,12 @@ __all__ = [
     "ModelTokenizer",
     "Observation",
     "OpenEnvChatEnv",
+    "OpenEnvError",
+    "ReplyLost",
+    "RequestTimeout",
     "Rubric",
+    "ServerError",
+    "SessionLost",
     "State",
     "StepResult",
     "TaskProvider",
@@ -78,6 +110,7 @@ __all__ = [
     "Transform",
     "create_app",
     "run",
+    "text_adapter",
 ]
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

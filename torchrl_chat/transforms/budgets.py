@@ -14,7 +14,7 @@ from torchrl_chat import columns
 from torchrl_chat.templates import BridgeError
 from torchrl_chat.templates.kinds import AnswerKind
 from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.home import chat_env
+from torchrl_chat.transforms.home import alike, chat_env
 from torchrl_chat.transforms.stop import StopReason
 
 _NO_LIMIT = 2**31 - 1
@@ -35,7 +35,8 @@ class Budget(Transform):
     - ``"stop_reason"``: int64 (\\*B, 1), a :class:`StopReason`.
 
     A conversation that is too long when it starts has ``stop_reason`` ``CONTEXT_FULL`` and no tokens left from the reset
-    on; its first step samples nothing and ends it. The other rows are untouched.
+    on; its first step samples nothing and ends it. The other rows are untouched. Several budgets in one environment hold
+    together: the policy reads what the tightest leaves.
 
     Args:
         max_turns: answers in one episode.
@@ -43,7 +44,8 @@ class Budget(Transform):
             ``end_on_cut``.
         max_tokens: sampled tokens in one episode.
         max_context: tokens of the whole sequence, those that close the last turn included.
-        max_tool_calls: tool calls in one episode; the call beyond the last that is allowed ends it.
+        max_tool_calls: tool calls of the policy in one episode, those that cannot be read included; the call beyond the
+            last that is allowed ends it.
         max_seconds: seconds of wall time since the reset, looked at after each turn. The time between ``state_dict()`` and
             ``load_state_dict()`` does not count.
         end_on_cut: whether an answer that ``max_turn_tokens`` cuts ends the episode.
@@ -113,9 +115,9 @@ class Budget(Transform):
     # ------------------------------------------------------------------ torchrl's hooks
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         transcripts = self._transcripts(tensordict_reset)
-        left = [self._tokens_left(transcript) for transcript in transcripts]
+        left = self._allowed(transcripts)
         reasons = [StopReason.RUNNING if count > 0 else StopReason.CONTEXT_FULL for count in left]
-        self._write(tensordict_reset, left, reasons, transcripts)
+        self._write(tensordict_reset, left, reasons, [0] * len(transcripts))
         batch, device = tensordict_reset.batch_size, tensordict_reset.device
         if tensordict_reset.get("truncated", None) is None:
             tensordict_reset.set("truncated", torch.zeros((*batch, 1), dtype=torch.bool, device=device))
@@ -126,14 +128,15 @@ class Budget(Transform):
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         # Messages may have been appended since: the environment is told what is left now.
-        left = [self._tokens_left(transcript) for transcript in self._transcripts(tensordict)]
+        left = self._allowed(self._transcripts(tensordict))
         tensordict.set("tokens_left", self._column(left, tensordict))
         return tensordict
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch = next_tensordict.batch_size
         transcripts = self._transcripts(next_tensordict)
-        given = [self._tokens_left(transcript) for transcript in self._transcripts(tensordict)]
+        given = self._allowed(self._transcripts(tensordict))
+        calls = self._calls(tensordict, next_tensordict, transcripts)
         started: list[float | None] = [None] * len(transcripts)
         if self.max_seconds is not None:
             at = tensordict.get("started_at")
@@ -149,13 +152,19 @@ class Budget(Transform):
             )
 
         left = [self._tokens_left(transcript) for transcript in transcripts]
+        said = next_tensordict.get(
+            "stop_reason", None
+        )  # by the environment itself, where it has reasons of its own
+        known = [0] * len(transcripts) if said is None else said.flatten().tolist()
         reasons = [
-            StopReason.ANSWERED
+            StopReason(own)
+            if own
+            else StopReason.ANSWERED
             if terminated and had > 0
             else self._reason(transcript, had, count, start)
             or (StopReason.TRUNCATED if truncated else StopReason.RUNNING)
-            for transcript, terminated, truncated, had, count, start in zip(
-                transcripts, flags("terminated"), flags("truncated"), given, left, started, strict=True
+            for own, transcript, terminated, truncated, had, count, start in zip(
+                known, transcripts, flags("terminated"), flags("truncated"), given, left, started, strict=True
             )
         ]
         goes = columns.stepped(tensordict)

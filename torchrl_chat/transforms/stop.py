@@ -31,3 +31,5 @@ class StopReason(IntEnum):
     """The episode has taken as long as it may."""
     TRUNCATED = 8
     """Another transform truncated it (``StepCounter``, say)."""
+    ERROR = 9
+    """The environment failed: a server's error, a timeout, a lost session."""

@@ -1,0 +1,77 @@
+"""``ChatEnv``, the client of OpenEnv's chat environment: messages and token ids over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchrl_chat.messages import check_message
+from torchrl_chat.openenv.client import GenericClient, StepResult
+from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
+from torchrl_chat.templates import ChatTemplate
+
+
+class ChatEnv(GenericClient):
+    """One conversation with a chat environment, OpenEnv's own or this package's.
+
+    Not to be confused with :class:`torchrl_chat.ChatEnv`, the environment itself. For many conversations at once, as one
+    TorchRL environment, see :class:`~torchrl_chat.openenv.OpenEnvChatEnv`.
+
+    Arguments and behaviour are those of :class:`GenericClient`; ``delta`` is on.
+
+    Example:
+        >>> with ChatEnv("http://localhost:8000") as client:  # doctest: +SKIP
+        ...     client.reset()
+        ...     action = client.message_to_action({"role": "user", "content": "Hello!"}, tokenizer)
+        ...     print(client.step(action).observation.messages)
+    """
+
+    def __init__(self, base_url: str, *, delta: bool = True, **options: Any):
+        super().__init__(base_url, delta=delta, **options)
+        self._template: tuple[Any, ChatTemplate] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._template = None
+
+    def message_to_action(self, message: Mapping[str, Any], tokenizer: Any) -> ChatAction:
+        """A message as an action: its token ids, as the tokenizer's chat template writes it.
+
+        Args:
+            message: ``{"role": ..., "content": ...}``.
+            tokenizer: a Hugging Face tokenizer with a chat template; that of the server.
+
+        Raises:
+            MessageError: (a ``ValueError``) the message has no role or no content.
+            ChatTemplateError: the tokenizer has no chat template, or the template refuses a conversation of this message.
+        """
+        checked = check_message(message)
+        if self._template is None or self._template[0] is not tokenizer:
+            self._template = (tokenizer, ChatTemplate(tokenizer))
+        return ChatAction(tokens=self._template[1].render([checked], add_generation_prompt=False))
+
+    # ------------------------------------------------------------------ over the wire
+    def _step_payload(self, action: Any) -> dict[str, Any]:
+        if (isinstance(action, Sequence) and not isinstance(action, (str, bytes))) or hasattr(action, "tolist"):
+            action = ChatAction(tokens=action)
+        # A stock server knows the fields of its own and refuses others: those that are not used are not sent.
+        return super()._step_payload(action) if not isinstance(action, ChatAction) else _fields(action)
+
+    def _parse_result(self, payload: dict[str, Any]) -> StepResult:
+        fields = payload.get("observation") or {}
+        # Whole conversations are not checked again at every step: the server has made them.
+        observation = ChatObservation.model_construct(
+            messages=fields.get("messages") or [],
+            tokens=fields.get("tokens") or [],
+            done=bool(payload.get("done")),
+            reward=payload.get("reward"),
+            metadata=fields.get("metadata") or payload.get("metadata") or {},
+        )
+        return StepResult(observation, payload.get("reward"), bool(payload.get("done")))
+
+    def _parse_state(self, payload: dict[str, Any]) -> ChatState:
+        return ChatState.model_validate(payload)
+
+
+def _fields(action: ChatAction) -> dict[str, Any]:
+    return {"metadata": action.metadata, **action.model_dump(mode="json", exclude_none=True)}
