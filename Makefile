@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint suite learn vllm clean
+.PHONY: train test lint suite learn vllm openenv clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,10 +21,25 @@ BIN := .venv/bin
 	.venv-vllm/bin/pip install -q -c constraints-vllm.txt -e . pytest hypothesis
 	touch $@
 
+.openenv/010/.installed: PACKAGES := openenv==0.10.0 reasoning-gym==0.1.25
+.openenv/03/.installed: PACKAGES := openenv-core==0.3.0
+.openenv/010/.installed .openenv/03/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q --upgrade pip
+	$(@D)/bin/pip install -q $(PACKAGES) transformers==5.23.0
+	touch $@
+
+# Without a network that reaches it, the tests that need OpenEnv's own environments skip.
+.openenv/repo:
+	git clone -q --filter=blob:none --no-checkout https://github.com/huggingface/OpenEnv $@ \
+	&& git -C $@ sparse-checkout set envs/chat_env envs/echo_env envs/grid_world_env envs/reasoning_gym_env tests \
+	&& git -C $@ checkout -q 385de5ebb8d08d51d000d7dfc19de5f3c6a9c215 \
+	|| (rm -rf $@; echo "OpenEnv's repository cannot be reached")
+
 train: .venv/.installed
 	$(BIN)/torchrl-chat train $(ARGS)
 
-test: lint suite learn vllm
+test: lint suite openenv learn vllm
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -33,15 +48,19 @@ lint: .venv/.installed
 
 # Two workers: the machine of the continuous integration has two cores.
 suite: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --ignore=tests/test_learning.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --ignore=tests/test_learning.py --ignore=tests/test_openenv_real.py
 
 # GRPO on the built-in task, three seeds, two at a time: about five minutes.
 learn: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_learning.py
+
+# OpenEnv's real clients and servers, of two versions, in environments of their own.
+openenv: .venv/.installed .openenv/010/.installed .openenv/03/.installed .openenv/repo
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_openenv_real.py
 
 # vLLM on the CPU, in an environment of its own (3.5 GB): about two minutes, and as long to install.
 vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .openenv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 """Our server beside OpenEnv's own: steps per second, bytes a turn, memory a session.
 
-    OPENENV_REPO=CHECKOUT python benchmarks/openenv.py [--quick] [--json] [--cache FOLDER]
+    TORCHRL_CHAT_OPENENV_REPO=CHECKOUT python benchmarks/openenv.py [--quick] [--json] [--cache FOLDER]
 
-Every session sends 50 answers of 100 tokens. OpenEnv's server is ``envs/chat_env`` of its repository (OPENENV_REPO names a
+Every session sends 50 answers of 100 tokens. OpenEnv's server is ``envs/chat_env`` of its repository (TORCHRL_CHAT_OPENENV_REPO names a
 checkout; its package is on no index) behind ``openenv`` of PyPI, which the script installs into an environment of its own
 under the cache folder. It allows one session; the limit is lifted by the class attribute that it has for that. It is
 measured as it is, a tokenizer a session, and with one tokenizer shared, which its users would have to write. Clients:
@@ -133,13 +133,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round, 64 sessions with the vocabulary")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--openenv-repo", default=os.environ.get("OPENENV_REPO"), metavar="FOLDER")
+    parser.add_argument("--openenv-repo", default=os.environ.get("TORCHRL_CHAT_OPENENV_REPO"), metavar="FOLDER")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torchrl_chat"
     parser.add_argument("--cache", type=Path, default=cache, metavar="FOLDER")
     arguments = parser.parse_args()
     stock = stock_python(arguments.cache) if arguments.openenv_repo else None
     if stock is None:
-        print("OPENENV_REPO names no checkout of OpenEnv: only our own server is measured.", file=sys.stderr)
+        print("TORCHRL_CHAT_OPENENV_REPO names no checkout of OpenEnv: only our own server is measured.", file=sys.stderr)
     turns, rounds, many = (50, 1, 64) if arguments.quick else (50, 3, 256)
     with tempfile.TemporaryDirectory() as folder:
         small, large = (save_tokenizer(Path(folder), size) for size in (8_000, 150_000))

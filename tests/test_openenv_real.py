@@ -1,6 +1,7 @@
 """Real peers: OpenEnv's own servers and clients, and this package's server in another process.
 
-What needs OpenEnv runs in environments of their own, made by ``make openenv``, and skips where they are absent:
+What needs OpenEnv runs in environments of their own, made by ``make openenv``, and skips where they are absent. The environments
+that ``openenv init`` makes come with the packages; those of the repository need that:
 
 - ``TORCHRL_CHAT_OPENENV_010``, ``TORCHRL_CHAT_OPENENV_03``: virtual environments with openenv 0.10 and openenv-core 0.3;
 - ``TORCHRL_CHAT_OPENENV_REPO``: OpenEnv's repository, a work tree or a bare one.
@@ -109,8 +110,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def template(folder: Path, version: str) -> Path:
+    """The environment that ``openenv init`` makes, an echo, open to many sessions."""
+    script = Path(need_python(version)).with_name("openenv")
+    folder.mkdir()
+    subprocess.run([script, "init", "demo_env"], cwd=folder, check=True, capture_output=True)
+    app = folder / "demo_env" / "server" / "app.py"
+    app.write_text(app.read_text().replace("max_concurrent_envs=1,", "max_concurrent_envs=32,"))
+    return folder / "demo_env"
+
+
 @pytest.fixture(scope="session")
-def stock(repository, tmp_path_factory):
+def stock(request, tmp_path_factory):
     """Starts OpenEnv's servers, each once: ``stock("chat_env", "0.10")`` is its URL."""
     running: dict[tuple[str, str], Process] = {}
     folder = tmp_path_factory.mktemp("stock")
@@ -120,12 +131,16 @@ def stock(repository, tmp_path_factory):
 
     def start(name: str, version: str) -> str:
         if (name, version) not in running:
-            port, module = free_port(), f"envs.{name}.server.app:app"
+            if name == "demo_env":
+                module, home = "server.app:app", template(folder / f"demo-{version}", version)
+            else:
+                module, home = f"envs.{name}.server.app:app", request.getfixturevalue("repository")
+            port = free_port()
             command = [need_python(version), "-m", "uvicorn", module, "--port", str(port), "--log-level", "warning"]
             running[name, version] = Process(
                 command,
                 folder / f"{name}-{version}.log",
-                repository,
+                home,
                 port,
                 TOKENIZER_NAME=str(folder / "tokenizer"),
                 MAX_CONCURRENT_ENVS="32",
@@ -219,7 +234,37 @@ def test_our_client_with_echo_env(stock, version):
         assert client.state()["step_count"] == 20
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_our_client_with_the_environment_of_openenv_init(stock, version):
+    with GenericClient(stock("demo_env", version)) as client:
+        client.reset()
+        for turn in range(20):
+            length = turn % 10 + 1
+            result = client.step({"message": "x" * length})
+            assert result.observation["message_length"] == length
+            assert result.reward == pytest.approx(0.1 * length)
+        assert client.state()["step_count"] == 20
+        with pytest.raises(ServerError) as caught:
+            client.step({"message": 5})
+        assert caught.value.code == "VALIDATION_ERROR"
+        assert client.step({"message": ""}).observation["message_length"] == 0
+
+
 # ---------------------------------------------------------------------- our environment, their servers
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_batch_over_the_environment_of_openenv_init(stock, version, mode):
+    env = batch(stock("demo_env", version), text_adapter("echoed_message", "message"), 16, mode)
+    check_env_specs(env)
+    td = env.reset()
+    for turn in range(3):
+        texts = [f"{row} {turn}" for row in range(16)]
+        td = env.step(respond(env, td, texts))
+        assert [messages(td["next"], row)[-1]["content"] for row in range(16)] == texts
+        assert td["next", "reward"].flatten().tolist() == pytest.approx([0.1 * len(text) for text in texts])
+        td = env.step_mdp(td)
+    env.close()
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_batch_over_chat_env(stock, version, mode):
     env = batch(stock("chat_env", version), CHAT_ENV, 1, mode, data_key="query")
@@ -286,23 +331,29 @@ def test_the_batch_over_reasoning_gym(stock):
 # ---------------------------------------------------------------------- their clients, our server
 PEER = """
 import asyncio, json, sys
-sys.path.insert(0, sys.argv[2])
 from openenv.core.generic_client import GenericEnvClient
-from envs.chat_env.client import ChatEnv
-from envs.chat_env.models import ChatAction
+if len(sys.argv) > 2:
+    sys.path.insert(0, sys.argv[2])
+    from envs.chat_env.client import ChatEnv as Client
+    from envs.chat_env.models import ChatAction
+    def get(value, name): return getattr(value, name)
+else:
+    Client = GenericEnvClient
+    def ChatAction(**fields): return fields
+    def get(value, name): return value[name]
 
 async def chat(url):
-    async with ChatEnv(base_url=url) as client:
+    async with Client(base_url=url) as client:
         result = await client.reset(seed=1)
-        prefix, exact = result.observation.tokens, True
+        prefix, exact = get(result.observation, "tokens"), True
         for turn in range(20):
             tokens = [70 + turn, 71, 72]
             observation = (await client.step(ChatAction(tokens=tokens))).observation
-            exact = exact and observation.tokens[:len(prefix) + 3] == prefix + tokens
-            prefix = observation.tokens
+            exact = exact and get(observation, "tokens")[:len(prefix) + 3] == prefix + tokens
+            prefix = get(observation, "tokens")
         state = await client.state()
-    return {"exact": exact, "messages": len(observation.messages), "steps": state.step_count,
-            "ledger": sum(state.history_tokens, []) == prefix}
+    return {"exact": exact, "messages": len(get(observation, "messages")), "steps": get(state, "step_count"),
+            "ledger": sum(get(state, "history_tokens"), []) == prefix}
 
 async def errors(url):
     async with GenericEnvClient(base_url=url) as client:
@@ -333,9 +384,12 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.parametrize("client", ["GenericEnvClient", "chat_env"])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_their_clients_with_our_server(ours, repository, version):
-    command = [need_python(version), "-c", PEER, ours("chat"), str(repository)]
+def test_their_clients_with_our_server(ours, request, version, client):
+    command = [need_python(version), "-c", PEER, ours("chat")]
+    if client == "chat_env":
+        command.append(str(request.getfixturevalue("repository")))
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
