@@ -725,9 +725,10 @@ def test_no_more_processes(mark, monkeypatch):
             pool.map([(1,)])
 
 
+@pytest.mark.xdist_group("ray")
 def test_in_a_ray_actor(mark):
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
 
         @ray.remote

@@ -481,10 +481,11 @@ class TestDataloaders:
             self.env(Counting()).load_state_dict(env.state_dict())
 
 
+@pytest.mark.xdist_group("ray")
 def test_ray_actor():
     """Environments that share an actor draw from one sequence, and its state is the state."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
     try:
         envs = [bare(ray_backend=True, dataloader_actor_name="rows", repeats=2) for _ in range(2)]
         got = [episodes(env.reset())[0] for env in (*envs, *envs)]
