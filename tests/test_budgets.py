@@ -207,6 +207,38 @@ def test_no_episode_exceeds_a_budget_by_one_token(mode, seed):
     assert set(ended.values()) <= {R.MAX_TURNS, R.MAX_TOKENS, R.CONTEXT_FULL}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("budgets", "turns", "reason"),
+    [
+        ([{"max_tokens": 10}, {"max_turns": 9}], [10], R.MAX_TOKENS),
+        ([{"max_tokens": 10}, {"max_turn_tokens": 4}], [4, 4, 2], R.MAX_TOKENS),
+        ([{"max_turn_tokens": 4}, {"max_turns": 2}], [4, 4], R.MAX_TURNS),
+    ],
+)
+def test_several_budgets_hold_together(mode, order, budgets, turns, reason):
+    env = ChatEnv(tokenizer=bpe_tokenizer(), input_mode=mode, batch_size=(1,))
+    for limits in budgets[::order]:
+        env = env.append_transform(Budget(**limits))
+    td = env.reset(TensorDict(query=["hi"], batch_size=(1,)))
+    for i, count in enumerate(turns):
+        assert td["tokens_left"].item() == count
+        stepped = answer(env, td, [(20, False)])
+        td = env.step_mdp(stepped)
+        assert ledgers(td)[0].total_sampled == sum(turns[: i + 1])
+        assert td["done"].item() == (i == len(turns) - 1)
+        td = env.base_env.append_messages(td, ["more"])
+    assert reasons(stepped["next"]) == [reason]
+
+
+def test_a_second_budget_knows_a_prompt_that_is_too_long_for_the_first(mode):
+    env = env_of(mode, 1, max_context=3).append_transform(Budget(max_turns=2))
+    td = env.reset(TensorDict(query=["hi"], batch_size=(1,)))
+    assert (reasons(td), td["tokens_left"].item()) == ([R.CONTEXT_FULL], 0)
+    stepped = answer(env, td, [(5, True)])["next"]
+    assert (reasons(stepped), ledgers(stepped)[0].total_sampled) == ([R.CONTEXT_FULL], 0)
+
+
 def test_check_env_specs(mode):
     env = DatasetChatEnv(dataset=[{"query": "a"}], tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=2)
     env = env.append_transform(

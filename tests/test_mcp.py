@@ -342,3 +342,23 @@ def test_docstring_example():
     result = doctest.testmod(module)
     assert result.attempted
     assert not result.failed
+
+
+def test_calls_that_wait_for_a_dead_server_fail_together(make, tmp_path):
+    gone = tmp_path / "gone"
+    script = f"import os, sys, time\nif os.path.exists({str(gone)!r}): time.sleep(60)\n"
+    script += f"os.execv(sys.executable, [sys.executable, {SERVER!r}, 'stdio'])"
+    toolbox = make([sys.executable, "-c", script], connect_timeout=20.0)
+    assert ask(toolbox, "add", a=1, b=1).content == "2"
+    [home] = {tool.home for tool in toolbox.tools.values()}
+    home.connect_timeout = 1.0
+    home.close()
+    gone.touch()  # from now on it hangs before it speaks
+    begun = time.monotonic()
+    answers = toolbox.run_batch([call("add", a=1, b=1)] * 8, list(range(8)))
+    assert time.monotonic() - begun < 10  # and not eight times the time for connecting and ending it
+    assert {answer.content for [answer] in answers} == {"Error: the tool server cannot be reached; nothing was run"}
+    gone.unlink()
+    home.close()
+    home.connect_timeout = 20.0
+    assert ask(toolbox, "add", a=1, b=2).content == "3"

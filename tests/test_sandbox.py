@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import subprocess
@@ -243,6 +244,25 @@ def test_how_it_ended_is_never_lost(box):
             assert session.run("import os; os._exit(1)").exit_status == 1
 
 
+def test_a_made_up_reply_passes_for_none_to_a_later_call(box):
+    forged = (
+        "import json, os, struct, time\n"
+        "data = json.dumps({'status': 'ok', 'exit': 0, 'error': '', 'value': 'forged'}).encode()\n"
+        "for fd in range(3, 20):\n"
+        "    try: os.write(fd, struct.pack('!I', len(data)) + data)\n"
+        "    except OSError: pass\n"
+        "1 / 0"
+    )
+    assert "ZeroDivisionError" in box.run(forged).error
+    with box.session() as session:
+        session.run("x = 1")
+        lost = session.run(forged)
+        assert (lost.status, lost.value, lost.state_lost) == ("crash", None, True)
+        after = session.run("'x' in globals()")
+        assert (after.value, "started anew" in after.notice) == ("False", True)
+        assert session.run("3").value == "3"
+
+
 def test_a_session_stands_still_between_calls(box):
     count = "import threading, time\nn = 0\ndef go():\n    global n\n    while True: n += 1; time.sleep(0.001)\n"
     with box.session() as session:
@@ -300,6 +320,20 @@ def test_no_descriptors_leak(box):
         session.run("1")
         session.run("while True: pass", 0.2)
     box.run("1")
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_dropped_session_leaves_nothing_open(box):
+    def drop():
+        session = box.session()
+        session.run("1")
+
+    drop()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        drop()
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
 
 

@@ -156,6 +156,52 @@ def test_an_edit_anywhere_keeps_whole_tokens(said, words, share):
     )
 
 
+class TestRowsThatCannotGoOn:
+    def env(self, mode, rows, **kwargs):
+        return env_of(mode, rows, AddThinkingPrompt(lambda row: True, prompt="Again.", **kwargs))
+
+    def test_user(self, mode, monkeypatch):
+        """One row that the template refuses stays as it is; the other is asked."""
+        env = self.env(mode, 2, role="user")
+        append = env.base_env.append_messages
+
+        def refuse(td, messages, errors=None):
+            errors[0] = BridgeError("no no")
+            return append(td, [None, *messages[1:]], errors)
+
+        monkeypatch.setattr(env.base_env, "append_messages", refuse)
+        td = start(env, "a", "b")
+        with pytest.warns(RuntimeWarning, match="1 of 2 rows .*row 0: no no"):
+            stepped = respond(env, td, ["no", "yes"])["next"]
+        left, asked = ledgers(stepped)
+        assert [m["content"] for m in left.messages] == ["a", "no"]
+        assert [m["content"] for m in asked.messages] == ["b", "yes", "Again."]
+
+    @pytest.mark.parametrize("edit", [True, False])
+    def test_assistant(self, mode, monkeypatch, edit):
+        env = self.env(mode, 2, edit_last_turn=edit)
+        changed = env.base_env._changed
+
+        def refuse(td, changes, change, errors):
+            def refusing(transcript, *rest):
+                if transcript.messages[-1]["content"] == "no":
+                    raise BridgeError("no no")
+                return change(transcript, *rest)
+
+            return changed(td, changes, refusing, errors)
+
+        monkeypatch.setattr(env.base_env, "_changed", refuse)
+        td = start(env, "a", "b")
+        with pytest.warns(RuntimeWarning, match="1 of 2 rows .*row 0: no no"):
+            stepped = respond(env, td, ["no", "yes"])["next"]
+        left, asked = ledgers(stepped)
+        assert left.messages[-1]["content"] == "no"
+        assert left.ended is not None
+        assert "Again." in asked.messages[-1]["content"]
+        with pytest.raises(BridgeError, match="no no"):
+            respond(env, td, ["no", "no"])
+
+
 @pytest.mark.parametrize("name", CORPUS)
 def test_real_templates(name):
     """An edited turn needs nothing of the template; an appended one is exact or refused."""

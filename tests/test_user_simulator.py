@@ -401,6 +401,18 @@ class TestFailures:
         assert [row[2:] for row in said(following)] == [["ok"], [], ["ok"]]
         env.close()
 
+    def test_a_reply_that_is_cancelled_from_within(self):
+        async def user(messages):
+            if messages[-1]["content"] == "lost":
+                raise asyncio.CancelledError
+            return "ok"
+
+        env = env_of("tokens", 2, user)
+        with pytest.warns(RuntimeWarning, match="1 of 2"):
+            following = respond(env, begin(env), ["x", "lost"])["next"]
+        assert following["user_failure"] == ["", "error: RuntimeError: the reply was cancelled"]
+        env.close()
+
     def test_what_the_template_refuses(self, mode):
         """A template that raises for one row's message leaves the others their own."""
         picky = (

@@ -12,7 +12,7 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns
-from torchrl_chat.templates import BridgeError, ChatTemplate
+from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
 from torchrl_chat.templates.bridge import BY_TEXT
 from torchrl_chat.transcript import Transcript
 
@@ -96,7 +96,12 @@ class Editing:
     _transcripts: Any
     _observe: Any
 
-    def edit_answers(self, tensordict: TensorDictBase, edits: Sequence[tuple[int, str] | None]) -> TensorDictBase:
+    def edit_answers(
+        self,
+        tensordict: TensorDictBase,
+        edits: Sequence[tuple[int, str] | None],
+        errors: dict[int, ChatTemplateError] | None = None,
+    ) -> TensorDictBase:
         """Cut answers at a position of their text and put words there; the policy goes on behind them, in the same turn.
 
         Each is a branch: what was sampled is trained in the sequence that is left, what follows in the new one.
@@ -104,26 +109,33 @@ class Editing:
         Args:
             tensordict: an observation whose rows end with an answer, as for :meth:`append_messages`.
             edits: for each row ``(position, words)``, the position in :meth:`answer_texts`; or ``None``.
+            errors: takes the errors of rows that cannot be continued so, by row; those are left as they are.
 
         Returns:
             A shallow copy of the TensorDict with the new prompts.
         """
-        return self._changed(tensordict, edits, lambda transcript, t, edit: edited(transcript, t, *edit))
+        return self._changed(tensordict, edits, lambda transcript, t, edit: edited(transcript, t, *edit), errors)
 
-    def begin_answers(self, tensordict: TensorDictBase, words: Sequence[str | None]) -> TensorDictBase:
-        """Open a further turn of the policy with words that it did not sample, and goes on behind.
+    def begin_answers(
+        self,
+        tensordict: TensorDictBase,
+        words: Sequence[str | None],
+        errors: dict[int, ChatTemplateError] | None = None,
+    ) -> TensorDictBase:
+        """Open a further turn of the policy with words that it did not sample; it goes on behind them.
 
         Args:
             tensordict: an observation whose rows end with an answer, as for :meth:`append_messages`.
             words: what the turn begins with, for each row; or ``None``.
+            errors: takes the errors of rows that cannot be continued so, by row; those are left as they are.
 
         Returns:
             A shallow copy of the TensorDict with the new prompts.
 
         Raises:
-            BridgeError: the chat template has no turn of the policy behind one of its own.
+            BridgeError: without ``errors``: the chat template has no turn of the policy behind one of its own.
         """
-        return self._changed(tensordict, words, begun)
+        return self._changed(tensordict, words, begun, errors)
 
     def answer_texts(self, tensordict: TensorDictBase) -> list[str | None]:
         """The text of each row's last answer, without the token that ended it; ``None`` where the policy is to answer."""
@@ -133,14 +145,26 @@ class Editing:
             for transcript in self._transcripts(tensordict)
         ]
 
-    def _changed(self, tensordict: TensorDictBase, changes: Sequence[Any], change: Any) -> TensorDictBase:
+    def _changed(
+        self,
+        tensordict: TensorDictBase,
+        changes: Sequence[Any],
+        change: Any,
+        errors: dict[int, ChatTemplateError] | None,
+    ) -> TensorDictBase:
         template, transcripts = self._tokenized("editing answers"), self._transcripts(tensordict)
         if len(changes) != len(transcripts):
             raise ValueError(f"there are {len(changes)} entries for {len(transcripts)} rows.")
-        changed = [
-            transcript if wanted is None else change(transcript, template, wanted)
-            for transcript, wanted in zip(transcripts, changes, strict=True)
-        ]
+        changed = list(transcripts)
+        for i, (transcript, wanted) in enumerate(zip(transcripts, changes, strict=True)):
+            if wanted is None:
+                continue
+            try:
+                changed[i] = change(transcript, template, wanted)
+            except ChatTemplateError as error:
+                if errors is None:
+                    raise
+                errors[i] = error
         return columns.replaced(tensordict, self._observe(changed))
 
     def _tokenized(self, what: str) -> ChatTemplate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import socket
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torchrl_chat.sandbox import wire
-from torchrl_chat.sandbox.launch import Process, Warden, decode
+from torchrl_chat.sandbox.launch import Process, Warden, decode, encode
 from torchrl_chat.sandbox.result import Result, Status
 from torchrl_chat.sandbox.settings import SandboxError
 
@@ -25,7 +26,17 @@ _IN, _OUT = select.POLLIN | select.POLLHUP | select.POLLERR, select.POLLOUT
 class Call:
     """One request to one sandbox."""
 
-    def __init__(self, warden: Warden, process: Process, request: bytes, deadline: float, limit: int, last: bool):
+    def __init__(
+        self,
+        warden: Warden,
+        process: Process,
+        kind: str,
+        code: str,
+        stdin: str | None,
+        deadline: float,
+        limit: int,
+        last: bool,
+    ):
         self.warden = warden
         self.process = process
         self.deadline = deadline
@@ -40,7 +51,9 @@ class Call:
         self.end: dict[str, Any] | None = None
         self.verdict: Status | None = None
         self._killed: float | None = None
-        self._unsent = memoryview(request)
+        # A reply that is late, or made up, must not pass for that to another call.
+        self._token = secrets.token_hex(8)
+        self._unsent = memoryview(encode(kind, code, stdin, last, self._token))
         self._texts = {process.out: bytearray(), process.err: bytearray()}
         self._counts = {process.out: 0, process.err: 0}
         self._watched = {process.channel.fileno(), process.status.fileno(), process.out, process.err}
@@ -147,7 +160,7 @@ class Call:
                 raise SandboxError(f"the sandbox cannot be built: {(message or {}).get('failure')}")
             self.process.ready = True
             self.began = time.monotonic()
-        elif self.reply is None and _is_reply(message):
+        elif self.reply is None and _is_reply(message, self._token):
             self.reply = message
             if not self.last:
                 self._finish(True)
@@ -242,9 +255,10 @@ def _received(sock: socket.socket) -> bytes | None:
     return b""
 
 
-def _is_reply(message: dict[str, Any] | None) -> bool:
+def _is_reply(message: dict[str, Any] | None, token: str) -> bool:
     return (
         message is not None
+        and message.get("token") == token
         and message.get("status") in ("ok", "error", "exit")
         and isinstance(message.get("error"), str)
         and isinstance(message.get("exit"), int)

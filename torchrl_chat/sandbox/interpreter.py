@@ -53,7 +53,7 @@ def serve(channel: socket.socket, settings: Settings) -> NoReturn:
         _flush()
         if os.getpid() != me:
             os._exit(0)  # the code forked, and this is the copy: it must not answer too
-        channel.sendall(wire.frame(reply))
+        channel.sendall(wire.frame({**reply, "token": request["token"]}))
         if request["last"]:
             os._exit(0)
     os._exit(0)

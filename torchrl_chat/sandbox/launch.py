@@ -49,6 +49,9 @@ class Process:
             os.close(self.out)
             os.close(self.err)
 
+    def __del__(self) -> None:
+        self.close()  # a session that was dropped: unlike sockets, descriptors of pipes do not close by themselves
+
 
 class Warden:
     """The process that forks sandboxes.
@@ -190,9 +193,9 @@ class Warden:
             self.process.wait()
 
 
-def encode(kind: str, code: str, stdin: str | None, last: bool) -> bytes:
-    """A request to an interpreter."""
-    return wire.frame({"kind": kind, "code": code, "stdin": stdin, "last": last})
+def encode(kind: str, code: str, stdin: str | None, last: bool, token: str) -> bytes:
+    """A request to an interpreter, whose reply shall bear the token."""
+    return wire.frame({"kind": kind, "code": code, "stdin": stdin, "last": last, "token": token})
 
 
 def decode(data: bytes | bytearray) -> dict[str, Any] | None:

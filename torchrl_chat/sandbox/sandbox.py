@@ -11,7 +11,7 @@ from typing import Any
 
 from torchrl_chat.sandbox.calls import Call, drive, together
 from torchrl_chat.sandbox.isolation import Isolation
-from torchrl_chat.sandbox.launch import Process, Warden, encode
+from torchrl_chat.sandbox.launch import Process, Warden
 from torchrl_chat.sandbox.result import Result
 from torchrl_chat.sandbox.settings import SandboxError, Settings
 
@@ -224,8 +224,8 @@ class Sandbox:
 
         def launch() -> Iterator[Call]:
             for code in codes:
-                request = encode(kind, code, stdin, last=True)
-                call = Call(warden, warden.take(ahead), request, seconds, self.settings.output, last=True)
+                output = self.settings.output
+                call = Call(warden, warden.take(ahead), kind, code, stdin, seconds, output, last=True)
                 calls.append(call)
                 yield call
 
@@ -287,8 +287,7 @@ class Session:
             lost, self._lost = self._lost, False
             if self._process is None:
                 self._process = warden.take(self.box.ahead)
-            request = encode(kind, code, stdin, last=False)
-            call = Call(warden, self._process, request, seconds, settings.output, last=False)
+            call = Call(warden, self._process, kind, code, stdin, seconds, settings.output, last=False)
             try:
                 together([call])
                 result = call.result(session=True)

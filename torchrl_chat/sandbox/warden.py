@@ -35,6 +35,7 @@ def main(fd: int) -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN if name == signal.SIGINT else signal.SIG_DFL)
     control = socket.socket(fileno=fd)
+    control.set_inheritable(False)  # bwrap has no business with it
     message = wire.receive(control)
     if message is None:
         return

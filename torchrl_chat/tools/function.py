@@ -290,6 +290,11 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def header_name(name: str) -> str:
+    """The name in the header of a tool message: what a model made up that is no name is not written there."""
+    return name if is_name(name) else "unknown"
+
+
 def _rebuilt(function: Callable[..., Any], given: dict[str, Any]) -> Tool:
     return Tool(function, **given)
 
@@ -353,4 +358,4 @@ def read_docstring(doc: str | None) -> tuple[str, dict[str, str]]:
     return "\n".join(text).strip(), arguments
 
 
-__all__ = ["Tool", "ToolBase", "checked_deadline", "is_name", "read_docstring", "tool"]
+__all__ = ["Tool", "ToolBase", "checked_deadline", "header_name", "is_name", "read_docstring", "tool"]

@@ -200,6 +200,8 @@ class _Slot:
         self.link: Link | None = None
         self.opening = asyncio.Lock()
         self.users = 0
+        self.failures = 0  # how often it could not be opened
+        self.reason = ""  # why, the last time
 
 
 class _Sessions:
@@ -299,15 +301,22 @@ class _Sessions:
             await pool.aclose()
 
     async def _linked(self, slot: _Slot) -> Link:
+        failures = slot.failures
         async with slot.opening:
             if slot.link is None or slot.link.dead:
+                if slot.failures > failures:  # or all calls of a batch would wait for a dead server one by one
+                    raise Unreachable(slot.reason)
                 dead, slot.link = slot.link, None
                 if dead is not None:
                     task = asyncio.create_task(dead.retire())
                     self._retiring.add(task)
                     task.add_done_callback(self._retiring.discard)
                 await self._make_room()
-                slot.link = await self._connected(unwrapped=True)
+                try:
+                    slot.link = await self._connected(unwrapped=True)
+                except Unreachable as error:
+                    slot.failures, slot.reason = slot.failures + 1, str(error)
+                    raise
             return slot.link
 
     async def _connected(self, unwrapped: bool = False) -> Link:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from torchrl_chat.messages import Message
 from torchrl_chat.tools.arguments import ArgumentsError
-from torchrl_chat.tools.function import Tool, ToolBase, checked_deadline, is_name
+from torchrl_chat.tools.function import Tool, ToolBase, checked_deadline, header_name
 from torchrl_chat.tools.results import (
     ToolResult,
     ToolStatus,
@@ -225,8 +225,7 @@ class Toolbox:
         ident = ident if isinstance(ident, str) and ident else f"{'bad0' if malformed else 'call'}{place:05d}"
 
         def answer(run: Run) -> None:
-            # What the model made up is not written into the header of a message.
-            known = name if name in self.tools else name if is_name(name) else "unknown"
+            known = name if name in self.tools else header_name(name)
             message = {"role": "tool", "tool_call_id": ident, "name": known, "content": run.text}
             put(ToolResult(message, run.status, run.seconds, run.left_out, run.still_running))
 

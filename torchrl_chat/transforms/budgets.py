@@ -161,10 +161,18 @@ class Budget(Transform):
             if own
             else StopReason.ANSWERED
             if terminated and had > 0
-            else self._reason(transcript, had, count, start)
+            else self._reason(transcript, had, count, start, called)
             or (StopReason.TRUNCATED if truncated else StopReason.RUNNING)
-            for own, transcript, terminated, truncated, had, count, start in zip(
-                known, transcripts, flags("terminated"), flags("truncated"), given, left, started, strict=True
+            for own, transcript, terminated, truncated, had, count, start, called in zip(
+                known,
+                transcripts,
+                flags("terminated"),
+                flags("truncated"),
+                given,
+                left,
+                started,
+                calls,
+                strict=True,
             )
         ]
         goes = columns.stepped(tensordict)
@@ -174,7 +182,7 @@ class Budget(Transform):
                 reason if going else StopReason(old)
                 for reason, going, old in zip(reasons, goes, before, strict=True)
             ]
-        self._write(next_tensordict, left, reasons, transcripts)
+        self._write(next_tensordict, self._allowed(transcripts), reasons, calls)
         own = [reason not in (StopReason.RUNNING, StopReason.ANSWERED) for reason in reasons]
         ended = torch.tensor(own, device=next_tensordict.device).reshape(*batch, 1)
         for key in ("truncated", "done"):
@@ -202,11 +210,13 @@ class Budget(Transform):
         return done_spec
 
     # ------------------------------------------------------------------ one row
-    def _reason(self, transcript: Transcript, had: int, left: int, started: float | None) -> StopReason | None:
+    def _reason(
+        self, transcript: Transcript, had: int, left: int, started: float | None, calls: int
+    ) -> StopReason | None:
         """Which limit ends the episode behind this turn, if one does."""
         if had <= 0:
             return StopReason.CONTEXT_FULL
-        if self.max_tool_calls is not None and _calls(transcript) > self.max_tool_calls:
+        if self.max_tool_calls is not None and calls > self.max_tool_calls:
             return StopReason.MAX_TOOL_CALLS
         if self.max_tokens is not None and transcript.total_sampled >= self.max_tokens:
             return StopReason.MAX_TOKENS
@@ -230,8 +240,13 @@ class Budget(Transform):
             return False
         return transcript.spans[-1].end + self._closing(transcript) >= self.max_context
 
+    def _allowed(self, transcripts: list[Transcript]) -> list[int]:
+        """How many tokens the policy may sample in its next turn, by all budgets of the environment."""
+        budgets = alike(self, Budget)
+        return [min(budget._tokens_left(transcript) for budget in budgets) for transcript in transcripts]
+
     def _tokens_left(self, transcript: Transcript) -> int:
-        """How many tokens the policy may sample in its next turn."""
+        """How many tokens the policy may sample in its next turn, by this budget."""
         left = _NO_LIMIT
         if self.max_turn_tokens is not None:
             left = self.max_turn_tokens
@@ -261,14 +276,25 @@ class Budget(Transform):
             raise KeyError(f"Budget reads 'transcript', the ledger; got the keys {sorted(map(str, td.keys()))}.")
         return columns.read_objects(column, td.batch_size)
 
-    def _write(
-        self, td: TensorDictBase, left: list[int], reasons: list[StopReason], transcripts: list[Transcript]
-    ) -> None:
+    def _calls(self, root: TensorDictBase, following: TensorDictBase, transcripts: list[Transcript]) -> list[int]:
+        """How many tools were called in each row."""
+        counts = list(map(_calls, transcripts))
+        made, left = following.get("tool_calls", None), root.get("calls_left", None)
+        if made is None or left is None:
+            return counts
+        # What an executor has counted: its answers need not look like those of tools.
+        known = (self._most_calls() - left + made).flatten().tolist()
+        return list(map(max, counts, known))
+
+    def _most_calls(self) -> int:
+        return min((b.max_tool_calls for b in alike(self, Budget) if b.max_tool_calls is not None), default=0)
+
+    def _write(self, td: TensorDictBase, left: list[int], reasons: list[StopReason], calls: list[int]) -> None:
         td.set("tokens_left", self._column(left, td))
         td.set("stop_reason", self._column([int(reason) for reason in reasons], td))
         if self.max_tool_calls is not None:
-            calls = list(map(_calls, transcripts))
-            td.set("calls_left", self._column([max(0, self.max_tool_calls - count) for count in calls], td))
+            most = self._most_calls()
+            td.set("calls_left", self._column([max(0, most - count) for count in calls], td))
 
     @staticmethod
     def _column(values: list[int], td: TensorDictBase) -> torch.Tensor:
@@ -276,6 +302,11 @@ class Budget(Transform):
 
 
 def _calls(transcript: Transcript) -> int:
-    """How many tools were called: as structured calls, or (fenced code) by what a tool answered."""
-    answers = sum(message["role"] == "tool" for message in transcript.messages)
-    return max(len(transcript.course.call_ids), answers)
+    """How many tools the policy has called: as structured calls, or (fenced code) by what a tool answered."""
+    if not transcript.spans:
+        return 0
+    said = transcript.messages[transcript.spans[0].message :]  # a prompt may tell of calls too
+    return max(
+        sum(len(message.get("tool_calls") or ()) for message in said),
+        sum(message["role"] == "tool" for message in said),
+    )

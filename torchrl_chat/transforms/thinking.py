@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -50,7 +51,8 @@ class AddThinkingPrompt(Transform):
 
     Raises:
         ValueError: ``edit_last_turn`` with ``role="user"``, or another role.
-        BridgeError: at the step: the chat template cannot be continued so.
+        BridgeError: at the step: the chat template cannot be continued so. Where that is true of some rows only, those
+            stay as they are, and a warning says so.
 
     Example:
         >>> env = ChatEnv(tokenizer=tokenizer, input_mode="tokens", batch_size=(1,))
@@ -116,20 +118,38 @@ class AddThinkingPrompt(Transform):
             self._words(transcript, seed) if wanted else None
             for transcript, seed, wanted in zip(transcripts, seeds, asked, strict=True)
         ]
+        errors: dict[int, Exception] = {}
         if self.role == "user":
-            following = env.append_messages(next_tensordict, words)
+            following = env.append_messages(next_tensordict, words, errors=errors)
         elif self.edit_last_turn:
             texts = env.answer_texts(next_tensordict)
             edits = [None if said is None else _edit(text, said) for text, said in zip(texts, words, strict=True)]
-            following = env.edit_answers(next_tensordict, edits)
+            following = env.edit_answers(next_tensordict, edits, errors)
         else:
-            following = env.begin_answers(next_tensordict, words)
+            following = env.begin_answers(next_tensordict, words, errors)
+        if errors:
+            self._leave(asked, errors)
         chosen = torch.tensor(asked, device=next_tensordict.device).reshape(batch)
         if self.undo_done:
             self._clear(following, ("done", "terminated", "truncated"), chosen)
         if self.zero_reward:
             self._clear(following, ("reward",), chosen)
         return following
+
+    @staticmethod
+    def _leave(asked: list[bool], errors: dict[int, Exception]) -> None:
+        """Rows that cannot be continued are not asked; where that is all of them, the template cannot do it."""
+        row, error = next(iter(errors.items()))
+        if len(errors) == sum(asked):
+            raise error
+        warnings.warn(
+            f"{len(errors)} of {sum(asked)} rows cannot be asked to think again and stay as they are. The first, "
+            f"row {row}: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        for i in errors:
+            asked[i] = False
 
     @staticmethod
     def _clear(td: TensorDictBase, keys: tuple[str, ...], chosen: torch.Tensor) -> None:

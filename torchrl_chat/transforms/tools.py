@@ -14,11 +14,12 @@ from torchrl.envs import Transform
 from torchrl_chat import columns
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.sandbox import Sandbox
+from torchrl_chat.tools.function import header_name
 from torchrl_chat.tools.python import PythonTool, fenced_code
 from torchrl_chat.tools.results import ToolStatus
 from torchrl_chat.tools.toolbox import Toolbox
 from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.home import chat_env
+from torchrl_chat.transforms.home import alike, chat_env
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
 
@@ -36,6 +37,9 @@ class ToolExecutor(Transform):
     - ``"tool_failure"``: str (\\*B,), why a row's results could not be appended, which truncates it; empty elsewhere;
     - ``"conversation"``: str (\\*B,), a key drawn at the reset, under which tools that keep state keep it. A conversation
       that is branched in two shares that state; it ends when the environment resets the row.
+
+    Structured calls are answered by the first executor of an environment, so all their tools belong in one toolbox; a
+    :class:`PythonInterpreter` for fenced code may stand behind it. The keys count for all executors together.
 
     Put it behind rewards that may end the dialogue and in front of :class:`~torchrl_chat.transforms.Budget`, whose
     ``max_tool_calls`` it keeps to: what is called beyond is not run.
@@ -73,7 +77,10 @@ class ToolExecutor(Transform):
         count = batch.numel()
         reset = tensordict.get("_reset", None)
         chosen = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
-        keys = [uuid.uuid4().hex for _ in range(count)]
+        if self._is_first:
+            keys = [uuid.uuid4().hex for _ in range(count)]
+        else:
+            keys = columns.read_objects(tensordict_reset.get("conversation"), batch)
         self._begin({row: key for row, (key, fresh) in enumerate(zip(keys, chosen, strict=True)) if fresh})
         tensordict_reset.set("conversation", columns.objects(keys, batch, device))
         self._write(tensordict_reset, [0] * count, [0] * count, [""] * count)
@@ -106,6 +113,8 @@ class ToolExecutor(Transform):
             answers[i] = row.answer([result.message for result in found])
         following, failures = self._append(next_tensordict, transcripts, answers)
         following.set("conversation", columns.objects(keys, batch, following.device))
+        if not self._is_first:
+            counts, errors, failures = self._with_earlier(following, counts, errors, failures)
         self._write(following, counts, errors, failures)
         if any(failures):
             ended = torch.tensor([bool(failure) for failure in failures], device=following.device).reshape(
@@ -130,6 +139,23 @@ class ToolExecutor(Transform):
         if "truncated" not in done_spec.keys():
             done_spec["truncated"] = done_spec["done"].clone()
         return done_spec
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether no other executor stands in front: conversations have one key, whoever keeps something for them."""
+        return alike(self, ToolExecutor)[0] is self
+
+    @staticmethod
+    def _with_earlier(
+        td: TensorDictBase, counts: list[int], errors: list[int], failures: list[str]
+    ) -> tuple[list[int], list[int], list[str]]:
+        """What this step wrote already, and what this executor adds."""
+        sums = [
+            (td.get(key).flatten() + torch.tensor(values, device=td.device)).tolist()
+            for key, values in (("tool_calls", counts), ("tool_errors", errors))
+        ]
+        before = columns.read_objects(td.get("tool_failure"), td.batch_size)
+        return sums[0], sums[1], [old or new for old, new in zip(before, failures, strict=True)]
 
     # ------------------------------------------------------------------ one turn
     def _calls(self, transcript: Transcript, limit: int | None) -> _Turn | None:
@@ -195,7 +221,7 @@ class _Turn:
             {
                 "role": "tool",
                 "tool_call_id": call["id"],
-                "name": call["function"]["name"],
+                "name": header_name(call["function"]["name"]),
                 "content": _NO_CALLS_LEFT,
             }
             for call in self.refused

@@ -392,6 +392,10 @@ async def _awaited(values: list[Any], deadline: float | None) -> list[Any]:
                 return await value
         except TimeoutError as error:
             return TimeoutError(f"no reply within {deadline:g} s") if limit.expired() else error
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # by us, not within the user
+                raise
+            return RuntimeError("the reply was cancelled")
         except Exception as error:
             return error
 
