@@ -20,8 +20,8 @@ from torchrl_chat import columns
 from torchrl_chat._endpoint import RESERVED, check_options, make_client
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.messages import Message
-from torchrl_chat.policies.sampling import default_stop_ids
 from torchrl_chat.policies.writing import read_prompts, read_seeds, write_answers
+from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 
 from torchrl_chat import columns
-from torchrl_chat.policies.sampling import default_stop_ids, generate, left_padded
 from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_prompts, read_seeds, write_answers
+from torchrl_chat.sampling import default_stop_ids, generate, left_padded
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
@@ -52,7 +52,7 @@ class TransformersPolicy(TensorDictModuleBase):
         generator: the random state to sample with; torch's global one if ``None``.
         seeded: sample each row from its ``"episode_seed"``, int64 (\\*B,), and the position in its conversation, so that
             what a conversation samples does not depend on the rows beside it: see
-            :class:`~torchrl_chat.policies.sampling.GumbelNoise`. Rows of one seed and one prompt sample the same.
+            :class:`~torchrl_chat.sampling.GumbelNoise`. Rows of one seed and one prompt sample the same.
 
     Example:
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=64)
@@ -118,7 +118,7 @@ class TransformersPolicy(TensorDictModuleBase):
         limits: list[int] | None = None,
         seeds: list[int] | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Sample an answer to each prompt: :func:`~torchrl_chat.policies.sampling.generate` with this policy's settings.
+        """Sample an answer to each prompt: :func:`~torchrl_chat.sampling.generate` with this policy's settings.
 
         Args:
             prompts: int64 ids, each of shape (P,), on the model's device.

@@ -20,8 +20,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.policies.sampling import default_stop_ids, stream_seed
 from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_prompts, read_seeds, write_answers
+from torchrl_chat.sampling import default_stop_ids, stream_seed
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
@@ -48,7 +48,7 @@ class VLLMPolicy(TensorDictModuleBase):
             template, and the tokenizer's and the model's eos.
         seeded: sample each row from its ``"episode_seed"``, int64 (\\*B,), and the length of its prompt, so that it does
             not depend on the rows beside it, up to rounding: see
-            :class:`~torchrl_chat.policies.sampling.GumbelNoise`, whose limit holds here too (not its numbers).
+            :class:`~torchrl_chat.sampling.GumbelNoise`, whose limit holds here too (not its numbers).
 
     Attributes:
         prompt_tokens: tokens of all prompts since :meth:`reset_counts`.
@@ -134,7 +134,9 @@ class VLLMPolicy(TensorDictModuleBase):
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-            engine = {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "uni", **engine}
+            # vLLM (0.32.0) rewinds the generator of a seeded prompt that it reads in parts, which generators here cannot.
+            plain = {"enforce_eager": True, "enable_chunked_prefill": False, "distributed_executor_backend": "uni"}
+            engine = {"dtype": "float32", **plain, **engine}
         settings = {
             "model": str(model),
             "logprobs_mode": "processed_logprobs",

@@ -12,10 +12,10 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import LogProbs
 
-from torchrl_chat.policies.sampling import left_padded
 from torchrl_chat.policies.vllm import check_log_probs_mode, sampled, sampling_params, vocabulary_bias
 from torchrl_chat.policies.wrapping import NEUTRAL, Answers, LedgerWrapper
 from torchrl_chat.policies.writing import container
+from torchrl_chat.sampling import left_padded
 
 
 class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):

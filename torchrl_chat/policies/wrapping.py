@@ -11,8 +11,8 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LLMWrapperBase, Masks, Text
 
 from torchrl_chat import columns
-from torchrl_chat.policies.sampling import default_stop_ids
 from torchrl_chat.policies.writing import Prompts, container, read_prompts, write_answers
+from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 

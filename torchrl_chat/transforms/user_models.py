@@ -18,6 +18,7 @@ import torch
 from torchrl_chat._endpoint import check_options, make_client
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.rewards.marked import after_reasoning
+from torchrl_chat.sampling import default_stop_ids, generate
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate
 
@@ -147,18 +148,20 @@ class ModelUser:
         user_role: str = "user",
         policy_role: str = "assistant",
     ):
-        from torchrl_chat.policies import TransformersPolicy
-
+        if max_new_tokens < 1 or temperature < 0:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1, and 0 or more."
+            )
         self.template = ChatTemplate(tokenizer, **dict(template_kwargs or {}))
-        self._sampler = TransformersPolicy(
-            model,
-            self.template.tokenizer,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stop_ids=stop_ids,
-        )
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.generator: torch.Generator | None = None
         if stop_ids is None:
-            self._sampler.stop_ids |= self.template.stop_ids
+            eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+            self.stop_ids = default_stop_ids(self.template.tokenizer, eos) | self.template.stop_ids
+        else:
+            self.stop_ids = frozenset(stop_ids)
         self.system_prompt = system_prompt
         self.opening = opening
         self.seed = seed
@@ -188,15 +191,18 @@ class ModelUser:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state of the generator, if there is one already."""
-        generator = self._sampler.generator
-        return {} if generator is None else {"generator": generator.get_state()}
+        return {} if self.generator is None else {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on with that generator."""
-        self._sampler.generator = None
+        self.generator = None
         if "generator" in state:
-            self._sampler.generator = torch.Generator(self._sampler.device)
-            self._sampler.generator.set_state(state["generator"])
+            self.generator = torch.Generator(self._device)
+            self.generator.set_state(state["generator"])
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def view(self, messages: Sequence[Message], row: Mapping[str, Any] | None = None) -> list[Message]:
         """The conversation as the model is given it."""
@@ -220,28 +226,32 @@ class ModelUser:
 
     def _room(self, length: int) -> int:
         """How many tokens may follow a prompt of this length."""
-        context = getattr(getattr(self._sampler.model, "config", None), "max_position_embeddings", None)
-        most = self._sampler.max_new_tokens
-        return most if context is None else min(most, context - length)
+        context = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return self.max_new_tokens if context is None else min(self.max_new_tokens, context - length)
 
     @torch.no_grad()
     def _sampled(self, ids: list[list[int]], seeds: list[int | None]) -> list[str | Exception]:
         if not ids:
             return []
-        device = self._sampler.device
+        device = self._device
         inputs = [torch.tensor(row, dtype=torch.int64, device=device) for row in ids]
-        rooms = [self._room(len(row)) for row in ids]
         own = [seed if self.seed is None else mixed(self.seed, seed) for seed in seeds if seed is not None]
-        if len(own) == len(ids):
-            sampled, _ = self._sampler.generate(inputs, rooms, own)
-        else:
-            if self.seed is not None and self._sampler.generator is None:
-                self._sampler.generator = torch.Generator(device).manual_seed(self.seed)
-            sampled, _ = self._sampler.generate(inputs, rooms)
+        if self.seed is not None and self.generator is None and len(own) < len(ids):
+            self.generator = torch.Generator(device).manual_seed(self.seed)
+        sampled, _ = generate(
+            self.model,
+            inputs,
+            stop_ids=self.stop_ids,
+            most=[self._room(len(row)) for row in ids],
+            vocab_size=self.template.codec.vocab_size,
+            temperature=self.temperature,
+            seeds=own if len(own) == len(ids) else None,
+            generator=self.generator,
+        )
         replies: list[str | Exception] = []
         for read in self.template.parse_batch([row.tolist() for row in sampled]):
             try:
-                replies.append(_words(content_text(read.message), self._sampler.max_new_tokens))
+                replies.append(_words(content_text(read.message), self.max_new_tokens))
             except ValueError as error:
                 replies.append(error)
         return replies
