@@ -46,13 +46,16 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# What the other targets run.
+ELSEWHERE := test_learning.py test_recipes_learning.py test_openenv_real.py test_vllm.py
+
 # Two workers: the machine of the continuous integration has two cores.
 suite: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --ignore=tests/test_learning.py --ignore=tests/test_openenv_real.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(addprefix --ignore=tests/,$(ELSEWHERE))
 
 # GRPO on the built-in task, three seeds, two at a time: about five minutes.
 learn: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_learning.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_learning.py tests/test_recipes_learning.py
 
 # OpenEnv's real clients and servers, of two versions, in environments of their own.
 openenv: .venv/.installed .openenv/010/.installed .openenv/03/.installed .openenv/repo
@@ -60,7 +63,7 @@ openenv: .venv/.installed .openenv/010/.installed .openenv/03/.installed .openen
 
 # vLLM on the CPU, in an environment of its own (3.5 GB): about two minutes, and as long to install.
 vllm: .venv-vllm/.installed
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/vllm_learning.py
 
 clean:
 	rm -rf .venv .venv-vllm .openenv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

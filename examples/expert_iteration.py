@@ -1,0 +1,124 @@
+"""Expert iteration: sample, keep what is right, imitate it, repeat. One file.
+
+    python examples/expert_iteration.py                     # a tiny model learns to say the last of two digits
+    python examples/expert_iteration.py --backend vllm
+    python examples/expert_iteration.py --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct
+
+The expert is the policy with a verifier behind it: of K answers to a question those stay that are right, and the policy is
+fine-tuned on them (Anthony et al. 2017, arXiv:1705.08439; for language models STaR, arXiv:2203.14465, and rejection
+sampling fine-tuning, arXiv:2308.01825). With --restart each round begins from the weights before training, as STaR does.
+The loss is on the tokens that the policy sampled, never on what a template, a tool or a user wrote.
+
+An interrupted run goes on with --resume: the same data in the same order, nothing trained twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat.playing import play
+from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
+from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
+from torchrl_chat.training import masked_mean, microbatches, sequence_log_probs, training_view
+
+
+@dataclass(kw_only=True)
+class ExpertIterationConfig(RunConfig):
+    """The settings of the run (see RunConfig) and of the algorithm."""
+
+    most: int = setting(4, "how many right answers to one question are imitated; 0 for all of them")
+    restart: bool = setting(False, "begin each round from the weights before training")
+
+
+def defaults(asked: argparse.Namespace) -> dict[str, Any]:
+    """Other defaults, given the model and the dataset that were asked for."""
+    if asked.model != "tiny":
+        return FULL | {"steps": 20, "prompts": 256, "lr": 1e-5}
+    if asked.dataset == "python-tool":
+        return TINY_TOOL | {"most": 0}
+    return {"steps": 30, "prompts": 32, "epochs": 4}
+
+
+def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> TensorDictBase | None:
+    """The sequences of the right conversations, different ones only, at most ``config.most`` a question; or none."""
+    view = training_view(finished, layout="padded", group=config.group_size)
+    kept: list[int] = []
+    seen: set[tuple[int, ...]] = set()
+    counts: dict[int, int] = {}
+    groups, right = view["group"].tolist(), view["success"].flatten().tolist()
+    for i, ids in enumerate(view["tokens"].full):
+        key = tuple(ids[view["masks"].all_attention_mask[i]].tolist())
+        if not right[i] or key in seen or (config.most and counts.get(groups[i], 0) >= config.most):
+            continue
+        seen.add(key)
+        counts[groups[i]] = counts.get(groups[i], 0) + 1
+        kept.append(i)
+    return view[torch.tensor(kept)] if kept else None
+
+
+def imitate(model: Any, optimizer: Any, view: TensorDictBase, config: ExpertIterationConfig) -> float:
+    """Supervised fine-tuning: some passes over the sequences in random minibatches; the mean loss."""
+    view = view.select("tokens", "masks", "position_ids")
+    losses = []
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(view)).split(config.minibatch):
+            whole = view[rows]
+            count = whole["masks"].all_assistant_mask.sum().clamp(min=1)
+            optimizer.zero_grad()
+            for few in microbatches(whole, config.max_tokens):
+                scores = sequence_log_probs(model, whole[few])
+                loss = -masked_mean(scores.log_probs, scores.mask, denominator=count)
+                loss.backward()
+                losses.append(loss.detach())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+    return float(torch.stack(losses).mean())
+
+
+def main() -> None:
+    """Sample, keep, imitate, repeat."""
+    config = parse(ExpertIterationConfig, __doc__, defaults)
+    torch.manual_seed(config.seed)
+    model, tokenizer = make_model(config)
+    env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
+    judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
+    policy, sync = make_policy(config, model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    run = Run(
+        config, "expert-iteration", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env}
+    )
+    if not run.resumed:
+        warm_start(config, model, optimizer, tokenizer)
+    sync()
+    start = run.reference() if config.restart else None
+
+    for step in run.steps(lambda: ask(judge, policy, config)):
+        set_rate(optimizer, config.rate(step))
+
+        # 1. The expert: the policy's own answers that are right.
+        finished = play(env, policy, max_turns=config.max_turns)
+        view = right_answers(finished, config)
+        metrics = {
+            "reward": float(finished["reward"].mean()),
+            "pass_rate": float(finished["success"].float().mean()),
+            "kept": 0.0 if view is None else float(len(view)),
+        }
+
+        # 2. The apprentice imitates it.
+        if view is not None:
+            if start is not None:
+                model.load_state_dict(start.state_dict())
+                optimizer.state.clear()
+            metrics["loss"] = imitate(model, optimizer, view.to(model.device), config)
+            sync()
+        run.log(metrics, finished=finished, trained=view)
+
+
+if __name__ == "__main__":
+    main()

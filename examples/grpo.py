@@ -1,0 +1,205 @@
+"""GRPO on exact tokens, with the options of DAPO and Dr. GRPO. One file: collect, score, learn, repeat.
+
+    python examples/grpo.py                                   # a tiny model learns to say the last of two digits
+    python examples/grpo.py --dataset python-tool             # ... and to use an interpreter, in two turns
+    python examples/grpo.py --variant dapo --backend vllm
+    python examples/grpo.py --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --kl 0.001
+
+A group is the answers to one question; what counts is how much better an answer is than its group. What the variants set
+can also be set one by one:
+
+    grpo     arXiv:2402.03300  mean over sequences of the mean over their tokens, rewards divided by the group's deviation
+    dapo     arXiv:2503.14476  mean over tokens, a wider clip upwards, groups with equal rewards resampled, overlong shaping
+    dr-grpo  arXiv:2503.20783  sum over tokens divided by a constant, rewards not divided by the group's deviation
+
+An interrupted run goes on with --resume: the same data in the same order, nothing trained twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat.playing import play
+from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
+from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
+from torchrl_chat.rewards import Episode, OverlongPenalty
+from torchrl_chat.training import (
+    group_advantages,
+    kl_estimate,
+    masked_mean,
+    microbatches,
+    policy_loss,
+    sequence_log_probs,
+    training_view,
+)
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(RunConfig):
+    """The settings of the run (see RunConfig) and of the algorithm."""
+
+    variant: Literal["grpo", "dapo", "dr-grpo"] = setting("grpo", "sets the defaults of what follows")
+    clip: float = setting(0.2, "how far the ratio may fall")
+    clip_high: float = setting(0.2, "how far the ratio may rise")
+    aggregation: Literal["sequence", "token", "constant"] = setting("sequence", "how token losses become one")
+    normalize: Literal["std", "none"] = setting("std", "whether rewards are divided by their group's deviation")
+    dynamic_sampling: bool = setting(False, "leave out groups with equal rewards, and ask other questions instead")
+    max_batches: int = setting(4, "batches that dynamic sampling collects at most in a step")
+    overlong: int = setting(
+        0, "answers lose up to 1 over their last so many tokens before --max_new_tokens; 0: none do"
+    )
+    kl: float = setting(0.0, "coefficient of the KL divergence from the model before training")
+    kl_kind: Literal["k1", "k2", "k3"] = setting("k3", "its estimator; the gradient of k1 is 0 on average")
+    entropy: float = setting(0.0, "coefficient of an entropy bonus")
+
+
+def defaults(asked: argparse.Namespace) -> dict[str, Any]:
+    """Other defaults, given the model, the dataset and the variant that were asked for."""
+    found: dict[str, Any] = dict(FULL)
+    if asked.model == "tiny":
+        found = (
+            dict(TINY_TOOL)
+            if asked.dataset == "python-tool"
+            else {"prompts": 16, "group_size": 8, "entropy": 0.05, "lr": 7e-4}
+        )
+    if asked.variant == "dapo":
+        long = max(1, found.get("max_new_tokens", 1) // 4)
+        found |= {
+            "clip_high": 0.28,
+            "aggregation": "token",
+            "dynamic_sampling": True,
+            "overlong": 0 if long == 1 else long,
+        }
+    if asked.variant == "dr-grpo":
+        found |= {"aggregation": "constant", "normalize": "none"}
+    return found
+
+
+def collect(env: Any, policy: Any, config: GRPOConfig) -> tuple[list[TensorDictBase], torch.Tensor]:
+    """Finished batches of whole groups, and which of their groups are trained."""
+    finished: list[TensorDictBase] = []
+    kept: list[torch.Tensor] = []
+    for _ in range(config.max_batches if config.dynamic_sampling else 1):
+        finished.append(play(env, policy, max_turns=config.max_turns))
+        rewards = finished[-1]["reward"].reshape(config.prompts, config.group_size)
+        mixed = (rewards != rewards[:, :1]).any(1)
+        kept.append(mixed if config.dynamic_sampling else torch.ones_like(mixed))
+        if sum(int(groups.sum()) for groups in kept) >= config.prompts:
+            break
+    groups = torch.cat(kept)
+    return finished, groups & (groups.cumsum(0) <= config.prompts)
+
+
+def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRPOConfig, vocab_size: int) -> Any:
+    """The loss of some sequences, as their share of a minibatch, and what to log."""
+    scores = sequence_log_probs(
+        model, part, temperature=config.temperature, vocab_size=vocab_size, entropy=config.entropy > 0
+    )
+    sampled = whole["masks"].all_assistant_mask
+    share: dict[str, Any] = {
+        "aggregation": config.aggregation,
+        "constant": float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
+        "denominator": sampled.sum() if config.aggregation == "token" else sampled.any(-1).sum().clamp(min=1),
+    }
+    old = part["log_probs"].full
+    loss, metrics = policy_loss(
+        scores.log_probs, old, part["advantage"], scores.mask, clip=(config.clip, config.clip_high), **share
+    )
+    if config.kl:
+        divergence = kl_estimate(scores.log_probs, part["reference"], config.kl_kind)
+        metrics["kl_reference"] = masked_mean(divergence.detach(), scores.mask)
+        loss = loss + config.kl * masked_mean(divergence, scores.mask, **share)
+    if scores.entropy is not None:
+        metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
+        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, **share)
+    return loss, metrics | {"loss": loss.detach()}
+
+
+def learn(
+    model: Any, optimizer: Any, view: TensorDictBase, config: GRPOConfig, vocab_size: int
+) -> dict[str, float]:
+    """Some passes over a batch in random minibatches."""
+    view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "reference", strict=False)
+    logged: list[dict[str, Any]] = []
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(view)).split(config.minibatch):
+            whole = view[rows]
+            optimizer.zero_grad()
+            for few in microbatches(whole, config.max_tokens):
+                loss, metrics = loss_of(model, whole[few], whole, config, vocab_size)
+                loss.backward()
+                logged.append(metrics)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+    return {key: float(torch.stack([metrics[key] for metrics in logged]).mean()) for key in logged[0]}
+
+
+def average(batches: list[TensorDictBase], key: str) -> float:
+    """The mean over all conversations."""
+    return float(torch.cat([batch[key].float().flatten() for batch in batches]).mean())
+
+
+def main() -> None:
+    """Collect, score, learn, repeat."""
+    config = parse(GRPOConfig, __doc__, defaults)
+    torch.manual_seed(config.seed)
+    model, tokenizer = make_model(config)
+    env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
+    judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    policy, sync = make_policy(config, model, tokenizer)
+    run = Run(config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env})
+    if not run.resumed:
+        warm_start(config, model, optimizer, tokenizer)
+    sync()
+    reference = run.reference() if config.kl else None
+    vocab_size = policy.codec.vocab_size
+    overlong = OverlongPenalty(config.max_new_tokens, config.overlong) if config.overlong else None
+
+    for step in run.steps(lambda: ask(judge, policy, config)):
+        set_rate(optimizer, config.rate(step))
+
+        # 1. Answers: each conversation to its end, the prompt of a turn being the very tokens of the turns before it.
+        finished, trained = collect(env, policy, config)
+
+        metrics = {
+            "reward": average(finished, "reward"),
+            "pass_rate": average(finished, "success"),
+            "groups": float(trained.sum()),
+        }
+        if not trained.any():  # dynamic sampling found nothing to compare
+            run.log(metrics, finished=finished[0])
+            continue
+
+        # 2. One sequence an episode, with a mask on what the policy sampled and the log-probs it was sampled with.
+        view = training_view(finished, layout="padded", group=config.group_size)
+        view = view[trained[view["group"]]]
+        if reference is not None:
+            scoring = {"vocab_size": vocab_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
+            with torch.no_grad():
+                view["reference"] = sequence_log_probs(reference, view, **scoring).log_probs
+
+        # 3. How much better than its group each answer is.
+        lengths = view["masks"].all_assistant_mask.sum(-1)
+        reward = view["reward"]
+        if overlong is not None:
+            punished = [overlong(Episode.of("", length=length)).score for length in lengths.tolist()]
+            reward = reward + torch.tensor(punished).reshape(reward.shape)
+        view["advantage"] = group_advantages(
+            reward, view["group"], episode=view["episode"], normalize="std" if config.normalize == "std" else None
+        )
+
+        # 4. Learn, and give what samples the new weights.
+        metrics |= learn(model, optimizer, view.to(model.device), config, vocab_size)
+        sync()
+        run.log(metrics | {"length": float(lengths.float().mean())}, finished=finished[0], trained=view)
+
+
+if __name__ == "__main__":
+    main()

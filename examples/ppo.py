@@ -1,0 +1,163 @@
+"""PPO (arXiv:1707.06347) on exact tokens: a value head, and advantages for every sampled token. One file.
+
+    python examples/ppo.py                                  # a tiny model learns to say the last of two digits
+    python examples/ppo.py --trunk separate --backend vllm
+    python examples/ppo.py --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --group_size 1 --prompts 64
+
+A sampled token is an action; the state before it is all tokens in front of it, the environment's among them. Generalized
+advantage estimation (arXiv:1506.02438) goes over the sampled tokens only: what a tool or a user says takes no step. The
+reward of a conversation stands on its last sampled token; with --kl, each token pays for its distance from the model
+before training (arXiv:2203.02155).
+
+An interrupted run goes on with --resume: the same data in the same order, nothing trained twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat.playing import play
+from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
+from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
+from torchrl_chat.training import (
+    gae,
+    kl_estimate,
+    masked_mean,
+    microbatches,
+    policy_loss,
+    token_rewards,
+    training_view,
+)
+from torchrl_chat.training.values import PolicyAndValue
+
+
+@dataclass(kw_only=True)
+class PPOConfig(RunConfig):
+    """The settings of the run (see RunConfig) and of the algorithm."""
+
+    trunk: Literal["shared", "separate"] = setting("shared", "whether the value head has a network of its own")
+    clip: float = setting(0.2, "how far the ratio may go")
+    value_clip: float = setting(0.2, "how far a value may go from that of the collecting policy; 0 for no limit")
+    value_weight: float = setting(0.5, "coefficient of the value loss")
+    gamma: float = setting(1.0, "discount of a token")
+    lam: float = setting(0.95, "weight of longer estimates in generalized advantage estimation")
+    kl: float = setting(0.0, "what a token pays for its KL divergence from the model before training")
+    entropy: float = setting(0.0, "coefficient of an entropy bonus")
+
+
+def defaults(asked: argparse.Namespace) -> dict[str, Any]:
+    """Other defaults, given the model and the dataset that were asked for."""
+    if asked.model != "tiny":
+        return dict(FULL)
+    batch = {"prompts": 128, "group_size": 1}  # values tell what to expect: no group is needed
+    return TINY_TOOL | batch if asked.dataset == "python-tool" else batch | {"entropy": 0.05, "lr": 7e-4}
+
+
+def loss_of(
+    actor_critic: PolicyAndValue, part: TensorDictBase, count: torch.Tensor, config: PPOConfig, **scoring: Any
+) -> Any:
+    """The loss of some sequences, as their share of a minibatch of ``count`` sampled tokens, and what to log."""
+    scores, values = actor_critic(part, entropy=config.entropy > 0, **scoring)
+    old = part["log_probs"].full
+    loss, metrics = policy_loss(
+        scores.log_probs, old, part["advantage"], scores.mask, clip=config.clip, denominator=count
+    )
+    error = (values - part["target"]) ** 2
+    if config.value_clip:
+        near = part["value"] + (values - part["value"]).clamp(-config.value_clip, config.value_clip)
+        error = torch.maximum(error, (near - part["target"]) ** 2)
+    loss = loss + config.value_weight * masked_mean(error, scores.mask, denominator=count)
+    metrics |= {"value_error": masked_mean(error.detach(), scores.mask)}
+    if scores.entropy is not None:
+        metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
+        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, denominator=count)
+    return loss, metrics | {"loss": loss.detach()}
+
+
+def score(
+    network: Any, view: TensorDictBase, config: PPOConfig, **scoring: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and values of all sampled tokens, (N, T) each, without gradients."""
+    log_probs = torch.zeros(view["masks"].all_assistant_mask.shape, device=view["episode"].device)
+    values = torch.zeros_like(log_probs)
+    with torch.no_grad():
+        for few in microbatches(view, config.max_tokens):
+            scores, found = network(view[few], **scoring)
+            log_probs[few], values[few] = scores.log_probs, found
+    return log_probs, values
+
+
+def main() -> None:
+    """Collect, value, learn, repeat."""
+    config = parse(PPOConfig, __doc__, defaults)
+    torch.manual_seed(config.seed)
+    model, tokenizer = make_model(config)
+    actor_critic = PolicyAndValue(model, config.trunk)
+    env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
+    judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
+    policy, sync = make_policy(config, model, tokenizer)
+    optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    state = {"optimizer": optimizer, "env": env} | actor_critic.value_parts()
+    run = Run(config, "ppo", model=model, tokenizer=tokenizer, state=state)
+    if not run.resumed:
+        warm_start(config, model, optimizer, tokenizer)
+    sync()
+    reference = PolicyAndValue(run.reference()) if config.kl else None
+    scoring = {"temperature": config.temperature, "vocab_size": policy.codec.vocab_size}
+
+    for step in run.steps(lambda: ask(judge, policy, config)):
+        set_rate(optimizer, config.rate(step))
+
+        # 1. Answers: each conversation to its end.
+        finished = play(env, policy, max_turns=config.max_turns)
+
+        # 2. One sequence an episode: its reward on the last sampled token, a value before each of them.
+        view = training_view(finished, layout="padded").to(model.device)
+        mask = view["masks"].all_assistant_mask
+        view["reward"] = view["reward"].reshape(-1)
+        _, view["value"] = score(actor_critic, view, config, **scoring)
+        rewards = token_rewards(view["reward"], mask)
+        if reference is not None:
+            expected, _ = score(reference, view, config, **scoring)
+            rewards = rewards - config.kl * torch.where(
+                mask, kl_estimate(view["log_probs"].full, expected, "k1"), 0.0
+            )
+
+        # 3. How much better than expected each token did, over the batch of mean 0 and deviation 1.
+        advantage, view["target"] = gae(rewards, view["value"], mask, config.gamma, config.lam)
+        chosen = advantage[mask]
+        view["advantage"] = torch.where(mask, (advantage - chosen.mean()) / chosen.std().clamp(min=1e-4), 0.0)
+
+        # 4. Some passes in random minibatches; then what samples gets the new weights.
+        read = ("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target")
+        logged = []
+        for _ in range(config.epochs):
+            for rows in torch.randperm(len(view)).split(config.minibatch):
+                whole = view.select(*read)[rows]
+                count = whole["masks"].all_assistant_mask.sum().clamp(min=1)
+                optimizer.zero_grad()
+                for few in microbatches(whole, config.max_tokens):
+                    loss, metrics = loss_of(actor_critic, whole[few], count, config, **scoring)
+                    loss.backward()
+                    logged.append(metrics)
+                torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
+                optimizer.step()
+        sync()
+        metrics = {key: float(torch.stack([line[key] for line in logged]).mean()) for key in logged[0]}
+        metrics |= {
+            "reward": float(finished["reward"].mean()),
+            "pass_rate": float(finished["success"].float().mean()),
+            "value": float(masked_mean(view["value"], mask)),
+            "length": float(mask.sum(-1).float().mean()),
+        }
+        run.log(metrics, finished=finished, trained=view)
+
+
+if __name__ == "__main__":
+    main()

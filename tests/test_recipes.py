@@ -1,0 +1,453 @@
+"""The training scripts: settings, books, checkpoints, and a run that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
+from torchrl_chat.recipes import checkpoints as saving
+from torchrl_chat.recipes.run import Run, episodes
+from torchrl_chat.recipes.settings import FULL, RunConfig, parse
+from torchrl_chat.recipes.tasks import ask, demonstrations, make_env, make_model, make_policy, warm_start
+from torchrl_chat.rollouts import read_rollouts
+from torchrl_chat.training import training_view
+from torchrl_chat.training.values import PolicyAndValue
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ("grpo", "ppo", "expert_iteration")
+QUICK = [
+    "--steps",
+    "6",
+    "--prompts",
+    "4",
+    "--group_size",
+    "4",
+    "--minibatch",
+    "8",
+    "--eval",
+    "16",
+    "--save_every",
+    "2",
+]
+
+
+def script(name: str):
+    """A script of the examples as a module."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up their own module
+    spec.loader.exec_module(module)
+    return module
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config(folder: Path, **options) -> RunConfig:
+    return RunConfig(
+        **{"out": str(folder), "steps": 4, "prompts": 2, "group_size": 2, "save_every": 2, "eval": 4, **options}
+    )
+
+
+def books(folder: Path, **options) -> Run:
+    """A run of a small model and an optimizer, which learns nothing of itself."""
+    settings = config(folder, **options)
+    model, tokenizer = make_model(settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return Run(settings, "test", model=model, tokenizer=tokenizer, state={"optimizer": optimizer})
+
+
+def evaluation():
+    """One conversation, finished."""
+    settings = RunConfig()
+    model, tokenizer = make_model(settings)
+    policy, _ = make_policy(settings, model, tokenizer)
+    return ask(make_env(settings, tokenizer, 1, 1, 0), policy, settings)
+
+
+def nudge(run: Run, step: int) -> None:
+    """An update that depends on the step's random numbers."""
+    parameter = next(run.model.parameters())
+    parameter.grad = torch.randn(parameter.shape)
+    run.state["optimizer"].step()
+    run.log({"loss": parameter.sum().item()})
+
+
+class TestSettings:
+    def test_defaults_depend_on_the_model_and_the_variant(self):
+        module = script("grpo")
+
+        def read(*words: str):
+            return parse(module.GRPOConfig, None, module.defaults, words)
+
+        assert (read().lr, read().entropy) == (7e-4, 0.05)
+        assert read("--model", "a/b").lr == FULL["lr"]
+        assert read("--model", "a/b", "--lr", "1e-5").lr == 1e-5
+        dapo = read("--variant", "dapo", "--model", "a/b")
+        assert (dapo.clip_high, dapo.aggregation, dapo.dynamic_sampling, dapo.overlong) == (
+            0.28,
+            "token",
+            True,
+            128,
+        )
+        assert read("--variant", "dapo", "--aggregation", "sequence").aggregation == "sequence"
+        assert read("--variant", "dr-grpo").normalize == "none"
+        assert read("--dataset", "python-tool").warm_steps > 0
+
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [
+            (["--stepz", "3"], "stepz"),
+            (["--steps", "0"], "--steps is 0"),
+            (["--temperature", "0"], "--temperature is 0"),
+            (["--backend", "magic"], "magic"),
+            (["--lr", "fast"], "fast"),
+        ],
+    )
+    def test_bad_words_are_named(self, words, named, capsys):
+        with pytest.raises(SystemExit):
+            parse(RunConfig, None, arguments=words)
+        assert named in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_help_tells_the_defaults_of_what_is_asked_for(self, name, capsys, monkeypatch):
+        module = script(name)
+        monkeypatch.setattr(sys, "argv", [name, "--model", "some/model", "--help"])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        shown = capsys.readouterr().out
+        assert end.value.code == 0
+        assert module.__doc__.strip().splitlines()[0] in shown
+        assert "where an answer is cut (default: 512)" in " ".join(shown.split())
+
+    def test_a_dataset_that_is_not_there(self, tmp_path):
+        with pytest.raises(ValueError, match="'digit': expected digits, python-tool"):
+            make_env(config(tmp_path, dataset="digit"), tiny_tokenizer(), 1, 1, 0)
+
+    def test_the_rate_falls_in_a_line(self):
+        settings = RunConfig(steps=10, lr=1.0, final_lr_share=0.5)
+        assert [settings.rate(step) for step in (0, 5, 10)] == pytest.approx([1.0, 0.75, 0.5])
+
+
+class TestCheckpoints:
+    def test_round_trip(self, tmp_path):
+        model, other, tokenizer = tiny_model(30, seed=0), tiny_model(30, seed=1), tiny_tokenizer()
+        saving.save_checkpoint(tmp_path, 3, model, tokenizer, {"step": 3, "random": saving.random_states()})
+        drawn = torch.rand(3), __import__("random").random(), __import__("numpy").random.rand()
+        [path] = saving.checkpoints(tmp_path)
+        saving.load_weights(path, other)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+        state = saving.load_state(path)
+        saving.set_random_states(state["random"])
+        again = torch.rand(3), __import__("random").random(), __import__("numpy").random.rand()
+        assert torch.equal(drawn[0], again[0])
+        assert drawn[1:] == again[1:]
+        assert state["step"] == 3
+
+    def test_the_last_ones_are_kept_and_counted_as_numbers(self, tmp_path):
+        model, tokenizer = tiny_model(30), tiny_tokenizer()
+        for step in (8, 9, 10, 1_000_000):
+            saving.save_checkpoint(tmp_path, step, model, tokenizer, {}, keep=2)
+        assert [path.name for path in saving.checkpoints(tmp_path)] == ["step-000010", "step-1000000"]
+        with pytest.raises(ValueError, match="keep=0"):
+            saving.save_checkpoint(tmp_path, 11, model, tokenizer, {}, keep=0)
+
+    @pytest.mark.parametrize("where", ["model", "tokenizer", "state", "disk", "rename"])
+    def test_a_save_that_breaks_leaves_the_last_one(self, tmp_path, where, monkeypatch):
+        model, tokenizer = tiny_model(30), tiny_tokenizer()
+        saving.save_checkpoint(tmp_path, 1, model, tokenizer, {"step": 1})
+
+        def broken(*_args, **_kwargs):
+            raise OSError("no space left")
+
+        place = {
+            "model": (type(model), "save_pretrained"),
+            "tokenizer": (type(tokenizer), "save_pretrained"),
+            "state": (torch, "save"),
+            "disk": (saving, "to_disk"),
+            "rename": (os, "rename"),
+        }[where]
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, broken)
+            with pytest.raises(OSError, match="no space"):
+                saving.save_checkpoint(tmp_path, 2, model, tokenizer, {"step": 2}, keep=1)
+        [path] = saving.checkpoints(tmp_path)
+        assert saving.load_state(path)["step"] == 1
+        saving.save_checkpoint(
+            tmp_path, 2, model, tokenizer, {"step": 2}, keep=1
+        )  # over what is left of the first try
+        assert [saving.load_state(path)["step"] for path in saving.checkpoints(tmp_path)] == [2]
+        assert not list(tmp_path.glob(".*"))
+
+
+class TestRun:
+    def test_a_run_that_is_broken_off_goes_on_as_if_nothing_had_been(self, tmp_path):
+        torch.manual_seed(0)
+        whole = books(tmp_path / "whole")
+        for step in whole.steps(evaluation):
+            nudge(whole, step)
+        torch.manual_seed(0)
+        first = books(tmp_path / "broken")
+        steps = []
+        for step in first.steps(evaluation):
+            nudge(first, step)
+            steps.append(step)
+            if step == 2:
+                break  # behind the checkpoint of step 2, and before that of step 4
+        first.close()
+        torch.manual_seed(99)
+        second = books(tmp_path / "broken", resume=True)
+        assert second.resumed
+        for step in second.steps(evaluation):
+            nudge(second, step)
+            steps.append(step)
+        assert steps == [0, 1, 2, 2, 3]
+
+        def told(folder: str) -> list:
+            rows = jsonl(tmp_path / folder / "metrics.jsonl")
+            return [(row["step"], row["loss"]) for row in rows]
+
+        assert told("broken") == told("whole")
+        assert [step for step, _ in told("whole")] == [0, 1, 2, 3]
+        pairs = zip(whole.model.parameters(), second.model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert json.loads((tmp_path / "broken" / "result.json").read_text())["steps"] == 4
+
+    def test_a_finished_run_has_nothing_left(self, tmp_path):
+        run = books(tmp_path)
+        for step in run.steps(evaluation):
+            nudge(run, step)
+        before = (tmp_path / "metrics.jsonl").read_text()
+        assert list(books(tmp_path, resume=True).steps(evaluation)) == []
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+
+    def test_a_folder_is_not_begun_twice(self, tmp_path):
+        books(tmp_path).close()
+        with pytest.raises(FileExistsError, match="--resume"):
+            books(tmp_path)
+
+    def test_other_settings_are_refused_and_those_of_the_output_are_not(self, tmp_path):
+        books(tmp_path).close()
+        with pytest.raises(ValueError, match="begun with seed=0, now 1"):
+            books(tmp_path, resume=True, seed=1)
+        assert not books(tmp_path, resume=True, save_every=7).resumed
+
+    def test_two_processes_do_not_write_one_run(self, tmp_path, monkeypatch):
+        run = books(tmp_path)
+        monkeypatch.setattr("torchrl_chat.recipes.run._locked.__defaults__", (0.2,))
+        with pytest.raises(BlockingIOError, match="another process"):
+            books(tmp_path, resume=True)
+        run.close()
+
+    def test_metrics_reach_a_logger_of_torchrl(self, tmp_path):
+        run = books(tmp_path, logger="csv")
+        for step in run.steps(evaluation):
+            nudge(run, step)
+        rows = (tmp_path / "logs" / "test" / "scalars" / "loss.csv").read_text().splitlines()
+        assert [int(row.split(",")[0]) for row in rows] == [0, 1, 2, 3]
+
+    def test_the_reference_is_the_model_before_the_first_step(self, tmp_path):
+        run = books(tmp_path)
+        start = [p.clone() for p in run.reference().parameters()]
+        for step in run.steps(evaluation):
+            nudge(run, step)
+        again = books(tmp_path, resume=True)
+        reference = list(again.reference().parameters())
+        assert all(torch.equal(a, b) for a, b in zip(start, reference, strict=True))
+        assert not any(p.requires_grad for p in reference)
+        assert not torch.equal(start[0], next(again.model.parameters()))
+
+
+class TestTasks:
+    def test_the_same_questions_are_asked_each_time(self, tmp_path):
+        settings = config(tmp_path)
+        model, tokenizer = make_model(settings)
+        policy, _ = make_policy(settings, model, tokenizer)
+        env = make_env(settings, tokenizer, 8, 1, 0)
+        first, second = ask(env, policy, settings), ask(env, policy, settings)
+        assert episodes(first) == episodes(second)
+        assert [t.tokens.tolist() for t in first["transcript"]] == [t.tokens.tolist() for t in second["transcript"]]
+
+    def test_demonstrations_show_the_form_and_little_of_the_operation(self, tmp_path):
+        settings = config(tmp_path, dataset="python-tool", max_new_tokens=40)
+        _, tokenizer = make_model(settings)
+        env = make_env(settings, tokenizer, 200, 1, 0)
+        view = demonstrations(env, 0)
+        env.close()
+        texts = tokenizer.batch_decode(view["tokens"].full)
+        form = re.compile(
+            r"<\|user\|>(...) (\d) (\d)<\|end\|><\|assistant\|>```python\nprint\(\2[-+*]\3\)\n```<\|end\|>"
+            r"<\|tool\|>(-?\d+)\n?<\|end\|><\|assistant\|>\4<\|end\|>(<\|pad\|>)*"
+        )
+        assert [text for text in texts if not form.fullmatch(text)] == []
+        assert 0.25 < float(view["success"].float().mean()) < 0.55  # 1 / 3 by chance, and where operations agree
+
+    def test_warm_start_needs_demonstrations(self, tmp_path):
+        settings = config(tmp_path, warm_steps=1)
+        with pytest.raises(ValueError, match="digits has no demonstrations"):
+            warm_start(settings, None, None, tokenizer=None)
+
+
+class TestValues:
+    @pytest.fixture
+    def view(self, tmp_path):
+        settings = config(tmp_path, max_new_tokens=3)
+        model, tokenizer = make_model(settings)
+        policy, _ = make_policy(settings, model, tokenizer)
+        return model, training_view(ask(make_env(settings, tokenizer, 6, 1, 0), policy, settings), layout="padded")
+
+    @pytest.mark.parametrize("trunk", ["shared", "separate"])
+    def test_a_value_sees_what_is_in_front_of_its_token(self, view, trunk):
+        model, rows = view
+        both = PolicyAndValue(model, trunk)
+        torch.nn.init.normal_(both.head.weight)
+        scores, values = both(rows)
+        ids = rows["tokens"].full
+        hidden = model.base_model(ids).last_hidden_state.detach()
+        for row, place in scores.mask.nonzero().tolist():
+            expected = both.head(hidden[row, place - 1]).detach()
+            assert values[row, place].item() == pytest.approx(expected.item(), abs=1e-5)
+        assert bool((values[~scores.mask] == 0).all())
+
+    def test_rows_without_sampled_tokens_have_no_values(self, view):
+        model, rows = view
+        both = PolicyAndValue(model)
+        torch.nn.init.normal_(both.head.weight)
+        _, whole = both(rows)
+        rows["masks"].all_assistant_mask[2] = False
+        _, values = both(rows)
+        assert bool((values[2] == 0).all())
+        kept = [0, 1, 3, 4, 5]
+        assert torch.allclose(values[kept], whole[kept], atol=1e-5)
+
+    def test_gradients_go_where_they_should(self, view):
+        model, rows = view
+        for trunk in ("shared", "separate"):
+            model.zero_grad()
+            both = PolicyAndValue(model, trunk)
+            torch.nn.init.normal_(both.head.weight)
+            both(rows)[1].sum().backward()
+            reached = model.base_model.embed_tokens.weight.grad
+            assert (reached is not None and bool(reached.any())) == (trunk == "shared")
+
+    def test_other_layouts_are_refused(self, view):
+        model, rows = view
+        with pytest.raises(ValueError, match="padded view"):
+            PolicyAndValue(model)(rows.exclude("position_ids"))
+        with pytest.raises(ValueError, match="one pass"):
+            PolicyAndValue(model)(rows, max_tokens=8)
+        with pytest.raises(ValueError, match="trunk='own'"):
+            PolicyAndValue(model, "own")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("grpo", []),
+        ("grpo", ["--variant", "dapo", "--max_new_tokens", "8", "--overlong", "4", "--kl", "0.1"]),
+        ("grpo", ["--variant", "dr-grpo", "--kl", "0.1", "--kl_kind", "k2", "--entropy", "0"]),
+        ("ppo", ["--kl", "0.1", "--max_new_tokens", "4", "--max_tokens", "60"]),
+        ("ppo", ["--trunk", "separate"]),
+        ("expert_iteration", ["--restart"]),
+    ],
+)
+def test_every_option_runs_and_the_books_agree(tmp_path, monkeypatch, name, options):
+    monkeypatch.setattr(sys, "argv", [name, *QUICK, "--steps", "2", "--out", str(tmp_path), *options])
+    script(name).main()
+    metrics, trained = jsonl(tmp_path / "metrics.jsonl"), jsonl(tmp_path / "trained.jsonl")
+    assert [row["step"] for row in metrics] == [row["step"] for row in trained] == [0, 1]
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    every = [tuple(key) for row in trained for key in row["episodes"]]
+    assert len(every) == len(set(every))
+    written = [
+        (e["metadata"]["step"], e["row"], e["epoch"], e["place"])
+        for e in read_rollouts(tmp_path / "rollouts.jsonl")
+    ]
+    assert len(written) == len(set(written)) == 32
+    if "dapo" not in options and name != "expert_iteration":
+        assert [row["ess"] <= 1 + 1e-5 for row in metrics] == [True, True]
+        assert {(step, *key) for step, row in enumerate(trained) for key in map(tuple, row["episodes"])} == set(
+            written
+        )
+
+
+def test_dynamic_sampling_trains_groups_that_differ_only(tmp_path):
+    from torchrl_chat.playing import play
+
+    module = script("grpo")
+    settings = module.GRPOConfig(out=str(tmp_path), prompts=4, group_size=4, dynamic_sampling=True, max_batches=3)
+    model, tokenizer = make_model(settings)
+    policy, _ = make_policy(settings, model, tokenizer)
+    env = make_env(settings, tokenizer, 4, 4, 0)
+    finished, trained = module.collect(env, policy, settings)
+    rewards = torch.cat([batch["reward"].reshape(4, 4) for batch in finished])
+    mixed = (rewards != rewards[:, :1]).any(1)
+    assert len(finished) <= 3
+    assert int(trained.sum()) == min(4, int(mixed.sum()))
+    assert not bool((trained & ~mixed).any())
+    assert len(finished) == 3 or int(mixed.sum()) >= 4
+    settings.dynamic_sampling = False
+    finished, trained = module.collect(env, policy, settings)
+    assert len(finished) == 1
+    assert bool(trained.all())
+    assert play(env, policy).batch_size == (16,)
+
+
+def run_killed(folder: Path, name: str, kills: int, arguments: list[str], seed: int = 0) -> dict:
+    """Kill and resume a script; what ``recipe_kills.py`` says."""
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("recipe_kills.py")),
+        str(ROOT / "examples" / f"{name}.py"),
+    ]
+    done = subprocess.run(
+        [*command, str(folder), str(kills), str(seed), *arguments],
+        capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def same_run(one: Path, other: Path, *, exact: bool = True) -> None:
+    """Two runs trained the same episodes, each once, in the same order, to the same weights."""
+    from safetensors.torch import load_file
+
+    assert jsonl(one / "trained.jsonl") == jsonl(other / "trained.jsonl")
+    every = [tuple(key) for row in jsonl(one / "trained.jsonl") for key in row["episodes"]]
+    assert len(every) == len(set(every)) > 0
+    steps = [row["step"] for row in jsonl(one / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
+
+    def written(folder: Path) -> list:
+        drop = ("id", "metadata")
+        return [{k: v for k, v in e.items() if k not in drop} for e in read_rollouts(folder / "rollouts.jsonl")]
+
+    if not exact:
+        return
+    assert written(one) == written(other)
+    ends = [
+        load_file(saving.checkpoints(folder / "checkpoints")[-1] / "model.safetensors") for folder in (one, other)
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_kill_and_resume(tmp_path):
+    """Two kills; tests/test_recipes_learning.py has ten for each script."""
+    told = run_killed(tmp_path / "killed", "grpo", 2, QUICK, seed=1)
+    whole = run_killed(tmp_path / "whole", "grpo", 0, QUICK)
+    assert (told["status"], len(told["killed"]), told["orphans"]) == (0, 2, [])
+    assert whole["status"] == 0
+    same_run(tmp_path / "killed", tmp_path / "whole")

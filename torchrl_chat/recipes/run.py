@@ -1,0 +1,305 @@
+"""The life of a training run: its folder, progress, metrics, samples and checkpoints, and how it goes on after a kill.
+
+Law of this file: a step counts when a checkpoint behind it is on the disk. What was written of later steps (metrics, rollouts,
+lists of trained episodes) is cut off when the run is resumed, and these steps are done again, on the same data.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers
+from tensordict import TensorDictBase
+
+from torchrl_chat import columns
+from torchrl_chat.recipes.checkpoints import (
+    checkpoints,
+    load_state,
+    load_weights,
+    random_states,
+    save_checkpoint,
+    save_model,
+    set_random_states,
+    to_disk,
+)
+from torchrl_chat.recipes.settings import RunConfig
+from torchrl_chat.seeds import EPOCH, PLACE, ROW
+
+# What may be another when a run is resumed: none of it has a part in what is sampled and learned.
+_FREE = {
+    "out", "resume", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
+    "logger",
+}  # fmt: skip
+
+
+class Run:
+    """Counts the steps of a run and keeps its books.
+
+    In ``config.out``:
+
+    - ``config.json``: the settings;
+    - ``metrics.jsonl``: a line a step; ``evaluations.jsonl``: a line an evaluation;
+    - ``trained.jsonl``: a line a step, ``{"step", "episodes": [[row, epoch, place], ...]}``, every trained episode;
+    - ``rollouts.jsonl``: conversations, see ``docs/rollouts.md``;
+    - ``checkpoints/step-...``: model and tokenizer as transformers reads them, and the state;
+    - ``result.json``: the pass rates before and after.
+
+    With ``config.resume`` the last checkpoint is loaded here, into the objects that are given: whatever is random stands
+    behind the making of the run.
+
+    Args:
+        config: the settings.
+        name: the script's, for the folder and the progress bar.
+
+    Keyword Args:
+        model: the trained transformers model.
+        tokenizer: its tokenizer.
+        state: what else the run needs to go on: objects with ``state_dict`` and ``load_state_dict``, by name.
+
+    Attributes:
+        folder: where everything is.
+        step: how many steps are done.
+        resumed: whether a checkpoint was loaded.
+
+    Raises:
+        ImportError: tqdm is not installed.
+        FileExistsError: the folder holds a run, and the settings do not say to resume it.
+        BlockingIOError: another process is at this run.
+        ValueError: the run was begun with other settings.
+
+    Example:
+        >>> run = Run(config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env})
+        >>> for step in run.steps(evaluate):  # doctest: +SKIP
+        ...     run.log({"loss": learn(view)}, trained=view)
+    """
+
+    def __init__(self, config: RunConfig, name: str, *, model: Any, tokenizer: Any, state: Mapping[str, Any]):
+        try:
+            import tqdm  # noqa: F401
+        except ImportError as error:
+            raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
+        transformers.utils.logging.disable_progress_bar()  # of every checkpoint's weights
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
+        self.folder = Path(config.out or f"runs/{name}-{config.dataset.replace(':', '-')}-{stamp}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder / "lock")
+        self._files = {
+            key: self.folder / f"{key}.jsonl" for key in ("metrics", "trained", "evaluations", "rollouts")
+        }
+        self._logger: Any = None
+        self._bar: Any = None
+        self.step = 0
+        try:
+            self.resumed = self._resume()
+        except BaseException:
+            self.close()
+            raise
+        if config.logger:
+            from torchrl.record.loggers import get_logger
+
+            self._logger = get_logger(config.logger, str(self.folder / "logs"), name)
+
+    # ------------------------------------------------------------------ going on
+    def _resume(self) -> bool:
+        """Load the last checkpoint and cut off what was written behind it; or begin."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        written = self.folder / "config.json"
+        if written.exists():
+            if not self.config.resume:
+                raise FileExistsError(f"{self.folder} holds a run: go on with --resume, or choose another --out.")
+            begun = json.loads(written.read_text())
+            other = {key for key in settings if key not in _FREE and begun.get(key) != settings[key]}
+            if other:
+                changes = ", ".join(f"{key}={begun.get(key)!r}, now {settings[key]!r}" for key in sorted(other))
+                raise ValueError(f"{self.folder} was begun with {changes}. Resume with the same settings.")
+        partial = written.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(partial, written)
+        found = checkpoints(self.folder / "checkpoints")
+        state = load_state(found[-1]) if found else None
+        for key, path in self._files.items():
+            path.touch()
+            size = 0 if state is None else state["sizes"][key]
+            if path.stat().st_size > size:
+                os.truncate(path, size)
+        if state is None:
+            return False
+        load_weights(found[-1], self.model)
+        for key, value in self.state.items():
+            value.load_state_dict(state["state"][key])
+        set_random_states(state["random"])
+        self.step = state["step"]
+        return True
+
+    def save(self) -> Path:
+        """Write a checkpoint now."""
+        for path in self._files.values():
+            to_disk(path)
+        state = {
+            "step": self.step,
+            "state": {key: value.state_dict() for key, value in self.state.items()},
+            "random": random_states(),
+            "sizes": {key: path.stat().st_size for key, path in self._files.items()},
+        }
+        folder = self.folder / "checkpoints"
+        return save_checkpoint(folder, self.step, self.model, self.tokenizer, state, keep=self.config.keep)
+
+    # ------------------------------------------------------------------ the steps
+    def steps(self, evaluate: Callable[[], TensorDictBase]) -> Iterator[int]:
+        """The numbers of the steps that are left.
+
+        A checkpoint is written behind each step that is due, behind the last one, and before the first one, so that what
+        came before it (a warm start) need not be done again. At the end the result is written and shown.
+
+        Args:
+            evaluate: asks the questions of the evaluation, and returns the finished conversations.
+        """
+        from tqdm import tqdm
+
+        config = self.config
+        if not self.resumed:
+            self._evaluate(evaluate)
+            self.save()
+        with tqdm(total=config.steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5) as self._bar:
+            while self.step < config.steps:
+                self._start = time.perf_counter()
+                yield self.step
+                self.step += 1
+                self._bar.update()
+                last = self.step == config.steps
+                if last or (config.eval_every and self.step % config.eval_every == 0):
+                    self._evaluate(evaluate, aloud=last)
+                if last or self.step % config.save_every == 0:
+                    self.save()
+        first, *_, last_line = [json.loads(line) for line in self._files["evaluations"].read_text().splitlines()]
+        result = {"before": first["pass_rate"], "after": last_line["pass_rate"], "steps": self.step}
+        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(
+            f"pass rate after training: {result['after']:.3f} (before: {result['before']:.3f}); files in {self.folder}/"
+        )
+        self.close()
+
+    def close(self) -> None:
+        """Let others at the folder."""
+        self._lock.close()
+
+    def _evaluate(self, evaluate: Callable[[], TensorDictBase], aloud: bool = False) -> None:
+        finished = evaluate()
+        rate = float(finished["success"].float().mean())
+        self._write("evaluations", {"step": self.step, "pass_rate": rate, "conversations": len(finished)})
+        self._scalar("evaluation", rate)
+        self.say(f"pass rate after {self.step} steps: {rate:.3f}")
+        if aloud:
+            self.say(conversations(finished[:6], "sample"))
+
+    def log(
+        self,
+        metrics: Mapping[str, float],
+        *,
+        finished: TensorDictBase | None = None,
+        trained: TensorDictBase | None = None,
+    ) -> None:
+        """Write what a step measured.
+
+        Args:
+            metrics: numbers by name.
+
+        Keyword Args:
+            finished: the step's conversations, of which some are written and shown.
+            trained: what was trained on, rows with the columns that tell episodes apart; ``None`` if nothing was.
+        """
+        step, config = self.step, self.config
+        seconds = time.perf_counter() - self._start
+        self._write("metrics", {"step": step, **metrics, "seconds": round(seconds, 4)})
+        self._write("trained", {"step": step, "episodes": [] if trained is None else episodes(trained)})
+        if finished is not None:
+            self._show(finished[: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
+        if self._bar is not None:
+            kept = ("pass_rate", "reward", "loss")
+            self._bar.set_postfix({key: f"{metrics[key]:.3f}" for key in kept if key in metrics}, refresh=False)
+        for key, value in metrics.items():
+            self._scalar(key, value)
+
+    def _show(self, finished: TensorDictBase, aloud: bool) -> None:
+        from torchrl_chat.rollouts import write_rollouts
+
+        if not len(finished):
+            return
+        write_rollouts(
+            self._files["rollouts"], finished, self.tokenizer, metadata={"step": self.step, "policy": self.name}
+        )
+        if aloud:
+            self.say(conversations(finished[:1], f"step {self.step}"))
+
+    def _scalar(self, key: str, value: float) -> None:
+        if self._logger is not None:
+            self._logger.log_scalar(key, value, step=self.step)
+
+    def say(self, text: str) -> None:
+        """Print beside the progress bar."""
+        from tqdm import tqdm
+
+        tqdm.write(text)
+
+    def _write(self, key: str, line: Mapping[str, Any]) -> None:
+        with open(self._files[key], "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def reference(self) -> Any:
+        """A frozen copy of the model as it was before the first step; a resumed run finds it in its folder."""
+        path = self.folder / "reference"
+        if not self.resumed:
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before its first step
+            save_model(path, self.model, self.tokenizer)
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        load_weights(path, model)
+        return model
+
+
+def episodes(td: TensorDictBase) -> list[list[int]]:
+    """What tells each episode from others, once: row of the dataset, epoch, place in its group."""
+    keys = zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True)
+    return [list(key) for key in dict.fromkeys(keys)]
+
+
+def conversations(finished: TensorDictBase, title: str) -> str:
+    """Finished conversations as text for the terminal."""
+    rows = finished.batch_size
+    lines = []
+    rewards = finished["reward"].flatten().tolist()
+    for transcript, reward in zip(columns.read_objects(finished.get("transcript"), rows), rewards, strict=True):
+        turns = " | ".join(f"{m['role']}: {str(m['content'])[:300]!r}" for m in transcript.messages)
+        lines.append(f"{title}, reward {reward:g}: {turns}")
+    return "\n".join(lines)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters of an optimizer a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _locked(path: Path, patience: float = 5.0) -> TextIO:
+    """Hold a file as long as it is open, so that two processes do not write one run."""
+    file = open(path, "w")  # noqa: SIM115
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.close()
+                raise BlockingIOError(f"another process is at the run in {path.parent}.") from None
+            time.sleep(0.1)  # a process that was killed is not gone at once

@@ -1,0 +1,126 @@
+"""The settings of a training script: a dataclass, and the command line that fills it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+C = TypeVar("C", bound="RunConfig")
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field with a default and a line for ``--help``.
+
+    Example:
+        >>> @dataclass
+        ... class Config(RunConfig):
+        ...     clip: float = setting(0.2, "how far the ratio may go")
+    """
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every training script can be told. The defaults are for the tiny model on the built-in task."""
+
+    dataset: str = setting("digits", "digits, python-tool, gsm8k or reasoning-gym:TASK")
+    data: str | None = setting(None, "a local copy of the dataset: a folder or a JSONL or Parquet file")
+    model: str = setting("tiny", "tiny (random weights, made on the spot), or the name or folder of a model")
+    backend: Literal["transformers", "vllm"] = setting(
+        "transformers", "what samples; the trained model is transformers'"
+    )
+    device: str | None = setting(None, "of the trained model; by default cuda where there is one, else cpu")
+    vllm_memory: float = setting(0.4, "the share of a GPU's memory that vLLM takes")
+    seed: int = setting(0, "of weights, data and sampling")
+    # sampling
+    steps: int = setting(100, "batches to collect and learn from")
+    prompts: int = setting(8, "questions a batch")
+    group_size: int = setting(16, "answers to each question")
+    max_new_tokens: int = setting(1, "where an answer is cut")
+    max_turns: int = setting(8, "where a conversation is cut")
+    temperature: float = setting(1.0, "of sampling, and of all log-probs")
+    # learning
+    epochs: int = setting(2, "passes over each batch")
+    minibatch: int = setting(64, "conversations an optimizer step")
+    max_tokens: int = setting(16384, "tokens that go through the model at a time; gradients are accumulated")
+    lr: float = setting(1e-3, "learning rate of AdamW at the first step")
+    final_lr_share: float = setting(0.1, "of it at the last step, falling in a line")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    warm_steps: int = setting(0, "steps on demonstrations before the first step (python-tool has some)")
+    # output
+    out: str | None = setting(None, "the folder of the run; default: runs/SCRIPT-DATASET-TIME")
+    resume: bool = setting(False, "go on from the last checkpoint in --out, or begin where there is none")
+    save_every: int = setting(50, "steps between checkpoints")
+    keep: int = setting(2, "how many checkpoints are kept")
+    eval: int = setting(256, "questions asked before and after training")
+    eval_every: int = setting(0, "steps between evaluations in between; 0 for none")
+    show_every: int = setting(25, "steps between sample conversations in the terminal; 0 for none")
+    rollouts: int = setting(16, "conversations of each step that are written to rollouts.jsonl")
+    logger: str = setting("", "a logger of torchrl beside metrics.jsonl: csv, tensorboard, wandb, mlflow")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr * (1 - (1 - self.final_lr_share) * step / self.steps)
+
+
+FULL = {
+    "steps": 500, "group_size": 8, "max_new_tokens": 512, "epochs": 1, "minibatch": 16, "lr": 1e-6, "final_lr_share": 1.0,
+}  # fmt: skip
+"""Other defaults for models that can read and write already."""
+
+TINY_TOOL = {
+    "steps": 100, "prompts": 16, "group_size": 8, "epochs": 2, "minibatch": 64, "lr": 1e-3, "max_new_tokens": 40,
+    "warm_steps": 200,
+}  # fmt: skip
+"""Other defaults for the tiny model on the two-turn tool task."""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parse(
+    kind: type[C],
+    description: str | None,
+    defaults: Callable[[argparse.Namespace], dict[str, Any]] = lambda namespace: {},
+    arguments: Sequence[str] | None = None,
+) -> C:
+    """Read the command line into a config.
+
+    Args:
+        kind: the config's class.
+        description: the script's docstring.
+        defaults: other defaults than the class's, given what was asked for (``--model``, say); ``--help`` shows these.
+        arguments: the words of the command line; those of this process if ``None``.
+
+    Raises:
+        SystemExit: an argument is unknown, or none of the choices; the text says which.
+
+    Example:
+        >>> parse(RunConfig, None, arguments=["--seed", "3"]).seed
+        3
+    """
+    from transformers import HfArgumentParser
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser: Any = HfArgumentParser(cast(Any, kind), description=description, formatter_class=_Help)
+    asked, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
+    parser.set_defaults(**defaults(asked))
+    config = kind(**vars(parser.parse_args(words)))
+    for name, least in (
+        ("steps", 1),
+        ("prompts", 1),
+        ("group_size", 1),
+        ("epochs", 1),
+        ("minibatch", 1),
+        ("save_every", 1),
+        ("keep", 1),
+    ):
+        if getattr(config, name) < least:
+            parser.error(f"--{name} is {getattr(config, name)}: expected at least {least}.")
+    if config.temperature <= 0:
+        parser.error(f"--temperature is {config.temperature}: expected more than 0, a policy that explores.")
+    return config

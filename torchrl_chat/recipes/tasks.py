@@ -1,0 +1,209 @@
+"""What the training scripts train on: models, environments and policies by the names of the command line.
+
+This file stands above the environments and policies that it makes, unlike the rest of this room; they are imported where
+they are made.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat.recipes.settings import RunConfig
+from torchrl_chat.training.losses import masked_mean
+from torchrl_chat.training.scoring import sequence_log_probs
+from torchrl_chat.training.view import training_view
+
+if TYPE_CHECKING:
+    from torchrl_chat.envs import DatasetChatEnv
+
+DATASETS = ("digits", "python-tool", "gsm8k", "reasoning-gym:TASK")
+
+_TOOL_ALPHABET = "0123456789 \nadmulsbpythonri()*+-`"
+_SIGNS = {"mul": "*", "add": "+", "sub": "-"}
+_HINT = 0.06  # the share of demonstrations with the operation that was asked for, beyond chance
+
+
+def make_model(config: RunConfig) -> tuple[Any, Any]:
+    """The model of ``--model``, in float32 on ``--device``, and its tokenizer."""
+    from torchrl_chat.cli import tiny
+
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if config.model == "tiny":
+        alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": _TOOL_ALPHABET}
+        tokenizer: Any = tiny.tiny_tokenizer(alphabets.get(config.dataset, tiny.TEXT_ALPHABET))
+        # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
+        return tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096).to(device), tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # In bfloat16 an update at the learning rates of fine-tuning is smaller than the weights' own rounding.
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(config.model)
+
+
+def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
+    """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end.
+
+    Raises:
+        ValueError: there is no such dataset.
+    """
+    from torchrl.envs import StepCounter
+
+    from torchrl_chat import envs, transforms
+    from torchrl_chat.cli.tiny import last_digit_rows
+    from torchrl_chat.rewards import NumberVerifier
+
+    shared: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "input_mode": "tokens",
+        "num_envs": prompts,
+        "repeats": group_size,
+        "group_repeats": True,
+        "seed": seed,
+    }
+    kind, _, task = config.dataset.partition(":")
+    if kind == "reasoning-gym" and task:
+        return envs.ReasoningGymEnv(task, **shared)
+    if config.data is not None:
+        shared["dataset"] = config.data
+    if kind == "gsm8k":
+        return envs.GSM8KEnv(**shared)
+    if kind == "digits":
+        shared.setdefault("dataset", last_digit_rows(seed=seed))
+        env = envs.DatasetChatEnv(**shared)
+        env.append_transform(StepCounter(max_steps=1))
+        env.append_transform(transforms.RewardTransform(NumberVerifier()))
+        return env
+    if kind != "python-tool":
+        raise ValueError(f"--dataset is {config.dataset!r}: expected {', '.join(DATASETS)}.")
+    shared.setdefault("dataset", arithmetic_rows(4096, seed))
+    env = envs.DatasetChatEnv(**shared)
+    env.append_transform(transforms.PythonInterpreter(deadline=2.0))
+    env.append_transform(transforms.UserSimulator([]))  # an answer without a program is the last one
+    env.append_transform(transforms.Budget(max_turns=2, max_turn_tokens=config.max_new_tokens))
+    env.append_transform(transforms.RewardTransform(NumberVerifier(surrounded=0.0), end_on_answer=False))
+    return env
+
+
+def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Callable[[], None]]:
+    """What samples, and a function that gives it the model's weights of that moment.
+
+    Both backends sample each conversation from its episode's seed: neither the batch nor the past has a part in it.
+    """
+    from torchrl_chat.policies import TransformersPolicy, VLLMPolicy
+
+    settings: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "seeded": True,
+    }
+    if config.backend == "transformers":
+        return TransformersPolicy(model, tokenizer, **settings), lambda: None
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it tells of every weight that it takes over
+    random_state = torch.get_rng_state()  # vLLM seeds torch's generator
+    if torch.cuda.is_available():
+        settings["gpu_memory_utilization"] = config.vllm_memory
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        policy = VLLMPolicy.from_pretrained(folder, tokenizer, **settings)
+    torch.set_rng_state(random_state)
+    return policy, lambda: policy.sync(model)
+
+
+def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:
+    """The same questions each time, and the conversations about them, finished."""
+    from torchrl_chat.playing import play
+
+    env.reset_dataloader()
+    return play(env, policy, max_turns=config.max_turns)
+
+
+# ---------------------------------------------------------------------- the two-turn tool task
+def arithmetic_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Rows such as ``{"query": "mul 3 8", "answer": "24"}``.
+
+    Example:
+        >>> sorted(arithmetic_rows(1, 0)[0])
+        ['answer', 'query']
+    """
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        name, a, b = draw.choice(list(_SIGNS)), draw.randint(2, 9), draw.randint(2, 9)
+        value = {"mul": a * b, "add": a + b, "sub": a - b}[name]
+        rows.append({"query": f"{name} {a} {b}", "answer": str(value)})
+    return rows
+
+
+def demonstrations(env: DatasetChatEnv, seed: int) -> TensorDictBase:
+    """A batch of conversations that show the form of the tool task: a program, and its output as the answer.
+
+    The program computes with any of the three operations, nearly whatever was asked: which one is meant is left to find out.
+    """
+    from torchrl.modules.llm.policies import Tokens
+
+    from torchrl_chat import columns
+    from torchrl_chat.playing import play
+
+    draw = random.Random(seed)
+    base: Any = env.base_env
+    codec, stop = base.template.codec, base.tokenizer.eos_token
+
+    def expert(td: TensorDictBase) -> TensorDictBase:
+        texts = []
+        for transcript in columns.read_objects(td.get("transcript"), td.batch_size):
+            last = transcript.messages[-1]
+            if last["role"] == "tool":
+                texts.append(last["content"].strip())
+            else:
+                name, a, b = last["content"].split()
+                sign = _SIGNS[name] if draw.random() < _HINT else draw.choice(list(_SIGNS.values()))
+                texts.append(f"```python\nprint({a}{sign}{b})\n```")
+        ids = [torch.tensor(row) for row in codec.encode([text + stop for text in texts])]
+        td["tokens"] = columns.ragged(Tokens, "response", ids, td.batch_size, None)
+        return td
+
+    return training_view(play(env, expert), layout="padded")
+
+
+def warm_start(
+    config: RunConfig,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Any,
+    count: int = 1024,
+    batch: int = 64,
+) -> None:
+    """Train a model from random weights on demonstrations for ``--warm_steps`` steps, so that rewards are found at all.
+
+    The optimizer is the run's own: the first steps of one that knows no gradients yet would undo what was learned.
+
+    Raises:
+        ValueError: the dataset has no demonstrations.
+    """
+    if not config.warm_steps:
+        return
+    if config.dataset != "python-tool":
+        raise ValueError(
+            f"--warm_steps is {config.warm_steps}, and {config.dataset} has no demonstrations: only python-tool."
+        )
+    env = make_env(config, tokenizer, count, 1, config.seed)
+    try:
+        view = demonstrations(env, config.seed)
+    finally:
+        env.close()
+    for group in optimizer.param_groups:
+        group["lr"] = 2e-3
+    for _ in range(config.warm_steps):
+        scores = sequence_log_probs(model, view[torch.randint(len(view), (batch,))])
+        loss = -masked_mean(scores.log_probs, scores.mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
