@@ -139,7 +139,10 @@ def main() -> None:
     arguments = parser.parse_args()
     stock = stock_python(arguments.cache) if arguments.openenv_repo else None
     if stock is None:
-        print("TORCHRL_CHAT_OPENENV_REPO names no checkout of OpenEnv: only our own server is measured.", file=sys.stderr)
+        print(
+            "TORCHRL_CHAT_OPENENV_REPO names no checkout of OpenEnv: only our own server is measured.",
+            file=sys.stderr,
+        )
     turns, rounds, many = (50, 1, 64) if arguments.quick else (50, 3, 256)
     with tempfile.TemporaryDirectory() as folder:
         small, large = (save_tokenizer(Path(folder), size) for size in (8_000, 150_000))

@@ -455,7 +455,9 @@ def test_models_take_what_openenvs_take():
         ChatAction()
 
 
-@pytest.mark.skipif("TORCHRL_CHAT_OPENENV_REPO" not in os.environ, reason="TORCHRL_CHAT_OPENENV_REPO names no checkout of OpenEnv")
+@pytest.mark.skipif(
+    "TORCHRL_CHAT_OPENENV_REPO" not in os.environ, reason="TORCHRL_CHAT_OPENENV_REPO names no checkout of OpenEnv"
+)
 def test_openenvs_own_tests_pass_but_for_the_import_path(tmp_path):
     repo = Path(os.environ["TORCHRL_CHAT_OPENENV_REPO"])
     here = "from torchrl_chat.openenv."
