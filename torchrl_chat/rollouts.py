@@ -116,7 +116,7 @@ def episodes(
         }
         if tokens:
             scored = transcript.scored
-            episode["sequences"] = [_sequence(branch, spell, scored) for branch in transcript.sequences]
+            episode["sequences"] = [sequence(branch, spell, scored) for branch in transcript.sequences]
         yield plain({**episode, "metadata": shared})
 
 
@@ -275,21 +275,21 @@ def _flags(td: TensorDictBase, key: str, count: int) -> list[bool]:
     return [False] * count if value is None else value.reshape(count, -1).any(-1).tolist()
 
 
-def _sequence(branch: Branch, spell: TokenPieces | None, scored: bool) -> dict[str, Any]:
+def sequence(branch: Branch, spell: TokenPieces | None, scored: bool) -> dict[str, Any]:
     """One token sequence, compact: the mask as runs, log-probs of sampled tokens only."""
     ids = branch.tokens.tolist()
-    sequence: dict[str, Any] = {"ids": ids, "sampled": runs(branch.mask)}
+    written: dict[str, Any] = {"ids": ids, "sampled": runs(branch.mask)}
     # Six digits: float32 has seven, and the last is beyond what two kernels agree on.
     sampled = branch.log_probs[branch.mask].tolist()
-    sequence["log_probs"] = [float(f"{value:.6g}") for value in sampled] if scored and sampled else None
+    written["log_probs"] = [float(f"{value:.6g}") for value in sampled] if scored and sampled else None
     if spell is not None:
         pieces = spell(ids)
-        sequence["pieces"] = pieces.texts
+        written["pieces"] = pieces.texts
         if pieces.partial:
-            sequence["bytes"] = {str(place): raw.hex() for place, raw in pieces.partial.items()}
+            written["bytes"] = {str(place): raw.hex() for place, raw in pieces.partial.items()}
         if pieces.text is not None:
-            sequence["text"] = pieces.text
-    return sequence
+            written["text"] = pieces.text
+    return written
 
 
 def runs(mask: torch.Tensor) -> list[list[int]]:

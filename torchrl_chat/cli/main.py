@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchrl_chat.cli import audit, eval, grade, serve, train
+from torchrl_chat.cli import audit, eval, grade, play, serve, train, view
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_parser(commands)
     eval.add_parser(commands)
     serve.add_parser(commands)
+    play.add_parser(commands)
+    view.add_parser(commands)
     audit.add_parser(commands)
     grade.add_parser(commands)
     arguments = parser.parse_args(argv)

@@ -21,7 +21,7 @@ to the clients of this package. Each client that connects has a conversation of 
   torchrl-chat serve --env countdown --tokenizer FOLDER --max-turns 4 --python-tool
   torchrl-chat serve --env my_package.my_env:make --tokenizer FOLDER
 
-Then, from anywhere:
+/web is a page to play it by hand. Then, from anywhere:
 
   curl -s localhost:8000/health
   curl -s localhost:8000/reset -d '{"keep": true}'               # a session over HTTP; its id is in the metadata
@@ -88,6 +88,9 @@ def add_parser(commands: Any) -> None:
         help="a web page that may talk to the server, e.g. https://example.org; again for more, * for all",
     )
     server.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    server.add_argument(
+        "--rollouts", metavar="PATH", help="a folder of rollout files that /web may open, or one file"
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-sessions",
@@ -148,10 +151,13 @@ def make_app(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: an unknown environment; or a port that others can reach without a token.
     """
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     from torchrl_chat.openenv.gallery import factory_of
     from torchrl_chat.openenv.protocol import Limits
     from torchrl_chat.openenv.security import is_loopback
     from torchrl_chat.openenv.server import create_app
+    from torchrl_chat.openenv.web import web_routes
 
     local = is_loopback(arguments.host)
     if not (local or arguments.token or arguments.no_auth):
@@ -167,9 +173,10 @@ def make_app(arguments: argparse.Namespace) -> Any:
     template = {}
     if arguments.chat_template is not None:
         template["chat_template"] = arguments.chat_template.read_text(encoding="utf-8")
+    tokenizer = _tokenizer(arguments)
     factory, name = factory_of(
         arguments.env,
-        _tokenizer(arguments),
+        tokenizer,
         data=arguments.data,
         system_prompt=arguments.system_prompt,
         seed=arguments.seed,
@@ -181,7 +188,7 @@ def make_app(arguments: argparse.Namespace) -> Any:
         max_context=arguments.max_context,
     )
     factory().close()  # what is wrong with the dataset or the template is said now, not to the first client
-    return create_app(
+    app = create_app(
         factory,
         env_name=name,
         limits=Limits(
@@ -194,7 +201,12 @@ def make_app(arguments: argparse.Namespace) -> Any:
         ),
         token=arguments.token,
         allowed_origins=origins,
+        extra_routes=web_routes(tokenizer, rollouts=arguments.rollouts),
     )
+    if local and not arguments.token and ":" not in arguments.host:
+        # A foreign page whose name is made to lead to this machine (DNS rebinding) is of the same origin; its name is not.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
+    return app
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Any:

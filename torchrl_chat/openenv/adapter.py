@@ -126,9 +126,14 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         return self.step_turn(action, timeout_s).as_observation()
 
     @property
+    def transcript(self) -> Transcript | None:
+        """The ledger of the conversation; ``None`` before the first reset."""
+        return None if self._td is None else _transcript(self._td)
+
+    @property
     def state(self) -> ChatState:
         """The history so far; a copy."""
-        transcript = None if self._td is None else _transcript(self._td)
+        transcript = self.transcript
         starts = (0, *self._ends)
         return ChatState(
             episode_id=self._episode_id,

@@ -21,6 +21,7 @@ from torchrl_chat.openenv.episode import EpisodeEnded, EpisodeLimits, Turn
 from torchrl_chat.openenv.interfaces import Environment, Rubric
 from torchrl_chat.openenv.ledger import Answer, Ledger, Writer, writer_of
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata, ResetRequest
+from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.stop import StopReason
 
 _LIGHT_TOKENS = 2048
@@ -162,6 +163,11 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             async with asyncio.timeout(timeout_s):
                 observation.reward = _reward(await self._apply_rubric_async(action, observation))
         return self._commit(proposal, observation).as_observation()
+
+    @property
+    def transcript(self) -> Transcript | None:
+        """The ledger of the conversation; ``None`` before the first reset."""
+        return None if self._ledger is None else self._ledger.transcript
 
     @property
     def state(self) -> ChatState:

@@ -1,0 +1,236 @@
+"""The routes of the page: its files, the ledger of a session as the page draws it, rollout files of a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from torchrl_chat.openenv.protocol import ProtocolError, dumps
+from torchrl_chat.openenv.security import Guard
+from torchrl_chat.pieces import TokenPieces
+from torchrl_chat.rollouts import sequence as written_sequence
+from torchrl_chat.transcript import Transcript
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+    from starlette.routing import BaseRoute, Route, WebSocketRoute
+except ImportError as error:
+    raise ImportError("the web page needs starlette and uvicorn: pip install 'torchrl_chat[serve]'") from error
+
+from torchrl_chat.openenv.web import assets
+from torchrl_chat.openenv.web.socket import TokenSocket
+
+Handler = Callable[[Request], Awaitable[Response]]
+Answerer = Callable[[list[int]], tuple[list[int], list[float]]]
+"""A policy for the page: prompt ids -> sampled ids and their log-probs."""
+
+_MAX_FILES = 1000
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, detail: str):
+        super().__init__(detail)
+        self.status = status
+
+
+def web_routes(
+    tokenizer: Any = None, *, rollouts: str | os.PathLike[str] | None = None, policy: Answerer | None = None
+) -> list[BaseRoute]:
+    """The page's routes, for ``create_app(..., extra_routes=web_routes(tokenizer))``: ``/web`` and what stands under it.
+
+    The files of the page are for everybody who reaches the port: they hold no secret. Whatever tells of sessions or of
+    files asks for the server's token, as every route does.
+
+    Args:
+        tokenizer: of the environment, for the text of each token; ``None`` shows ids only.
+        rollouts: a folder of rollout files (``*.jsonl``, in subfolders too) that the page may open, or one such file.
+        policy: answers in the person's place, where the person asks for it; called in a thread, one call at a time.
+
+    Raises:
+        ValueError: there is no such folder or file.
+
+    Example:
+        >>> app = create_app(lambda: ChatEnvironment(template), extra_routes=web_routes(tokenizer))
+    """
+    return _Page(tokenizer, rollouts, policy, played=True).routes()
+
+
+def viewer_app(rollouts: str | os.PathLike[str]) -> Starlette:
+    """The rollout viewer by itself, no environment behind it: an ASGI application.
+
+    Args:
+        rollouts: as for :func:`web_routes`.
+
+    Raises:
+        ValueError: there is no such folder or file.
+    """
+    app = Starlette(routes=_Page(None, rollouts, None, played=False).routes())
+    app.state.guard = Guard(None, ())  # no token, and no page of another origin
+    return app
+
+
+class _Page:
+    def __init__(
+        self,
+        tokenizer: Any,
+        rollouts: str | os.PathLike[str] | None,
+        policy: Answerer | None,
+        played: bool,
+    ):
+        self._spell = None if tokenizer is None else TokenPieces(tokenizer)
+        self._root, self._only = _place(rollouts)
+        self._policy = policy
+        self._played = played
+        self._turn = asyncio.Lock()
+
+    def routes(self) -> list[BaseRoute]:
+        routes: list[BaseRoute] = [
+            Route("/web", _elsewhere),
+            Route("/web/", _asset("index.html" if self._played else "rollouts.html")),
+            Route("/web/rollouts", _asset("rollouts.html")),
+            Route("/web/static/{name}", _asset()),
+            Route("/web/config", self._guarded(self.config)),
+            Route("/web/files", self._guarded(self.files)),
+            Route("/web/files/{path:path}", self._guarded(self.file)),
+        ]
+        if not self._played:
+            return [Route("/", _elsewhere), *routes]
+        return [
+            *routes,
+            Route("/web/ledger", self._guarded(self.ledger)),
+            Route("/web/answer", self._guarded(self.answer), methods=["POST"]),
+            WebSocketRoute("/web/ws", TokenSocket()),
+        ]
+
+    # ------------------------------------------------------------------ what the page asks
+    async def config(self, request: Request) -> Response:
+        """What this server has."""
+        return _json(
+            {
+                "env": getattr(request.app.state, "env_name", None) if self._played else None,
+                "policy": self._policy is not None,
+                "rollouts": self._root is not None,
+            }
+        )
+
+    async def ledger(self, request: Request) -> Response:
+        """The token sequences of a session, each as the rollout file has it; none for an environment without them."""
+        transcript = self._transcript(request)
+        if transcript is None:
+            return _json({"sequences": []})
+        return _json(await asyncio.to_thread(self._written, transcript))
+
+    async def answer(self, request: Request) -> Response:
+        """What the policy answers to a session's prompt; the page sends it as an action of its own."""
+        if self._policy is None:
+            raise _Refused(404, "this server has no model that answers.")
+        transcript = self._transcript(request)
+        if transcript is None or not len(transcript) or transcript.ended is not None:
+            raise _Refused(409, "it is not the policy's turn.")
+        async with self._turn:
+            try:
+                tokens, log_probs = await asyncio.to_thread(self._policy, transcript.tokens.tolist())
+            except Exception as error:  # of any model: the person is told, the page goes on
+                raise _Refused(500, f"the model has no answer: {type(error).__name__}: {error}"[:2000]) from error
+        return _json({"tokens": tokens, "log_probs": log_probs})
+
+    async def files(self, request: Request) -> Response:
+        """The rollout files of the folder, newest first."""
+        found = await asyncio.to_thread(self._files)
+        return _json({"files": found[:_MAX_FILES], "left_out": max(0, len(found) - _MAX_FILES)})
+
+    async def file(self, request: Request) -> Response:
+        """One of them, as it is."""
+        name = request.path_params["path"]
+        try:
+            path = self._shown(Path(name))
+        except (OSError, ValueError):  # a name that no file can have
+            path = None
+        if path is None:
+            raise _Refused(404, f"there is no rollout file {name[:200]!r}.")
+        return FileResponse(path, headers=assets.HEADERS, media_type="application/x-ndjson")
+
+    # ------------------------------------------------------------------ how it is found
+    def _transcript(self, request: Request) -> Transcript | None:
+        session = request.app.state.sessions.find(request.query_params.get("session_id"))
+        return transcript_of(session.env)
+
+    def _written(self, transcript: Transcript) -> dict[str, Any]:
+        scored = transcript.scored
+        return {"sequences": [written_sequence(branch, self._spell, scored) for branch in transcript.sequences]}
+
+    def _shown(self, name: Path) -> Path | None:
+        """The file of that name; ``None`` where the page may not open it: links out of the folder are not followed."""
+        if self._root is None:
+            return None
+        path = (self._root / name).resolve()
+        wanted = path.suffix == ".jsonl" if self._only is None else path == self._only
+        return path if wanted and path.is_relative_to(self._root) and path.is_file() else None
+
+    def _files(self) -> list[dict[str, Any]]:
+        if self._root is None:
+            return []
+        found = []
+        for path in [self._only] if self._only is not None else self._root.rglob("*.jsonl"):
+            name = path.relative_to(self._root)
+            try:
+                if self._shown(name) is None:
+                    continue
+                stat = path.stat()
+            except OSError:
+                continue  # it was deleted meanwhile
+            found.append({"name": name.as_posix(), "size": stat.st_size, "modified": stat.st_mtime})
+        return sorted(found, key=lambda entry: -entry["modified"])
+
+    def _guarded(self, handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Response:
+            refusal = request.app.state.guard.refusal(request)
+            if refusal is not None:
+                return _json({"detail": refusal[1]}, refusal[0])
+            try:
+                return await handler(request)
+            except _Refused as error:
+                return _json({"detail": str(error)}, error.status)
+            except ProtocolError as error:
+                return _json({"detail": error.message, "code": str(error.code)}, 404)  # no such session
+
+        return guarded
+
+
+def transcript_of(env: Any) -> Transcript | None:
+    """The ledger of a session's environment; ``None`` where it has none, or none yet."""
+    return getattr(env, "transcript", None)
+
+
+def _place(rollouts: str | os.PathLike[str] | None) -> tuple[Path | None, Path | None]:
+    """The folder, and the one file in it that is shown, if it is not all of them."""
+    if rollouts is None:
+        return None, None
+    path = Path(rollouts).resolve()
+    if path.is_dir():
+        return path, None
+    if path.is_file():
+        return path.parent, path
+    raise ValueError(f"there is no rollout file or folder {os.fspath(rollouts)}.")
+
+
+def _asset(fixed: str | None = None) -> Handler:
+    async def asset(request: Request) -> Response:
+        return assets.answer(request, fixed or request.path_params["name"])
+
+    return asset
+
+
+async def _elsewhere(request: Request) -> Response:
+    return RedirectResponse("web/")  # relative: the server may stand behind a path of a proxy
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    if status >= 400:
+        return JSONResponse(value, status, assets.HEADERS)
+    return Response(dumps(value), status, assets.HEADERS, "application/json")
