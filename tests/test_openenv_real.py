@@ -13,6 +13,7 @@ import asyncio
 import copy
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -397,6 +398,23 @@ def test_their_clients_with_our_server(ours, request, version, client):
     assert len(told["errors"]["errors"]) == 4
     assert told["errors"]["steps"] == 0
     assert told["many"] == [5] * 64
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_their_validators(ours, tmp_path, version):
+    """Of a server that runs, and of the folder that their command line takes."""
+    script = str(Path(need_python(version)).with_name("openenv"))
+    done = subprocess.run([script, "validate", "--url", ours("chat")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = shutil.copytree(ROOT / "examples" / "chat_env", tmp_path / "chat_env")
+    options = ["--level", "static", "--skip-build"]
+    if version == "0.3":
+        (folder / "uv.lock").touch()  # only looked for; `uv lock` makes it where there is an index
+        options = []
+    done = subprocess.run(
+        [script, "validate", ".", *options], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------------- our client and environment, our server
