@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint suite learn vllm openenv clean
+.PHONY: train test lint suite services learn vllm openenv clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,19 +39,26 @@ BIN := .venv/bin
 train: .venv/.installed
 	$(BIN)/torchrl-chat train $(ARGS)
 
-test: lint suite openenv learn vllm
+test: lint suite services openenv learn vllm
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# What starts servers, clusters and training runs.
+SERVICES := $(addprefix tests/,test_openenv_chat.py test_openenv_server.py test_openenv_hostile.py test_openenv_client.py \
+	test_openenv_batch.py test_web.py test_ray.py test_async_collection.py test_grpo_script.py test_recipes.py test_eval.py \
+	test_endpoint.py)
 # What the other targets run.
-ELSEWHERE := test_learning.py test_recipes_learning.py test_openenv_real.py test_vllm.py
+ELSEWHERE := $(SERVICES) $(addprefix tests/,test_learning.py test_recipes_learning.py test_openenv_real.py test_vllm.py)
 
 # Two workers: the machine of the continuous integration has two cores.
 suite: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(addprefix --ignore=tests/,$(ELSEWHERE))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ELSEWHERE))
+
+services: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(SERVICES)
 
 # GRPO on the built-in task, three seeds, two at a time: about five minutes.
 learn: .venv/.installed
