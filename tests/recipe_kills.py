@@ -64,9 +64,9 @@ def children() -> list[str]:
 
 def kill_somewhere(pid: int, draw: random.Random, metrics: Path) -> bool:
     """Kill it some steps on, or before the first of them; whether it was killed before it ended."""
-    wanted, end = lines(metrics) + draw.randrange(3), time.monotonic() + 300
-    soon = time.monotonic() + draw.uniform(0, 1.0)  # ... where the first step need not be waited for
-    while lines(metrics) < wanted or time.monotonic() < soon:
+    begun, more, end = lines(metrics), draw.randrange(3), time.monotonic() + 300
+    soon = time.monotonic() + draw.uniform(0, 1.0)  # where the first step is not waited for
+    while lines(metrics) < begun + more or (not more and lines(metrics) == begun and time.monotonic() < soon):
         if os.waitpid(pid, os.WNOHANG)[0] or time.monotonic() > end:
             return False
         time.sleep(0.002)

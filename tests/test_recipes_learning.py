@@ -64,7 +64,7 @@ def test_two_turns_with_a_tool(tmp_path, backend, seed):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_ten_kills(tmp_path, name):
-    arguments = [*QUICK, "--steps", "16", "--max_new_tokens", "4"]
+    arguments = [*QUICK, "--steps", "32", "--max_new_tokens", "4"]
     told = run_killed(tmp_path / "killed", name, 10, arguments)
     whole = run_killed(tmp_path / "whole", name, 0, arguments)
     assert (told["status"], len(told["killed"]), told["orphans"]) == (0, 10, [])
