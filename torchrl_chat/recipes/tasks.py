@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DATASETS = ("digits", "python-tool", "gsm8k", "reasoning-gym:TASK")
 
-_TOOL_ALPHABET = "0123456789 \nadmulsbpythonri()*+-`"
+TOOL_ALPHABET = "0123456789 \nadmulsbpythonri()*+-`"
 _SIGNS = {"mul": "*", "add": "+", "sub": "-"}
 _HINT = 0.06  # the share of demonstrations with the operation that was asked for, beyond chance
 
@@ -36,7 +36,7 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
 
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.model == "tiny":
-        alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": _TOOL_ALPHABET}
+        alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": TOOL_ALPHABET}
         tokenizer: Any = tiny.tiny_tokenizer(alphabets.get(config.dataset, tiny.TEXT_ALPHABET))
         # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
         return tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096).to(device), tokenizer
