@@ -72,7 +72,7 @@ FULL = {
 """Other defaults for models that can read and write already."""
 
 TINY_TOOL = {
-    "steps": 100, "prompts": 16, "group_size": 8, "epochs": 2, "minibatch": 64, "lr": 1e-3, "max_new_tokens": 40,
+    "steps": 70, "prompts": 32, "group_size": 8, "epochs": 2, "minibatch": 128, "lr": 5e-4, "max_new_tokens": 40,
     "warm_steps": 200,
 }  # fmt: skip
 """Other defaults for the tiny model on the two-turn tool task."""
