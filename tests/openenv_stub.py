@@ -40,7 +40,7 @@ class StubServer:
     """A server in a thread of its own.
 
     ``"sleep:S"`` anywhere in an action's message replies after S seconds; the other messages that matter are ``die``, ``bye``,
-    ``fatal``, ``garbage``, ``wrong``, ``twice``, ``big:N`` and ``reward:JSON``.
+    ``fatal``, ``garbage``, ``wrong``, ``twice``, ``big:N``, ``pieces:N`` (a reply in N frames) and ``reward:JSON``.
     """
 
     def __init__(self, env: Any = ParrotEnv, capacity: int = 10_000, port: int = 0, **options: Any) -> None:
@@ -140,6 +140,11 @@ class StubServer:
             reply["observation"]["message"] = "x" * int(message[4:])
         if message.startswith("reward:"):
             reply["reward"] = json.loads(message[7:])
+        frame = json.dumps({"type": "observation", "data": reply})
+        if message.startswith("pieces:"):
+            size = -(-len(frame) // int(message[7:]))
+            await socket.send([frame[i : i + size] for i in range(0, len(frame), size)])
+            return True
         for _ in range(2 if message == "twice" else 1):
-            await socket.send(json.dumps({"type": "observation", "data": reply}))
+            await socket.send(frame)
         return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from conftest import CHATML, CORPUS, bpe_tokenizer, corpus_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_chat import ChatTemplate
+from torchrl_chat import ChatTemplate, ChatTemplateError
+from torchrl_chat.messages import MessageError
 from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
 from torchrl_chat.openenv.environment import ChatEnvironment
 from torchrl_chat.openenv.episode import EpisodeEnded
+from torchrl_chat.openenv.ledger import TemplateWriter
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
 
 BOS_TEMPLATE = "{{ '<|pad|>' }}" + CHATML  # the pad token plays the BOS
@@ -140,6 +144,21 @@ def test_a_stock_clients_rendered_message_is_recognised_where_it_is_not_the_poli
     # Now it is the policy's turn: whatever it samples is its own, even if it looks like a user's message.
     observation = env.step(ChatAction(tokens=rendered))
     assert observation.messages[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_the_first_token_tells_what_is_no_message_and_nothing_more(name, monkeypatch):
+    """A glance at the first token saves decoding, and never hides a message that decoding would find."""
+    writer = TemplateWriter(ChatTemplate(corpus_tokenizer(name)))
+    contents = ["Hi", "\nSo", " 2", "Ünïcode 語", "<|im_end|>"]
+    rendered = []
+    for role, content in itertools.product(("user", "assistant", "system", "tool"), contents):
+        with contextlib.suppress(ChatTemplateError, MessageError):
+            rendered.append(writer.template.render([{"role": role, "content": content}], False))
+    rendered = [ids for ids in rendered if ids]
+    found = [writer.recognise(ids) for ids in rendered]
+    monkeypatch.setattr(TemplateWriter, "_may_open", lambda self, token_id: True)
+    assert found == [writer.recognise(ids) for ids in rendered]
 
 
 def test_recognition_can_be_switched_off(template):

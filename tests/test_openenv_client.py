@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import math
 import os
 import pickle
 import stat
@@ -12,6 +14,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,9 @@ from openenv_stub import StubServer
 from torchrl_chat.messages import MessageError
 from torchrl_chat.openenv.client import GenericClient
 from torchrl_chat.openenv.client_chat import ChatEnv
-from torchrl_chat.openenv.client_session import ConnectFailed, Link, RequestTimeout, ServerError, SessionLost
+from torchrl_chat.openenv.client_errors import ConnectFailed, RequestTimeout, ServerError, SessionLost
+from torchrl_chat.openenv.client_link import Link
+from torchrl_chat.openenv.client_session import encode
 from torchrl_chat.openenv.models import ChatAction, ChatObservation
 
 TESTS = Path(__file__).parent
@@ -89,6 +94,27 @@ def test_threads_may_share_a_client(server):
         assert list(results) == [word[::-1] for word in words]
 
 
+def test_clients_share_one_thread_which_ends_with_the_last_of_them(server):
+    clients = [GenericClient(server.url) for _ in range(20)]
+    for i, client in enumerate(clients):
+        assert said(client.reset(seed=i)) == f"begin {i}"
+    [thread] = {client._loop._thread for client in clients}
+    for client in clients[1:]:
+        client.close()
+    assert thread.is_alive()
+    assert said(clients[0].step({"message": "ab"})) == "ba"
+    clients[0].close()
+    assert not thread.is_alive()
+
+
+def test_a_reply_in_many_frames(server):
+    with GenericClient(server.url, max_message_size_mb=1) as client:
+        client.reset()
+        for pieces in (1, 2, 7):
+            assert said(client.step({"message": f"pieces:{pieces}"})) == f"pieces:{pieces}"[::-1]
+        assert said(client.step({"message": "ab"})) == "ba"
+
+
 def test_close_frees_the_session_and_ends_the_thread(server):
     client = GenericClient(server.url)
     client.reset()
@@ -147,6 +173,17 @@ def test_what_is_no_action_is_not_sent(server, action):
         with pytest.raises((TypeError, ValueError)):
             client.step(action)
         assert client.state()["step_count"] == 0
+
+
+@pytest.mark.parametrize("value", [None, {7: "key"}, "\ud800", [1.5, -0.0], 10**30, 'ü\n"', {"a": [{}, []]}])
+def test_frames_say_what_json_says(value):
+    assert json.loads(encode({"x": value})) == json.loads(json.dumps({"x": value}))
+
+
+@pytest.mark.parametrize("value", [math.nan, [math.inf], {"null": -math.inf}, b"bytes", {1, 2}, date(2026, 1, 1)])
+def test_what_is_no_json_is_no_frame(value):
+    with pytest.raises((TypeError, ValueError)):
+        encode({"x": value})
 
 
 def test_a_timeout_never_shifts_replies(server):

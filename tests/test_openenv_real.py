@@ -34,9 +34,8 @@ from torchrl_chat.cli.tiny import last_digit_rows, tiny_model, tiny_tokenizer
 from torchrl_chat.openenv.batch import OpenEnvChatEnv
 from torchrl_chat.openenv.batch_adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, text_adapter
 from torchrl_chat.openenv.client import GenericClient
-from torchrl_chat.openenv.client_channel import ReplyLost
 from torchrl_chat.openenv.client_chat import ChatEnv
-from torchrl_chat.openenv.client_session import ServerError, SessionLost
+from torchrl_chat.openenv.client_errors import ReplyLost, ServerError, SessionLost
 from torchrl_chat.openenv.models import ChatAction
 from torchrl_chat.rewards import NumberVerifier
 
@@ -479,17 +478,16 @@ def test_a_step_is_never_done_twice(ours, done_before):
         channel = client._channel
 
         async def break_it():
-            session = channel._session
-            send = session._socket.send
+            socket = channel._session._socket
+            say = socket.say
 
-            async def sending(frame):
+            def saying(frame):
                 if done_before:
-                    session._take = lambda frame: None  # the reply gets lost
-                    await send(frame)
-                    await asyncio.sleep(0.3)
-                session._socket.transport.abort()
+                    socket.taker = lambda frame: None  # the reply gets lost
+                    say(frame)
+                asyncio.get_running_loop().call_later(0.3 if done_before else 0, socket.transport.abort)
 
-            session._socket.send = sending
+            socket.say = saying
 
         client._loop.run(break_it())
         if done_before:

@@ -1,13 +1,78 @@
-"""An event loop in a thread of its own, so that coroutines may be awaited from code that runs in any other thread."""
+"""Event loops in threads of their own, so that coroutines may be awaited from code that runs in any other thread."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
+
+
+class Mailbox:
+    """Calls for an event loop, from other threads.
+
+    As ``call_soon_threadsafe``, but the loop is woken up once for all that came since it last looked. With many callers
+    the wake-ups, system calls all of them, would cost more than the calls.
+
+    Args:
+        loop: the event loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = weakref.ref(loop)  # whose mailbox is found by it, and would keep it
+        self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._told = False
+        self._others: set[Mailbox] = set()  # that were written to and not told
+
+    def post(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have a function called by the loop, soon. From any thread.
+
+        Raises:
+            RuntimeError: the loop is closed.
+        """
+        self._calls.append((function, arguments))
+        self._tell()
+
+    def send(self, other: Mailbox, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have a function called by another loop, from this mailbox's own.
+
+        The other loop is told once this one has done all that is ready now. Told at once, its thread would take the
+        interpreter away from this one, in the middle of many replies, and get it back a hundred times.
+        """
+        other._calls.append((function, arguments))
+        if not self._others:
+            asyncio.get_running_loop().call_soon(self._tell_others)
+        self._others.add(other)
+
+    def _tell(self) -> None:
+        if self._told:  # it has yet to look, and will see the new call, too
+            return
+        loop = self._loop()
+        if loop is None:
+            raise RuntimeError("Event loop is closed")
+        self._told = True
+        try:
+            loop.call_soon_threadsafe(self._work)
+        except RuntimeError:
+            self._told = False
+            raise
+
+    def _tell_others(self) -> None:
+        others, self._others = self._others, set()
+        for other in others:
+            with contextlib.suppress(RuntimeError):  # nobody is there any more
+                other._tell()
+
+    def _work(self) -> None:
+        self._told = False
+        for _ in range(len(self._calls)):
+            function, arguments = self._calls.popleft()
+            function(*arguments)
 
 
 class LoopThread:
@@ -18,6 +83,7 @@ class LoopThread:
 
     Args:
         name: the thread's name.
+        quick: whether ``uvloop`` runs it, where that is installed: it costs half as much where much goes over sockets.
 
     Example:
         >>> loop = LoopThread()
@@ -26,8 +92,9 @@ class LoopThread:
         >>> loop.close()
     """
 
-    def __init__(self, name: str = "torchrl_chat.loop") -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, name: str = "torchrl_chat.loop", quick: bool = False) -> None:
+        self._loop = _quick_loop() if quick else asyncio.new_event_loop()
+        self._mailbox = _mailbox_of(self._loop)
         self._thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
         self._thread.start()
         self._finalizer = weakref.finalize(self, _stop, self._loop, self._thread)
@@ -47,6 +114,25 @@ class LoopThread:
             coroutine.close()
             raise RuntimeError("this event loop has been closed (or belongs to the process that forked this one).")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        """Start a coroutine; the future is awaited on the event loop that runs in the calling thread.
+
+        Raises:
+            RuntimeError: the loop has been closed, or no event loop runs in the calling thread.
+        """
+        if not self.alive:
+            coroutine.close()
+            raise RuntimeError("this event loop has been closed (or belongs to the process that forked this one).")
+        return _Errand(coroutine, self._mailbox).result
+
+    def post(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have a function called on the loop, soon.
+
+        Raises:
+            RuntimeError: the loop has been closed.
+        """
+        self._mailbox.post(function, *arguments)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """The result of a coroutine.
@@ -73,6 +159,95 @@ class LoopThread:
         """
         if self._finalizer.detach() is not None:
             _stop(self._loop, self._thread, patience)
+
+
+class _Errand:
+    """A coroutine that one event loop runs and another one awaits.
+
+    Args:
+        coroutine: the coroutine.
+        there: the mailbox of the loop that runs it.
+
+    Attributes:
+        result: what it returns or raises; a future of the loop that runs in the calling thread.
+    """
+
+    __slots__ = ("_coroutine", "_here", "_task", "_there", "result")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], there: Mailbox):
+        here = asyncio.get_running_loop()
+        self.result: asyncio.Future[Any] = here.create_future()
+        self.result.add_done_callback(self._no_longer_wanted)
+        self._coroutine = coroutine
+        self._task: asyncio.Task[Any] | None = None
+        self._there = there
+        self._here = _mailbox_of(here)
+        self._here.send(there, self._begin)
+
+    def _begin(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._coroutine)
+        self._task.add_done_callback(self._return)
+
+    def _return(self, task: asyncio.Task[Any]) -> None:
+        self._there.send(self._here, self._deliver, task)
+
+    def _deliver(self, task: asyncio.Task[Any]) -> None:
+        if self.result.done():
+            if not task.cancelled():
+                task.exception()  # looked at: nobody else is there to be told
+        elif task.cancelled():
+            self.result.cancel()
+        elif (error := task.exception()) is not None:
+            self.result.set_exception(error)
+        else:
+            self.result.set_result(task.result())
+
+    def _no_longer_wanted(self, result: asyncio.Future[Any]) -> None:
+        if result.cancelled():
+            with contextlib.suppress(RuntimeError):
+                self._there.post(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
+_mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = weakref.WeakKeyDictionary()
+_shared: weakref.WeakValueDictionary[str, LoopThread] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def shared_loop(name: str) -> LoopThread:
+    """The quick :class:`LoopThread` of a name, the same for all who hold it; it ends with the last of them."""
+    with _lock:
+        found = _shared.get(name)
+        if found is None or not found.alive:
+            found = _shared[name] = LoopThread(name, quick=True)
+        return found
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox:
+    found = _mailboxes.get(loop)
+    if found is None:
+        found = _mailboxes[loop] = Mailbox(loop)
+    return found
+
+
+def _quick_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

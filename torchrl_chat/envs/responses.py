@@ -225,12 +225,21 @@ def check_ids(ids: Sequence[torch.Tensor], vocab_size: int, limits: Sequence[int
     if int(flat.min()) >= 0 and int(flat.max()) < vocab_size:
         return
     for i, row in enumerate(ids):
-        for position, value in enumerate(row.tolist()):
-            if not 0 <= value < vocab_size:
-                raise ResponseError(
-                    f"row {i}: the response has id {value} at position {position}, outside the vocabulary "
-                    f"of {vocab_size} tokens."
-                )
+        check_row(row.tolist(), vocab_size, i)
+
+
+def check_row(ids: Sequence[int], vocab_size: int, row: int = 0) -> None:
+    """:func:`check_ids` for one row that is a list of integers, of any size, and not empty.
+
+    Raises:
+        ResponseError: naming the row and the first such id.
+    """
+    if min(ids) >= 0 and max(ids) < vocab_size:
+        return
+    position, value = next((k, value) for k, value in enumerate(ids) if not 0 <= value < vocab_size)
+    raise ResponseError(
+        f"row {row}: the response has id {value} at position {position}, outside the vocabulary of {vocab_size} tokens."
+    )
 
 
 def check_prompts(

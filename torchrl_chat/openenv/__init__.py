@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from torchrl_chat.openenv.batch import OpenEnvChatEnv
     from torchrl_chat.openenv.batch_adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, Adapter, text_adapter
     from torchrl_chat.openenv.client import GenericClient, StepResult
-    from torchrl_chat.openenv.client_channel import ReplyLost
     from torchrl_chat.openenv.client_chat import ChatEnv
-    from torchrl_chat.openenv.client_session import (
+    from torchrl_chat.openenv.client_errors import (
         ConnectFailed,
         OpenEnvError,
+        ReplyLost,
         RequestTimeout,
         ServerError,
         SessionLost,
@@ -46,7 +46,7 @@ _HOMES = {
     "ChatEnvironment": "environment",
     "ChatObservation": "models",
     "ChatState": "models",
-    "ConnectFailed": "client_session",
+    "ConnectFailed": "client_errors",
     "ECHO_ENV": "batch_adapters",
     "EnvPool": "adapter",
     "Environment": "interfaces",
@@ -58,12 +58,12 @@ _HOMES = {
     "ModelTokenizer": "interfaces",
     "Observation": "models",
     "OpenEnvChatEnv": "batch",
-    "OpenEnvError": "client_session",
-    "ReplyLost": "client_channel",
-    "RequestTimeout": "client_session",
+    "OpenEnvError": "client_errors",
+    "ReplyLost": "client_errors",
+    "RequestTimeout": "client_errors",
     "Rubric": "interfaces",
-    "ServerError": "client_session",
-    "SessionLost": "client_session",
+    "ServerError": "client_errors",
+    "SessionLost": "client_errors",
     "State": "models",
     "StepResult": "client",
     "TaskProvider": "interfaces",

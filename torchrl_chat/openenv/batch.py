@@ -24,7 +24,8 @@ from torchrl_chat.messages import Message, as_messages, content_text
 from torchrl_chat.openenv.batch_adapters import CHAT, Adapter, Answer
 from torchrl_chat.openenv.batch_rows import Row, Seen, end_columns, read_reply, row_columns, row_specs
 from torchrl_chat.openenv.batch_sessions import Sessions
-from torchrl_chat.openenv.client_session import ConnectFailed, Link, OpenEnvError, ServerError, need_websockets
+from torchrl_chat.openenv.client_errors import ConnectFailed, OpenEnvError, ServerError
+from torchrl_chat.openenv.client_link import Link, need_websockets
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplateError
 from torchrl_chat.transcript import Transcript
@@ -79,7 +80,7 @@ class OpenEnvChatEnv(ChatEnv):
         headers, token: HTTP headers, and a bearer token.
         connect_timeout: seconds for connecting, within which a server that is starting or full is tried again.
         reset_timeout, step_timeout: seconds for the replies; ``None`` for no limit.
-        link: further fields of the :class:`~torchrl_chat.openenv.client_session.Link`, such as ``max_bytes``; with
+        link: further fields of the :class:`~torchrl_chat.openenv.client_link.Link`, such as ``max_bytes``; with
             ``{"resume": True}`` the sessions of this package's server outlive their connections.
         chat: arguments of :class:`~torchrl_chat.ChatEnv`: ``input_mode``, ``batch_size``, ``tokenizer``,
             ``system_prompt`` ...

@@ -12,7 +12,7 @@ from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
 from torchrl_chat.openenv.batch_sessions import Reply
-from torchrl_chat.openenv.client_session import OpenEnvError
+from torchrl_chat.openenv.client_errors import OpenEnvError
 from torchrl_chat.seeds import SEED
 from torchrl_chat.transforms.stop import StopReason
 

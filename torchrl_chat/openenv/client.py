@@ -1,20 +1,23 @@
 """Clients of OpenEnv servers: ``GenericClient`` for any of them, ``ChatEnv`` for the chat environment.
 
-A client's connection lives on an event loop in a thread of its own. However long the caller computes between two calls (a
-``generate`` of minutes), pings are answered, and the session stays.
+Connections live on an event loop in a thread of their own, one for all clients of the process. However long the caller
+computes between two calls (a ``generate`` of minutes), pings are answered, and the session stays.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torchrl_chat._loop import LoopThread
+from torchrl_chat._loop import LoopThread, shared_loop
 from torchrl_chat.openenv.client_channel import Channel
 from torchrl_chat.openenv.client_docker import Container
-from torchrl_chat.openenv.client_session import Link, OpenEnvError, SessionLost, need_websockets
+from torchrl_chat.openenv.client_errors import OpenEnvError, SessionLost
+from torchrl_chat.openenv.client_link import Link, need_websockets
 
 _DEFAULT: Any = object()
 
@@ -103,10 +106,12 @@ class GenericClient:
         )
         self._container: Container | None = None
         self._awaits: bool | None = None  # whether calls return awaitables; None while nobody has said so
-        self._forget()
+        self._begin()
 
-    def _forget(self) -> None:
+    def _begin(self) -> None:
+        """Have no session."""
         self._loop: LoopThread | None = None
+        self._leaving: weakref.finalize[Any, Any] | None = None
         self._channel = Channel(self.link)
 
     @classmethod
@@ -250,18 +255,23 @@ class GenericClient:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _container=None)
-        self._forget()
+        self._begin()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.link.url!r})"
 
     def _call(self, coroutine: Coroutine[Any, Any, Any], then: Any = None) -> Any:
-        if self._loop is None or not self._loop.alive:  # the first call, or one in a forked child
-            self._forget()
-            self._loop = LoopThread("torchrl_chat.openenv")
-        future = self._loop.submit(coroutine)
+        loop = self._loop
+        if loop is None or not loop.alive:  # the first call, or one in a forked child
+            self._let_go()
+            self._begin()
+            loop = self._loop = shared_loop("torchrl_chat.openenv")
+            self._leaving = weakref.finalize(self, _abandon, loop, self._channel)
+            self._leaving.atexit = False
         if self._awaits or (self._awaits is None and _in_a_loop()):
-            return _awaited(future, then)
+            return _awaited(loop.start(coroutine), then)
+        future = loop.submit(coroutine)
+        del loop  # the thread ends with its last client
         try:
             result = future.result()
         except BaseException:  # Ctrl-C: the request is given up
@@ -293,10 +303,13 @@ class GenericClient:
             raise OpenEnvError(f"{method} failed: {error.get('message')}", str(error.get("code")))
         return reply.get("result")
 
+    def _let_go(self) -> None:
+        if self._leaving is not None:
+            self._leaving.detach()
+        self._loop = self._leaving = None
+
     def _wind_up(self) -> None:
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.close()
+        self._let_go()
         container, self._container = self._container, None
         if container is not None:
             container.remove()
@@ -313,8 +326,14 @@ def _in_a_loop() -> bool:
     return True
 
 
-async def _awaited(future: Any, then: Any) -> Any:
-    result = await asyncio.wrap_future(future)
+def _abandon(loop: LoopThread, channel: Channel) -> None:
+    """Close the session of a client that was collected."""
+    with contextlib.suppress(RuntimeError):
+        loop.submit(channel.close())
+
+
+async def _awaited(future: asyncio.Future[Any], then: Any) -> Any:
+    result = await future
     if then is not None:
         await asyncio.to_thread(then)
     return result

@@ -13,17 +13,11 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from torchrl_chat.openenv.client_session import Link, OpenEnvError, Session, SessionLost
+from torchrl_chat.openenv.client_errors import OpenEnvError, ReplyLost, SessionLost
+from torchrl_chat.openenv.client_link import CLOSE_SECONDS, Link
+from torchrl_chat.openenv.client_session import Session
 
-_CLOSE_SECONDS = 2.0
 _RESETS = 2  # in sessions that may have ended since they were last used
-
-
-class ReplyLost(OpenEnvError):
-    """The connection broke during a step, which the server has done; its reply is lost, the session goes on.
-
-    ``state()`` tells what the server has; the next observation is complete again.
-    """
 
 
 class Channel:
@@ -106,7 +100,7 @@ class Channel:
             params = {"session_id": self._id}
             end = {"jsonrpc": "2.0", "id": 0, "method": "openenv/session/close", "params": params}
             try:
-                await session.request("mcp", end, _CLOSE_SECONDS)
+                await session.request("mcp", end, CLOSE_SECONDS)
             except (OpenEnvError, ConnectionError):  # then the server ends it by itself after a while
                 pass
         self._id = None
@@ -115,6 +109,9 @@ class Channel:
     # ------------------------------------------------------------------ sessions
     async def _ready(self, anew: bool = False) -> Session:
         """The session in order, or one that is lost for good."""
+        if self.connected:
+            assert self._session is not None
+            return self._session
         async with self._opening:
             session = self._session
             error = None if session is None else session.lost

@@ -52,10 +52,11 @@ class ChatEnv(GenericClient):
 
     # ------------------------------------------------------------------ over the wire
     def _step_payload(self, action: Any) -> dict[str, Any]:
+        if isinstance(action, ChatAction):
+            return _fields(action)
         if (isinstance(action, Sequence) and not isinstance(action, (str, bytes))) or hasattr(action, "tolist"):
-            action = ChatAction(tokens=action)
-        # A stock server knows the fields of its own and refuses others: those that are not used are not sent.
-        return super()._step_payload(action) if not isinstance(action, ChatAction) else _fields(action)
+            return _fields(ChatAction(tokens=action))
+        return super()._step_payload(action)
 
     def _parse_result(self, payload: dict[str, Any]) -> StepResult:
         fields = payload.get("observation") or {}
@@ -74,4 +75,8 @@ class ChatEnv(GenericClient):
 
 
 def _fields(action: ChatAction) -> dict[str, Any]:
-    return {"metadata": action.metadata, **action.model_dump(mode="json", exclude_none=True)}
+    """An action as JSON's own types. A stock server refuses fields that it does not know: what is not used is not sent."""
+    if action.messages or action.metadata:
+        return {"metadata": action.metadata, **action.model_dump(mode="json", exclude_none=True)}
+    used = {"tokens": action.tokens, "text": action.text, "finish_reason": action.finish_reason}
+    return {"metadata": {}, **{name: value for name, value in used.items() if value is not None}}

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from torchrl_chat.envs.appending import appended
-from torchrl_chat.envs.responses import ResponseError, check_ids
+from torchrl_chat.envs.responses import ResponseError, check_row
 from torchrl_chat.messages import Message, MessageError
 from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
 from torchrl_chat.templates.kinds import Roles
@@ -52,16 +53,16 @@ class Ledger:
 
     def then(self, transcript: Transcript, answered: Transcript | None) -> Ledger:
         """The next ledger of the same conversation."""
-        old, new = self.transcript.tokens.numpy(), transcript.tokens.numpy()
-        same = 0 if self.answered is None else len(self.answered)
-        if answered is transcript:
-            same = len(old)
-        shared = min(len(old), len(new))
-        differs = (old[same:shared] != new[same:shared]).nonzero()[0]
-        kept = same + int(differs[0]) if len(differs) else shared
+        was, length = len(self.transcript), len(transcript)
+        kept = min(was, length)
+        if answered is not transcript:  # what was not answered yet may have been written anew
+            same = 0 if self.answered is None else len(self.answered)
+            old, new = (ledger.tokens.numpy()[same:kept] for ledger in (self.transcript, transcript))
+            differs = (old != new).nonzero()[0]
+            kept = same + int(differs[0]) if len(differs) else kept
         before, now = len(self.ends), len(transcript.messages)
-        ends = [min(end, kept) for end in self.ends[:now]] if kept < len(old) else self.ends
-        added = [kept] * (now - before - 1) + [len(new)] if now > before else []
+        ends = [min(end, kept) for end in self.ends[:now]] if kept < was else self.ends
+        added = [kept] * (now - before - 1) + [length] if now > before else []
         return Ledger(transcript, (*ends, *added), answered, (before, kept))
 
     def segments(self) -> list[list[int]]:
@@ -76,6 +77,7 @@ class _Known:
 
     proved: set[Roles] = field(default_factory=set)  # kinds of conversation in which an answer was closed already
     renderings: dict[str, tuple[str, str]] | None = None
+    may_open: dict[int, bool] = field(default_factory=dict)  # whether a rendering may begin with this token
 
 
 _known: weakref.WeakKeyDictionary[ChatTemplate, _Known] = weakref.WeakKeyDictionary()
@@ -177,8 +179,8 @@ class TemplateWriter:
         template, before = self.template, ledger.transcript
         if before.messages and not len(before):
             raise ResponseError("the template cannot render what there is so far: send a user message first.")
-        ids = torch.tensor(answer.ids, dtype=torch.int64)
-        check_ids([ids], template.codec.vocab_size)
+        check_row(answer.ids, template.codec.vocab_size)
+        ids = torch.from_numpy(np.array(answer.ids, dtype=np.int64))  # a third of what torch.tensor takes
         prompts = [before.tokens[-_OPENING_IDS:].tolist()] if template.parser.openings else None
         read = template.parse_batch([answer.ids], [before.course], [answer.finish_reason], prompts)[0]
         # A turn whose end is not known stays open: nothing can follow it, but it may well be the last.
@@ -198,8 +200,9 @@ class TemplateWriter:
         known = self._known
         if known.renderings is None:
             known.renderings = dict(self._learn())
-        if not known.renderings:
+        if not known.renderings or not self._may_open(ids[0]):
             return None
+        check_row(ids, self.template.codec.vocab_size)
         text = self.template.codec.decode([ids])[0]
         for role, (head, tail) in known.renderings.items():
             if text.startswith(head) and text.endswith(tail) and len(text) >= len(head) + len(tail):
@@ -210,6 +213,18 @@ class TemplateWriter:
                 except (ChatTemplateError, MessageError):
                     continue
         return None
+
+    def _may_open(self, token_id: int) -> bool:
+        """Whether a message may begin with a token: nearly no sampled answer gets past this, and needs no decoding."""
+        known = self._known
+        found = known.may_open.get(token_id)
+        if found is None:
+            check_row([token_id], self.template.codec.vocab_size)
+            first = self.template.codec.decode([[token_id]])[0].rstrip("\ufffd")  # of a character that goes on
+            heads = [head for head, _ in (known.renderings or {}).values()]
+            found = any(head.startswith(first) or first.startswith(head) for head in heads)
+            known.may_open[token_id] = found
+        return found
 
     def is_quick(self, ledger: Ledger) -> bool:
         """See :class:`Writer`."""
@@ -265,7 +280,7 @@ class PlainWriter:
             size = len(self.tokenizer)
         except TypeError:
             size = 2**31
-        check_ids([torch.tensor(ids)], size)
+        check_row(ids, size)
         try:
             content = self.tokenizer.decode(ids, skip_special_tokens=True)
         except Exception as error:

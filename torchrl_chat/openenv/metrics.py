@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Callable
 
@@ -36,8 +37,7 @@ class Metrics:
 
     def took(self, seconds: float) -> None:
         """Note how long a step or reset took."""
-        place = next((i for i, bound in enumerate(_BUCKETS) if seconds <= bound), len(_BUCKETS))
-        self._times[place] += 1
+        self._times[bisect.bisect_left(_BUCKETS, seconds)] += 1
         self._seconds += seconds
 
     def total(self, name: str, label: str | None = None) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -104,7 +105,7 @@ def create_app(
     app = Starlette(
         routes=[
             *extra_routes,
-            WebSocketRoute("/ws", sockets.endpoint(sessions, guard, metrics, limits)),
+            WebSocketRoute("/ws", sockets.Endpoint(sessions, guard, metrics, limits)),
             *routes.all(),
         ],
         lifespan=lifespan,
@@ -138,6 +139,8 @@ def run(
     """
     server = make_server(app, host=host, port=port, grace_seconds=grace_seconds, ping_seconds=ping_seconds)
     server.on_start = started
+    gc.collect()
+    gc.freeze()  # torch's and transformers' objects stay; to look them all over again and again costs a tenth of a step
     server.run()
 
 

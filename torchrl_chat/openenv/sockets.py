@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from torchrl_chat.openenv import mcp
@@ -24,14 +24,19 @@ class Connection:
     """One socket and its session.
 
     Args:
-        socket: the accepted socket.
+        socket: the accepted socket. Frames go past it, straight to and from the server: it would look at each twice.
+        receive, send: the server's side of it.
         sessions: the server's sessions.
         metrics: the server's counters.
         limits: see :class:`Limits`.
     """
 
-    def __init__(self, socket: WebSocket, sessions: Sessions, metrics: Metrics, limits: Limits):
+    def __init__(
+        self, socket: WebSocket, receive: Receive, send: Send, sessions: Sessions, metrics: Metrics, limits: Limits
+    ):
         self._socket = socket
+        self._receive = receive
+        self._to_client = send
         self._sessions = sessions
         self._metrics = metrics
         self._limits = limits
@@ -77,9 +82,8 @@ class Connection:
         return session
 
     async def _talk(self, session: Session) -> None:
-        receive = self._socket.receive
         while self._leaving is None:
-            message = await receive()
+            message = await self._receive()
             if message["type"] != "websocket.receive":
                 return
             raw = message.get("text")
@@ -123,7 +127,7 @@ class Connection:
 
     async def _send(self, reply: bytes) -> bool:
         try:
-            await self._socket.send({"type": "websocket.send", "text": reply.decode()})
+            await self._to_client({"type": "websocket.send", "text": reply.decode()})
         except _GONE:
             return False
         self._metrics.count("bytes_sent_total", amount=len(reply))
@@ -153,19 +157,32 @@ async def refuse(socket: WebSocket, status: int, reason: str) -> None:
         pass  # the client has left
 
 
-def endpoint(sessions: Sessions, guard: Guard, metrics: Metrics, limits: Limits) -> Any:
-    """The endpoint of ``/ws``."""
+class Endpoint:
+    """The endpoint of ``/ws``, an ASGI application.
 
-    async def ws(socket: WebSocket) -> None:
-        refusal = guard.refusal(socket)
+    Args:
+        sessions: the server's sessions.
+        guard: who may connect.
+        metrics: the server's counters.
+        limits: see :class:`Limits`.
+    """
+
+    def __init__(self, sessions: Sessions, guard: Guard, metrics: Metrics, limits: Limits):
+        self._sessions = sessions
+        self._guard = guard
+        self._metrics = metrics
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one socket."""
+        socket = WebSocket(scope, receive, send)
+        refusal = self._guard.refusal(socket)
         if refusal is not None:
-            metrics.count("refused_total", f'reason="{refusal[0]}"')
+            self._metrics.count("refused_total", f'reason="{refusal[0]}"')
             await refuse(socket, *refusal)
             return
         try:
             await socket.accept()
         except _GONE:
             return
-        await Connection(socket, sessions, metrics, limits).serve()
-
-    return ws
+        await Connection(socket, receive, send, self._sessions, self._metrics, self._limits).serve()
