@@ -10,6 +10,8 @@ import webbrowser
 from collections.abc import Callable
 from typing import Any
 
+from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory, refuse_other_names
+
 DESCRIPTION = """\
 Play an environment by hand: its page opens in the browser, served on this machine only, and Ctrl-C ends it. The page
 shows messages, token ids with the mask of what was sampled, rewards and their components, and raw observations.
@@ -31,25 +33,7 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("environment")
-    what.add_argument(
-        "--env",
-        default="chat",
-        metavar="NAME",
-        help="chat (default), countdown, digits, gsm8k, ifeval, math, reasoning-gym:TASK, or module:function, called "
-        "with the tokenizer",
-    )
-    what.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="tiny (one token a character), or a tokenizer's name or folder (default: the model's, else tiny)",
-    )
-    what.add_argument("--data", metavar="PATH", help="a local copy of the dataset: a folder or a JSONL file")
-    what.add_argument("--system-prompt", metavar="TEXT", help="default: the environment's own")
-    what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")
-    what.add_argument("--max-turns", type=int, metavar="N", help="answers of an episode")
-    what.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens of an episode")
-    what.add_argument("--max-context", type=int, metavar="N", help="tokens of the whole conversation")
+    add_arguments(parser, tokenizer="the model's, else tiny")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -84,22 +68,11 @@ def make_app(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: an unknown environment; or no such folder of rollouts.
     """
-    from torchrl_chat.openenv.gallery import factory_of
     from torchrl_chat.openenv.server import create_app
     from torchrl_chat.openenv.web import web_routes
 
     tokenizer, policy = _tokenizer_and_policy(arguments)
-    factory, name = factory_of(
-        arguments.env,
-        tokenizer,
-        data=arguments.data,
-        system_prompt=arguments.system_prompt,
-        seed=arguments.seed,
-        max_turns=arguments.max_turns,
-        max_tokens=arguments.max_tokens,
-        max_context=arguments.max_context,
-    )
-    factory().close()  # what is wrong with the dataset or the template is said now, not in the browser
+    factory, name = make_factory(arguments, tokenizer)
     routes = web_routes(tokenizer, rollouts=arguments.rollouts, policy=policy)
     return create_app(factory, env_name=name, allowed_origins=[], extra_routes=routes)
 
@@ -115,10 +88,7 @@ def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespac
     Raises:
         OSError: the port is in use.
     """
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    # A page elsewhere whose name is made to lead to this machine (DNS rebinding) is of the same origin; its name is not.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
+    refuse_other_names(app)
     listening = socket.create_server(("127.0.0.1", arguments.port))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}/web/"
     print(f"{address}  (Ctrl-C ends it)", flush=True)
@@ -130,20 +100,12 @@ def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespac
 
 
 def _tokenizer_and_policy(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from torchrl_chat.cli import tiny
-
-    name = arguments.tokenizer or arguments.model or "tiny"
-    if name == "tiny":
-        tokenizer: Any = tiny.tiny_tokenizer(
-            tiny.DIGIT_ALPHABET if arguments.env == "digits" else tiny.TEXT_ALPHABET
-        )
-    else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model or "tiny", arguments.env)
     if arguments.model is None:
         return tokenizer, None
     if arguments.model == "tiny":
+        from torchrl_chat.cli import tiny
+
         model: Any = tiny.tiny_model(len(tokenizer), context=4096)
     else:
         from transformers import AutoModelForCausalLM

@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory, refuse_other_names
 
 DESCRIPTION = """\
 Serve an environment by OpenEnv's HTTP and WebSocket protocol: to OpenEnv's own clients, to trainers that use them, and
@@ -44,34 +45,10 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("environment")
-    what.add_argument(
-        "--env",
-        default="chat",
-        metavar="NAME",
-        help="chat (default), countdown, digits, gsm8k, ifeval, math, reasoning-gym:TASK, or module:function, called "
-        "with the tokenizer",
+    add_arguments(parser, tokenizer="$TOKENIZER_NAME, else tiny")
+    parser.set_defaults(
+        tokenizer=os.environ.get("TOKENIZER_NAME", "tiny"), system_prompt=os.environ.get("SYSTEM_PROMPT")
     )
-    what.add_argument(
-        "--tokenizer",
-        default=os.environ.get("TOKENIZER_NAME", "tiny"),
-        metavar="NAME",
-        help="tiny (one token a character), or a tokenizer's name or folder (default: $TOKENIZER_NAME, else tiny)",
-    )
-    what.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja chat template instead of its own")
-    what.add_argument("--data", metavar="PATH", help="a local copy of the dataset: a folder or a JSONL file")
-    what.add_argument(
-        "--system-prompt", default=os.environ.get("SYSTEM_PROMPT"), help="default: the environment's own"
-    )
-    what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")
-    what.add_argument("--python-tool", action="store_true", help="run fenced Python code of answers in a sandbox")
-    ends = parser.add_argument_group("when an episode ends")
-    ends.add_argument("--max-turns", type=int, metavar="N", help="answers")
-    ends.add_argument(
-        "--max-turn-tokens", type=int, metavar="N", help="sampled tokens of one answer; it is cut there"
-    )
-    ends.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens of the episode")
-    ends.add_argument("--max-context", type=int, metavar="N", help="tokens of the whole conversation")
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host", default="127.0.0.1", help="where it listens (default 127.0.0.1: this machine only)"
@@ -151,9 +128,6 @@ def make_app(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: an unknown environment; or a port that others can reach without a token.
     """
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    from torchrl_chat.openenv.gallery import factory_of
     from torchrl_chat.openenv.protocol import Limits
     from torchrl_chat.openenv.security import is_loopback
     from torchrl_chat.openenv.server import create_app
@@ -170,24 +144,8 @@ def make_app(arguments: argparse.Namespace) -> Any:
         origins = []
     if origins is not None and "*" in origins:
         origins = None
-    template = {}
-    if arguments.chat_template is not None:
-        template["chat_template"] = arguments.chat_template.read_text(encoding="utf-8")
-    tokenizer = _tokenizer(arguments)
-    factory, name = factory_of(
-        arguments.env,
-        tokenizer,
-        data=arguments.data,
-        system_prompt=arguments.system_prompt,
-        seed=arguments.seed,
-        python_tool=arguments.python_tool,
-        template=template,
-        max_turns=arguments.max_turns,
-        max_turn_tokens=arguments.max_turn_tokens,
-        max_tokens=arguments.max_tokens,
-        max_context=arguments.max_context,
-    )
-    factory().close()  # what is wrong with the dataset or the template is said now, not to the first client
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.env)
+    factory, name = make_factory(arguments, tokenizer)
     app = create_app(
         factory,
         env_name=name,
@@ -204,19 +162,8 @@ def make_app(arguments: argparse.Namespace) -> Any:
         extra_routes=web_routes(tokenizer, rollouts=arguments.rollouts),
     )
     if local and not arguments.token and ":" not in arguments.host:
-        # A foreign page whose name is made to lead to this machine (DNS rebinding) is of the same origin; its name is not.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
+        refuse_other_names(app)
     return app
-
-
-def _tokenizer(arguments: argparse.Namespace) -> Any:
-    if arguments.tokenizer == "tiny":
-        from torchrl_chat.cli import tiny
-
-        return tiny.tiny_tokenizer(tiny.DIGIT_ALPHABET if arguments.env == "digits" else tiny.TEXT_ALPHABET)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(arguments.tokenizer)
 
 
 class JSONLines(logging.Formatter):

@@ -1,0 +1,93 @@
+"""What ``serve`` and ``play`` share: which environment is meant, with which tokenizer, and when its episodes end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
+    """Add the arguments that say which environment is meant.
+
+    Args:
+        parser: the command's parser.
+        tokenizer: what is said of the tokenizer's default; the command sets it.
+    """
+    what = parser.add_argument_group("environment")
+    what.add_argument(
+        "--env",
+        default="chat",
+        metavar="NAME",
+        help="chat (default), countdown, digits, gsm8k, ifeval, math, reasoning-gym:TASK, or module:function, called "
+        "with the tokenizer",
+    )
+    what.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help=f"tiny (one token a character), or a tokenizer's name or folder (default: {tokenizer})",
+    )
+    what.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja chat template instead of its own")
+    what.add_argument("--data", metavar="PATH", help="a local copy of the dataset: a folder or a JSONL file")
+    what.add_argument("--system-prompt", metavar="TEXT", help="default: the environment's own")
+    what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")
+    what.add_argument("--python-tool", action="store_true", help="run fenced Python code of answers in a sandbox")
+    ends = parser.add_argument_group("when an episode ends")
+    ends.add_argument("--max-turns", type=int, metavar="N", help="answers")
+    ends.add_argument(
+        "--max-turn-tokens", type=int, metavar="N", help="sampled tokens of one answer; it is cut there"
+    )
+    ends.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens of the episode")
+    ends.add_argument("--max-context", type=int, metavar="N", help="tokens of the whole conversation")
+
+
+def load_tokenizer(name: str, env: str) -> Any:
+    """The tokenizer of a name or folder; ``"tiny"`` has the characters that the environment needs."""
+    if name == "tiny":
+        from torchrl_chat.cli import tiny
+
+        return tiny.tiny_tokenizer(tiny.DIGIT_ALPHABET if env == "digits" else tiny.TEXT_ALPHABET)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[], Any], str]:
+    """What makes the environment of a session, and the environment's name.
+
+    One is made at once: what is wrong with the dataset or the template is said now, not to the first client.
+
+    Raises:
+        ValueError: an unknown environment, or one that cannot be made of these arguments.
+    """
+    from torchrl_chat.openenv.gallery import factory_of
+
+    template = {}
+    if arguments.chat_template is not None:
+        template["chat_template"] = arguments.chat_template.read_text(encoding="utf-8")
+    factory, name = factory_of(
+        arguments.env,
+        tokenizer,
+        data=arguments.data,
+        system_prompt=arguments.system_prompt,
+        seed=arguments.seed,
+        python_tool=arguments.python_tool,
+        template=template,
+        max_turns=arguments.max_turns,
+        max_turn_tokens=arguments.max_turn_tokens,
+        max_tokens=arguments.max_tokens,
+        max_context=arguments.max_context,
+    )
+    factory().close()
+    return factory, name
+
+
+def refuse_other_names(app: Any) -> None:
+    """Have an application of this machine refuse requests under another name than this machine's.
+
+    A foreign page whose name is made to lead here (DNS rebinding) is of the same origin as the server; its name is not.
+    """
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
