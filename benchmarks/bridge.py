@@ -10,7 +10,7 @@ tool call, in the words of its family); a user message or a tool's result follow
   does each turn. Only new text is rendered and tokenized.
 - ours, lists: ``parse_batch``, then the public ``extend_batch``, which returns whole new lists of ids (so it copies
   the prompt; the only part that grows).
-- renderers (https://pypi.org/project/renderers, 0.1.12 measured): ``parse_response``, then
+- renderers (the package of that name on PyPI, 0.1.12 measured): ``parse_response``, then
   ``bridge_to_next_turn``, row by row as it has no batched call. An optional peer: without it the column is empty. It
   gets the prompt for parsing, as its own client does, and ``thinking_retention="all"``: by default it refuses
   to extend over a user message where the family has reasoning.

@@ -6,12 +6,12 @@ Answers to problems like those of MATH are compared with their references. Five 
 
 - ours: ``MathVerifier.quick`` in the caller's process; the rows that it leaves open go to a ``VerifierPool``, with the
   deadline in force.
-- math-verify (https://pypi.org/project/math-verify): ``verify(parse(reference), parse(response))`` in the caller's
+- math-verify (on PyPI): ``verify(parse(reference), parse(response))`` in the caller's
   process, with its own time limits as shipped (an alarm signal, five seconds: main thread only).
 - math-verify, no limit: the same with the limits off.
 - fork a grade: a forked process for every grade, its verdict read from a pipe, killed at the deadline; as many at a
   time as there are cores.
-- pebble (https://pypi.org/project/Pebble): ``ProcessPool.map`` with the deadline as its timeout, one row a task, since
+- pebble (on PyPI): ``ProcessPool.map`` with the deadline as its timeout, one row a task, since
   its timeout is the task's. An optional peer: without it the column is empty.
 
 Measured is each workload on one core (the process and its children are bound to it; "per core") and on all of them

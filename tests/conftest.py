@@ -107,6 +107,16 @@ def respond(env, td, texts: list[str]):
 
 
 @pytest.fixture
+def endpoint():
+    """An OpenAI-compatible endpoint that answers as ``endpoint.script(body, number of the request)`` says."""
+    pytest.importorskip("openai", reason="needs the extra: torchrl_chat[openai]")
+    from endpoint_server import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
 def tokenizer():
     """The small byte-level BPE with ChatML."""
     return bpe_tokenizer()

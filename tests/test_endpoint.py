@@ -13,7 +13,6 @@ from conftest import corpus_tokenizer, stop_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from test_user_models import server  # noqa: F401
 
 from torchrl_chat import (
     Budget,
@@ -59,12 +58,12 @@ def ledgers(td) -> list[Any]:
 
 
 @pytest.fixture
-def policy_of(server):  # noqa: F811
-    """Policies at the test's server, closed at its end."""
+def policy_of(endpoint):
+    """Policies at the test's endpoint, closed at its end."""
     made = []
 
     def make(**kwargs) -> EndpointPolicy:
-        made.append(EndpointPolicy("m", server.url, **{"retries": 0, **kwargs}))
+        made.append(EndpointPolicy("m", endpoint.url, **{"retries": 0, **kwargs}))
         return made[-1]
 
     yield make
@@ -73,8 +72,8 @@ def policy_of(server):  # noqa: F811
 
 
 class TestChat:
-    def test_all_modes_alike(self, mode, server, policy_of, tokenizer):  # noqa: F811
-        server.script = lambda body, number: f"It is {row_of(body)} é."
+    def test_all_modes_alike(self, mode, endpoint, policy_of, tokenizer):
+        endpoint.script = lambda body, number: f"It is {row_of(body)} é."
         env = env_of(mode, 3, tokenizer)
         finished = play(env, policy_of(tokenizer=tokenizer, temperature=0.5, max_new_tokens=9, extra={"seed": 3}))
         for i, ledger in enumerate(ledgers(finished)):
@@ -82,7 +81,7 @@ class TestChat:
             assert tokenizer.decode(ledger.tokens[ledger.mask]) == f"It is {i} é."  # the stop token was not sampled
             assert ledger.ended
             assert not ledger.scored
-        [body] = [body for body in server.requests if row_of(body) == 1]
+        [body] = [body for body in endpoint.requests if row_of(body) == 1]
         assert body == {
             "model": "m",
             "messages": [{"role": "user", "content": "question 1"}],
@@ -91,29 +90,29 @@ class TestChat:
             "seed": 3,
         }
 
-    def test_seeds(self, server, policy_of, tokenizer):  # noqa: F811
-        server.script = lambda body, number: "hm"
+    def test_seeds(self, endpoint, policy_of, tokenizer):
+        endpoint.script = lambda body, number: "hm"
         policy = policy_of(tokenizer=tokenizer, seeded=True)
         sent = []
         for order in ([0, 1], [1, 0]):
-            server.requests.clear()
+            endpoint.requests.clear()
             env = env_of("tokens", 2, tokenizer, turns=2, seed=4)
             td = env.reset()
             play(env, policy, torch.stack([td[i] for i in order]) if order[0] else td)
-            sent.append({(row_of(body), len(body["messages"])): body["seed"] for body in server.requests})
+            sent.append({(row_of(body), len(body["messages"])): body["seed"] for body in endpoint.requests})
         assert sent[0] == sent[1]  # whatever stands beside the row
         assert len(set(sent[0].values())) == 4  # and each turn has its own
 
-    def test_without_any_tokenizer(self, server, policy_of):  # noqa: F811
-        server.script = lambda body, number: f"{row_of(body)}" if row_of(body) else None
+    def test_without_any_tokenizer(self, endpoint, policy_of):
+        endpoint.script = lambda body, number: f"{row_of(body)}" if row_of(body) else None
         rows = list(episodes(play(env_of("history", 3), policy_of())))
         assert [row["success"] for row in rows] == [False, True, True]
         assert [row["error"] for row in rows] == ["ValueError: the endpoint returned no text", None, None]
         assert rows[1]["messages"][-1]["content"] == "1"
 
     @pytest.mark.parametrize("mode", ["text", "history"])
-    def test_the_environment_s_tokenizer_is_enough(self, mode, server, policy_of, tokenizer):  # noqa: F811
-        server.script = lambda body, number: f"{row_of(body)}"
+    def test_the_environment_s_tokenizer_is_enough(self, mode, endpoint, policy_of, tokenizer):
+        endpoint.script = lambda body, number: f"{row_of(body)}"
         finished = play(env_of(mode, 2, tokenizer), policy_of())
         assert finished["success"].all()
         assert [tokenizer.decode(t.tokens[t.mask]) for t in ledgers(finished)] == ["0", "1"]
@@ -122,62 +121,62 @@ class TestChat:
         with pytest.raises(KeyError, match="tokenizer"):
             play(env_of("tokens", 2, tokenizer), policy_of())
 
-    def test_turns(self, mode, server, policy_of, tokenizer):  # noqa: F811
-        server.script = lambda body, number: (
+    def test_turns(self, mode, endpoint, policy_of, tokenizer):
+        endpoint.script = lambda body, number: (
             str(row_of(body)) if len(body["messages"]) >= 2 * row_of(body) else "hm"
         )
         finished = play(env_of(mode, 4, tokenizer, turns=9), policy_of(tokenizer=tokenizer))
         assert finished["success"].all()
         assert [len(t.spans) for t in ledgers(finished)] == [1, 2, 3, 4]
         # Rows that were done are not asked for again: that costs money.
-        assert len(server.requests) == sum(len(t.spans) for t in ledgers(finished))
+        assert len(endpoint.requests) == sum(len(t.spans) for t in ledgers(finished))
 
-    def test_rows_at_once_within_the_limit(self, server, policy_of, tokenizer):  # noqa: F811
+    def test_rows_at_once_within_the_limit(self, endpoint, policy_of, tokenizer):
         def script(body, number):
             time.sleep(0.1)
             return "1"
 
-        server.script = script
+        endpoint.script = script
         env, policy = env_of("tokens", 12, tokenizer), policy_of(tokenizer=tokenizer, concurrency=4)
         began = time.monotonic()
         play(env, policy)
-        assert server.most == 4
+        assert endpoint.most == 4
         assert time.monotonic() - began < 1.1  # one after the other takes 1.2 s
 
-    def test_an_empty_answer_and_a_cut_one(self, server, policy_of, tokenizer):  # noqa: F811
+    def test_an_empty_answer_and_a_cut_one(self, endpoint, policy_of, tokenizer):
         choices = [("", "stop"), ("", "length"), ("the answ", "length")]
 
         def script(body, number):
             text, reason = choices[row_of(body)]
             return reply(message={"role": "assistant", "content": text}, finish_reason=reason)
 
-        server.script = script
+        endpoint.script = script
         rows = list(episodes(play(env_of("tokens", 3, tokenizer), policy_of(tokenizer=tokenizer)), tokenizer))
         assert [row["sampled_tokens"] > 0 for row in rows] == [True, False, True]
         assert rows[0]["messages"][-1]["content"] == ""
         assert "no text" in rows[1]["error"]
         assert [row["cut"] for row in rows] == [False, False, True]
 
-    def test_a_budget_cuts(self, server, policy_of, tokenizer):  # noqa: F811
+    def test_a_budget_cuts(self, endpoint, policy_of, tokenizer):
         env = DatasetChatEnv(
             dataset=[{"query": "question 0"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1
         )
         env = env.append_transform(Budget(max_tokens=5, max_turns=1))
         play(env, policy_of(tokenizer=tokenizer, max_new_tokens=50))
-        assert server.requests[0]["max_tokens"] == 5
+        assert endpoint.requests[0]["max_tokens"] == 5
 
-    def test_a_full_context_is_not_asked_for(self, mode, server, policy_of, tokenizer):  # noqa: F811
+    def test_a_full_context_is_not_asked_for(self, mode, endpoint, policy_of, tokenizer):
         dataset = [{"query": "question 0" + " and so on" * 30 * i} for i in range(2)]
         env = DatasetChatEnv(dataset=dataset, tokenizer=tokenizer, input_mode=mode, num_envs=2, shuffle=False)
         env = env.append_transform(Budget(max_context=80, max_turns=1))
         rows = list(episodes(play(env, policy_of(tokenizer=tokenizer if mode == "tokens" else None))))
         assert [row["stop"] for row in rows] == ["max_turns", "context_full"]
         assert [row["error"] for row in rows] == [None, None]
-        assert len(server.requests) == 1
+        assert len(endpoint.requests) == 1
 
 
 class TestExactIds:
-    def test_completions_carry_the_ledger(self, mode, server, policy_of, tokenizer):  # noqa: F811
+    def test_completions_carry_the_ledger(self, mode, endpoint, policy_of, tokenizer):
         # Ids that the tokenizer would not make of their text: it has "the" and "th" in one.
         stop = stop_of(ChatTemplate(tokenizer))
         pool = tokenizer.convert_tokens_to_ids(["t", "h", "e", "Ġ", "a"])
@@ -190,11 +189,11 @@ class TestExactIds:
             return reply(text="ignored", finish_reason="stop", token_ids=ids, prompt_token_ids=body["prompt"],
                          logprobs=scores)  # fmt: skip
 
-        server.script = script
+        endpoint.script = script
         env = env_of(mode, 2, tokenizer, turns=3)
         policy = policy_of(tokenizer=tokenizer, api="completions", log_probs=True)
         finished = play(env, policy)
-        assert all(body["return_token_ids"] is True and body["logprobs"] == 1 for body in server.requests)
+        assert all(body["return_token_ids"] is True and body["logprobs"] == 1 for body in endpoint.requests)
         assert len(sampled) == 6
         for ledger in ledgers(finished):
             whole = ledger.tokens.tolist()
@@ -207,7 +206,7 @@ class TestExactIds:
             assert ledger.scored
         assert not finished["prompt_differs"].any()
 
-    def test_a_chat_server_with_another_prompt_is_noticed(self, server, policy_of, tokenizer):  # noqa: F811
+    def test_a_chat_server_with_another_prompt_is_noticed(self, endpoint, policy_of, tokenizer):
         stop = stop_of(ChatTemplate(tokenizer))
         template = ChatTemplate(tokenizer)
 
@@ -217,27 +216,27 @@ class TestExactIds:
             message = {"role": "assistant", "content": "1"}
             return reply(message=message, finish_reason="stop", token_ids=[20, stop], prompt_token_ids=told)
 
-        server.script = script
+        endpoint.script = script
         finished = play(env_of("tokens", 2, tokenizer), policy_of(tokenizer=tokenizer, token_ids=True))
-        assert server.requests[0]["return_token_ids"] is True
+        assert endpoint.requests[0]["return_token_ids"] is True
         assert [t.tokens[t.mask].tolist() for t in ledgers(finished)] == [[20, stop]] * 2
         assert finished["prompt_differs"].tolist() == [False, True]
 
-    def test_log_probs_of_another_number_are_left(self, server, policy_of, tokenizer):  # noqa: F811
+    def test_log_probs_of_another_number_are_left(self, endpoint, policy_of, tokenizer):
         def script(body, number):
             content = [{"token": "x", "logprob": -1.0, "top_logprobs": []}] * (2 - row_of(body))
             message = {"role": "assistant", "content": "12"}
             return reply(message=message, finish_reason="length", token_ids=[20, 21], logprobs={"content": content})
 
-        server.script = script
+        endpoint.script = script
         finished = play(env_of("tokens", 2, tokenizer), policy_of(tokenizer=tokenizer, log_probs=True))
         first, second = ledgers(finished)
         assert first.log_probs[first.mask].tolist() == [-1.0, -1.0]
         assert (first.scored, second.scored) == (True, False)
         assert second.tokens[second.mask].tolist() == [20, 21]
 
-    def test_ids_of_another_model(self, server, policy_of, tokenizer):  # noqa: F811
-        server.script = lambda body, number: reply(text="x", finish_reason="stop", token_ids=[999_999])
+    def test_ids_of_another_model(self, endpoint, policy_of, tokenizer):
+        endpoint.script = lambda body, number: reply(text="x", finish_reason="stop", token_ids=[999_999])
         rows = list(
             episodes(play(env_of("tokens", 1, tokenizer), policy_of(tokenizer=tokenizer, api="completions")))
         )
@@ -245,7 +244,7 @@ class TestExactIds:
 
 
 class TestFailures:
-    def test_they_cost_their_row(self, mode, server, policy_of, tokenizer):  # noqa: F811
+    def test_they_cost_their_row(self, mode, endpoint, policy_of, tokenizer):
         def script(body, number):
             row = row_of(body)
             if row == 2:
@@ -256,7 +255,7 @@ class TestFailures:
                 4: (200, b'{"choices": []}'),
             }.get(row, str(row))
 
-        server.script = script
+        endpoint.script = script
         finished = play(env_of(mode, 6, tokenizer), policy_of(tokenizer=tokenizer, deadline=0.7))
         rows = list(episodes(finished, tokenizer))
         assert [row["stop"] for row in rows] == ["answered", "error", "error", "error", "error", "answered"]
@@ -270,11 +269,11 @@ class TestFailures:
             assert (len(ledger.messages) == 1) == (row["error"] is not None)
 
     @pytest.mark.parametrize(("status", "tries"), [(429, 3), (503, 3), (400, 1), (401, 1)])
-    def test_what_is_tried_again(self, server, policy_of, tokenizer, status, tries):  # noqa: F811
-        server.script = lambda body, number: (status, b"{}") if number < 3 else "0"
+    def test_what_is_tried_again(self, endpoint, policy_of, tokenizer, status, tries):
+        endpoint.script = lambda body, number: (status, b"{}") if number < 3 else "0"
         policy = policy_of(tokenizer=tokenizer, retries=4)
         [row] = episodes(play(env_of("tokens", 1, tokenizer), policy))
-        assert len(server.requests) == tries
+        assert len(endpoint.requests) == tries
         assert (row["error"] is None) == (tries > 1)
 
     def test_no_server(self, tokenizer):
@@ -283,8 +282,8 @@ class TestFailures:
         policy.close()
         assert all(row["error"].startswith("APIConnectionError") for row in rows)
 
-    def test_in_a_rollout_of_torchrl(self, server, policy_of, tokenizer):  # noqa: F811
-        server.script = lambda body, number: (400, b"{}") if row_of(body) else "0"
+    def test_in_a_rollout_of_torchrl(self, endpoint, policy_of, tokenizer):
+        endpoint.script = lambda body, number: (400, b"{}") if row_of(body) else "0"
         env = ChatEnv(tokenizer=tokenizer, input_mode="tokens", batch_size=(2,))
         td = env.reset(TensorDict(query=["question 0", "question 1"], batch_size=(2,)))
         stepped = env.step(policy_of(tokenizer=tokenizer)(td))["next"]
@@ -299,7 +298,7 @@ class TestTools:
     }
 
     @pytest.mark.corpus
-    def test_a_parsed_call_is_written_as_the_template_does(self, server, policy_of):  # noqa: F811
+    def test_a_parsed_call_is_written_as_the_template_does(self, endpoint, policy_of):
         tokenizer = corpus_tokenizer("lc_Qwen-Qwen2.5-7B-Instruct")
         call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
@@ -309,17 +308,17 @@ class TestTools:
                 message={"role": "assistant", "content": None, "tool_calls": [call]}, finish_reason="tool_calls"
             )
 
-        server.script = script
+        endpoint.script = script
         env = env_of("tokens", 1, tokenizer, template_kwargs={"tools": [self.TOOL]})
         [ledger] = ledgers(play(env, policy_of(tokenizer=tokenizer, tools=[self.TOOL])))
         assert ledger.messages[-1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
         text = tokenizer.decode(ledger.tokens[ledger.mask])
         assert text == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
 
-    def test_without_a_tokenizer_it_fails(self, server, policy_of):  # noqa: F811
+    def test_without_a_tokenizer_it_fails(self, endpoint, policy_of):
         call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
         message = {"role": "assistant", "content": None, "tool_calls": [call]}
-        server.script = lambda body, number: reply(message=message, finish_reason="tool_calls")
+        endpoint.script = lambda body, number: reply(message=message, finish_reason="tool_calls")
         [row] = episodes(play(env_of("history", 1), policy_of(tools=[self.TOOL])))
         assert "takes a tokenizer" in row["error"]
 
@@ -373,8 +372,8 @@ class TestMaking:
         with pytest.raises(ImportError, match=r"torchrl_chat\[openai\]"):
             EndpointPolicy("m", "http://127.0.0.1:1/v1")
 
-    def test_a_copy_asks_too(self, server, policy_of, tokenizer):  # noqa: F811
-        server.script = lambda body, number: "0"
+    def test_a_copy_asks_too(self, endpoint, policy_of, tokenizer):
+        endpoint.script = lambda body, number: "0"
         policy = policy_of(tokenizer=tokenizer)
         env = env_of("tokens", 1, tokenizer)
         assert play(env, policy)["success"].all()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import doctest
 import importlib
-import json
 import pickle
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -213,64 +210,15 @@ class TestModelUser:
         check_env_specs(env, break_when_any_done="both")
 
 
-def completion(text: Any) -> bytes:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-    return json.dumps(whole).encode()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Any
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body)
-            number = len(self.server.requests)
-            self.server.flying += 1
-            self.server.most = max(self.server.most, self.server.flying)
-        try:
-            reply = self.server.script(body, number)
-        finally:
-            with self.server.lock:
-                self.server.flying -= 1
-        status, payload = reply if isinstance(reply, tuple) else (200, completion(reply))
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_):
-        """Quiet."""
-
-
-@pytest.fixture
-def server():
-    """An endpoint that answers as ``script(body, number of the request)`` says."""
-    pytest.importorskip("openai", reason="needs the extra: torchrl_chat[openai]")
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.lock = True, threading.Lock()
-    server.requests, server.flying, server.most = [], 0, 0
-    server.script = lambda body, number: f"You said {body['messages'][-1]['content']!r}."
-    server.handle_error = lambda *_: None  # clients that hang up are part of the tests
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
 class TestEndpointUser:
-    def test_what_is_sent(self, mode, server):
+    def test_what_is_sent(self, mode, endpoint):
         user = EndpointUser(
-            "m", server.url, system_prompt="You want {goal}.", opening="Yes?", temperature=0.5, extra={"seed": 3}
+            "m", endpoint.url, system_prompt="You want {goal}.", opening="Yes?", temperature=0.5, extra={"seed": 3}
         )
         env = env_of(mode, 2, user, row_keys=["goal"])
         following = respond(env, begin(env, goal=["tea", "rum"]), ["No.", "ok"])["next"]
         env.close()
-        by_goal = {body["messages"][0]["content"]: body for body in server.requests}
+        by_goal = {body["messages"][0]["content"]: body for body in endpoint.requests}
         assert by_goal["You want tea."] == {
             "model": "m",
             "messages": [
@@ -287,25 +235,25 @@ class TestEndpointUser:
         assert said(following)[0] == ["question 0", "No.", "You said 'No.'."]
         assert not any(ledger.mask[ledger.spans[-1].end :].any() for ledger in ledgers(following))
 
-    def test_control_tokens_are_broken(self, server):
-        [*_, last] = EndpointUser("m", server.url).messages(turns("a <|b|>", "<|im_end|> and <｜end｜> < |"))
+    def test_control_tokens_are_broken(self, endpoint):
+        [*_, last] = EndpointUser("m", endpoint.url).messages(turns("a <|b|>", "<|im_end|> and <｜end｜> < |"))
         assert last["content"] == "< |im_end|> and < ｜end｜> < |"
 
-    def test_rows_at_once_within_the_limit(self, server):
+    def test_rows_at_once_within_the_limit(self, endpoint):
         def script(body, number):
             time.sleep(0.1)
             return "hm"
 
-        server.script = script
-        env = env_of("tokens", 12, EndpointUser("m", server.url, concurrency=4))
+        endpoint.script = script
+        env = env_of("tokens", 12, EndpointUser("m", endpoint.url, concurrency=4))
         began = time.monotonic()
         following = respond(env, begin(env), ["x"] * 12)["next"]
         assert [row[-1] for row in said(following)] == ["hm"] * 12
-        assert server.most == 4
+        assert endpoint.most == 4
         assert time.monotonic() - began < 1.1  # one after the other takes 1.2 s
         env.close()
 
-    def test_failures_cost_their_row(self, server):
+    def test_failures_cost_their_row(self, endpoint):
         def script(body, number):
             last = body["messages"][-1]["content"]
             if last == "refused":
@@ -314,8 +262,8 @@ class TestEndpointUser:
                 time.sleep(3)
             return {"nothing": None, "thinks": "<think>hm", "think": "<think>hm</think> ok"}.get(last, "fine")
 
-        server.script = script
-        env = env_of("text", 6, EndpointUser("m", server.url, deadline=0.7, retries=0))
+        endpoint.script = script
+        env = env_of("text", 6, EndpointUser("m", endpoint.url, deadline=0.7, retries=0))
         answers = ["x", "refused", "slow", "nothing", "thinks", "think"]
         with pytest.warns(RuntimeWarning, match="4 of 6 simulated users failed"):
             following = respond(env, begin(env), answers)["next"]
@@ -328,11 +276,11 @@ class TestEndpointUser:
         assert flags(following, "truncated") == [False, True, True, True, True, False]
         env.close()
 
-    def test_tried_again(self, server):
-        server.script = lambda body, number: (503, b"{}") if number == 1 else "fine"
-        user = EndpointUser("m", server.url)
+    def test_tried_again(self, endpoint):
+        endpoint.script = lambda body, number: (503, b"{}") if number == 1 else "fine"
+        user = EndpointUser("m", endpoint.url)
         assert asyncio.run(user(turns("a", "b"))) == "fine"
-        assert len(server.requests) == 2
+        assert len(endpoint.requests) == 2
         copy = pickle.loads(pickle.dumps(user))
         assert asyncio.run(copy(turns("a", "b"))) == "fine"  # and in another event loop
 
