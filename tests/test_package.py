@@ -106,18 +106,29 @@ class TestMessages:
             as_messages(value)
 
 
-def test_examples_run():
-    def run(*command: str) -> str:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+def example(*command: str) -> str:
+    """What an example prints."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
-    out = run("examples/multi_turn.py")
+
+def test_examples_run():
+    out = example("examples/multi_turn.py")
     assert out.count("Another one?") == 2
     shown = re.findall(r"(\d+) sampled: ([.^]+)\n", out)
     assert len(shown) == 2
     assert all(mask.count("^") == int(count) for count, mask in shown)
-    assert run("examples/user_simulator.py").count("I give up. <done>") == 2
+    assert example("examples/user_simulator.py").count("I give up. <done>") == 2
     data = need_shared("data/gsm8k/test.jsonl")
     extra = ("--data", str(data), "--questions", "2", "--max-new-tokens", "8")
-    assert "0 of 2 right" in run("examples/gsm8k_rollout.py", *extra)
+    assert "0 of 2 right" in example("examples/gsm8k_rollout.py", *extra)
+
+
+def test_the_tool_example_runs():
+    """That it learns takes minutes; tests/test_recipes_learning.py shows it of the same task."""
+    few = ("--shown", "100", "--steps", "10", "--prompts", "2", "--group", "2", "--epochs", "1")
+    out = example("examples/python_tool.py", *few)
+    assert re.search(r"pass rate before: [01]\.\d+", out)
+    assert re.search(r"pass rate after: [01]\.\d+", out)
+    assert re.search(r"user: '(mul|add|sub) \d \d'", out)

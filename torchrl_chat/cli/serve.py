@@ -179,7 +179,9 @@ class JSONLines(logging.Formatter):
             "event": record.getMessage(),
         }
         line |= {
-            key: value for key, value in vars(record).items() if key not in self._OWN and key != "color_message"
+            key: value
+            for key, value in vars(record).items()
+            if key not in self._OWN and key != "color_message" and not key.startswith("_")  # as Ray adds some
         }
         if record.exc_info:
             line["error"] = repr(record.exc_info[1])
