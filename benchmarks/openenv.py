@@ -5,7 +5,8 @@
 Every session sends 50 answers of 100 tokens. OpenEnv's server is ``envs/chat_env`` of its repository (TORCHRL_CHAT_OPENENV_REPO names a
 checkout; its package is on no index) behind ``openenv`` of PyPI, which the script installs into an environment of its own
 under the cache folder. It allows one session; the limit is lifted by the class attribute that it has for that. It is
-measured as it is, a tokenizer a session, and with one tokenizer shared, which its users would have to write. Clients:
+measured as it is, a tokenizer a session; with one tokenizer shared, which its users would have to write; and that without
+the compression of messages that its server offers and its client takes. "times" is to the second of these. Clients:
 ``GenericEnvClient`` of the same package, for both servers; and ours, whose observations carry what is new. The runs are
 interleaved; the medians of the rounds are shown.
 
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 VERSION = "0.10.0"
+PEER = "openenv, one tokenizer"
 HERE = Path(__file__).resolve().parent.parent
 
 _SHOWN = ("steps_per_second", "p50_ms", "p99_ms", "server_cpu_ms", "client_cpu_ms")
@@ -42,13 +44,14 @@ from transformers import AutoTokenizer
 from chat_env.models import ChatAction, ChatObservation
 from chat_env.server.chat_environment import ChatEnvironment
 from openenv.core.env_server.http_server import create_app
-folder, port, shared = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "shared"
+folder, port, shared = sys.argv[2], int(sys.argv[3]), sys.argv[4] in ("shared", "plain")
 ChatEnvironment.SUPPORTS_CONCURRENT_SESSIONS = True
 kept = AutoTokenizer.from_pretrained(folder) if shared else None
 def make():
     return ChatEnvironment(tokenizer=kept or AutoTokenizer.from_pretrained(folder))
 app = create_app(make, ChatAction, ChatObservation, env_name="chat_env", max_concurrent_envs=1024)
-uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+deflate = sys.argv[4] != "plain"
+uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", ws_per_message_deflate=deflate)
 """
 
 OURS = """
@@ -161,7 +164,8 @@ def speed(stock: str | None, repo: str | None, tokenizer: Path, turns: int, roun
     if stock:
         systems += [
             ("openenv, a tokenizer a session", "GenericEnvClient", "own", stock),
-            ("openenv, one tokenizer", "GenericEnvClient", "shared", stock),
+            (PEER, "GenericEnvClient", "shared", stock),
+            ("openenv, one tokenizer, no deflate", "GenericEnvClient", "plain", stock),
             ("torchrl_chat", "GenericEnvClient", "ours", stock),
         ]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {system[:2]: [] for system in systems}
@@ -177,6 +181,9 @@ def speed(stock: str | None, repo: str | None, tokenizer: Path, turns: int, roun
     for (name, client), found in runs.items():
         middle = {key: statistics.median(run[key] for run in found) for key in _SHOWN}
         rows.append({"server": name, "client": client, **middle, "failed": max(run["failed"] for run in found)})
+    peer = next((row["steps_per_second"] for row in rows if row["server"] == PEER), None)
+    for row in rows:
+        row["times"] = row["steps_per_second"] / peer if peer else None
     return rows
 
 
@@ -318,15 +325,19 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def times(row: dict[str, Any]) -> str:
+    return "" if row["times"] is None else f"{row['times']:.1f}"
+
+
 def text(result: dict[str, Any]) -> str:
     """The tables."""
     lines = [
         "64 sessions, 100 tokens a turn",
-        "| server | client | steps/s | p50 ms | p99 ms | server CPU ms/step | client CPU ms/step | failed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| server | client | steps/s | times | p50 ms | p99 ms | server CPU ms/step | client CPU ms/step | failed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['server']} | {r['client']} | {r['steps_per_second']:,.0f} | {r['p50_ms']:.1f} | {r['p99_ms']:.1f} "
+        f"| {r['server']} | {r['client']} | {r['steps_per_second']:,.0f} | {times(r)} | {r['p50_ms']:.1f} | {r['p99_ms']:.1f} "
         f"| {r['server_cpu_ms']:.2f} | {r['client_cpu_ms']:.2f} | {r['failed']} |"
         for r in result["speed"]
     ]
