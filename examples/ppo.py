@@ -55,8 +55,10 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model and the dataset that were asked for."""
     if asked.model != "tiny":
         return dict(FULL)
-    batch = {"prompts": 128, "group_size": 1}  # values tell what to expect: no group is needed
-    return TINY_TOOL | batch if asked.dataset == "python-tool" else batch | {"entropy": 0.05, "lr": 7e-4}
+    alone = {"group_size": 1}  # values tell what to expect: no group is needed
+    if asked.dataset == "python-tool":
+        return TINY_TOOL | alone | {"prompts": 256}
+    return alone | {"prompts": 128, "entropy": 0.05, "lr": 7e-4}
 
 
 def loss_of(
