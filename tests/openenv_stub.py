@@ -40,7 +40,8 @@ class StubServer:
     """A server in a thread of its own.
 
     ``"sleep:S"`` anywhere in an action's message replies after S seconds; the other messages that matter are ``die``, ``bye``,
-    ``fatal``, ``garbage``, ``wrong``, ``twice``, ``big:N``, ``pieces:N`` (a reply in N frames) and ``reward:JSON``.
+    ``fatal``, ``garbage``, ``wrong``, ``twice``, ``big:N``, ``pieces:N`` (a reply in N frames),
+    ``error:JSON`` and ``reward:JSON``.
     """
 
     def __init__(self, env: Any = ParrotEnv, capacity: int = 10_000, port: int = 0, **options: Any) -> None:
@@ -125,6 +126,9 @@ class StubServer:
             error = {"message": "out of order", "code": "SESSION_ERROR"}
             await socket.send(json.dumps({"type": "error", "data": error}))
             return False
+        if message.startswith("error:"):
+            await socket.send(json.dumps({"type": "error", "data": json.loads(message[6:])}))
+            return True
         if message in ("garbage", "wrong"):
             await socket.send("no JSON" if message == "garbage" else '{"type": "state", "data": {}}')
             return True

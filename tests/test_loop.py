@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -78,6 +79,34 @@ def test_a_caller_that_is_gone_harms_nobody(thread):
         assert asyncio.run(ask()) == [2 * i for i in range(20)]
 
 
+def test_loops_of_callers_are_not_kept(thread):
+    async def leave() -> None:
+        thread.start(double(1, 0.1))
+        await asyncio.sleep(0)
+
+    loops = []
+    for _ in range(5):
+        loop = asyncio.new_event_loop()
+        loops.append(weakref.ref(loop))
+        loop.run_until_complete(leave())
+        loop.close()
+        del loop
+    time.sleep(0.3)  # the results come, and find nobody
+    assert thread.run(double(1)) == 2
+    gc.collect()
+    assert [loop() for loop in loops] == [None] * 5
+
+
+def test_what_a_closing_loop_never_began_fails(thread):
+    async def ask() -> None:
+        wanted = thread.start(double(1))  # the other loop is told of it once this one has time
+        thread.close()
+        with pytest.raises(RuntimeError, match="closed before it began"):
+            await asyncio.wait_for(wanted, 5)
+
+    asyncio.run(ask())
+
+
 def test_callers_in_many_threads(thread):
     results: dict[int, list[int]] = {}
 
@@ -120,6 +149,17 @@ def test_the_mailbox_wakes_its_loop_once_for_many_calls():
     for _ in range(2):  # not only the first time
         with pytest.raises(RuntimeError, match="closed"):
             box.post(seen.append, 101)
+
+
+def test_a_call_that_raises_does_not_keep_those_behind_it(thread):
+    seen = []
+    done = threading.Event()
+    thread.post(lambda: (_ for _ in ()).throw(KeyError("boom")))
+    for i in range(3):
+        thread.post(seen.append, i)
+    thread.post(done.set)
+    assert done.wait(5)
+    assert seen == [0, 1, 2]
 
 
 def test_a_shared_thread_ends_with_the_last_who_holds_it():

@@ -156,6 +156,17 @@ def test_a_forked_child_connects_anew(server):
         assert said(client.step({"message": "ab"})) == "ba"
 
 
+def test_a_forked_child_may_close_what_is_not_its_own(server):
+    with GenericClient(server.url) as client:
+        client.reset()
+        pid = os.fork()
+        if pid == 0:
+            client.close()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert said(client.step({"message": "ab"})) == "ba"
+
+
 # ---------------------------------------------------------------------- errors and time
 def test_a_refused_action_leaves_the_session_in_order(server):
     with GenericClient(server.url) as client:
@@ -184,6 +195,37 @@ def test_frames_say_what_json_says(value):
 def test_what_is_no_json_is_no_frame(value):
     with pytest.raises((TypeError, ValueError)):
         encode({"x": value})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "no", "code": "VALIDATION_ERROR", "errors": [{"loc": 7, "msg": "odd"}]}, ServerError),
+        ({"message": "no", "code": "VALIDATION_ERROR", "errors": [{"loc": ["a", 0]}, 3]}, ServerError),
+        ({"message": "no", "code": ["odd"]}, ServerError),
+        ({"message": None, "code": None, "errors": {"a": 1}}, ServerError),
+        ({"message": "no", "code": "SESSION_ERROR", "errors": [{"loc": 7}]}, SessionLost),
+    ],
+)
+def test_odd_errors_are_errors_still(server, error, kind):
+    with GenericClient(server.url, message_timeout_s=10) as client:
+        client.reset()
+        with pytest.raises(kind):
+            client.step({"message": "error:" + json.dumps(error)})
+        if kind is ServerError:
+            assert said(client.step({"message": "ab"})) == "ba"
+
+
+def test_a_call_that_is_cancelled_before_it_begins_is_not_sent(server):
+    async def play() -> None:
+        async with GenericClient(server.url) as client:
+            await client.reset()
+            task = asyncio.create_task(client.step({"message": "ab"}))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert (await client.state())["step_count"] == 0
+
+    asyncio.run(play())
 
 
 def test_a_timeout_never_shifts_replies(server):

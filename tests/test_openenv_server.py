@@ -372,6 +372,65 @@ def test_idle_sessions_are_really_closed():
         assert wait_for(lambda: len(closed) == 3)
 
 
+def hanging(seconds):
+    """A chat environment whose second answer is graded for so long."""
+
+    def rubric(action, observation):
+        if len(observation.messages) > 1:
+            time.sleep(seconds)
+        return 1.0
+
+    return lambda: ChatEnvironment(TEMPLATE, rubric=rubric)
+
+
+def test_a_hung_step_keeps_no_idle_session():
+    with live(hanging(4), limits=Limits(step_seconds=0.2, idle_seconds=0.5)) as server:
+        sockets = [connect(server, ping_interval=None) for _ in range(4)]
+        for ws in sockets:
+            ask(ws, "reset")
+        ask(sockets[0], "step", HELLO)
+        reply = ask(sockets[0], "step", HELLO)
+        assert "takes longer than 0.2 s" in reply["data"]["message"]
+        assert server.app.state.sessions._workers.stuck == 1
+        assert wait_for(lambda: len(server.sessions) == 0, 3)  # before the step has come to its end
+        for ws in sockets:
+            ws.close()
+
+
+def test_hung_steps_of_some_cost_nobody_else_anything():
+    with live(hanging(3), limits=Limits(step_seconds=0.2), workers=2) as server:
+        for _ in range(6):  # three times as many as there are workers
+            with connect(server) as ws:
+                ask(ws, "reset")
+                ask(ws, "step", HELLO)
+                assert "takes longer" in ask(ws, "step", HELLO)["data"]["message"]
+        with connect(server) as ws:
+            assert ask(ws, "reset")["type"] == "observation"
+            assert ask(ws, "step", HELLO)["type"] == "observation"
+        assert "late_calls 6" in server.http.get("/metrics").text
+        assert wait_for(lambda: server.app.state.sessions._workers.stuck == 0)
+
+
+def test_a_session_over_http_is_kept_while_it_is_not_idle():
+    """It has no socket to lose: what a lost socket is granted does not apply."""
+    with live(limits=Limits(resume_seconds=0.2, idle_seconds=60)) as server:
+        session = server.http.post("/reset", json={"keep": True}).json()["observation"]["metadata"]["session_id"]
+        time.sleep(0.8)
+        body = {"session_id": session, "action": HELLO}
+        assert server.http.post("/step", json=body).status_code == 200
+
+
+def test_the_time_limit_of_a_step():
+    with live(hanging(1.5), limits=Limits(step_seconds=60)) as server:
+        session = server.http.post("/reset", json={"keep": True}).json()["observation"]["metadata"]["session_id"]
+        body = {"session_id": session, "action": HELLO, "timeout_s": 0.1}
+        assert server.http.post("/step", json=body).status_code == 200
+        start = time.monotonic()
+        refused = server.http.post("/step", json=body)
+        assert time.monotonic() - start < 1.2
+        assert "takes longer than 0.35 s" in refused.text
+
+
 def test_a_lost_socket_is_resumed_with_the_conversation(server):
     with connect(server, "?resume=1&delta=1") as ws:
         session = ask(ws, "reset", {"query": "hi"})["data"]["metadata"]["session_id"]

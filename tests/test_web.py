@@ -836,6 +836,24 @@ def test_view_serves_this_machine_until_it_is_interrupted(rollouts):
         assert process.wait(20) == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--env", "gsm8k", "--data", "NOWHERE"], "NOWHERE"),
+        (["--env", "math", "--data", "NOWHERE"], "NOWHERE"),
+        (["--env", "reasoning-gym:no_such_task"], "no_such_task"),
+        (["--env", "countdown", "--chat-template", "RAISES"], "never"),
+        (["--chat-template", "RAISES", "--system-prompt", "x"], "never"),
+    ],
+)
+def test_a_dataset_or_a_template_that_is_wrong_is_said_at_the_start(tmp_path, arguments, said):
+    template = tmp_path / "never.jinja"
+    template.write_text("{{ raise_exception('never') }}")
+    places = {"NOWHERE": str(tmp_path / "nowhere"), "RAISES": str(template)}
+    with pytest.raises(Exception, match=places.get(said, said)):
+        play.make_app(arguments_of(play, [places.get(a, a) for a in arguments]))
+
+
 def test_play_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="there is no environment 'chess'"):
         play.make_app(arguments_of(play, ["--env", "chess"]))

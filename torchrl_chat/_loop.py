@@ -25,7 +25,7 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = weakref.ref(loop)  # whose mailbox is found by it, and would keep it
-        self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...], Callable[[], None] | None]] = deque()
         self._told = False
         self._others: set[Mailbox] = set()  # that were written to and not told
 
@@ -35,26 +35,39 @@ class Mailbox:
         Raises:
             RuntimeError: the loop is closed.
         """
-        self._calls.append((function, arguments))
+        self._calls.append((function, arguments, None))
         self._tell()
 
-    def send(self, other: Mailbox, function: Callable[..., Any], *arguments: Any) -> None:
-        """Have a function called by another loop, from this mailbox's own.
+    def send(
+        self,
+        other: Mailbox,
+        function: Callable[..., Any],
+        *arguments: Any,
+        lost: Callable[[], None] | None = None,
+    ) -> None:
+        """Have a function called by another loop, from this mailbox's own; if that loop is closed, ``lost`` is called.
 
         The other loop is told once this one has done all that is ready now. Told at once, its thread would take the
         interpreter away from this one, in the middle of many replies, and get it back a hundred times.
         """
-        other._calls.append((function, arguments))
+        other._calls.append((function, arguments, lost))
         if not self._others:
             asyncio.get_running_loop().call_soon(self._tell_others)
         self._others.add(other)
 
+    def drop(self) -> None:
+        """Throw away what the loop will never do, for it is closed."""
+        while self._calls:
+            _, _, lost = self._calls.popleft()
+            if lost is not None:
+                lost()
+
     def _tell(self) -> None:
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("Event loop is closed")
         if self._told:  # it has yet to look, and will see the new call, too
             return
-        loop = self._loop()
-        if loop is None:
-            raise RuntimeError("Event loop is closed")
         self._told = True
         try:
             loop.call_soon_threadsafe(self._work)
@@ -65,14 +78,20 @@ class Mailbox:
     def _tell_others(self) -> None:
         others, self._others = self._others, set()
         for other in others:
-            with contextlib.suppress(RuntimeError):  # nobody is there any more
+            try:
                 other._tell()
+            except RuntimeError:  # nobody is there any more
+                other.drop()
 
     def _work(self) -> None:
         self._told = False
-        for _ in range(len(self._calls)):
-            function, arguments = self._calls.popleft()
-            function(*arguments)
+        try:
+            for _ in range(len(self._calls)):
+                function, arguments, _ = self._calls.popleft()
+                function(*arguments)
+        finally:
+            if self._calls:  # new ones; or one has raised, and those behind it wait
+                self._tell()
 
 
 class LoopThread:
@@ -182,11 +201,20 @@ class _Errand:
         self._task: asyncio.Task[Any] | None = None
         self._there = there
         self._here = _mailbox_of(here)
-        self._here.send(there, self._begin)
+        self._here.send(there, self._begin, lost=self._lost)
 
     def _begin(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._coroutine)
         self._task.add_done_callback(self._return)
+
+    def _lost(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._here.post(self._refuse)
+
+    def _refuse(self) -> None:
+        self._coroutine.close()
+        if not self.result.done():
+            self.result.set_exception(RuntimeError("the event loop was closed before it began."))
 
     def _return(self, task: asyncio.Task[Any]) -> None:
         self._there.send(self._here, self._deliver, task)
@@ -253,8 +281,14 @@ def _quick_loop() -> asyncio.AbstractEventLoop:
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_forever()
+        late = asyncio.all_tasks(loop)  # begun while it was winding down
+        for task in late:
+            task.cancel()
+        if late:
+            loop.run_until_complete(asyncio.wait(late, timeout=1.0))
     finally:
         loop.close()
+        _mailbox_of(loop).drop()
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, patience: float = 10.0) -> None:

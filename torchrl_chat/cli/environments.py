@@ -79,7 +79,10 @@ def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callabl
         max_tokens=arguments.max_tokens,
         max_context=arguments.max_context,
     )
-    factory().close()
+    env = factory()
+    if hasattr(env, "prepare"):
+        env.prepare()
+    env.close()
     return factory, name
 
 

@@ -148,6 +148,12 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         """Name, description and version."""
         return EnvironmentMetadata(name=self._pool.name, description=self._pool.description, version="1.0.0")
 
+    def prepare(self) -> None:
+        """Try a reset. What is wrong with the dataset or the template raises here; the environment is kept for others."""
+        with self._pool.lend(self._pool.splits[0]) as env:
+            question = "?" if _episodes(env) is None else None
+        TorchRLEnvironment(self._pool).reset_turn(query=question)
+
     # ------------------------------------------------------------------ tasks
     def list_splits(self) -> list[Any]:
         """The splits of the dataset."""

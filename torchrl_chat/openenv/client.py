@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -105,6 +106,7 @@ class GenericClient:
             options=dict(websocket_options or {}),
         )
         self._container: Container | None = None
+        self._beginning = threading.Lock()  # two threads may make the first call
         self._awaits: bool | None = None  # whether calls return awaitables; None while nobody has said so
         self._begin()
 
@@ -174,7 +176,7 @@ class GenericClient:
         Raises:
             ConnectFailed: the server cannot be reached within ``connect_timeout_s``.
         """
-        return self._call(self._connect())
+        return self._call(self._connect)
 
     def reset(self, *, timeout_s: float | None = _DEFAULT, **kwargs: Any) -> Any:
         """Begin an episode, in a new session if the old one is lost.
@@ -192,7 +194,7 @@ class GenericClient:
             RequestTimeout: no reply in time.
             SessionLost: the server ended the session, for want of capacity (``code`` ``"CAPACITY_REACHED"``), say.
         """
-        return self._call(self._reset(kwargs, timeout_s))
+        return self._call(self._reset, kwargs, timeout_s)
 
     def step(self, action: Any, *, timeout_s: float | None = _DEFAULT) -> Any:
         """Send an action.
@@ -205,11 +207,11 @@ class GenericClient:
             RequestTimeout: no reply in time; the step may still be done, and :meth:`state` tells.
             SessionLost: the session is over.
         """
-        return self._call(self._step(action, timeout_s))
+        return self._call(self._step, action, timeout_s)
 
     def state(self, *, timeout_s: float | None = _DEFAULT) -> Any:
         """The environment's state. Raises as :meth:`step`."""
-        return self._call(self._state(timeout_s))
+        return self._call(self._state, timeout_s)
 
     def mcp(
         self, method: str, params: Mapping[str, Any] | None = None, *, timeout_s: float | None = _DEFAULT
@@ -219,11 +221,11 @@ class GenericClient:
         Raises:
             OpenEnvError: the call failed; ``code`` is the JSON-RPC error code, as a string.
         """
-        return self._call(self._mcp(method, dict(params or {}), timeout_s))
+        return self._call(self._mcp, method, dict(params or {}), timeout_s)
 
     def close(self) -> Any:
         """End the session, the client's thread, and the container if there is one. A later call starts anew."""
-        return self._call(self._channel.close(), then=self._wind_up)
+        return self._call(self._close, then=self._wind_up)
 
     @property
     def lost(self) -> SessionLost | None:
@@ -254,23 +256,24 @@ class GenericClient:
         return {"link": self.link, "_awaits": self._awaits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _container=None)
+        self.__dict__.update(state, _container=None, _beginning=threading.Lock())
         self._begin()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.link.url!r})"
 
-    def _call(self, coroutine: Coroutine[Any, Any, Any], then: Any = None) -> Any:
-        loop = self._loop
-        if loop is None or not loop.alive:  # the first call, or one in a forked child
-            self._let_go()
-            self._begin()
-            loop = self._loop = shared_loop("torchrl_chat.openenv")
-            self._leaving = weakref.finalize(self, _abandon, loop, self._channel)
-            self._leaving.atexit = False
+    def _call(self, function: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any, then: Any = None) -> Any:
+        with self._beginning:
+            loop = self._loop
+            if loop is None or not loop.alive:  # the first call, or one in a forked child
+                self._let_go()
+                self._begin()
+                loop = self._loop = shared_loop("torchrl_chat.openenv")
+                self._leaving = weakref.finalize(self, _abandon, loop, self._channel)
+                self._leaving.atexit = False
         if self._awaits or (self._awaits is None and _in_a_loop()):
-            return _awaited(loop.start(coroutine), then)
-        future = loop.submit(coroutine)
+            return _awaited(loop, function, arguments, then)
+        future = loop.submit(function(*arguments))
         del loop  # the thread ends with its last client
         try:
             result = future.result()
@@ -285,6 +288,9 @@ class GenericClient:
     async def _connect(self) -> Self:
         await self._channel.open()
         return self
+
+    async def _close(self) -> None:
+        await self._channel.close()
 
     async def _reset(self, kwargs: dict[str, Any], timeout: Any) -> StepResult:
         return self._parse_result(await self._channel.request("reset", kwargs, self._limit(timeout)))
@@ -332,7 +338,11 @@ def _abandon(loop: LoopThread, channel: Channel) -> None:
         loop.submit(channel.close())
 
 
-async def _awaited(future: asyncio.Future[Any], then: Any) -> Any:
+async def _awaited(
+    loop: LoopThread, function: Callable[..., Coroutine[Any, Any, Any]], arguments: tuple[Any, ...], then: Any
+) -> Any:
+    future = loop.start(function(*arguments))
+    del loop  # the thread ends with its last client
     result = await future
     if then is not None:
         await asyncio.to_thread(then)

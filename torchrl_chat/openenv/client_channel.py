@@ -64,6 +64,7 @@ class Channel:
         if kind == "reset":
             return await self._reset(data, timeout)
         session = await self._ready()
+        before = session.steps_under_way  # given up, and perhaps done
         try:
             return await session.request(kind, data, timeout)
         except SessionLost as error:
@@ -72,8 +73,8 @@ class Channel:
         known, session = self._steps, await self._ready()
         if kind == "step":
             count = (await session.request("state", None, timeout)).get("step_count")
-            if count != known:
-                self._steps = count if isinstance(count, int) else known
+            self._steps = count if isinstance(count, int) else known
+            if not isinstance(count, int) or count > known + before:
                 raise ReplyLost(
                     f"the connection to {self.link.url} broke during a step; the server has done it (it counts {count} "
                     f"steps, replies came to {known}), and its reply is lost."

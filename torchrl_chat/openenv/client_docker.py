@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 import urllib.error
@@ -45,7 +46,7 @@ class Container:
         # Docker chooses the port itself: nobody can take it in between.
         command = ["run", "-d", "-p", f"127.0.0.1::{_PORT}", *variables, *options, image]
         self.id = _run(docker, *command).split()[-1]
-        self._remove = weakref.finalize(self, _remove, docker, self.id)
+        self._remove = weakref.finalize(self, _remove, docker, self.id, os.getpid())
         try:
             host = _run(docker, "port", self.id, str(_PORT)).split()[0]
             self.url = f"http://{host}"
@@ -90,5 +91,7 @@ def _run(docker: str, *arguments: str) -> str:
     return done.stdout if arguments[0] != "logs" else done.stdout + done.stderr
 
 
-def _remove(docker: str, container: str) -> None:
+def _remove(docker: str, container: str, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child, whose parent goes on with it
+        return
     subprocess.run([docker, "rm", "-f", container], capture_output=True, timeout=60.0)

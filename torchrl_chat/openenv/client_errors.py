@@ -32,12 +32,12 @@ class ServerError(OpenEnvError):
     def of(cls, data: dict[str, Any]) -> ServerError:
         """The error of a reply, from its ``data``."""
         code, said, errors = data.get("code"), str(data.get("message")), data.get("errors")
+        code = None if code is None else str(code)
         if isinstance(errors, list):  # OpenEnv says only "Invalid message" there
-            details = [
-                f"{'.'.join(map(str, item.get('loc') or ()))}: {item.get('msg')}"
-                for item in errors
-                if isinstance(item, dict)
-            ]
+            places = [item.get("loc") or () for item in errors if isinstance(item, dict)]
+            names = [".".join(map(str, loc)) if isinstance(loc, list) else str(loc or "") for loc in places]
+            said_of = [item.get("msg") for item in errors if isinstance(item, dict)]
+            details = [f"{name}: {text}" for name, text in zip(names, said_of, strict=True)]
             missing = [detail for detail in details[:8] if detail not in said]
             said = "; ".join([said, *missing])
         return cls(f"{code}: {said}", code, errors)

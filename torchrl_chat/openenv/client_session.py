@@ -66,6 +66,11 @@ class Session:
         """Why the session is over, if it is."""
         return None if self._end is None else SessionLost(*self._end)
 
+    @property
+    def steps_under_way(self) -> int:
+        """How many steps have no reply yet, those that were given up among them."""
+        return sum(kind == "step" for kind, _ in self._waiting)
+
     async def request(
         self, kind: str, data: Mapping[str, Any] | None = None, timeout: float | None = None
     ) -> dict[str, Any]:
@@ -127,16 +132,17 @@ class Session:
             kind, data = reply["type"], reply.get("data") or {}
             if not isinstance(data, dict):
                 raise TypeError("its data are no object")
+            refusal = ServerError.of(data) if kind == "error" else None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             return self._fail(f"the server sent what is no frame of the protocol ({error}): {frame[:80]!r}")
-        if kind == "error" and data.get("code") in _FATAL:
-            return self._fail(f"the server ended it: {data.get('message')} ({data['code']})", data["code"])
+        if refusal is not None and refusal.code in _FATAL:
+            return self._fail(f"the server ended it: {data.get('message')} ({refusal.code})", refusal.code)
         if not self._waiting:
             return self._fail(f"the server sent {kind!r} unasked")
         asked, waiting = self._waiting[0]
         if kind not in ("error", _REPLIES.get(asked)):
             return self._fail(f"the server answered {asked!r} with {kind!r}")
-        if kind != "error" and self._on_reply is not None:
+        if refusal is None and self._on_reply is not None:
             try:
                 data = self._on_reply(asked, data)
             except Exception as error:
@@ -144,8 +150,8 @@ class Session:
         self._waiting.popleft()
         if waiting.done():
             return  # it was given up
-        if kind == "error":
-            waiting.set_exception(ServerError.of(data))
+        if refusal is not None:
+            waiting.set_exception(refusal)
         else:
             waiting.set_result(data)
 

@@ -200,6 +200,10 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             version="1.0.0",
         )
 
+    def prepare(self) -> None:
+        """Try a question. What is wrong with the chat template raises here."""
+        self._writer.add(self._prepare(None, None, {})[1], [{"role": "user", "content": "?"}])
+
     def close(self) -> None:
         """End the thread in which async rubrics run."""
         if self._loop is not None:

@@ -12,7 +12,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
@@ -21,8 +20,10 @@ from torchrl_chat.openenv.metrics import Metrics
 from torchrl_chat.openenv.models import ResetRequest
 from torchrl_chat.openenv.protocol import ErrorCode, Limits, ProtocolError, dumps, invalid, short
 from torchrl_chat.openenv.replies import Replies
+from torchrl_chat.openenv.workers import Late, Workers
 
 log = logging.getLogger("torchrl_chat.openenv")
+_GRACE = 0.25  # seconds
 
 
 class Line(Protocol):
@@ -40,7 +41,7 @@ class Session:
         env: the environment.
         action_cls: the model of its actions.
         limits: see :class:`Limits`.
-        pool: where its heavy work runs.
+        workers: where its heavy work runs.
         metrics: the server's counters.
         resumable: whether it outlives its socket.
     """
@@ -50,7 +51,7 @@ class Session:
         env: Any,
         action_cls: type[BaseModel],
         limits: Limits,
-        pool: ThreadPoolExecutor,
+        workers: Workers,
         metrics: Metrics,
         resumable: bool = False,
     ):
@@ -58,12 +59,13 @@ class Session:
         self.env = env
         self.resumable = resumable
         self.line: Line | None = None
+        self.left = False  # whether it has had a socket and lost it
         self.replies = Replies()
         self.used = time.monotonic()
         self.closed = False
         self._action_cls = action_cls
         self._limits = limits
-        self._pool = pool
+        self._workers = workers
         self._metrics = metrics
         self._lock = asyncio.Lock()
         self._late: asyncio.Future[Any] | None = None
@@ -125,18 +127,27 @@ class Session:
             return dumps(await self._call("state", {}))
 
     async def end(self) -> None:
-        """Close the environment, once nothing runs in it."""
+        """Close the environment, once nothing runs in it; for a call that is late already, nobody waits."""
         self.closed = True
         async with self._lock:
-            if self._late is not None:
-                await asyncio.wait([self._late])
-            close = getattr(self.env, "close", None)
-            if callable(close):
-                try:
-                    await asyncio.get_running_loop().run_in_executor(self._pool, close)
-                except Exception as error:
-                    log.warning("close failed", extra={"session": self.id, "error": repr(error)})
-            self.env = None
+            late, self._late = self._late, None
+            env, self.env = self.env, None
+            if late is None or late.done():
+                await self._close(env)
+            else:
+                late.add_done_callback(lambda _: self._leave(env))
+
+    def _leave(self, env: Any) -> None:
+        self._closing = asyncio.ensure_future(self._close(env))
+
+    async def _close(self, env: Any) -> None:
+        close = getattr(env, "close", None)
+        if not callable(close):
+            return
+        try:
+            await self._workers.run(close, self._limits.step_seconds)
+        except Exception as error:
+            log.warning("close failed", extra={"session": self.id, "error": repr(error)})
 
     # ------------------------------------------------------------------ running the environment
     async def _call(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -182,12 +193,15 @@ class Session:
         else:
             method = getattr(env, f"{name}_turn", None) or getattr(env, name)
             call = lambda: method(**arguments)  # noqa: E731
-        future = asyncio.get_running_loop().run_in_executor(self._pool, call)
-        done, _ = await asyncio.wait([future], timeout=self._limits.step_seconds)
-        if not done:
-            self._late, self._lost = future, name != "state"
-            raise TimeoutError(f"the {name} takes longer than {self._limits.step_seconds:g} s.")
-        return future.result()
+        wanted = arguments.get("timeout_s") if name == "step" else None
+        # An environment that keeps the limit itself says so in time, and its episode stays in order.
+        limits = [self._limits.step_seconds, None if wanted is None else wanted + _GRACE]
+        seconds = min((limit for limit in limits if limit is not None), default=None)
+        try:
+            return await self._workers.run(call, seconds)
+        except Late as late:
+            self._late, self._lost = late.rest, name != "state"
+            raise TimeoutError(f"the {name} takes longer than {seconds:g} s.") from None
 
 
 def _accepted(env: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -228,12 +242,13 @@ class Sessions:
         self._action_cls = action_cls
         self._limits = limits
         self._metrics = metrics
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="torchrl_chat.openenv")
+        self._workers = Workers(workers)
         self._table: dict[str, Session] = {}
         self._opening = 0
         self._lines: set[Line] = set()
         self.draining = False
         metrics.gauge("sessions", "Sessions open now.", lambda: len(self._table))
+        metrics.gauge("late_calls", "Calls that took too long and still run.", lambda: self._workers.stuck)
         metrics.gauge("sessions_max", "Sessions that may be open.", lambda: limits.max_sessions)
 
     def __len__(self) -> int:
@@ -241,7 +256,7 @@ class Sessions:
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run something heavy beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        return await self._workers.run(lambda: function(*arguments))
 
     async def open(self, resumable: bool = False, listed: bool = True) -> Session:
         """A new session.
@@ -274,7 +289,7 @@ class Sessions:
             ) from None
         finally:
             self._opening -= 1
-        session = Session(env, self._action_cls, self._limits, self._pool, self._metrics, resumable)
+        session = Session(env, self._action_cls, self._limits, self._workers, self._metrics, resumable)
         if listed:
             self._table[session.id] = session
             self._metrics.count("sessions_opened_total")
@@ -312,7 +327,7 @@ class Sessions:
         """The socket of a session is gone: so is the session, unless it can be resumed."""
         if session.line is not line:
             return
-        session.line = None
+        session.line, session.left = None, True
         session.used = time.monotonic()
         session.replies.forget()
         if not session.resumable:
@@ -323,13 +338,15 @@ class Sessions:
         waits = [self._limits.resume_seconds, *filter(None, [self._limits.idle_seconds])]
         while True:
             await asyncio.sleep(max(0.05, min(5.0, min(waits) / 4)))
-            now = time.monotonic()
-            for session in list(self._table.values()):
+            now, ended = time.monotonic(), []
+            for session in self._table.values():
                 idle = now - session.used
-                detached = session.resumable and session.line is None
+                detached = session.left and session.line is None
                 too_long = self._limits.idle_seconds is not None and idle > self._limits.idle_seconds
                 if not session.busy and (too_long or (detached and idle > self._limits.resume_seconds)):
-                    await self.close(session, "idle")
+                    ended.append(session)
+            # At once, and whatever becomes of one: it must not keep the others.
+            await asyncio.gather(*(self.close(session, "idle") for session in ended), return_exceptions=True)
 
     async def drain(self, seconds: float) -> None:
         """Shut down: steps that are under way are finished and answered, then every session is closed."""
@@ -339,7 +356,7 @@ class Sessions:
             _, pending = await asyncio.wait(closing, timeout=seconds)
             for task in pending:
                 task.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
 
     async def _leave(self, session: Session) -> None:
         line = session.line
