@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,7 @@ class Workers:
         except TimeoutError:
             raise TimeoutError(f"all workers were busy for {seconds:g} s; try again later.") from None
         try:
-            call = asyncio.wrap_future(self._crew.start(function))
+            call = self._start(function)
             done, _ = await asyncio.wait([call], timeout=seconds)
             if not done:
                 self._stuck.add(call)
@@ -74,6 +75,23 @@ class Workers:
     def close(self) -> None:
         """Let idle threads go. Those at work end when their calls do; nobody waits for them."""
         self._crew.close()
+
+    def _start(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        call: asyncio.Future[Any] = loop.create_future()
+
+        def work() -> None:
+            try:
+                settle, outcome = call.set_result, function()
+            except BaseException as error:
+                # No future takes a StopIteration, and sys.exit() in a rubric is no reason to end the server.
+                odd = isinstance(error, StopIteration) or not isinstance(error, Exception)
+                settle, outcome = call.set_exception, RuntimeError(repr(error)) if odd else error
+            with contextlib.suppress(RuntimeError):  # the server is gone
+                loop.call_soon_threadsafe(lambda: None if call.done() else settle(outcome))
+
+        self._crew.start(work)
+        return call
 
     def _over(self, call: asyncio.Future[Any]) -> None:
         self._stuck.discard(call)
