@@ -37,7 +37,7 @@ class Sessions:
         self._held: list[Channel | None] = [None] * len(links)
         self._handshakes = asyncio.Semaphore(_HANDSHAKES)
         self._closing: set[asyncio.Task[None]] = set()
-        self._loop = LoopThread("torchrl_chat.openenv")
+        self._loop = LoopThread("torchrl_chat.openenv", quick=True)
 
     @property
     def alive(self) -> bool:
