@@ -20,7 +20,6 @@ import torch
 from conftest import bpe_tokenizer, need_shared, respond
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_user_models import server  # noqa: F401
 
 from torchrl_chat import Budget, DatasetChatEnv, GSM8KEnv, NumberVerifier, RewardTransform, UserSimulator, columns
 from torchrl_chat.cli import grade
@@ -383,19 +382,19 @@ class TestCommand:
         for word in ("gsm8k", "--resume", "pass@k", "rollouts.jsonl", "default", "2411.00640"):
             assert word in text
 
-    def test_an_endpoint(self, tmp_path, capsys, server):  # noqa: F811
+    def test_an_endpoint(self, tmp_path, capsys, endpoint):
         def script(body, number):
             question = body["messages"][-1]["content"]  # last(3,7)=
             if number == 2:
                 return 400, b'{"error": {"message": "too rude"}}'
             return question[-3]
 
-        server.script = script
-        command = [*DIGITS, "--backend", "endpoint", "--endpoint", server.url, "--model", "m", "--batch", "4"]
+        endpoint.script = script
+        command = [*DIGITS, "--backend", "endpoint", "--endpoint", endpoint.url, "--model", "m", "--batch", "4"]
         assert main([*command, "--out", str(tmp_path)]) == 1
         assert "1 BadRequestError" in capsys.readouterr().out
         assert main(["eval", "--resume", str(tmp_path)]) == 0  # the failed request is made again, and no other
-        assert len(server.requests) == 13
+        assert len(endpoint.requests) == 13
         assert json.loads((tmp_path / "summary.json").read_text())["accuracy"] == 1.0
 
 
