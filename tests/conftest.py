@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ CHATML = (
 )
 
 # The families that this version proves, each with its own tokenizer and template (see corpus/index.json).
+# A shell that runs the tests in the background has them ignore Ctrl-C, and with them the programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 CORPUS = (
     "lc_Qwen-Qwen2.5-7B-Instruct",
     "lc_meta-llama-Llama-3.1-8B-Instruct",
