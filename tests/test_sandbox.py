@@ -180,6 +180,19 @@ def test_processor_time(box):
     assert result.status == "cpu", result
 
 
+def test_processor_time_of_children_that_nobody_waits_for():
+    code = (
+        "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n"
+        "    if os.fork() == 0:\n        end = time.process_time() + 0.2\n"
+        "        while time.process_time() < end: pass\n        os._exit(0)\n"
+        "    try: os.wait()\n    except ChildProcessError: pass\n"
+    )
+    with Sandbox(cpu=1.0, deadline=20) as small:
+        result = small.run(code)
+    assert result.status == "cpu", result
+    assert result.seconds < 10
+
+
 def test_files_and_scratch(box):
     with Sandbox(files=32, scratch=1 << 20) as small:
         assert "Too many open files" in small.run("x = [open('/dev/null') for _ in range(100)]").error

@@ -27,9 +27,9 @@ ARM = platform.machine().lower() in ("aarch64", "arm64")
 PRELUDE = """
 import ctypes, errno, os, signal, socket, subprocess, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
-def attempt(what, function, *arguments):
+def attempt(what, function, *arguments, **options):
     try:
-        result = function(*arguments)
+        result = function(*arguments, **options)
     except BaseException as error:
         print("refused:", what, type(error).__name__, str(error)[:80])
     else:
@@ -205,12 +205,22 @@ ATTACKS = {
     + "\n"
     + raw("mq_open", 240, 180, "b'x'", 0o102, 0o666, 0)
     + "\nprint('BREACH') if 'canary-shm' in os.listdir('/dev/shm') else None",
-    "the other sets of system calls": "code = bytes.fromhex('b814000000cd80c3')\nimport mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(code)\n"
+    "the other sets of system calls": "code = bytes.fromhex('b814000000cd80c3')\nimport mmap\nm = mmap.mmap(-1, 4096, flags=34, prot=7)\nm.write(code)\n"
     "f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))\nprint('BREACH', f())"
     if not ARM
     else "print('x86 only')",
     "the x32 system calls": raw("x32", 0x40000000 + 39, 0x40000000 + 172),
     "raises its limits": "import resource as r\nfor n in (r.RLIMIT_AS, r.RLIMIT_NPROC, r.RLIMIT_NOFILE, r.RLIMIT_FSIZE, r.RLIMIT_CORE):\n    attempt(n, r.setrlimit, n, (r.RLIM_INFINITY, r.RLIM_INFINITY))",
+    "sets the limits of others": "import resource as r\nfor pid in (1, os.getppid()):\n"
+    "    attempt('prlimit', r.prlimit, pid, r.RLIMIT_NOFILE, (3, 3))\n    attempt('look', r.prlimit, pid, r.RLIMIT_CPU)\n"
+    "    attempt('affinity', os.sched_setaffinity, pid, {0})\n    attempt('nice', os.setpriority, os.PRIO_PROCESS, pid, 19)\n"
+    "attempt('nice for all', os.setpriority, os.PRIO_USER, 0, 19)\n"
+    "r.prlimit(0, r.RLIMIT_CORE)\nos.sched_setaffinity(0, os.sched_getaffinity(0))\nos.nice(1)",
+    "memory that nobody maps": "import mmap\nattempt('shared', mmap.mmap, -1, 1 << 20)\n"
+    "attempt('shared and checked', mmap.mmap, -1, 1 << 20, flags=3)\n"
+    "for name in ('zero', 'full'):\n    fd = os.open('/dev/' + name, os.O_RDWR)\n"
+    "    attempt(name, mmap.mmap, fd, 1 << 20)\n    attempt(name, mmap.mmap, fd, 1 << 20, flags=mmap.MAP_PRIVATE)\n"
+    "    assert os.read(fd, 3) == bytes(3)\nmmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)[:1] = b'x'",
     "types on the terminal": "import fcntl\nattempt('TIOCSTI', fcntl.ioctl, 0, 0x5412, b'x')\nattempt('tty', open, '/dev/tty')",
     # the channel to the caller
     "forges its reply": "import json, struct\ndata = json.dumps({'status': 'ok', 'exit': 0, 'error': '', 'value': 'x', 'ready': True}).encode()\n"

@@ -139,8 +139,8 @@ def _arguments(settings: Settings, root: bool) -> list[str]:
     here = os.path.dirname(os.path.abspath(__file__))
     for name in ("__init__.py", "_lazy.py", "sandbox"):
         binds += ["--ro-bind", os.path.join(os.path.dirname(here), name), f"{_PACKAGE}/{name}"]
-    for device in ("null", "zero", "full", "random", "urandom"):
-        binds += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    for name, device in jail.DEVICES.items():
+        binds += ["--dev-bind", f"/dev/{device}", f"/dev/{name}"]
     for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         binds += ["--symlink", f"/proc/self/{target}", f"/dev/{name}"]
     places = ["--perms", "0755", "--dir", "/tmp", "--symlink", "/tmp", "/dev/shm", "--proc", "/proc"]

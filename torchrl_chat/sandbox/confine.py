@@ -40,7 +40,7 @@ def confine(settings: Settings, root: bool, program: bytes) -> None:
     version = kernel.landlock_version()
     if version:
         with step("Landlock", "The kernel has it but refuses it."):
-            devices = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
+            devices = [f"/dev/{name}" for name in jail.DEVICES]
             kernel.landlock(version, ["/tmp", *devices])
     limit(settings)
     with step("seccomp", "The kernel has to be built with CONFIG_SECCOMP_FILTER."):

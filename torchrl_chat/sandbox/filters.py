@@ -26,6 +26,8 @@ _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451, 0x5421)
 # Death signal, dumpable, thread names, capabilities and no-new-privileges (to read), names of memory areas.
 _PRCTLS = (1, 2, 3, 4, 15, 16, 21, 23, 39, 0x53564D41)
 _AF_UNIX = 1
+_MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
+_PRIO_PROCESS = 0
 
 
 def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -69,7 +71,8 @@ def sandbox_filter() -> bytes:
 
     It may use files, memory, threads, processes, signals and pipes. Refused are, among others, sockets (but for a pair
     of connected ones), namespaces, mounts, changes of user, ptrace and the memory of other processes, System V and
-    POSIX shared objects, keys, BPF, io_uring, userfaultfd, performance counters, and memory files, which no limit counts.
+    POSIX shared objects, keys, BPF, io_uring, userfaultfd, performance counters, limits and priorities of other processes, and
+    memory that no limit counts: memory files, and anonymous memory that is mapped to be shared.
     """
     rules = {
         "clone": _argument(0) + _op(_ANY_BIT, _NAMESPACES, 0, 1) + _fail(errno.EPERM) + _PASS,
@@ -79,6 +82,19 @@ def sandbox_filter() -> bytes:
         "memfd_create": _fail(errno.ENOSYS),
         "ioctl": _one_of(1, _IOCTLS, errno.ENOTTY),
         "prctl": _one_of(0, _PRCTLS, errno.EPERM),
+        # Of another process, and the one that watches over the limits is of the same user.
+        "prlimit64": _one_of(0, (0,), errno.EPERM),
+        "sched_setaffinity": _one_of(0, (0,), errno.EPERM),
+        "setpriority": _argument(0)
+        + _op(_EQUAL, _PRIO_PROCESS, 1, 0)
+        + _fail(errno.EPERM)
+        + _one_of(1, (0,), errno.EPERM),
+        # Such memory stays when nobody maps it any more, where no count of a process's memory shows it.
+        "mmap": _argument(3)
+        + _op(_ANY_BIT, _MAP_ANONYMOUS, 0, 2)
+        + _op(_ANY_BIT, _MAP_SHARED, 0, 1)
+        + _fail(errno.EPERM)
+        + _PASS,
         "socketpair": _one_of(0, (_AF_UNIX,), errno.EAFNOSUPPORT),
     }
     for name in ("setxattr", "lsetxattr", "fsetxattr"):

@@ -16,6 +16,8 @@ from torchrl_chat.sandbox.settings import Settings, step
 
 NOBODY = 65534  # who root becomes
 INSIDE = 1000  # who everybody is inside
+# What stands in /dev, and the device that it is. The real zero can be mapped, to memory that no limit counts.
+DEVICES = {"null": "null", "zero": "full", "full": "full", "random": "random", "urandom": "urandom"}
 
 _USER_HINT = (
     "Ordinary users get it where the sysctl user.max_user_namespaces is above 0 and, where they exist, "
@@ -124,9 +126,9 @@ def make_root(settings: Settings) -> None:
             os.mkdir(folder, 0o755)
         for path in paths:
             _show(path)
-        for device in ("null", "zero", "full", "random", "urandom"):
-            open(f"/dev/{device}", "w").close()
-            kernel.mount(f"/.old/dev/{device}", f"/dev/{device}", None, kernel.MS_BIND)
+        for name, device in DEVICES.items():
+            open(f"/dev/{name}", "w").close()
+            kernel.mount(f"/.old/dev/{device}", f"/dev/{name}", None, kernel.MS_BIND)
         for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
             os.symlink(target, f"/dev/{name}")
         os.symlink("/proc/self/fd/2", "/dev/stderr")

@@ -122,7 +122,7 @@ def _watch(status: socket.socket, pid: int, settings: Settings, isolated: bool) 
     poll = select.poll()
     poll.register(status, select.POLLIN)
     poll.register(bell, select.POLLIN)
-    running, before, end = False, 0.0, None
+    running, before, end, clock = False, 0.0, None, _Clock()
     while end is None:
         ready = dict(poll.poll(_TICK * 1000 if running and isolated else None))
         if bell in ready:
@@ -135,14 +135,14 @@ def _watch(status: socket.socket, pid: int, settings: Settings, isolated: bool) 
             if not orders:
                 break
             if orders == wire.RUN:
-                running, before = True, _seconds() if isolated else 0.0
+                running, before = True, clock.seconds() if isolated else 0.0
                 _signal(signal.SIGCONT, pid, isolated)
             else:
                 running = False
                 _signal(signal.SIGSTOP, pid, isolated)
         end = _reap(pid)
         if end is None and running and isolated:
-            if settings.cpu is not None and _seconds() - before > settings.cpu:
+            if settings.cpu is not None and clock.seconds() - before > settings.cpu:
                 end = {"stopped": "cpu"}
             elif _memory(settings.memory + _OWN):
                 end = {"stopped": "memory"}
@@ -178,27 +178,49 @@ def _reap(pid: int) -> dict[str, Any] | None:
             end = {"exit": code} if code >= 0 else {"signal": -code}
 
 
+# What reading about a process raises that has just ended. Anything else ends the keeper, and the sandbox with it: limits
+# that cannot be looked after do not hold.
+_ENDED = (FileNotFoundError, ProcessLookupError, ValueError, IndexError)
+
+
 def _processes() -> list[str]:
-    with contextlib.suppress(OSError):
-        return [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
-    return []
+    return [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
 
 
-def _seconds() -> float:
-    """Processor time of all processes of the sandbox so far."""
-    gone = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ticks = 0
-    for name in _processes():
-        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/stat") as file:
-            ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
-    return gone.ru_utime + gone.ru_stime + ticks / _HERTZ
+class _Clock:
+    """Processor time of all processes of the sandbox, those that have ended among them.
+
+    A parent's own figures have the time of the children that it waited for. Of children that nobody waits for they have
+    none: their last figures are kept here. Those that were never seen, because they lived for less than a tick, are missed.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self._ended = 0
+
+    def seconds(self) -> float:
+        """So far."""
+        waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own, all_told, last = 0, 0, {}
+        for name in _processes():
+            with contextlib.suppress(*_ENDED), open(f"/proc/{name}/stat") as file:
+                times = list(map(int, file.read().rpartition(")")[2].split()[11:15]))
+                last[name] = times[0] + times[1]
+                own += last[name]
+                all_told += sum(times)
+        for name, ticks in self._last.items():
+            if last.get(name, -1) < ticks:  # it has ended, or its number belongs to another one now
+                self._ended += ticks
+        self._last = last
+        seen = (own + self._ended) / _HERTZ
+        return max(waited_for.ru_utime + waited_for.ru_stime + all_told / _HERTZ, seen)
 
 
 def _memory(limit: int) -> bool:
     """Whether all processes together have more than ``limit`` bytes; pages that they share count once."""
     total, names = 0, _processes()
     for name in names:
-        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/statm") as file:
+        with contextlib.suppress(*_ENDED), open(f"/proc/{name}/statm") as file:
             total += int(file.read().split()[1]) * _PAGE
     if total <= limit:
         return False
@@ -210,8 +232,8 @@ def _memory(limit: int) -> bool:
                 for line in file:
                     if line.startswith("Pss:"):
                         size = int(line.split()[1]) << 10
-        except OSError:  # it hides, or is ending
-            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/statm") as file:
+        except (PermissionError, *_ENDED):  # it hides, or is ending
+            with contextlib.suppress(*_ENDED), open(f"/proc/{name}/statm") as file:
                 size = int(file.read().split()[1]) * _PAGE
         total += size
     return total > limit

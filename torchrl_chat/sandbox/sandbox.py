@@ -35,8 +35,8 @@ class Sandbox:
             package ``bubblewrap``), which is slower; or ``"none"``: the same without isolation, as the same user; it
             warns.
         deadline: seconds of wall time for one call.
-        cpu: seconds of processor time for all processes of one call together. Defaults to no limit but what the
-            deadline allows.
+        cpu: seconds of processor time for all processes of one call together, those left out that live for less than some
+            hundredths of a second and are not waited for. Defaults to no limit but what the deadline allows.
         memory: bytes that all processes of a sandbox together may take beyond the interpreter's own (about 48 MiB).
             A single process gets a ``MemoryError`` there; several are killed, some hundredths of a second later.
         scratch: bytes of the scratch folder, in memory, on top of ``memory``.

@@ -27,18 +27,18 @@ epoll_ctl:233:21 epoll_wait:232:-1 epoll_pwait:281:22 epoll_pwait2:441:441 event
 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87 signalfd:282:-1 signalfd4:289:74
 """
 _MEMORY = """
-mmap:9:222 munmap:11:215 mremap:25:216 mprotect:10:226 madvise:28:233 brk:12:214 mincore:27:232 msync:26:227
+munmap:11:215 mremap:25:216 mprotect:10:226 madvise:28:233 brk:12:214 mincore:27:232 msync:26:227
 membarrier:324:283
 """
 _PROCESSES = """
 futex:202:98 futex_waitv:449:449 set_robust_list:273:99 get_robust_list:274:100 set_tid_address:218:96
 gettid:186:178 arch_prctl:158:-1 rseq:334:293 sched_yield:24:124 sched_getaffinity:204:123
-sched_setaffinity:203:122 sched_getparam:143:121 sched_getscheduler:145:120 sched_get_priority_max:146:125
+sched_getparam:143:121 sched_getscheduler:145:120 sched_get_priority_max:146:125
 sched_get_priority_min:147:126 getcpu:309:168 fork:57:-1 vfork:58:-1 execve:59:221 exit:60:93
 exit_group:231:94 wait4:61:260 waitid:247:95 getpid:39:172 getppid:110:173 getuid:102:174 geteuid:107:175
 getgid:104:176 getegid:108:177 getresuid:118:148 getresgid:120:150 getgroups:115:158 getpgid:121:155
-getpgrp:111:-1 getsid:124:156 setsid:112:157 setpgid:109:154 getpriority:140:141 setpriority:141:140
-getrlimit:97:163 setrlimit:160:164 prlimit64:302:261 getrusage:98:165 pidfd_open:434:434
+getpgrp:111:-1 getsid:124:156 setsid:112:157 setpgid:109:154 getpriority:140:141
+getrlimit:97:163 setrlimit:160:164 getrusage:98:165 pidfd_open:434:434
 """
 _SIGNALS = """
 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136 rt_sigsuspend:130:133
@@ -54,7 +54,7 @@ getsockname:51:204 getpeername:52:205
 """
 _CHECKED = """
 setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 clone:56:220 clone3:435:435 ioctl:16:29 prctl:157:167
-socketpair:53:199 memfd_create:319:279
+socketpair:53:199 memfd_create:319:279 mmap:9:222 prlimit64:302:261 sched_setaffinity:203:122 setpriority:141:140
 """
 _OWN = """
 capset:126:91 landlock_add_rule:445:445 landlock_create_ruleset:444:444 landlock_restrict_self:446:446
