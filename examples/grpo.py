@@ -69,7 +69,9 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
             else {"prompts": 16, "group_size": 8, "entropy": 0.05, "lr": 7e-4}
         )
     if asked.variant == "dapo":
-        long = max(1, found.get("max_new_tokens", 1) // 4)
+        given = asked.max_new_tokens != GRPOConfig.max_new_tokens
+        limit = asked.max_new_tokens if given else found.get("max_new_tokens", asked.max_new_tokens)
+        long = max(1, limit // 4)
         found |= {
             "clip_high": 0.28,
             "aggregation": "token",
@@ -94,6 +96,17 @@ def collect(env: Any, policy: Any, config: GRPOConfig) -> tuple[list[TensorDictB
             break
     groups = torch.cat(kept)
     return finished, groups & (groups.cumsum(0) <= config.prompts)
+
+
+def longest_answers(mask: torch.Tensor) -> torch.Tensor:
+    """How many tokens the longest answer of each sequence has, (N,); an answer is a run of sampled tokens.
+
+    Example:
+        >>> longest_answers(torch.tensor([[True, True, False, True]]))
+        tensor([2])
+    """
+    counted = mask.cumsum(-1)
+    return (counted - counted.where(~mask, 0).cummax(-1).values).amax(-1)
 
 
 def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRPOConfig, vocab_size: int) -> Any:
@@ -148,6 +161,7 @@ def average(batches: list[TensorDictBase], key: str) -> float:
 def main() -> None:
     """Collect, score, learn, repeat."""
     config = parse(GRPOConfig, __doc__, defaults)
+    overlong = OverlongPenalty(config.max_new_tokens, config.overlong) if config.overlong else None
     torch.manual_seed(config.seed)
     model, tokenizer = make_model(config)
     env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
@@ -160,7 +174,6 @@ def main() -> None:
     sync()
     reference = run.reference() if config.kl else None
     vocab_size = policy.codec.vocab_size
-    overlong = OverlongPenalty(config.max_new_tokens, config.overlong) if config.overlong else None
 
     for step in run.steps(lambda: ask(judge, policy, config)):
         set_rate(optimizer, config.rate(step))
@@ -186,13 +199,17 @@ def main() -> None:
                 view["reference"] = sequence_log_probs(reference, view, **scoring).log_probs
 
         # 3. How much better than its group each answer is.
-        lengths = view["masks"].all_assistant_mask.sum(-1)
-        reward = view["reward"]
+        mask = view["masks"].all_assistant_mask
+        lengths, reward = mask.sum(-1), view["reward"]
         if overlong is not None:
-            punished = [overlong(Episode.of("", length=length)).score for length in lengths.tolist()]
+            punished = [overlong(Episode.of("", length=length)).score for length in longest_answers(mask).tolist()]
             reward = reward + torch.tensor(punished).reshape(reward.shape)
         view["advantage"] = group_advantages(
-            reward, view["group"], episode=view["episode"], normalize="std" if config.normalize == "std" else None
+            reward,
+            view["group"],
+            episode=view["episode"],
+            valid=mask.any(-1),  # rows that could not be graded say nothing of their group
+            normalize="std" if config.normalize == "std" else None,
         )
 
         # 4. Learn, and give what samples the new weights.

@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import need_shared
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.objectives.llm.grpo import MCAdvantage
 
-from torchrl_chat import columns, training_view
+from torchrl_chat import TransformersPolicy, columns, training_view
+from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.distributed import RayChatCollector, RayEpisodeCollector, WorkersLostError
-from torchrl_chat.distributed.worker import Worker, load_weights
+from torchrl_chat.distributed.worker import Worker, load_weights, weights_of
 from torchrl_chat.playing import play
 from torchrl_chat.sandbox import Sandbox, SandboxError
 
@@ -304,6 +306,16 @@ class TestWorker:
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         with pytest.raises(RuntimeError, match=r"call ray.init"):
             RayEpisodeCollector(ray_run.make_env, ray_run.make_policy)
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_weights_of_a_model_and_of_its_policy_are_the_same(self, wrapped):
+        """A model of transformers has a ``model`` of its own, which lacks the head."""
+        tokenizer = tiny_tokenizer()
+        new, old = (tiny_model(len(tokenizer), seed=seed) for seed in (1, 2))
+        weights = weights_of(TransformersPolicy(new, tokenizer) if wrapped else new)
+        assert weights.keys() == new.state_dict().keys()
+        load_weights(TransformersPolicy(old, tokenizer), weights)
+        assert all(torch.equal(value, weights[key]) for key, value in old.state_dict().items())
 
     def test_refusals(self, rows):
         class Stone:

@@ -103,8 +103,18 @@ class TestSettings:
             128,
         )
         assert read("--variant", "dapo", "--aggregation", "sequence").aggregation == "sequence"
+        for tokens in (64, 2048):
+            assert (
+                read("--variant", "dapo", "--model", "a/b", "--max_new_tokens", str(tokens)).overlong == tokens // 4
+            )
         assert read("--variant", "dr-grpo").normalize == "none"
         assert read("--dataset", "python-tool").warm_steps > 0
+
+    def test_an_answer_is_as_long_as_its_run_of_sampled_tokens(self):
+        mask = torch.tensor(
+            [[1, 1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 0, 1]]
+        ).bool()
+        assert script("grpo").longest_answers(mask).tolist() == [3, 0, 7, 1]
 
     @pytest.mark.parametrize(
         ("words", "named"),

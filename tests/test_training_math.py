@@ -84,6 +84,16 @@ class TestGroupAdvantages:
         assert torch.allclose(estimate(leave_one_out=True), exact, atol=8e-3)
         assert torch.allclose(estimate(), exact * 3 / 4, atol=8e-3)
 
+    def test_an_episode_counts_by_its_first_valid_row(self):
+        found = group_advantages(
+            torch.tensor([1.0, 1.0, 0.0]),
+            torch.tensor([0, 0, 0]),
+            episode=torch.tensor([0, 0, 1]),
+            valid=torch.tensor([False, True, True]),
+            normalize=None,
+        )
+        assert found.tolist() == [0.0, 0.5, -0.5]
+
 
 class TestGAE:
     @staticmethod

@@ -299,6 +299,18 @@ class TestLayouts:
             mask = dense(training_view(td, layout=layout), ("masks", "all_assistant_mask"))
             assert mask.any(1).tolist() == [True, False, True]
 
+    def test_ungraded_rows_earn_nothing(self):
+        td = batch_of(
+            transcripts(3, 1),
+            graded=torch.tensor([True, False, True]).reshape(3, 1, 1),
+            grade_failure=columns.objects(["", "it crashed", ""], torch.Size([3]), None),
+            reward=torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1),
+        )
+        view = training_view(td, layout="padded")
+        assert view["reward"].flatten().tolist() == [1, 0, 3]
+        assert token_rewards(view["reward"], view["masks"].all_assistant_mask).sum(-1).tolist() == [1, 0, 3]
+        assert td["reward"].flatten().tolist() == [1, 2, 3]  # what the episodes say stays
+
     def test_rows_are_their_own_memory(self):
         """A row that is pickled alone does not take the batch along."""
         view = training_view(batch_of(transcripts(200, 3)))
@@ -507,6 +519,16 @@ class TestTorchrlLosses:
         (output["loss_objective"] + output["loss_critic"]).backward()
         assert policy.model.lm_head.weight.grad.abs().sum() > 0
         assert critic.module.embed.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_minibatches_are_as_large_as_they_may_be_whatever_side_is_padded(side):
+    view = training_view(batch_of(transcripts(9, 2)), layout="padded", side=side)
+    attention = view["masks"].all_attention_mask
+    for rows in microbatches(view, 90):
+        part = attention[rows]
+        used = int(part.any(0).nonzero().max()) + 1  # the width that is computed: padding on the left is
+        assert len(rows) == 1 or len(rows) * used <= 90
 
 
 def test_accumulated_gradients_are_those_of_the_batch(policy):

@@ -83,7 +83,7 @@ def load_weights(policy: Any, weights: Mapping[str, torch.Tensor]) -> None:
     Raises:
         TypeError: it is none of these.
     """
-    model = getattr(policy, "model", policy)
+    model = _model_of(policy)
     if hasattr(policy, "sync"):
         policy.sync(weights)
     elif hasattr(model, "load_state_dict"):
@@ -94,5 +94,11 @@ def load_weights(policy: Any, weights: Mapping[str, torch.Tensor]) -> None:
 
 def weights_of(source: Any) -> dict[str, torch.Tensor]:
     """The state dict of a policy's model, of a model, or a state dict itself; on the CPU."""
-    state = source if isinstance(source, Mapping) else getattr(source, "model", source).state_dict()
+    state = source if isinstance(source, Mapping) else _model_of(source).state_dict()
     return {key: value.detach().cpu() for key, value in state.items()}
+
+
+def _model_of(source: Any) -> Any:
+    """A policy's model, or the model itself: those of transformers have a ``model`` too, which lacks their head."""
+    whole = isinstance(source, torch.nn.Module) and hasattr(source, "get_output_embeddings")
+    return source if whole else getattr(source, "model", source)

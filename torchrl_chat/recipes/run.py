@@ -35,7 +35,8 @@ from torchrl_chat.recipes.checkpoints import (
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.seeds import EPOCH, PLACE, ROW
 
-# What may be another when a run is resumed: none of it has a part in what is sampled and learned.
+# What may be another when a run is resumed: none of it has a part in what is sampled and learned. (Where the learning rate
+# falls towards the last step, --steps has: the rest of the run then follows the new number.)
 _FREE = {
     "out", "resume", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
     "logger",

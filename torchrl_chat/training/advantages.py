@@ -58,9 +58,9 @@ def group_advantages(
         raise ValueError(f"the reward of row {row} is {float(values[row])}: not finite.")
     values = torch.where(counts > 0, values, 0.0)
     weights = counts
-    if episode is not None:  # an episode's first row stands for it
+    if episode is not None:  # an episode's first valid row stands for it
         numbers = episode.reshape(count)
-        order = torch.arange(count, device=numbers.device)
+        order = torch.arange(count, device=numbers.device).where(counts > 0, count)
         first = torch.full((int(numbers.max()) + 1,), count, device=numbers.device)
         first = first.scatter_reduce(0, numbers, order, "amin")
         weights = counts * (first[numbers] == order)

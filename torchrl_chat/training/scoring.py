@@ -127,7 +127,8 @@ def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
     if len(view.batch_size) != 1:
         raise ValueError("a packed view is not split further: pack it with max_tokens instead.")
     attention = columns.read_field(view.get("masks"), "all_attention_mask", view.batch_size) or []
-    lengths = [int(row.sum()) for row in attention]
+    # To the last token: a row that is padded on the left stays as wide as it is.
+    lengths = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in attention]
     return [torch.tensor(rows) for rows in _by_length(lengths, max_tokens)]
 
 

@@ -74,7 +74,7 @@ def training_view(
         int32, where each sequence begins in the flattened rows, a row's padding being one of them, and their end.
 
     Where a row's grade failed and :class:`~torchrl_chat.RewardTransform` masks it (``"graded"`` is false, with a
-    reason under ``"grade_failure"``), the assistant mask of its sequences is false throughout.
+    reason under ``"grade_failure"``), the assistant mask of its sequences is false throughout, and their reward is 0.
 
     Raises:
         KeyError: there is no ``"transcript"``.
@@ -119,6 +119,9 @@ def training_view(
         sums = torch.stack([reward.sum() for reward in rewards])[episodes].to(device)
         view.set("reward", sums.reshape(kept["reward"].shape))
         view.set("turn_reward", _turns([s.mask for s in every], episodes, rewards).to(device))
+    for key in ("reward", "turn_reward") if ungraded else ():
+        if key in view.keys():
+            view.set(key, view.get(key).index_fill(0, torch.tensor(sorted(ungraded), device=device), 0.0))
     return view
 
 

@@ -237,7 +237,7 @@ class PythonInterpreter(ToolExecutor):
     """Runs the Python code that the policy writes, in a sandbox: in fenced blocks, or as calls of the tool ``python``.
 
     An answer with one or more blocks fenced as ```` ```python ```` is answered with what they print; so is a call of the
-    tool, if the environment was given its schema (``template_kwargs={"tools": interpreter.toolbox.schemas}``). All rows run
+    tool, if the environment was given its schema (``template_kwargs={"tools": interpreter.toolbox.schemas}``). Rows run
     at once, each with a deadline of its own; a row that hangs gets a message that says so.
 
     Args:
@@ -248,6 +248,7 @@ class PythonInterpreter(ToolExecutor):
         role: the role of the messages that answer fenced code.
         deadline: seconds for one call. Defaults to the sandbox's.
         max_result_chars: longer results are cut in the middle, with a note.
+        workers: how many rows run at once; more wait for them.
 
     The keys that it writes are those of :class:`ToolExecutor`.
 
@@ -265,10 +266,12 @@ class PythonInterpreter(ToolExecutor):
         role: str = "tool",
         deadline: float | None = None,
         max_result_chars: int = 20_000,
+        workers: int = 64,
         fallback_role: str | None = "user",
     ):
         tool = PythonTool(sandbox, persistent=persistent, deadline=deadline)
-        super().__init__(Toolbox([tool], max_result_chars=max_result_chars), fallback_role=fallback_role)
+        toolbox = Toolbox([tool], max_result_chars=max_result_chars, workers=workers)
+        super().__init__(toolbox, fallback_role=fallback_role)
         self.fenced = fenced
         self.role = role
 
