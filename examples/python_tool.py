@@ -132,7 +132,7 @@ def main() -> None:
         print(f"pass rate before: {passed(judge, policy):.3f} ({time.perf_counter() - start:.0f} s)", flush=True)
         for step in range(arguments.steps):
             for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * (1 - 0.95 * step / arguments.steps)
+                group["lr"] = 5e-4 * (1 - 0.9 * step / arguments.steps)
             following = rollout(env, policy)
             rewards = following["reward"].reshape(arguments.prompts, arguments.group)
             advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
