@@ -332,11 +332,11 @@ def test_latex_bombs(mark):
     pytest.importorskip("math_verify")
     calls = [(f"\\boxed{{{bomb}}}", "(x+1)^{2}") for bomb in BOMBS]
     good = ("\\boxed{x^2+2x+1}", "(x+1)^2"), ("\\boxed{x^2+2x+2}", "(x+1)^2")
-    with VerifierPool(MathVerifier(), workers=2, deadline=4.0) as pool:
+    with VerifierPool(MathVerifier(), workers=2, deadline=8.0) as pool:
         pool.start()
         start = time.monotonic()
         outcomes = pool.map([good[0], *calls, good[1]])
-        assert time.monotonic() - start < 7
+        assert time.monotonic() - start < 13
         assert [outcomes[0].value.correct, outcomes[-1].value.correct] == [True, False]
         for outcome in outcomes[1:-1]:
             assert outcome.value is None or not outcome.value.correct
