@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
 import threading
 import time
 import weakref
@@ -21,8 +20,6 @@ async def double(value: int, seconds: float = 0.0) -> int:
 
 @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
 def thread(request):
-    if request.param and sys.platform == "win32":
-        pytest.skip("uvloop is not made for Windows")
     loop = LoopThread("test", quick=request.param)
     yield loop
     loop.close()

@@ -102,7 +102,7 @@ class LoopThread:
 
     Args:
         name: the thread's name.
-        quick: whether ``uvloop`` runs it, where that is installed: it costs half as much where much goes over sockets.
+        quick: whether ``uvloop`` runs it, where that is installed: for loops with many sockets.
 
     Example:
         >>> loop = LoopThread()

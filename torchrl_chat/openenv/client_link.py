@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import ipaddress
 import ssl
 from collections.abc import Mapping
@@ -116,7 +117,7 @@ def need_websockets() -> None:
         ImportError: it is not installed; the text names the extra.
     """
     try:
-        import websockets.asyncio.client  # noqa: F401
+        importlib.import_module("websockets.asyncio.client")
     except ImportError as error:
         raise ImportError(
             "an OpenEnv client needs the package 'websockets': pip install 'torchrl_chat[openenv]'."

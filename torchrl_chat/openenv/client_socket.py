@@ -1,7 +1,7 @@
 """A WebSocket for a protocol of short questions and answers; the package ``websockets`` does all but the last step.
 
 Its own connections keep messages in a queue until a task asks for them, and send in coroutines. Here a message is handed
-on in the very call that read it, and sent in the call that asks for it. For a message of a kilobyte that is half the work.
+on in the very call that read it, and sent in the call that asks for it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from websockets.protocol import State
 
 
 class Socket(ClientConnection):
-    """An open connection; made by ``websockets.connect(create_connection=Socket)``.
-
-    Attributes:
-        taker: called with each message as it comes. What comes before there is one waits for it.
-    """
+    """An open connection; made by ``websockets.connect(create_connection=Socket)``."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -29,7 +25,8 @@ class Socket(ClientConnection):
         self._parts: list[bytes] = []
 
     @property
-    def taker(self) -> Callable[[bytes], None] | None:  # noqa: D102
+    def taker(self) -> Callable[[bytes], None] | None:
+        """What is called with each message as it comes; what comes before there is one waits for it."""
         return self._taker
 
     @taker.setter

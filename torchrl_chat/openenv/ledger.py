@@ -180,7 +180,7 @@ class TemplateWriter:
         if before.messages and not len(before):
             raise ResponseError("the template cannot render what there is so far: send a user message first.")
         check_row(answer.ids, template.codec.vocab_size)
-        ids = torch.from_numpy(np.array(answer.ids, dtype=np.int64))  # a third of what torch.tensor takes
+        ids = torch.from_numpy(np.array(answer.ids, dtype=np.int64))  # torch.tensor is slow with lists
         prompts = [before.tokens[-_OPENING_IDS:].tolist()] if template.parser.openings else None
         read = template.parse_batch([answer.ids], [before.course], [answer.finish_reason], prompts)[0]
         # A turn whose end is not known stays open: nothing can follow it, but it may well be the last.

@@ -140,7 +140,7 @@ def run(
     server = make_server(app, host=host, port=port, grace_seconds=grace_seconds, ping_seconds=ping_seconds)
     server.on_start = started
     gc.collect()
-    gc.freeze()  # torch's and transformers' objects stay; to look them all over again and again costs a tenth of a step
+    gc.freeze()  # torch's and transformers' objects stay: no collection has to look at them again
     server.run()
 
 

@@ -245,7 +245,6 @@ class Sessions:
         self._workers = Workers(workers)
         self._table: dict[str, Session] = {}
         self._opening = 0
-        self._lines: set[Line] = set()
         self.draining = False
         metrics.gauge("sessions", "Sessions open now.", lambda: len(self._table))
         metrics.gauge("late_calls", "Calls that took too long and still run.", lambda: self._workers.stuck)
