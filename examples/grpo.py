@@ -83,15 +83,24 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def mixed_groups(finished: TensorDictBase, config: GRPOConfig) -> torch.Tensor:
+    """Which groups of a batch hold rewards that differ, (G,); what could not be graded has none."""
+    view = training_view(finished, layout="padded", group=config.group_size)
+    trained = view["masks"].all_assistant_mask.any(-1)
+    groups, rewards = view["group"][trained], view["reward"].flatten()[trained]
+    none = rewards.new_full((config.prompts,), torch.inf)
+    return -none.scatter_reduce(0, groups, -rewards, "amin") > none.scatter_reduce(0, groups, rewards, "amin")
+
+
 def collect(env: Any, policy: Any, config: GRPOConfig) -> tuple[list[TensorDictBase], torch.Tensor]:
     """Finished batches of whole groups, and which of their groups are trained."""
     finished: list[TensorDictBase] = []
     kept: list[torch.Tensor] = []
     for _ in range(config.max_batches if config.dynamic_sampling else 1):
         finished.append(play(env, policy, max_turns=config.max_turns))
-        rewards = finished[-1]["reward"].reshape(config.prompts, config.group_size)
-        mixed = (rewards != rewards[:, :1]).any(1)
-        kept.append(mixed if config.dynamic_sampling else torch.ones_like(mixed))
+        kept.append(
+            mixed_groups(finished[-1], config) if config.dynamic_sampling else torch.ones(config.prompts).bool()
+        )
         if sum(int(groups.sum()) for groups in kept) >= config.prompts:
             break
     groups = torch.cat(kept)

@@ -205,6 +205,32 @@ def test_an_error_loses_its_batch_to_nobody(collectors, rows):
         resumed.load_state_dict(state)
 
 
+def test_a_full_buffer_loses_nothing(collectors, rows):
+    class Full:
+        """A buffer that has no room, once."""
+
+        def __init__(self):
+            self.batches, self.full = [], True
+
+        def extend(self, batch):
+            if self.full and self.batches:
+                self.full = False
+                raise MemoryError("no room")
+            self.batches.append(batch)
+
+    buffer = Full()
+    collector = collectors(rows, workers=1, batches=3, replay_buffer=buffer)
+    with pytest.raises(MemoryError, match="no room"):
+        list(collector)
+    state = collector.state_dict()
+    assert (len(state["again"]), state["delivered"]) == (
+        state["next"] - 1,
+        1,
+    )  # it is not lost where the run is saved
+    assert len(list(collector)) == 2
+    assert sorted(e for batch in buffer.batches for e in episodes_of(batch)) == sorted(all_episodes(rows, 3))
+
+
 def test_a_run_that_cannot_begin(collectors, rows):
     with pytest.raises((OSError, WorkersLostError), match="no such disk"):
         next(iter(collectors(rows, env=ray_run.broken_env, workers=1)))

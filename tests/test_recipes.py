@@ -415,6 +415,37 @@ def test_dynamic_sampling_trains_groups_that_differ_only(tmp_path):
     assert play(env, policy).batch_size == (16,)
 
 
+def test_what_cannot_be_graded_makes_no_group_differ(tmp_path):
+    from torchrl_chat import DatasetChatEnv, RewardTransform
+    from torchrl_chat.cli.tiny import last_digit_rows
+
+    module = script("grpo")
+    settings = module.GRPOConfig(out=str(tmp_path), prompts=3, group_size=4, dynamic_sampling=True, max_batches=1)
+    calls = []
+
+    def verifier(response: str, reference: str) -> float:
+        calls.append(response)
+        if len(calls) in (1, 5, 6, 9, 10, 11, 12):  # one of the first group, two of the second, all of the third
+            raise ArithmeticError("no grade")
+        return float(len(calls) != 8)  # one of the second group is wrong
+
+    model, tokenizer = make_model(settings)
+    policy, _ = make_policy(settings, model, tokenizer)
+    env = DatasetChatEnv(
+        dataset=last_digit_rows(seed=0),
+        tokenizer=tokenizer,
+        input_mode="tokens",
+        num_envs=3,
+        repeats=4,
+        group_repeats=True,
+    )
+    env.append_transform(RewardTransform(verifier, on_failure="mask", isolate=False, workers=1))
+    with pytest.warns(RuntimeWarning, match="7 of 12 grades failed"):
+        finished, trained = module.collect(env, policy, settings)
+    assert finished[0]["graded"].sum() == 5
+    assert trained.tolist() == [False, True, False]
+
+
 def run_killed(folder: Path, name: str, kills: int, arguments: list[str], seed: int = 0) -> dict:
     """Kill and resume a script; what ``recipe_kills.py`` says."""
     command = [

@@ -129,9 +129,7 @@ class LoopThread:
         Raises:
             RuntimeError: the loop has been closed.
         """
-        if not self.alive:
-            coroutine.close()
-            raise RuntimeError("this event loop has been closed (or belongs to the process that forked this one).")
+        self._check_alive(coroutine)
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
@@ -140,10 +138,13 @@ class LoopThread:
         Raises:
             RuntimeError: the loop has been closed, or no event loop runs in the calling thread.
         """
-        if not self.alive:
-            coroutine.close()
-            raise RuntimeError("this event loop has been closed (or belongs to the process that forked this one).")
+        self._check_alive(coroutine)
         return _Errand(coroutine, self._mailbox).result
+
+    def _check_alive(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        if not self.alive:
+            coroutine.close()  # or Python warns that nobody awaited it
+            raise RuntimeError("this event loop has been closed (or belongs to the process that forked this one).")
 
     def post(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Have a function called on the loop, soon.

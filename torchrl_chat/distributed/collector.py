@@ -108,6 +108,7 @@ class RayEpisodeCollector:
         self._members: dict[Any, _Member] = {}  # by the reference of the call under way
         self._waiting: list[_Member] = []  # ready, and without a batch
         self._again: deque[int] = deque()  # batches whose worker died
+        self._received: tuple[int, TensorDictBase] | None = None  # a batch that is here and not delivered
         self._next = 0
         self._delivered = 0
         self._episodes: dict[str, Any] | None = None
@@ -129,18 +130,22 @@ class RayEpisodeCollector:
         Raises:
             WorkersLostError: there is no worker and none comes; or more died than may.
             Exception: what the environment or the policy raised in a worker. The batch is not lost, and its worker lives:
-                iterating again plays it again.
+                iterating again plays it again. Or what the replay buffer raised: iterating again gives it the same batch.
         """
         if self._closed:
             raise RuntimeError("the collector is shut down.")
         while self.batches is None or self._delivered < self.batches:
-            batch = self._receive()
+            if self._received is None:
+                self._received = self._receive()
+            _, batch = self._received
             if self.replay_buffer is not None:
                 self.replay_buffer.extend(batch)
+            self._received = None
             self._delivered += 1
             yield batch if self.replay_buffer is None else None
 
-    def _receive(self) -> TensorDictBase:
+    def _receive(self) -> tuple[int, TensorDictBase]:
+        """The next batch that a worker has finished, with its number."""
         deadline = time.monotonic() + self.start_timeout
         while True:
             while len(self._members) + len(self._waiting) < self._workers:
@@ -154,9 +159,9 @@ class RayEpisodeCollector:
                     f"an actor? The cluster has {self._ray.available_resources()} free. The last failure: {self._last_error!r}"
                 )
             ready, _ = self._ray.wait(list(self._members), num_returns=1, timeout=1.0)
-            batch = self._take(ready[0]) if ready else None
-            if batch is not None:
-                return batch
+            received = self._take(ready[0]) if ready else None
+            if received is not None:
+                return received
 
     def _start(self) -> None:
         actor = self._remote.remote(*self._arguments)
@@ -174,8 +179,8 @@ class RayEpisodeCollector:
             call = member.actor.play.remote(self._episodes, member.task * self._rows, *self._weights)
             self._members[call] = member
 
-    def _take(self, call: Any) -> TensorDictBase | None:
-        """What a worker answered: a batch, or ``None`` where it has only begun to live, or has died."""
+    def _take(self, call: Any) -> tuple[int, TensorDictBase] | None:
+        """What a worker answered: a batch and its number, or ``None`` where it has only begun to live, or has died."""
         member = self._members.pop(call)
         task, member.task = member.task, None
         try:
@@ -191,7 +196,7 @@ class RayEpisodeCollector:
             return None
         self._waiting.append(member)
         if task is not None:
-            return answer
+            return task, answer
         if self._episodes is None:
             self._episodes, self._rows = answer["episodes"], answer["rows"]
         elif answer["rows"] != self._rows:
@@ -232,14 +237,18 @@ class RayEpisodeCollector:
     # ------------------------------------------------------------------ the run
     def state_dict(self) -> dict[str, Any]:
         """Where the run is: the episodes, and which batches are not delivered. No more than a few numbers."""
-        open_tasks = [member.task for member in self._members.values() if member.task is not None]
         return {
             "episodes": self._episodes,
             "rows": self._rows,
             "next": self._next,
-            "again": sorted([*self._again, *open_tasks]),
+            "again": sorted([*self._again, *self._open()]),
             "delivered": self._delivered,
         }
+
+    def _open(self) -> list[int]:
+        """The batches that are under way, or here and not delivered."""
+        tasks = [member.task for member in self._members.values() if member.task is not None]
+        return tasks if self._received is None else [*tasks, self._received[0]]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another run was, before the first batch; what was under way there is played again.
@@ -255,7 +264,8 @@ class RayEpisodeCollector:
 
     def shutdown(self) -> None:
         """End the workers; batches under way are dropped, and stay in ``state_dict()``."""
-        self._again.extend(member.task for member in self._members.values() if member.task is not None)
+        self._again.extend(self._open())
+        self._received = None
         for member in (*self._members.values(), *self._waiting):
             self._ray.kill(member.actor, no_restart=True)
         self._members.clear()
