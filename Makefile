@@ -48,7 +48,8 @@ lint: .venv/.installed
 
 # What starts servers, clusters and training runs.
 SERVICES := $(addprefix tests/,test_openenv_chat.py test_openenv_server.py test_openenv_hostile.py test_openenv_client.py \
-	test_openenv_batch.py test_openenv_workers.py test_web.py test_ray.py test_async_collection.py test_grpo_script.py \
+	test_openenv_batch.py test_openenv_workers.py test_web.py test_web_rollouts.py test_web_routes.py \
+	test_ray.py test_async_collection.py test_grpo_script.py \
 	test_recipes.py test_eval.py test_endpoint.py)
 # What the other targets run.
 ELSEWHERE := $(SERVICES) $(addprefix tests/,test_learning.py test_recipes_learning.py test_openenv_real.py test_vllm.py)

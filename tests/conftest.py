@@ -18,11 +18,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# The families that this version proves, each with its own tokenizer and template (see corpus/index.json).
 # A shell that runs the tests in the background has them ignore Ctrl-C, and with them the programs that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Real families, each with its own tokenizer and template (see corpus/index.json).
 CORPUS = (
     "lc_Qwen-Qwen2.5-7B-Instruct",
     "lc_meta-llama-Llama-3.1-8B-Instruct",
@@ -131,3 +131,37 @@ def tokenizer():
 def mode(request) -> str:
     """Every input mode in turn."""
     return request.param
+
+
+# ---------------------------------------------------------------------- the web page
+@pytest.fixture(scope="module")
+def browser():
+    from web_pages import chromium_browser
+
+    with chromium_browser() as started:
+        yield started
+
+
+@pytest.fixture
+def tab(browser):
+    from web_pages import tabs
+
+    with tabs(browser) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """The address of a server with chats and their page."""
+    from web_pages import chat_app, live
+
+    with live(chat_app()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory):
+    """A rollout file of 60 episodes."""
+    from web_pages import write_episodes
+
+    return write_episodes(tmp_path_factory.mktemp("rollouts") / "small.jsonl", 60)
