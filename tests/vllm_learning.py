@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from test_recipes import QUICK, jsonl, run_killed, same_run
-from test_recipes_learning import test_digits, test_two_turns_with_a_tool  # noqa: F401
+from test_recipes_learning import learns_the_tool, test_digits  # noqa: F401
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: run `make vllm`", exc_type=ImportError)
 
@@ -15,6 +15,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: run `make vllm`"
 @pytest.fixture
 def backend() -> str:
     return "vllm"
+
+
+def test_two_turns_with_a_tool(tmp_path):
+    learns_the_tool(tmp_path / "run", "grpo", "vllm")
 
 
 def test_kill_and_resume(tmp_path):
