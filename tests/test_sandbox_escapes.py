@@ -115,6 +115,13 @@ ATTACKS = {
     "3 GB of memory, in pieces": "x = []\ntry:\n    while len(x) < 3000: x.append(b'x' * (1 << 20))\nexcept MemoryError: n = len(x); x = None; print(n)\n"
     "else: print('BREACH')",
     "3 GB of memory, in many processes": "for _ in range(20):\n    if os.fork() == 0:\n        x = b'x' * (150 << 20); time.sleep(20); os._exit(0)\ntime.sleep(20)\nprint('BREACH')",
+    "3 GB of memory, in processes that hide": "attempt('dumpable', lambda: call("
+    + str(167 if ARM else 157)
+    + ", 4, 0, 0, 0, 0))\n"
+    "for _ in range(20):\n    if os.fork() == 0:\n        x = b'x' * (150 << 20); time.sleep(20); os._exit(0)\ntime.sleep(20)\nprint('BREACH')",
+    "3 GB of memory, in programs that nobody may read": "import shutil\nshutil.copy(os.path.realpath(sys.executable), 'p'); os.chmod('p', 0o111)\n"
+    "for _ in range(20): subprocess.Popen(['./p', '-I', '-S', '-c', \"x = b'x' * (150 << 20); import time; time.sleep(20)\"], "
+    "env={'PYTHONHOME': sys.base_prefix})\ntime.sleep(20)\nprint('BREACH')",
     "memory files": "attempt('memfd', os.memfd_create, 'x')\n" + raw("memfd_secret", 447, 447, 0),
     "1 GB of output": "x = b'x' * (1 << 20)\nfor _ in range(1024): os.write(1, x)\nprint('BREACH')",
     "a busy loop that ignores signals": "for s in range(1, 65):\n    try: "
@@ -236,6 +243,8 @@ ATTACKS = {
 ENDS = {
     "a fork bomb without end": {"timeout", "memory"},
     "3 GB of memory, in many processes": {"memory"},
+    "3 GB of memory, in processes that hide": {"memory"},
+    "3 GB of memory, in programs that nobody may read": {"memory"},
     "1 GB of output": {"output"},
     "a busy loop that ignores signals": {"timeout"},
     "a busy loop in C": {"timeout"},

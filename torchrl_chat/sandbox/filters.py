@@ -23,8 +23,8 @@ _NAMESPACES = (
 )
 # isatty and the size of a terminal, bytes to read, close-on-exec, blocking; none that a device driver would answer.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451, 0x5421)
-# Death signal, dumpable, thread names, capabilities and no-new-privileges (to read), names of memory areas.
-_PRCTLS = (1, 2, 3, 4, 15, 16, 21, 23, 39, 0x53564D41)
+# Death signal, thread names; to read: dumpable, capabilities, no-new-privileges; names of memory areas.
+_PRCTLS = (1, 2, 3, 15, 16, 21, 23, 39, 0x53564D41)
 _AF_UNIX = 1
 _MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
 _PRIO_PROCESS = 0

@@ -204,8 +204,11 @@ def _show_parents(path: str) -> None:
             os.mkdir(at, 0o755)
 
 
-def new_sandbox(settings: Settings) -> None:
+def new_sandbox(settings: Settings) -> int:
     """In the first process of a new PID namespace: everything else of its own.
+
+    Returns:
+        a view of all its processes, see :func:`own_mounts`.
 
     Raises:
         Missing: the kernel refused.
@@ -213,11 +216,15 @@ def new_sandbox(settings: Settings) -> None:
     with step("mount, network, IPC, UTS and cgroup namespaces", _USER_HINT):
         kernel.unshare(_SHARED)
         kernel.set_hostname(b"sandbox")
-    own_mounts(settings)
+    return own_mounts(settings)
 
 
-def own_mounts(settings: Settings) -> None:
+def own_mounts(settings: Settings) -> int:
     """In the first process of a new PID namespace: a scratch folder, and a /proc with its processes and nothing else.
+
+    Returns:
+        a descriptor of a second /proc, that stands nowhere: it shows every process. The one in the sandbox hides whatever
+        makes itself unreadable (``PR_SET_DUMPABLE``, a program without read permission), from those who count, too.
 
     Raises:
         Missing: the kernel refused.
@@ -227,8 +234,12 @@ def own_mounts(settings: Settings) -> None:
         flags = kernel.MS_NOSUID | kernel.MS_NODEV
         kernel.mount("tmpfs", "/tmp", "tmpfs", flags, f"size={settings.scratch},nr_inodes={inodes},mode=1777")
     with step("a /proc of its own", _MOUNT_HINT):
+        kernel.mount("proc", "/tmp", "proc", _QUIET, "subset=pid")
+        every = os.open("/tmp", os.O_RDONLY | os.O_DIRECTORY)
+        kernel.unmount("/tmp")
         kernel.mount("proc", "/proc", "proc", _QUIET, "subset=pid,hidepid=invisible")
     os.chdir("/tmp")
+    return every
 
 
 def close_all(keep: Iterable[int]) -> None:

@@ -39,11 +39,12 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
     null = os.open("/dev/null", os.O_RDWR)
     jail.close_all([null, fds[2], fds[3], fds[0], fds[1]])
     status = socket.socket(fileno=4)
+    every = -1
     try:
         if settings.isolation == "namespaces":
-            jail.new_sandbox(settings)
+            every = jail.new_sandbox(settings)
         elif isolated:
-            jail.own_mounts(settings)  # bwrap's have no limit on files, and show more of the machine
+            every = jail.own_mounts(settings)  # bwrap's have no limit on files, and show more of the machine
         go, ready = os.pipe()
         pid = os.fork()
     except OSError as error:
@@ -52,6 +53,8 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
     if pid == 0:
         status.detach()
         os.close(ready)
+        if every >= 0:
+            os.close(every)
         _start(settings, root, program, go)
     for fd in (1, 2, 3, go):
         os.close(fd)
@@ -62,7 +65,7 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
         _drop(root)
     os.write(ready, b"g")
     os.close(ready)
-    _watch(status, pid, settings, isolated)
+    _watch(status, pid, settings, _Processes(every) if isolated else None)
 
 
 def _drop(root: bool) -> None:
@@ -113,8 +116,8 @@ def _say(status: socket.socket, **message: Any) -> None:
         status.send(json.dumps(message).encode())
 
 
-def _watch(status: socket.socket, pid: int, settings: Settings, isolated: bool) -> None:
-    """Obey the caller until the interpreter ends or has to."""
+def _watch(status: socket.socket, pid: int, settings: Settings, processes: _Processes | None) -> None:
+    """Obey the caller until the interpreter ends or has to; without isolation there are no processes to count."""
     bell, ring = os.pipe()
     os.set_blocking(ring, False)
     signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
@@ -122,7 +125,8 @@ def _watch(status: socket.socket, pid: int, settings: Settings, isolated: bool) 
     poll = select.poll()
     poll.register(status, select.POLLIN)
     poll.register(bell, select.POLLIN)
-    running, before, end, clock = False, 0.0, None, _Clock()
+    running, before, end, isolated = False, 0.0, None, processes is not None
+    clock = _Clock(processes) if processes is not None else None
     while end is None:
         ready = dict(poll.poll(_TICK * 1000 if running and isolated else None))
         if bell in ready:
@@ -135,16 +139,16 @@ def _watch(status: socket.socket, pid: int, settings: Settings, isolated: bool) 
             if not orders:
                 break
             if orders == wire.RUN:
-                running, before = True, clock.seconds() if isolated else 0.0
+                running, before = True, clock.seconds() if clock is not None else 0.0
                 _signal(signal.SIGCONT, pid, isolated)
             else:
                 running = False
                 _signal(signal.SIGSTOP, pid, isolated)
         end = _reap(pid)
-        if end is None and running and isolated:
+        if end is None and running and processes is not None and clock is not None:
             if settings.cpu is not None and clock.seconds() - before > settings.cpu:
                 end = {"stopped": "cpu"}
-            elif _memory(settings.memory + _OWN):
+            elif _memory(processes, settings.memory + _OWN):
                 end = {"stopped": "memory"}
     _signal(signal.SIGKILL, pid, isolated)
     with contextlib.suppress(ChildProcessError):
@@ -183,8 +187,24 @@ def _reap(pid: int) -> dict[str, Any] | None:
 _ENDED = (FileNotFoundError, ProcessLookupError, ValueError, IndexError)
 
 
-def _processes() -> list[str]:
-    return [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+class _Processes:
+    """What the kernel tells of the sandbox's processes, the keeper's own left out.
+
+    Args:
+        proc: a descriptor of a /proc that hides none of them.
+    """
+
+    def __init__(self, proc: int) -> None:
+        self._proc = proc
+
+    def names(self) -> list[str]:
+        """Their numbers, as names."""
+        return [name for name in os.listdir(self._proc) if name.isdigit() and name != "1"]
+
+    def read(self, name: str, file: str) -> str:
+        """A file of one of them."""
+        with open(f"{name}/{file}", opener=lambda path, flags: os.open(path, flags, dir_fd=self._proc)) as opened:
+            return opened.read()
 
 
 class _Clock:
@@ -194,7 +214,8 @@ class _Clock:
     none: their last figures are kept here. Those that were never seen, because they lived for less than a tick, are missed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: _Processes) -> None:
+        self._processes = processes
         self._last: dict[str, int] = {}
         self._ended = 0
 
@@ -202,9 +223,9 @@ class _Clock:
         """So far."""
         waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
         own, all_told, last = 0, 0, {}
-        for name in _processes():
-            with contextlib.suppress(*_ENDED), open(f"/proc/{name}/stat") as file:
-                times = list(map(int, file.read().rpartition(")")[2].split()[11:15]))
+        for name in self._processes.names():
+            with contextlib.suppress(*_ENDED):
+                times = list(map(int, self._processes.read(name, "stat").rpartition(")")[2].split()[11:15]))
                 last[name] = times[0] + times[1]
                 own += last[name]
                 all_told += sum(times)
@@ -216,24 +237,23 @@ class _Clock:
         return max(waited_for.ru_utime + waited_for.ru_stime + all_told / _HERTZ, seen)
 
 
-def _memory(limit: int) -> bool:
+def _memory(processes: _Processes, limit: int) -> bool:
     """Whether all processes together have more than ``limit`` bytes; pages that they share count once."""
-    total, names = 0, _processes()
-    for name in names:
-        with contextlib.suppress(*_ENDED), open(f"/proc/{name}/statm") as file:
-            total += int(file.read().split()[1]) * _PAGE
-    if total <= limit:
+    resident: dict[str, int] = {}
+    for name in processes.names():
+        with contextlib.suppress(*_ENDED):
+            resident[name] = int(processes.read(name, "statm").split()[1]) * _PAGE
+    if sum(resident.values()) <= limit:
         return False
-    total = 0
-    for name in names:
-        size = 0
-        try:
-            with open(f"/proc/{name}/smaps_rollup") as file:
-                for line in file:
-                    if line.startswith("Pss:"):
-                        size = int(line.split()[1]) << 10
-        except (PermissionError, *_ENDED):  # it hides, or is ending
-            with contextlib.suppress(*_ENDED), open(f"/proc/{name}/statm") as file:
-                size = int(file.read().split()[1]) * _PAGE
-        total += size
-    return total > limit
+    return sum(_share(processes, name, size) for name, size in resident.items()) > limit
+
+
+def _share(processes: _Processes, name: str, resident: int) -> int:
+    """A process's part of the memory that it has, in bytes: all of it, where it does not let that be read."""
+    try:
+        for line in processes.read(name, "smaps_rollup").splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    except (PermissionError, *_ENDED):
+        pass
+    return resident
