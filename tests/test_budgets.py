@@ -15,7 +15,7 @@ from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, RewardTransform, columns
 from torchrl_chat.rewards import Verdict
-from torchrl_chat.transforms import Budget, StopReason
+from torchrl_chat.transforms import AddThinkingPrompt, Budget, StopReason
 from torchrl_chat.transforms import budgets as module
 
 
@@ -268,3 +268,38 @@ def test_the_policy_keeps_to_what_is_left():
     assert max(counts) <= 5
     assert all(r in ("stop", "length") for r in td["finish_reason"])
     env.step(td)
+
+
+class TestAnswersWrittenAnew:
+    """An edited answer stays one message: its turns are counted all the same."""
+
+    def env(self, mode, most=9, **limits):
+        env = ChatEnv(tokenizer=bpe_tokenizer(), input_mode=mode, batch_size=(1,))
+        again = AddThinkingPrompt(lambda row: ledgers(row.unsqueeze(0))[0].turns <= most, prompt="But wait.")
+        env = env.append_transform(again)
+        return env.append_transform(Budget(**limits))
+
+    @pytest.mark.parametrize("turns", [1, 3])
+    def test_turns(self, mode, turns):
+        env = self.env(mode, max_turns=turns)
+        td = env.reset(TensorDict(query=["2 + 2?"], batch_size=(1,)))
+        for turn in range(1, turns + 1):
+            td = answer(env, td, [(5, True)])
+            assert reasons(td["next"]) == [R.MAX_TURNS if turn == turns else R.RUNNING]
+            assert ledgers(td["next"])[0].turns == turn
+            td = env.step_mdp(td)
+
+    def test_a_cut_is_seen_in_what_was_sampled_last(self, mode):
+        env = self.env(mode, most=1, max_turn_tokens=6, end_on_cut=True)
+        td = env.reset(TensorDict(query=["2 + 2?"], batch_size=(1,)))
+        td = answer(env, td, [(5, True)])
+        assert reasons(td["next"]) == [R.RUNNING]
+        td = answer(env, env.step_mdp(td), [(9, False)])
+        assert reasons(td["next"]) == [R.MAX_TURN_TOKENS]
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_turn_tokens", "max_context"])
+def test_without_a_tokenizer_tokens_cannot_be_limited(limit):
+    env = ChatEnv(input_mode="history", batch_size=(1,)).append_transform(Budget(max_turns=2, **{limit: 3}))
+    with pytest.raises(TypeError, match=f"{limit} count tokens"):
+        env.reset(TensorDict(query=["2 + 2?"], batch_size=(1,)))

@@ -357,3 +357,23 @@ def test_the_mask_is_what_the_markers_mark(marked, turns, system):
 
 def piecewise(tokenizer):
     return lambda ids: [tokenizer.decode([i]) for i in ids]
+
+
+# ---------------------------------------------------------------------- calls
+ADD = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "s": {"type": "string"}}}},
+}  # fmt: skip
+# Templates that write the calls of past turns in another form than the one that they ask for, or none at all.
+NOT_WRITTEN = {"lc_Kimi-K2-Instruct", "lc_Kimi-K2-Thinking", "lc_llama-cpp-deepseek-r1", "ax_falcon_h1"}
+
+
+def test_a_call_as_the_model_is_to_write_it(name):
+    """What a model is shown as a call, whatever the format, is read as that call and nothing else."""
+    template = ChatTemplate(corpus_tokenizer(name), tools=[ADD])
+    written = template.call_text("add", {"a": 1, "s": "x"})
+    if written is None:
+        assert name in NOT_WRITTEN or "tool_calls" not in template.renderer.source
+        return
+    [found] = template.parser.parse(written).calls
+    assert (found.name, found.arguments, found.span) == ("add", {"a": 1, "s": "x"}, (0, len(written)))

@@ -556,3 +556,16 @@ def test_it_knows_neither_torch_nor_chat():
 def test_text_of_a_result():
     result = Result("error", stdout="a\n", stderr="b", value=None, error="E", truncated=True, notice="N")
     assert result.text == "N\na\nb\n[the output was too long: the rest was left out]\nE"
+
+
+def test_a_sandbox_that_died_unused_is_not_handed_out():
+    """Made ahead of need, they are the first to go where the machine runs out of memory."""
+    with Sandbox(ahead=2) as small:
+        small.run("")
+        warden = small.warden()
+        for process in list(warden._idle):
+            warden.kill(process)
+        end = time.monotonic() + 10
+        while any(process.unused() for process in warden._idle) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert [small.run("6 * 7").value for _ in range(3)] == ["42"] * 3

@@ -13,7 +13,9 @@ from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, columns
 from torchrl_chat.sandbox import Sandbox, SandboxError
-from torchrl_chat.tools import Toolbox
+from torchrl_chat.templates.bridge import BridgeError
+from torchrl_chat.tools import PythonTool, Toolbox
+from torchrl_chat.tools.python import fenced_code
 from torchrl_chat.transforms import Budget, PythonInterpreter, StopReason, ToolExecutor
 
 HERMES = "lc_Qwen-Qwen2.5-7B-Instruct"  # a real template with tools
@@ -304,3 +306,108 @@ class TestPythonInterpreter:
         env = DatasetChatEnv(dataset=[{"query": "a"}], tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=2)
         env = env.append_transform(PythonInterpreter(box)).append_transform(Budget(max_turns=2))
         check_env_specs(env, break_when_any_done="both")
+
+
+# ---------------------------------------------------------------------- what a model can mend
+@pytest.mark.parametrize("name", [HERMES, "lc_Qwen3-Coder", "lc_GLM-4.6"])
+def test_who_does_as_the_answer_says_is_understood(name):
+    toolbox = Toolbox([add])
+    env = ChatEnv(
+        tokenizer=corpus_tokenizer(name),
+        input_mode="text",
+        batch_size=(1,),
+        template_kwargs={"tools": toolbox.schemas},
+    ).append_transform(ToolExecutor(toolbox))
+    stop = env.base_env.tokenizer.decode(sorted(env.base_env.template.stop_ids)[-1:])
+    td = respond(env, start(env, "a"), ["<tool_call>\nadd("], stop)
+    [ledger] = ledgers(td["next"])
+    said = ledger.messages[-1]["content"]
+    assert "could not be read" in said
+    example = said.split("Write a call as:\n")[1].split("\nThe tool is")[0]
+    td = respond(env, env.step_mdp(td), [example], stop)
+    [ledger] = ledgers(td["next"])
+    assert td["next", "tool_errors"].item() == 0
+    assert ledger.messages[-1]["content"] == "2"  # 1 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("```python\nprint(1)\n```", [("print(1)", True)]),
+        ("Here:\n```py\na = 1\n```\nand\n```Python3 \nb\n```", [("a = 1", True), ("b", True)]),
+        ("```python\ns = 'use ``` here'\n```", [("s = 'use ``` here'", True)]),
+        ("````python\ns = '''\n```\n'''\n````", [("s = '''\n```\n'''", True)]),
+        ("- first\n  ```python\n  if 1:\n      print(1)\n  ```", [("if 1:\n    print(1)", True)]),
+        ("- ```python\n  print(1)\n  ```", [("print(1)", True)]),
+        ("~~~python\nprint(1)\n~~~", [("print(1)", True)]),
+        ('```python title="x"\nprint(1)\n```', [("print(1)", True)]),
+        ("```text\n```python\nprint(1)\n```", []),
+        ("```python\nprint(1)", [("print(1)", False)]),
+        ("```python\nprint(1)```", [("print(1)```", False)]),
+        ("```python\n\n```", []),
+        ("```\nprint(1)\n```", []),
+        ("`python` and ``` python", []),
+        ("```python\r\nprint(1)\r\n```\r\n", [("print(1)", True)]),
+    ],
+)
+def test_fences(text, found):
+    assert [tuple(block) for block in fenced_code(text)] == found
+
+
+def test_a_block_that_is_not_closed_is_said(mode):
+    with Sandbox(deadline=5) as box:
+        env = ChatEnv(tokenizer=bpe_tokenizer(), input_mode=mode, batch_size=(2,))
+        env = env.append_transform(PythonInterpreter(box))
+        stepped = respond(env, start(env, "a", "b"), ["```python\nprint(6 * 7)", "none"])["next"]
+    one, other = ledgers(stepped)
+    assert (one.messages[-1]["role"], "not closed" in one.messages[-1]["content"]) == ("tool", True)
+    assert other.messages[-1]["role"] == "assistant"
+    assert stepped["tool_calls"].flatten().tolist() == stepped["tool_errors"].flatten().tolist() == [1, 0]
+
+
+# ---------------------------------------------------------------------- what cannot be had, and what went wrong
+def test_without_isolation_nothing_begins():
+    """A model would learn that code never works; and is not the one to be advised about isolation."""
+    broken = Sandbox(preload=["no_such_module"])
+    env = ChatEnv(tokenizer=bpe_tokenizer(), input_mode="text", batch_size=(2,))
+    env = env.append_transform(PythonInterpreter(broken))
+    with pytest.raises(SandboxError, match="no_such_module"):
+        start(env, "a", "b")
+    with pytest.raises(SandboxError, match="no_such_module"):
+        Toolbox([PythonTool(broken)]).run([{"function": {"name": "python", "arguments": {"code": "1"}}}])
+
+
+def test_isolation_that_is_lost_later_costs_the_call(monkeypatch):
+    with Sandbox(deadline=5) as box:
+        tool = PythonTool(box)
+        toolbox = Toolbox([tool])
+        ask = [{"function": {"name": "python", "arguments": {"code": "6 * 7"}}}]
+        assert toolbox.run(ask)[0].content == "42"
+
+        def gone(*_):
+            raise SandboxError("cannot be had: use isolation='none'")
+
+        monkeypatch.setattr(tool, "_run", gone)
+        with pytest.warns(RuntimeWarning, match="use isolation"):
+            [result] = toolbox.run(ask)
+        assert result.content == "Error: the interpreter cannot be had now; nothing was run."
+        toolbox.close()
+
+
+def test_why_a_row_ended_stays_there(mode, monkeypatch):
+    env = TestToolExecutor().env(mode, 2)
+    td, whole = start(env, "a", "b"), ChatEnv.append_messages
+
+    def refused(self, td, rows, errors=None):
+        if rows[0] is None:
+            return whole(self, td, rows, errors=errors)
+        errors[0] = BridgeError("cannot")
+        return whole(self, td, [None, *rows[1:]], errors={})
+
+    monkeypatch.setattr(ChatEnv, "append_messages", refused)
+    td = respond(env, td, [call("add", '{"a": 1, "b": 2}'), "fine"])
+    assert td["next", "done"].flatten().tolist() == [True, False]
+    td = env.step_mdp(td)
+    td["_step"] = ~td["done"].reshape(2)
+    td = respond(env, whole(env.base_env, td, [None, "and?"]), ["", "fine"])
+    assert columns.read_objects(td["next", "tool_failure"], env.batch_size) == ["BridgeError: cannot", ""]

@@ -110,7 +110,7 @@ def episodes(
             "cut": transcript.ended is False,
             "error": of["policy_error"] or None,
             "prompt_differs": of["prompt_differs"],
-            "turns": len(transcript.spans),
+            "turns": transcript.turns,
             "sampled_tokens": transcript.total_sampled,
             "total_tokens": len(transcript),
         }

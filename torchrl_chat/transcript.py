@@ -88,6 +88,7 @@ class Transcript:
         spans: where the sampled answers stand in the tokens, one :class:`Span` an answer.
         branches: the sequences that were left for another one, oldest first; empty unless the template
             rewrote the past.
+        turns: how many answers the policy gave, an answer that it wrote anew counting again.
         open: where the last message begins in the tokens, if the policy is to go on with it instead of beginning one;
             ``None`` elsewhere.
         course: what proofs need to know of all the messages, so that no turn looks at them all again.
@@ -117,6 +118,7 @@ class Transcript:
         "spans",
         "stop",
         "text",
+        "turns",
     )
 
     def __init__(
@@ -135,6 +137,7 @@ class Transcript:
         spans: tuple[Span, ...] = (),
         branches: tuple[Branch, ...] = (),
         open_at: int | None = None,
+        turns: int = 0,
     ):
         self._tape = tape
         self._length = length
@@ -149,6 +152,7 @@ class Transcript:
         self.spans = spans
         self.branches = branches
         self.open = open_at
+        self.turns = turns
         self.course = Course.of(messages) if course is None else course
 
     # ------------------------------------------------------------------ reading
@@ -196,8 +200,17 @@ class Transcript:
         return (
             n == other._length
             and self.messages == other.messages
-            and (self.ended, self.closed, self.scored, self.text, self.answer, self.stop, self.open)
-            == (other.ended, other.closed, other.scored, other.text, other.answer, other.stop, other.open)
+            and (self.ended, self.closed, self.scored, self.text, self.answer, self.stop, self.open, self.turns)
+            == (
+                other.ended,
+                other.closed,
+                other.scored,
+                other.text,
+                other.answer,
+                other.stop,
+                other.open,
+                other.turns,
+            )
             and all(
                 np.array_equal(mine[:n], theirs[:n])
                 for mine, theirs in zip(self._tape.views(), other._tape.views(), strict=True)
@@ -276,6 +289,7 @@ class Transcript:
             stop,
             (*spans, Span(len(before), start, end, stop)),
             self.branches,
+            turns=self.turns + 1,
         )
 
     def begun(self, ids: Sequence[int], prefix: int, message: Message, text: str = "") -> Transcript:
@@ -338,6 +352,7 @@ class Transcript:
             None,
             self.spans,
             self.branches,
+            turns=self.turns,
         )
 
     def branched(self, ids: Sequence[int], spans: tuple[Span, ...], text: str | None = None) -> Transcript:
@@ -366,6 +381,7 @@ class Transcript:
             spans[-1].stop,
             spans,
             (*self.branches, finished),
+            turns=self.turns,
         )
 
     def adopted(self, ids: torch.Tensor) -> Transcript:
@@ -389,7 +405,7 @@ class Transcript:
             self.stop,
         )
         spans = tuple(span for span in self.spans if span.end <= keep)
-        kept = Transcript(self._tape, keep, *state, spans, self.branches)
+        kept = Transcript(self._tape, keep, *state, spans, self.branches, turns=self.turns)
         return kept.appended(ids[keep:].tolist(), ())
 
     def _room(self, count: int) -> _Tape:
@@ -415,7 +431,7 @@ class Transcript:
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = tuple(view[: self._length].copy() for view in self._tape.views())
         state = (self.ended, self.closed, self.scored, self.text, self.answer, None, self.course, self.stop)
-        return _restore, (arrays, self.messages, *state, self.spans, self.branches, self.open)
+        return _restore, (arrays, self.messages, *state, self.spans, self.branches, self.open, self.turns)
 
 
 def _restore(arrays: tuple[np.ndarray, ...], messages: tuple[Message, ...], *state: Any) -> Transcript:

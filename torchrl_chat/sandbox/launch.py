@@ -40,6 +40,16 @@ class Process:
         self.buffer = bytearray()
         self.open = True
 
+    def unused(self) -> bool:
+        """Whether it is there, for one that nothing has run in yet: its keeper speaks only when it ends."""
+        try:
+            self.status.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def close(self) -> None:
         """Let go of it; its keeper ends it then."""
         if self.open:
@@ -117,10 +127,16 @@ class Warden:
         Raises:
             SandboxError: as :meth:`launch`.
         """
-        try:
-            process = self._idle.popleft()
-        except IndexError:
-            process = self.launch()
+        process = None
+        while process is None:
+            try:
+                process = self._idle.popleft()
+            except IndexError:
+                process = self.launch()
+            else:
+                if not process.unused():  # the first to go where the machine runs out of memory
+                    process.close()
+                    process = None
         while len(self._idle) < ahead:
             self._idle.append(self.launch())
         return process

@@ -42,7 +42,7 @@ class Result:
     seconds: float = 0.0
     """Wall time from when the sandbox was ready."""
     truncated: bool = False
-    """Whether some of its output is not here."""
+    """Whether some of what it wrote is not here. A value that is too long is cut, with a note where."""
     exit_status: int | None = None
     """The exit status, as a shell would see it; ``None`` where the process was killed."""
     notice: str = ""

@@ -139,6 +139,11 @@ class Sandbox:
         self.run("", 60.0)
         return self
 
+    @property
+    def running(self) -> bool:
+        """Whether its processes have been started, and live."""
+        return self._owner == os.getpid() and self._warden is not None and self._warden.alive()
+
     def warden(self) -> Warden:
         """The process that makes sandboxes; started if there is none."""
         if self._owner != os.getpid():  # in a forked copy of the caller

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
@@ -331,6 +331,37 @@ class ChatTemplate:
                 reasoning already. Without them the template's usual generation prompt does.
         """
         return self._reader.read(sampled, courses, finish_reasons, prompts)
+
+    def call_text(self, name: str, arguments: Mapping[str, Any]) -> str | None:
+        """A tool call as the model is to write it: as the template writes it, and as :meth:`parse_batch` reads it back.
+
+        Returns:
+            the text, without the turn around it; ``None`` where the template has no way to write one that is read here.
+
+        Example:
+            >>> template = ChatTemplate(tokenizer, tools=toolbox.schemas)  # Qwen3's
+            >>> template.call_text("add", {"a": 1})  # doctest: +SKIP
+            '<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>'
+        """
+        function = {"name": name, "arguments": dict(arguments)}
+        call = {"id": "call00000", "type": "function", "function": function}
+        question: Message = {"role": "user", "content": "?"}
+        answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            before, opened = (self.renderer.text([question], generation) for generation in (False, True))
+            written = self.renderer.text([question, answer], False)
+        except ChatTemplateError:
+            return None
+        for start in (opened, before):
+            if not written.startswith(start):
+                continue
+            ids = self.codec.encode([written[len(start) :]])[0]
+            end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+            text = self.codec.decode([ids[:end]])[0]
+            for found in self.parser.parse(text).calls:
+                if found.name == name and found.arguments == function["arguments"]:
+                    return text[slice(*found.span)].strip()
+        return None
 
     # ------------------------------------------------------------------ what is proved
     @property

@@ -87,6 +87,9 @@ class ToolBase:
         """
         raise NotImplementedError
 
+    def start(self) -> None:
+        """Start what is needed, or raise what stands in the way; called before the first call, and at every reset."""
+
     def end(self, conversation: Hashable) -> None:
         """Let go of what is kept for a conversation, which is over."""
 

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat._loop import LoopThread
@@ -123,9 +123,13 @@ class MCPTools:
 
     def end(self, conversation: Hashable) -> None:
         """Close the session of a conversation that is over."""
-        sessions = self._sessions
+        self.end_all([conversation])
+
+    def end_all(self, conversations: Iterable[Hashable]) -> None:
+        """Close the sessions of conversations that are over, all at once: a server may take seconds to go."""
+        sessions, over = self._sessions, list(conversations)
         if sessions is not None and sessions.loop.alive:
-            sessions.run(lambda sessions: sessions.end(conversation))
+            sessions.run(lambda sessions: sessions.end(over))
 
     def close(self) -> None:
         """Close all sessions, and end the processes that were started; opened anew if used again."""
@@ -285,11 +289,14 @@ class _Sessions:
             raise ToolError(text)
         return text
 
-    async def end(self, conversation: Hashable) -> None:
-        self._seen.pop(conversation, None)
-        slot = self._slots.pop(conversation, None) if self.per_conversation else None
-        if slot is not None and slot.link is not None:
-            await slot.link.close()
+    async def end(self, conversations: Sequence[Hashable]) -> None:
+        links = []
+        for conversation in conversations:
+            self._seen.pop(conversation, None)
+            slot = self._slots.pop(conversation, None) if self.per_conversation else None
+            if slot is not None and slot.link is not None:
+                links.append(slot.link)
+        await asyncio.gather(*(link.close() for link in links))
 
     async def close(self) -> None:
         links = [slot.link for slot in self._slots.values() if slot.link is not None]

@@ -154,6 +154,39 @@ def unknown_text(name: str, names: Collection[str]) -> str:
     return f"Error: there is no tool {_short(name)!r}{hint} The tools are: {', '.join(names) or '(none)'}."
 
 
+def example_arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the right types, to show how a call is written: those that a tool needs, or all where it needs none.
+
+    Args:
+        parameters: the tool's JSON schema.
+
+    Example:
+        >>> example_arguments({"properties": {"a": {"type": "integer"}, "b": {}}, "required": ["a"]})
+        {'a': 1}
+    """
+    known = parameters.get("properties") or {}
+    names = [name for name in known if name in (parameters.get("required") or known)]
+    return {name: _example(known[name]) for name in names}
+
+
+def _example(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return "..."
+    if schema.get("enum"):
+        return schema["enum"][0]
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    by_kind: dict[Any, Any] = {
+        "integer": 1,
+        "number": 1.5,
+        "boolean": True,
+        "array": [],
+        "object": {},
+        "null": None,
+    }
+    return by_kind.get(kind, "...")
+
+
 _WRONG = {
     "unclosed": "it is not closed: the text ends, or the next call begins, before its end",
     "missing_name": "it names no tool",

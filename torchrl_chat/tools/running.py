@@ -1,7 +1,7 @@
 """The execution of one tool call under a deadline, wherever it belongs: in a thread, or on an event loop.
 
 Law of this file: a call that does not end costs nobody else anything. It is given up at its deadline, and what could
-not be stopped is known, counted, and never more than ``max_stuck``.
+not be stopped is known, counted, and of no tool more than ``max_stuck``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Runner:
         workers: how many functions run at once.
         concurrency: how many coroutines run at once.
         limit: characters of a result.
-        max_stuck: how many calls that were given up may still be running; with more, functions are refused.
+        max_stuck: how many calls of one tool that were given up may still be running; with more, it is refused.
     """
 
     def __init__(self, workers: int, concurrency: int, limit: int, max_stuck: int):
@@ -53,14 +53,14 @@ class Runner:
         self._coroutines: LoopThread | None = None
         self._threads = asyncio.Semaphore(workers)
         self._awaited = asyncio.Semaphore(concurrency)
-        self._stuck: set[Future[Any]] = set()
+        self._stuck: dict[str, set[Future[Any]]] = {}  # by the tool's name
         self._stuck_of: dict[Hashable, Future[Any]] = {}
         self._lock = threading.Lock()
 
     @property
     def stuck(self) -> int:
         """How many calls that were given up are still running."""
-        return len(self._stuck)
+        return sum(map(len, self._stuck.values()))
 
     def close(self) -> None:
         """End the loops and the idle threads."""
@@ -87,8 +87,9 @@ class Runner:
     async def _function(
         self, tool: ToolBase, arguments: dict[str, Any], conversation: Hashable, deadline: float
     ) -> Run:
-        if self.stuck >= self.max_stuck:
-            text = f"Error: {tool.name} is out of order: {self.stuck} earlier calls are still running."
+        stuck = len(self._stuck.get(tool.name, ()))
+        if stuck >= self.max_stuck:
+            text = f"Error: {tool.name} is out of order: {stuck} earlier calls of it are still running."
             return Run(ToolStatus.ERROR, text)
         own = tool.keeps_deadline
         job = self._crew.start(lambda: self._settled(lambda: tool.call(arguments, conversation, deadline)))
@@ -116,13 +117,13 @@ class Runner:
 
     def _give_up(self, job: Future[Any], tool: ToolBase, conversation: Hashable) -> None:
         with self._lock:
-            self._stuck.add(job)
+            self._stuck.setdefault(tool.name, set()).add(job)
             if tool.per_conversation:
                 self._stuck_of[conversation] = job
 
         def ended(job: Future[Any]) -> None:
             with self._lock:
-                self._stuck.discard(job)
+                self._stuck[tool.name].discard(job)
                 if tool.per_conversation and self._stuck_of.get(conversation) is job:
                     del self._stuck_of[conversation]
 

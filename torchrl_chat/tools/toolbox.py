@@ -7,6 +7,7 @@ lost, and none waits for it beyond its deadline.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import threading
 import warnings
@@ -23,6 +24,7 @@ from torchrl_chat.tools.results import (
     clean,
     cut,
     error_text,
+    example_arguments,
     malformed_text,
     unknown_text,
 )
@@ -32,6 +34,9 @@ Calls: TypeAlias = Message | Sequence[Mapping[str, Any]] | None
 """The calls of one conversation: its assistant message, or a list of calls; ``None`` where there are none."""
 
 _CALL_FORMAT = '{"name": "<the tool\'s name>", "arguments": {"<argument>": <value>}}'
+
+WriteCall: TypeAlias = Callable[[str, dict[str, Any]], "str | None"]
+"""Writes a call of a tool, with these arguments, as the model is to write it; ``None`` where it cannot tell."""
 
 
 class Toolbox:
@@ -47,8 +52,10 @@ class Toolbox:
         max_result_chars: longer results are cut in the middle, with a note.
         workers: how many functions run at once.
         concurrency: how many coroutines run at once.
-        max_stuck: with more abandoned threads than this, functions are no longer run, but answered with an error.
-        call_format: an example of a call as the model is to write it, for the answers to malformed calls.
+        max_stuck: a tool with more abandoned threads than this is no longer run, but answered with an error.
+        call_format: an example of a call as the model is to write it, for the answers to malformed calls. Defaults to one
+            in the format of the conversation's own template, where :class:`~torchrl_chat.transforms.ToolExecutor` runs
+            the calls, else to JSON.
 
     Raises:
         ValueError: two tools have one name, or a limit is not positive.
@@ -68,10 +75,10 @@ class Toolbox:
         *,
         deadline: float = 30.0,
         max_result_chars: int = 20_000,
-        workers: int = 32,
+        workers: int = 256,
         concurrency: int = 1024,
-        max_stuck: int = 64,
-        call_format: str = _CALL_FORMAT,
+        max_stuck: int = 256,
+        call_format: str | None = None,
     ):
         limits = {"max_result_chars": max_result_chars, "workers": workers, "concurrency": concurrency}
         for name, value in {**limits, "max_stuck": max_stuck}.items():
@@ -134,12 +141,25 @@ class Toolbox:
         """How many calls that were given up are still running."""
         return self._runner.stuck if self._runner is not None else 0
 
+    def start(self) -> None:
+        """Start what the tools need, so that what cannot be had is known before a model is told of it.
+
+        Raises:
+            Exception: what a tool raises: :class:`~torchrl_chat.sandbox.SandboxError` where there is no isolation, say.
+        """
+        for group in self._keepers():
+            if hasattr(group, "start"):
+                group.start()
+
     def run(self, calls: Calls, conversation: Hashable = None) -> list[ToolResult]:
         """The answers to the calls of one conversation; see :meth:`run_batch`."""
         return self.run_batch([calls], None if conversation is None else [conversation])[0]
 
     def run_batch(
-        self, rows: Sequence[Calls], conversations: Sequence[Hashable] | None = None
+        self,
+        rows: Sequence[Calls],
+        conversations: Sequence[Hashable] | None = None,
+        write_call: WriteCall | None = None,
     ) -> list[list[ToolResult]]:
         """The answers to the calls of all rows, run at once.
 
@@ -147,6 +167,7 @@ class Toolbox:
             rows: for each conversation its assistant message (``tool_calls`` and ``invalid_tool_calls`` are read), a
                 list of calls, or ``None``. A call is ``{"id", "type": "function", "function": {"name", "arguments"}}``.
             conversations: for each row, the key of its conversation; needed if a tool keeps state for each of them.
+            write_call: writes the example of a call in the answers to malformed ones, if there is no ``call_format``.
 
         Returns:
             for each row an answer a call: those to well-formed calls in their order, then those to malformed ones.
@@ -173,7 +194,7 @@ class Toolbox:
                 def put(result: ToolResult, row: int = row, place: int = place) -> None:
                     answers[row][place] = result
 
-                job = self._read(call, malformed, place, key, put)
+                job = self._read(call, malformed, place, key, put, write_call)
                 if job is not None:
                     # Calls that share state wait for one another, all others for nothing.
                     chain = ("of", key) if job.tool.per_conversation else (row, place)
@@ -181,6 +202,7 @@ class Toolbox:
         if waiting:
             with self._lock:
                 if self._runner is None or not self._runner.loop.alive:  # never started, closed, or before a fork
+                    self.start()
                     self._runner = Runner(self.workers, self.concurrency, self.max_result_chars, self.max_stuck)
                 runner = self._runner
             runner.loop.run(self._all(runner, list(waiting.values())))
@@ -188,15 +210,22 @@ class Toolbox:
         self._report(results)
         return results
 
-    def end(self, conversation: Hashable) -> None:
-        """Let go of what the tools keep for a conversation that is over."""
+    def end(self, *conversations: Hashable) -> None:
+        """Let go of what the tools keep for conversations that are over."""
         for group in self._keepers():
-            try:
-                group.end(conversation)
-            except Exception as error:  # the others are still to be told
-                warnings.warn(
-                    f"ending {conversation!r:.60} in {group!r:.60}: {error}", RuntimeWarning, stacklevel=2
-                )
+            # Where each takes its time, a group ends all of them at once.
+            ends = (
+                [functools.partial(group.end_all, conversations)]
+                if hasattr(group, "end_all")
+                else [functools.partial(group.end, conversation) for conversation in conversations]
+            )
+            for end in ends:
+                try:
+                    end()
+                except Exception as error:  # the others are still to be told
+                    warnings.warn(
+                        f"ending {end.args[0]!r:.60} in {group!r:.60}: {error}", RuntimeWarning, stacklevel=2
+                    )
 
     def close(self) -> None:
         """Let go of everything: threads, loops, and what the tools hold. Used again, it starts anew."""
@@ -214,7 +243,13 @@ class Toolbox:
 
     # ------------------------------------------------------------------ one call
     def _read(
-        self, call: Any, malformed: bool, place: int, conversation: Hashable, put: Callable[[ToolResult], None]
+        self,
+        call: Any,
+        malformed: bool,
+        place: int,
+        conversation: Hashable,
+        put: Callable[[ToolResult], None],
+        write_call: WriteCall | None,
     ) -> _Job | None:
         """What is to be run for a call; ``None`` where it is answered at once."""
         function = call.get("function", call) if isinstance(call, Mapping) else {}
@@ -236,10 +271,10 @@ class Toolbox:
         tool = self.tools.get(name)
         if malformed and (not name or call.get("status") != "unknown_tool"):
             signature = tool.signature if tool is not None else None
-            refuse(ToolStatus.MALFORMED, malformed_text(call, self.call_format, signature))
+            refuse(ToolStatus.MALFORMED, malformed_text(call, self._format(tool, write_call), signature))
         elif not name:
             bad = {"status": "missing_name", "arguments": None}
-            refuse(ToolStatus.MALFORMED, malformed_text(bad, self.call_format))
+            refuse(ToolStatus.MALFORMED, malformed_text(bad, self._format(None, write_call)))
         elif tool is None:
             refuse(ToolStatus.UNKNOWN_TOOL, unknown_text(name, self.tools))
         else:
@@ -252,6 +287,14 @@ class Toolbox:
             except Exception as error:  # a dataclass's own check, say
                 refuse(ToolStatus.INVALID_ARGUMENTS, error_text(error))
         return None
+
+    def _format(self, tool: ToolBase | None, write_call: WriteCall | None) -> str:
+        """An example of a call: of this tool, or else of the first."""
+        if self.call_format is not None:
+            return self.call_format
+        tool = tool or next(iter(self.tools.values()), None)
+        written = write_call(tool.name, example_arguments(tool.parameters)) if write_call and tool else None
+        return written or _CALL_FORMAT
 
     async def _all(self, runner: Runner, chains: list[list[_Job]]) -> None:
         async def one(chain: list[_Job]) -> None:

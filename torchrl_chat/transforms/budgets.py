@@ -39,9 +39,10 @@ class Budget(Transform):
     together: the policy reads what the tightest leaves.
 
     Args:
-        max_turns: answers in one episode.
-        max_turn_tokens: sampled tokens in one answer. An answer that is cut by it does not end the episode, unless
-            ``end_on_cut``.
+        max_turns: answers in one episode. An answer that the policy has to write anew
+            (:class:`~torchrl_chat.transforms.AddThinkingPrompt`) counts again.
+        max_turn_tokens: sampled tokens in one answer, counted afresh where it is written anew. An answer that is cut by it
+            does not end the episode, unless ``end_on_cut``.
         max_tokens: sampled tokens in one episode.
         max_context: tokens of the whole sequence, those that close the last turn included.
         max_tool_calls: tool calls of the policy in one episode, those that cannot be read included; the call beyond the
@@ -224,7 +225,7 @@ class Budget(Transform):
             return StopReason.MAX_TURN_TOKENS
         if left <= 0 or self._filled(transcript):
             return StopReason.CONTEXT_FULL
-        if self.max_turns is not None and len(transcript.spans) >= self.max_turns:
+        if self.max_turns is not None and transcript.turns >= self.max_turns:
             return StopReason.MAX_TURNS
         if started is not None and self.max_seconds is not None and self._seconds(started) >= self.max_seconds:
             return StopReason.MAX_TIME
@@ -232,7 +233,9 @@ class Budget(Transform):
 
     def _was_cut(self, transcript: Transcript) -> bool:
         span = transcript.spans[-1]
-        return not transcript.ended and span.end - span.start == self.max_turn_tokens
+        # Of an answer that was written anew, the beginning was sampled in an earlier sequence.
+        sampled = int(transcript.mask[span.start : span.end].sum())
+        return not transcript.ended and sampled == self.max_turn_tokens
 
     def _filled(self, transcript: Transcript) -> bool:
         """Whether the last answer was cut because the context was full."""
@@ -243,7 +246,21 @@ class Budget(Transform):
     def _allowed(self, transcripts: list[Transcript]) -> list[int]:
         """How many tokens the policy may sample in its next turn, by all budgets of the environment."""
         budgets = alike(self, Budget)
+        if self._env.template is None:
+            for budget in budgets:
+                budget._refuse_tokens()
         return [min(budget._tokens_left(transcript) for budget in budgets) for transcript in transcripts]
+
+    def _refuse_tokens(self) -> None:
+        """Raise where a limit in tokens was given."""
+        given = [
+            name for name in ("max_turn_tokens", "max_tokens", "max_context") if getattr(self, name) is not None
+        ]
+        if given:
+            raise TypeError(
+                f"Budget: {' and '.join(given)} count tokens, and this environment has no tokenizer: give it one "
+                f"(ChatEnv(tokenizer=...)), or limit max_turns or max_seconds."
+            )
 
     def _tokens_left(self, transcript: Transcript) -> int:
         """How many tokens the policy may sample in its next turn, by this budget."""
@@ -258,10 +275,10 @@ class Budget(Transform):
 
     def _closing(self, transcript: Transcript) -> int:
         """How many tokens the environment adds to close a turn that is cut: room for them is kept."""
-        template = self._env.template
-        if template is None:
-            raise TypeError("Budget: max_context counts tokens, and this environment has no tokenizer.")
-        closes = [template.close_of(transcript.course.shape, kind) for kind in (AnswerKind(), AnswerKind(1, False))]
+        closes = [
+            self._env.template.close_of(transcript.course.shape, kind)
+            for kind in (AnswerKind(), AnswerKind(1, False))
+        ]
         known = [close for close in closes if not isinstance(close, BridgeError)]
         return max((len(s.ids) for close in known for s in (close.cut, *close.stops.values())), default=0)
 

@@ -22,6 +22,9 @@ from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.home import alike, chat_env
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
+_NOT_CLOSED = (
+    "Error: the block of code is not closed, so nothing was run. A block ends with a line of ``` and nothing else."
+)
 
 
 class ToolExecutor(Transform):
@@ -30,11 +33,12 @@ class ToolExecutor(Transform):
     A row is answered where its last message has ``tool_calls`` or ``invalid_tool_calls`` (the environment parses them if
     it was given the tools: ``ChatEnv(template_kwargs={"tools": toolbox.schemas})``) and it is not done. Rows
     without a call are untouched. The results stand in messages of role ``tool``; where the chat template takes none
-    without a call (a malformed one), in a message of the user. Their tokens are never under the mask, and nothing
-    in them can begin a turn. Works in all input modes. Written, over the environment's batch size B:
+    without a call (a malformed one), in a message of the user. Their tokens are never under the mask, and control tokens
+    that they spell stay text. Works in all input modes. Written, over the environment's batch size B:
 
     - ``"tool_calls"``: int64 (\\*B, 1), the calls of this turn; ``"tool_errors"``: those that did not go well;
-    - ``"tool_failure"``: str (\\*B,), why a row's results could not be appended, which truncates it; empty elsewhere;
+    - ``"tool_failure"``: str (\\*B,), why a row's results could not be appended, which truncates it, and stays there while
+      the others go on; empty elsewhere;
     - ``"conversation"``: str (\\*B,), a key drawn at the reset, under which tools that keep state keep it. A conversation
       that is branched in two shares that state; it ends when the environment resets the row.
 
@@ -45,7 +49,8 @@ class ToolExecutor(Transform):
     ``max_tool_calls`` it keeps to: what is called beyond is not run.
 
     Args:
-        toolbox: a :class:`~torchrl_chat.tools.Toolbox`, or the tools for one.
+        toolbox: a :class:`~torchrl_chat.tools.Toolbox`, or the tools for one. What its tools cannot do without is started
+            at the reset, which raises where it cannot be had (the isolation of a sandbox, say).
         fallback_role: the role of results that the template takes from no tool; ``None`` to end the row instead.
 
     Example:
@@ -63,9 +68,10 @@ class ToolExecutor(Transform):
         self.toolbox = toolbox if isinstance(toolbox, Toolbox) else Toolbox(toolbox)
         self.fallback_role = fallback_role
         self._keys: dict[int, str] = {}  # to know what is over: no turn depends on it
+        self._written: dict[str, str | None] = {}  # a call of each tool, as the template writes it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_keys": {}}
+        return {**super().__getstate__(), "_keys": {}, "_written": {}}
 
     def close(self) -> None:
         """End what the tools hold: sessions, processes, connections. They start anew at the next step."""
@@ -75,6 +81,7 @@ class ToolExecutor(Transform):
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         batch, device = tensordict_reset.batch_size, tensordict_reset.device
         count = batch.numel()
+        self.toolbox.start()
         reset = tensordict.get("_reset", None)
         chosen = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
         if self._is_first:
@@ -96,13 +103,12 @@ class ToolExecutor(Transform):
         limits = [None] * len(keys) if left is None else left.reshape(len(keys)).tolist()
         done = next_tensordict.get("done", None)
         over = [False] * len(keys) if done is None else done.reshape(len(keys), -1).any(-1).tolist()
+        goes = columns.stepped(tensordict)
         calls = [
-            None if finished or not goes or transcript.ended is None else self._calls(transcript, limit)
-            for transcript, finished, goes, limit in zip(
-                transcripts, over, columns.stepped(tensordict), limits, strict=True
-            )
+            None if finished or not going or transcript.ended is None else self._calls(transcript, limit)
+            for transcript, finished, going, limit in zip(transcripts, over, goes, limits, strict=True)
         ]
-        results = self.toolbox.run_batch([_allowed(row) for row in calls], keys)
+        results = self.toolbox.run_batch([_allowed(row) for row in calls], keys, self._write_call)
         answers: list[list[Message] | None] = [None] * len(keys)
         counts, errors = [0] * len(keys), [0] * len(keys)
         for i, (row, found) in enumerate(zip(calls, results, strict=True)):
@@ -112,6 +118,9 @@ class ToolExecutor(Transform):
             errors[i] = row.count - sum(result.status is ToolStatus.OK for result in found)
             answers[i] = row.answer([result.message for result in found])
         following, failures = self._append(next_tensordict, transcripts, answers)
+        if not all(goes) and tensordict.get("tool_failure", None) is not None:  # the others stay as they are
+            before = columns.read_objects(tensordict.get("tool_failure"), batch)
+            failures = [new if going else old for new, going, old in zip(failures, goes, before, strict=True)]
         following.set("conversation", columns.objects(keys, batch, following.device))
         if not self._is_first:
             counts, errors, failures = self._with_earlier(following, counts, errors, failures)
@@ -167,6 +176,13 @@ class ToolExecutor(Transform):
         allowed = called if limit is None else called[:limit]
         return _Turn({**message, "tool_calls": allowed}, called[len(allowed) :], len(called) + len(malformed))
 
+    def _write_call(self, name: str, arguments: dict[str, Any]) -> str | None:
+        """A call as the environment's template writes it."""
+        template = chat_env(self).template
+        if name not in self._written:
+            self._written[name] = None if template is None else template.call_text(name, arguments)
+        return self._written[name]
+
     def _append(
         self, td: TensorDictBase, transcripts: list[Transcript], answers: list[list[Message] | None]
     ) -> tuple[TensorDictBase, list[str]]:
@@ -193,11 +209,10 @@ class ToolExecutor(Transform):
 
     def _begin(self, keys: dict[int, str]) -> None:
         """Let go of what tools keep for the conversations that stood in these rows before."""
-        for row, key in keys.items():
-            over = self._keys.get(row)
-            if over is not None:
-                self.toolbox.end(over)
-            self._keys[row] = key
+        over = [self._keys[row] for row in keys if row in self._keys]
+        if over:
+            self.toolbox.end(*over)
+        self._keys.update(keys)
 
     def _write(self, td: TensorDictBase, counts: list[int], errors: list[int], failures: list[str]) -> None:
         batch, device = td.batch_size, td.device
@@ -237,12 +252,13 @@ class PythonInterpreter(ToolExecutor):
     """Runs the Python code that the policy writes, in a sandbox: in fenced blocks, or as calls of the tool ``python``.
 
     An answer with one or more blocks fenced as ```` ```python ```` is answered with what they print; so is a call of the
-    tool, if the environment was given its schema (``template_kwargs={"tools": interpreter.toolbox.schemas}``). Rows run
-    at once, each with a deadline of its own; a row that hangs gets a message that says so.
+    tool, if the environment was given its schema (``template_kwargs={"tools": interpreter.toolbox.schemas}``). Where an
+    answer has both, the call is run and the blocks are not. A block that is not closed is not run, but answered with what is
+    wrong. Rows run at once, each with a deadline of its own; a row that hangs gets a message that says so.
 
     Args:
-        sandbox: where the code runs. Defaults to a :class:`~torchrl_chat.sandbox.Sandbox` with the strongest isolation,
-            which is an error where it cannot be had.
+        sandbox: where the code runs. Defaults to a :class:`~torchrl_chat.sandbox.Sandbox` with the strongest isolation.
+            Where its isolation cannot be had, the environment's reset raises ``SandboxError``.
         persistent: whether variables live on from turn to turn of one conversation.
         fenced: whether fenced blocks are run.
         role: the role of the messages that answer fenced code.
@@ -284,7 +300,9 @@ class PythonInterpreter(ToolExecutor):
             return None
         if limit is not None and limit <= 0:
             return _Fenced({"role": "assistant"}, self.role)
-        code = "\n\n".join(blocks)
+        if not blocks[-1].closed:
+            return _Fenced({"role": "assistant"}, self.role, _NOT_CLOSED)
+        code = "\n\n".join(block.code for block in blocks)
         call = {"id": "call00000", "type": "function", "function": {"name": "python", "arguments": {"code": code}}}
         return _Fenced({"role": "assistant", "tool_calls": [call]}, self.role)
 
@@ -292,11 +310,12 @@ class PythonInterpreter(ToolExecutor):
 class _Fenced(_Turn):
     """A turn with code that is no call: its answer answers none."""
 
-    def __init__(self, message: Message, role: str):
+    def __init__(self, message: Message, role: str, instead: str = _NO_CALLS_LEFT):
         super().__init__(message, (), 1)
         self.role = role
+        self.instead = instead
 
     def answer(self, messages: list[Message]) -> list[Message]:
         """One message with the output; or with why there is none."""
-        contents = [message["content"] for message in messages] or [_NO_CALLS_LEFT]
+        contents = [message["content"] for message in messages] or [self.instead]
         return [{"role": self.role, "content": content} for content in contents]
