@@ -6,8 +6,10 @@ Run as ``mcp_server.py stdio`` or ``mcp_server.py http PORT``.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import sys
+import time
 
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -73,6 +75,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "stdio":
         if "broken" in sys.argv:
             sys.exit("no such database")
+        if "slow" in sys.argv:
+            atexit.register(time.sleep, 2.0)
         server.run("stdio")
     else:
         server.run(

@@ -286,6 +286,14 @@ class TestServers:
         assert not any(map(alive, pids))
         assert int(ask(toolbox, "whoami", "a").content) not in pids  # used again, it starts anew
 
+    def test_those_that_take_long_to_end_end_at_once(self, make):
+        toolbox = make([*STDIO, "slow"], per_conversation=True, connect_timeout=60.0)
+        rows = [call("add", a=1, b=1)] * 4
+        assert {row[0].content for row in toolbox.run_batch(rows, list("abcd"))} == {"2"}
+        start = time.monotonic()
+        toolbox.end(*"abcd")
+        assert time.monotonic() - start < 6  # each takes two seconds to go
+
     def test_no_more_than_max_sessions(self, make):
         toolbox = make(STDIO, per_conversation=True, max_sessions=2)
         pids = [int(ask(toolbox, "whoami", key).content) for key in "abc"]
