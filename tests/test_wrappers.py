@@ -155,17 +155,55 @@ def test_lazy_stacks_and_single_rows():
     assert full[: len(td[1]["tokens"].prompt)].tolist() == td[1]["tokens"].prompt.tolist()
 
 
-def test_sampling_settings_of_the_model_are_switched_off():
-    model = episodes.model()
-    model.generation_config.top_k = 2
-    model.generation_config.repetition_penalty = 1.5
-    torch.manual_seed(0)
-    td = wrapper(model=model)(episodes.first(episodes.environment("tokens", 16)))
-    kinds = {int(row[0]) for row in rows(td, "tokens", "response")}
-    assert len(kinds) > 6, "top_k would leave few first tokens"
-    actor = TransformersPolicy(model, episodes.tokenizer(), temperature=TEMPERATURE)
-    dist = actor.get_dist(td)
-    assert dist.mask.any()
+SETTINGS = {
+    "do_sample": True,
+    "temperature": 0.3,
+    "top_k": 2,
+    "top_p": 0.5,
+    "min_p": 0.3,
+    "top_h": 0.4,
+    "typical_p": 0.4,
+    "epsilon_cutoff": 0.05,
+    "eta_cutoff": 0.05,
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "min_length": 100,
+    "min_new_tokens": 12,
+    "max_new_tokens": 3,
+    "max_time": 1e-6,
+    "stop_strings": ["a", "e"],
+    "suppress_tokens": [20, 21],
+    "begin_suppress_tokens": [22, 23],
+    "bad_words_ids": [[24], [25]],
+    "sequence_bias": [[[26], 9.0]],
+    "forced_eos_token_id": 27,
+    "exponential_decay_length_penalty": (2, 1.5),
+    "renormalize_logits": True,
+    "num_return_sequences": 2,
+}
+
+
+@pytest.mark.parametrize("generate_kwargs", [SAMPLE, {"max_new_tokens": 24}], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    "names", [["do_sample", "temperature", "top_k", "top_p", "repetition_penalty"], list(SETTINGS)]
+)
+def test_sampling_settings_of_the_model_are_switched_off(names, generate_kwargs):
+    """Whatever the model's generation config asks for, the same ids are sampled, with the same log-probs."""
+    found = []
+    for settings in ({}, {name: SETTINGS[name] for name in names}):
+        model = episodes.model()
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        before = model.generation_config.to_dict()
+        torch.manual_seed(0)
+        td = wrapper(model=model, generate_kwargs=generate_kwargs)(
+            episodes.first(episodes.environment("tokens", 16))
+        )
+        assert model.generation_config.to_dict() == before
+        found.append(
+            [[r.tolist() for r in rows(td, *key)] for key in (("tokens", "response"), ("log_probs", "full"))]
+        )
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +215,15 @@ def test_sampling_settings_of_the_model_are_switched_off():
         ({"generate_kwargs": {"top_k": 5}}, "top_k=5"),
         ({"generate_kwargs": {"top_p": 0.9}}, "top_p=0.9"),
         ({"generate_kwargs": {"num_beams": 4}}, "num_beams=4"),
+        ({"generate_kwargs": {"min_p": 0.1}}, "min_p=0.1.*Leave min_p out"),
+        ({"generate_kwargs": {"typical_p": 0.5}}, "typical_p=0.5"),
+        ({"generate_kwargs": {"suppress_tokens": [8]}}, r"suppress_tokens=\[8\]"),
+        ({"generate_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat_ngram_size=2"),
+        ({"generate_kwargs": {"num_return_sequences": 4}}, "num_return_sequences=4.*repeats="),
+        ({"generate_kwargs": {"n": 4}}, "n=4.*repeats="),
+        ({"generate_kwargs": {"seed": 1}}, "seed=1.*leave it out"),
+        ({"generate_kwargs": {"max_token": 5}}, "max_token=5.*Known are max_new_tokens"),
+        ({"generate_kwargs": {"do_sample": True, "temperature": 0}}, "do_sample=True and temperature=0"),
     ],
 )
 def test_refused(options, message):

@@ -11,9 +11,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import LogProbs
+from transformers import GenerationConfig
 
 from torchrl_chat.policies.vllm import check_log_probs_mode, sampled, sampling_params, vocabulary_bias
-from torchrl_chat.policies.wrapping import NEUTRAL, Answers, LedgerWrapper
+from torchrl_chat.policies.wrapping import LedgerWrapper, Sampled
 from torchrl_chat.policies.writing import container
 from torchrl_chat.sampling import left_padded
 
@@ -34,16 +35,20 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
     - torchrl's own chat templates in place of the tokenizer's: none is used here.
 
     Refused, since they cannot be mended here: ``pad_output``, packing (``pad_model_input=False``, not causal), ``num_samples``
-    and ``batching``, and sampling that the loss cannot see (``top_k``, ``top_p``, penalties, beams); those that the
-    model's own generation config asks for are switched off.
+    and ``batching``, sampling that the loss cannot see (``top_k``, ``top_p``, penalties, beams ...), and settings that are
+    not known. The model's own generation config is not read, but for its ``eos_token_id``: whatever it asks for is
+    switched off.
 
     Args:
         model: a transformers causal language model.
 
     Keyword Args:
-        options: as of ``TransformersWrapper``; ``tokenizer`` is needed. ``generate_kwargs`` takes ``max_new_tokens``,
-            ``do_sample``, ``temperature``, ``eos_token_id`` (by default what ends an answer for
-            :class:`~torchrl_chat.TransformersPolicy`).
+        options: as of ``TransformersWrapper``; ``tokenizer`` is needed. ``generate_kwargs`` takes ``max_new_tokens`` (20, or
+            what a budget leaves), ``do_sample`` (false, but with a ``temperature``), ``temperature`` (1), ``eos_token_id``
+            (by default what ends an answer for :class:`~torchrl_chat.TransformersPolicy`).
+
+    Raises:
+        ValueError: an option is refused.
 
     Example:
         >>> policy = ExactTransformersWrapper(
@@ -54,30 +59,31 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
 
     def __init__(self, model: Any, **options: Any):
         super().__init__(model, **options)
-        dropped = {"temperature", "output_logits", *NEUTRAL}
+        given = self._options["generate_kwargs"]
+        greedy = not given.get("do_sample")
+        beyond = list(range(self.codec.vocab_size, self.model.config.vocab_size))
         self.generate_kwargs = {
-            **{name: value for name, value in self.generate_kwargs.items() if name not in dropped},
+            "max_new_tokens": given.get("max_tokens", given.get("max_new_tokens")),
+            "do_sample": not greedy,
+            **(
+                {} if greedy else {"temperature": self.temperature, "top_k": 0}
+            ),  # top_k is 50 where nothing is said
             "eos_token_id": sorted(self.stop_ids),
             "pad_token_id": min(self.stop_ids),  # what stands behind an answer is cut off
+            "suppress_tokens": beyond or None,
             "output_scores": True,
-            "repetition_penalty": 1.0,
+            "return_dict_in_generate": True,
         }
-        beyond = list(range(self.codec.vocab_size, self.model.config.vocab_size))
-        if beyond:
-            self.generate_kwargs["suppress_tokens"] = beyond
-        if self.generate_kwargs.get("do_sample"):
-            self.generate_kwargs |= {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
 
     def _model_eos(self) -> Any:
         return getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
 
-    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Answers:
+    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Sampled:
         device = next(self.model.parameters()).device
         ids, attention = left_padded([prompt.to(device) for prompt in prompts])
-        settings = dict(self.generate_kwargs)
-        if most is not None:
-            settings["max_new_tokens"] = min(most, settings.get("max_new_tokens", most))
-        output = self.model.generate(input_ids=ids, attention_mask=attention.long(), **settings)
+        lengths = [length for length in (most, self.generate_kwargs["max_new_tokens"]) if length is not None]
+        settings = _Settings(**{**self.generate_kwargs, "max_new_tokens": min(lengths, default=20)})
+        output = self.model.generate(input_ids=ids, attention_mask=attention.long(), generation_config=settings)
         answers = output["sequences"][:, ids.shape[1] :]
         scores = torch.stack([step.float().log_softmax(-1) for step in output["scores"]], 1)
         scores = scores.gather(-1, answers[..., None]).squeeze(-1).cpu()
@@ -111,6 +117,19 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
         return self._compute_log_probs_from_model_output(scaled, ids, mask, None, logits_only=logits_only)
 
 
+class _Settings(GenerationConfig):
+    """The settings of one call. ``generate`` fills in what is not given from the model's own, which is not meant here."""
+
+    def update(
+        self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As ``GenerationConfig.update``, but for the model's settings: those alone come with custom entries."""
+        if allow_custom_entries:
+            return {}
+        unused: dict[str, Any] = super().update(defaults_only=defaults_only, **kwargs)
+        return unused
+
+
 class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
     """torchrl's ``vLLMWrapper`` on the ledger's ids, for ``generate`` true and false and all input modes.
 
@@ -125,7 +144,8 @@ class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
     - the log-probs of prompts, which switch vLLM's prefix cache off, are not asked for when generating:
       ``("log_probs", "full")`` has the sampled tokens', earlier turns included, and 0 elsewhere.
 
-    Refused: ``pad_output`` (misaligned), ``num_samples`` and ``batching``, ``top_k``, ``top_p`` and penalties; an engine whose
+    Refused: ``pad_output`` (misaligned), ``num_samples`` and ``batching``, ``top_k``, ``top_p``, penalties and settings
+    that are not known; an engine whose
     ``logprobs_mode`` is not that of the sampling; and ``generate=False`` at a temperature other than 1, which vLLM does
     not know for prompts.
 
@@ -152,14 +172,14 @@ class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
             check_log_probs_mode(config, 0 if greedy else self.temperature, bias)
         elif self.temperature != 1:
             raise ValueError(f"temperature={self.temperature}: this engine does not say what log-probs it reports.")
-        names = ("max_tokens", "temperature", "seed")
+        names = ("max_tokens", "temperature")
         self._sampling = {name: getattr(self.sampling_params, name) for name in names} | {"logit_bias": bias}
 
     def _model_eos(self) -> Any:
         config = getattr(self.model, "model_config", None)
         return None if config is None else config.try_get_generation_config().get("eos_token_id")
 
-    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Answers:
+    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Sampled:
         settings = dict(self._sampling)
         if most is not None:
             settings["max_tokens"] = min(most, settings["max_tokens"])

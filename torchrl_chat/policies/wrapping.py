@@ -16,23 +16,56 @@ from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
-# Options of the sampling that change the distribution in ways that a forward pass over the sequence does not see.
-NEUTRAL = {
+# Options of the sampling that change the distribution in ways that a forward pass over the sequence does not see, and the
+# values at which they do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (None, 0, -1),
     "top_p": (None, 1.0),
+    "min_p": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
     "repetition_penalty": (None, 1.0),
     "presence_penalty": (None, 0.0),
     "frequency_penalty": (None, 0.0),
     "encoder_repetition_penalty": (None, 1.0),
     "diversity_penalty": (None, 0.0),
+    "length_penalty": (None, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "penalty_alpha": (None,),
     "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "min_tokens": (None, 0),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "sequence_bias": (None,),
+    "logit_bias": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None,),
     "bad_words_ids": (None,),
     "force_words_ids": (None,),
+    "guidance_scale": (None, 1.0),
+    "watermarking_config": (None,),
+    "logits_processor": (None,),
+    "prefix_allowed_tokens_fn": (None,),
+    "ignore_eos": (None, False),
     "stop_sequences": (None,),
+    "stop_strings": (None,),
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
+    "early_stopping": (None, False),
 }
-Answers = tuple[list[list[int]], list[torch.Tensor]]
+_TAKEN = ("max_new_tokens", "do_sample", "temperature", "eos_token_id")
+_COUNTS = ("num_return_sequences", "n")
+# What code for torchrl's wrappers says about the output, which is the same here whatever it says.
+_OUTPUT = {"max_tokens", "pad_token_id", "output_scores", "output_logits", "return_dict_in_generate", "logprobs"}
+_OUTPUT |= {"prompt_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"}
+_OUTPUT |= {"include_stop_str_in_output"}
+Sampled = tuple[list[list[int]], list[torch.Tensor]]
 
 
 class LedgerWrapper(LLMWrapperBase):
@@ -49,12 +82,7 @@ class LedgerWrapper(LLMWrapperBase):
 
     def __init__(self, model: Any, **options: Any):
         settings = dict(options.get("generate_kwargs") or {})
-        for name, neutral in NEUTRAL.items():
-            if settings.get(name) not in neutral:
-                raise ValueError(
-                    f"generate_kwargs has {name}={settings[name]!r}: the loss, which has the model's own distribution at "
-                    f"one temperature, would train on samples of another."
-                )
+        _check_settings(settings, type(self).__name__)
         for name, only in (("pad_output", False), ("batching", None), ("num_samples", None), ("input_key", None)):
             if options.get(name, only) not in (only, None, False):
                 raise ValueError(f"{type(self).__name__} has no {name}: a row of the environment has one answer.")
@@ -124,7 +152,7 @@ class LedgerWrapper(LLMWrapperBase):
         raise NotImplementedError
 
     # ------------------------------------------------------------------ generate=True
-    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Answers:
+    def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Sampled:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -176,6 +204,32 @@ class LedgerWrapper(LLMWrapperBase):
         if sampled is not None and all(len(m) == len(row) for m, row in zip(sampled, fulls, strict=True)):
             fields["all_assistant_mask"] = sampled
         return container(Masks, rows_of(fields), tensordict.batch_size, tensordict.device)
+
+
+def _check_settings(settings: Mapping[str, Any], cls: str) -> None:
+    """Refuse what would change the distribution without the loss seeing it, and what would be ignored."""
+    for name, value in settings.items():
+        if name in _COUNTS:
+            if value not in (None, 1):
+                raise ValueError(
+                    f"generate_kwargs has {name}={value!r}, and {cls} gives a row of the environment one answer: let the "
+                    f"environment repeat its rows (repeats=...)."
+                )
+        elif name in NEUTRAL:
+            if value not in NEUTRAL[name]:
+                raise ValueError(
+                    f"generate_kwargs has {name}={value!r}: the loss, which has the model's own distribution at one "
+                    f"temperature, would train on samples of another. Leave {name} out."
+                )
+        elif name not in (*_TAKEN, *_OUTPUT):
+            raise ValueError(
+                f"generate_kwargs has {name}={value!r}, which {cls} does not know: leave it out. Known are "
+                f"{', '.join(_TAKEN)}."
+            )
+    if settings.get("do_sample") and settings.get("temperature") == 0:
+        raise ValueError(
+            "generate_kwargs has do_sample=True and temperature=0, which takes the likeliest token: give one of the two."
+        )
 
 
 def rows_of(fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
