@@ -18,7 +18,7 @@ from torchrl.modules.llm import vLLMWrapper
 
 from torchrl_chat import ChatEnv, TransformersPolicy, columns
 from torchrl_chat.policies import ExactVLLMWrapper, VLLMPolicy
-from torchrl_chat.transforms import Budget
+from torchrl_chat.transforms import Budget, StopReason
 
 TEMPERATURE = 0.8
 EXTRA = 3  # rows of the embedding beyond the vocabulary
@@ -178,6 +178,30 @@ class TestVLLMPolicy:
             act.generate([[5, 6], [7] * 1024])
         [ids], _ = act.generate([[7] * 1022])
         assert len(ids) <= 2
+
+    def test_a_full_conversation_does_not_end_the_batch(self, engine):
+        """Nor does one that is not stepped, and the others sample what they sample with all rows in the batch."""
+        act = policy(engine, seeded=True)
+        env = ChatEnv(input_mode="tokens", tokenizer=episodes.tokenizer(), batch_size=(4,))
+        env = env.append_transform(Budget(max_context=1024))
+        wrapped = ExactVLLMWrapper(
+            engine, tokenizer=episodes.tokenizer(), input_mode="tokens", generate_kwargs={"max_new_tokens": 4}
+        )
+
+        def start(*queries: str) -> TensorDict:
+            return env.reset(TensorDict(query=list(queries), episode_seed=torch.arange(4), batch_size=(4,)))
+
+        whole = rows(act(start("a", "b", "c", "d")), "tokens", "response")
+        for sampler in (act, wrapped):
+            td = start("a", "b" * 2000, "c" * 2000, "d")
+            td["_step"] = torch.tensor([True, True, False, True])
+            td = sampler(td)
+            if sampler is act:
+                for i in (0, 3):
+                    assert rows(td, "tokens", "response")[i].tolist() == whole[i].tolist()
+            following = env.step(td)["next"]
+            assert following["stop_reason"][1] == StopReason.CONTEXT_FULL
+            assert following["stop_reason"].flatten().tolist()[::3] == [0, 0]
 
     def test_refused(self, engine):
         with pytest.raises(ValueError, match="max_new_tokens is 0"):

@@ -20,7 +20,7 @@ from torchrl_chat import columns
 from torchrl_chat._endpoint import RESERVED, check_options, make_client
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.messages import Message
-from torchrl_chat.policies.writing import read_prompts, read_seeds, write_answers
+from torchrl_chat.policies.writing import asked, read_prompts, read_seeds, write_answers
 from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
@@ -165,8 +165,7 @@ class EndpointPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Ask for an answer to every row that is to be stepped."""
         batch = tensordict.batch_size
-        goes, limits = columns.stepped(tensordict), self._limits(tensordict)
-        goes = [going and limit != 0 for going, limit in zip(goes, limits, strict=True)]
+        goes, limits = asked(tensordict), self._limits(tensordict)
         replies = self._replies(tensordict, goes, limits)
         if self.template is not None and tensordict.get("tokens", None) is not None:
             replies = self._write_tokens(tensordict, replies, goes)

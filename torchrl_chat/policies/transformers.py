@@ -19,7 +19,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 
 from torchrl_chat import columns
-from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_prompts, read_seeds, write_answers
+from torchrl_chat.policies.writing import (
+    IN_KEYS,
+    OUT_KEYS,
+    read_prompts,
+    read_seeds,
+    sample_answers,
+    write_answers,
+)
 from torchrl_chat.sampling import default_stop_ids, generate, left_padded
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
@@ -28,7 +35,9 @@ from torchrl_chat.templates.codec import codec_of
 class TransformersPolicy(TensorDictModuleBase):
     """Samples answers to the prompts of a :class:`~torchrl_chat.envs.ChatEnv`, in any of its input modes.
 
-    Reads ``("tokens", "prompt")``, and the mask and log-probs that come with it. Writes, ragged over rows
+    Reads ``("tokens", "prompt")``, and the mask and log-probs that come with it. Only rows that are stepped (torchrl's
+    ``"_step"`` is not false) and that may still sample (a budget's ``"tokens_left"``) go through the model; the others get
+    an answer that enters no ledger. Writes, ragged over rows
     (P tokens of prompt, R sampled):
 
     - ``("tokens", "response")`` int64 (R,), ``("tokens", "full")`` int64 (P + R,);
@@ -99,18 +108,20 @@ class TransformersPolicy(TensorDictModuleBase):
     # ------------------------------------------------------------------ acting
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Sample an answer to every row's prompt.
+        """Sample an answer to every row that is to be stepped and may still sample.
 
         Raises:
             KeyError: there is no ``("tokens", "prompt")``, or, for seeded sampling, no ``"episode_seed"``.
         """
         prompts = read_prompts(tensordict)
-        seeds = read_seeds(tensordict) if self.seeded else None
-        ids = [prompt.to(self.device) for prompt in prompts.ids]
-        responses, scores = self.generate(ids, prompts.limits, seeds)
-        sampled = [row.tolist() for row in responses]
-        reasons = ["stop" if row[-1] in self.stop_ids else "length" for row in sampled]
-        return write_answers(tensordict, prompts, responses, scores, self.codec.decode(sampled), reasons)
+        answers = sample_answers(
+            prompts,
+            lambda rows, limits, seeds: self.generate([row.to(self.device) for row in rows], limits, seeds),
+            stop_ids=self.stop_ids,
+            codec=self.codec,
+            seeds=read_seeds(tensordict) if self.seeded else None,
+        )
+        return write_answers(tensordict, prompts, *answers)
 
     def generate(
         self,
@@ -122,7 +133,7 @@ class TransformersPolicy(TensorDictModuleBase):
 
         Args:
             prompts: int64 ids, each of shape (P,), on the model's device.
-            limits: how many tokens each row may sample at most, below ``max_new_tokens``.
+            limits: how many tokens each row may sample at most, at least 1, below ``max_new_tokens``.
             seeds: a seed a row.
 
         Returns:

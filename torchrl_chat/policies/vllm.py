@@ -20,7 +20,14 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_prompts, read_seeds, write_answers
+from torchrl_chat.policies.writing import (
+    IN_KEYS,
+    OUT_KEYS,
+    read_prompts,
+    read_seeds,
+    sample_answers,
+    write_answers,
+)
 from torchrl_chat.sampling import default_stop_ids, stream_seed
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
@@ -166,19 +173,21 @@ class VLLMPolicy(TensorDictModuleBase):
     # ------------------------------------------------------------------ acting
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Sample an answer to every row's prompt.
+        """Sample an answer to every row that is to be stepped and may still sample.
 
         Raises:
             KeyError: there is no ``("tokens", "prompt")``, or, for seeded sampling, no ``"episode_seed"``.
-            ValueError: a prompt fills the model's context.
+            ValueError: the prompt of such a row fills the model's context.
         """
         prompts = read_prompts(tensordict)
-        seeds = read_seeds(tensordict) if self.seeded else None
-        ids, log_probs = self.generate([row.tolist() for row in prompts.ids], prompts.limits, seeds)
-        reasons = ["stop" if row[-1] in self.stop_ids else "length" for row in ids]
-        responses = [torch.tensor(row, dtype=torch.int64) for row in ids]
-        scores = [torch.tensor(row, dtype=torch.float32) for row in log_probs]
-        return write_answers(tensordict, prompts, responses, scores, self.codec.decode(ids), reasons)
+        answers = sample_answers(
+            prompts,
+            lambda rows, limits, seeds: self.generate([row.tolist() for row in rows], limits, seeds),
+            stop_ids=self.stop_ids,
+            codec=self.codec,
+            seeds=read_seeds(tensordict) if self.seeded else None,
+        )
+        return write_answers(tensordict, prompts, *answers)
 
     def generate(
         self,
@@ -190,17 +199,21 @@ class VLLMPolicy(TensorDictModuleBase):
 
         Args:
             prompts: the ids of each.
-            limits: how many tokens each row may sample at most, below ``max_new_tokens``.
+            limits: how many tokens each row may sample at most, at least 1, below ``max_new_tokens``.
             seeds: a seed a row.
 
         Returns:
             the sampled ids of each row, the stop id included, and their log-probs.
+
+        Raises:
+            ValueError: a prompt fills the model's context.
         """
         for i, prompt in enumerate(prompts):
             if len(prompt) >= self.max_model_len:
                 raise ValueError(
                     f"row {i}: its prompt of {len(prompt)} tokens fills the engine's max_model_len of "
-                    f"{self.max_model_len}. End such conversations before, with Budget(max_context=...)."
+                    f"{self.max_model_len}. Let the environment end such conversations: Budget(max_context=...), with at "
+                    f"most as many."
                 )
         most = [min(limit, self.max_new_tokens) for limit in limits or [self.max_new_tokens] * len(prompts)]
         params = [

@@ -39,6 +39,8 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
     not known. The model's own generation config is not read, but for its ``eos_token_id``: whatever it asks for is
     switched off.
 
+    Rows that are not stepped, or may sample nothing more, are left out, as by :class:`~torchrl_chat.TransformersPolicy`.
+
     Args:
         model: a transformers causal language model.
 
@@ -144,10 +146,11 @@ class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
     - the log-probs of prompts, which switch vLLM's prefix cache off, are not asked for when generating:
       ``("log_probs", "full")`` has the sampled tokens', earlier turns included, and 0 elsewhere.
 
-    Refused: ``pad_output`` (misaligned), ``num_samples`` and ``batching``, ``top_k``, ``top_p``, penalties and settings
-    that are not known; an engine whose
-    ``logprobs_mode`` is not that of the sampling; and ``generate=False`` at a temperature other than 1, which vLLM does
-    not know for prompts.
+    Refused: ``pad_output`` (misaligned), ``num_samples`` and ``batching``, ``top_k``, ``top_p``, penalties and settings that are
+    not known; an engine whose ``logprobs_mode`` is not that of the sampling; and ``generate=False`` at a temperature other
+    than 1, which vLLM does not know for prompts.
+
+    Rows that are not stepped, or may sample nothing more, are left out, as by :class:`~torchrl_chat.VLLMPolicy`.
 
     Args:
         model: a ``vllm.LLM``, such as ``VLLMPolicy.from_pretrained(...).engine``, or torchrl's ``AsyncVLLM`` (at temperature

@@ -11,7 +11,13 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LLMWrapperBase, Masks, Text
 
 from torchrl_chat import columns
-from torchrl_chat.policies.writing import Prompts, container, read_prompts, write_answers
+from torchrl_chat.policies.writing import (
+    Prompts,
+    container,
+    read_prompts,
+    sample_answers,
+    write_answers,
+)
 from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
@@ -155,22 +161,25 @@ class LedgerWrapper(LLMWrapperBase):
     def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Sampled:
         raise NotImplementedError
 
+    def _within(self, prompts: list[torch.Tensor], limits: list[int] | None, _seeds: Any = None) -> Sampled:
+        ids, scores = self._sampled(prompts, max(limits) if limits else None)
+        if limits:  # a budget's
+            ids = [row[:limit] for row, limit in zip(ids, limits, strict=True)]
+            scores = [row[:limit] for row, limit in zip(scores, limits, strict=True)]
+        return ids, scores
+
     @torch.no_grad()
     def _answered(self, tensordict: TensorDictBase) -> TensorDictBase:
         prompts = read_prompts(tensordict)
-        ids, scores = self._sampled(prompts.ids, max(prompts.limits) if prompts.limits else None)
-        if prompts.limits:  # a budget's
-            ids = [row[:limit] for row, limit in zip(ids, prompts.limits, strict=True)]
-            scores = [row[:limit] for row, limit in zip(scores, prompts.limits, strict=True)]
-        texts = self.codec.decode(ids)
-        reasons = ["stop" if row[-1] in self.stop_ids else "length" for row in ids]
-        responses = [torch.tensor(row, dtype=torch.int64) for row in ids]
-        written = write_answers(columns.replaced(tensordict, _NOTHING), prompts, responses, scores, texts, reasons)
+        answers = sample_answers(prompts, self._within, stop_ids=self.stop_ids, codec=self.codec)
+        written = write_answers(columns.replaced(tensordict, _NOTHING), prompts, *answers)
         if self.input_mode != "tokens":
-            written.set("text", self._texts(written, prompts, texts))
+            written.set("text", self._texts(written, prompts, answers.texts))
         if self.input_mode == "history" and (history := tensordict.get("history", None)) is not None:
-            bodies = self.codec.decode([row[:-1] if row[-1] in self.stop_ids else row for row in ids])
-            written.set("history", _answered_histories(history, bodies, [r == "stop" for r in reasons], written))
+            whole = [reason == "stop" for reason in answers.finish_reasons]
+            rows = [row.tolist() for row in answers.responses]
+            bodies = self.codec.decode([row[:-1] if stop else row for row, stop in zip(rows, whole, strict=True)])
+            written.set("history", _answered_histories(history, bodies, whole, written))
         return written
 
     def _texts(self, written: TensorDictBase, prompts: Prompts, texts: list[str]) -> Text:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -33,19 +33,33 @@ class Prompts:
         ids: int64 (P,), on the device of the TensorDict's tensors.
         masks: bool (P,), true on what the policy sampled in earlier turns.
         log_probs: float32 (P,), of what it sampled then; 0 elsewhere.
-        limits: how many tokens the row may sample at most, at least 1; ``None`` where no budget is kept.
+        limits: how many tokens the row may sample at most; ``None`` where no budget is kept.
+        asked: the rows that are to be sampled: they are stepped, and may still sample.
     """
 
     ids: list[torch.Tensor]
     masks: list[torch.Tensor]
     log_probs: list[torch.Tensor]
     limits: list[int] | None
+    asked: list[int]
 
     def most(self, max_new_tokens: int) -> list[int]:
-        """How many tokens each row may sample, where a policy cuts every answer at ``max_new_tokens``."""
+        """How many tokens each row may sample, where a policy cuts every answer at ``max_new_tokens``; at least 1.
+
+        Where nothing is left, the environment leaves the row as it is, whatever the policy writes.
+        """
         if self.limits is None:
             return [max_new_tokens] * len(self.ids)
-        return [min(max_new_tokens, limit) for limit in self.limits]
+        return [max(1, min(max_new_tokens, limit)) for limit in self.limits]
+
+
+class Answers(NamedTuple):
+    """The answers of a batch, a value a row: what :func:`write_answers` takes."""
+
+    responses: list[torch.Tensor]
+    scores: list[torch.Tensor]
+    texts: list[str]
+    finish_reasons: list[str]
 
 
 def read_prompts(tensordict: TensorDictBase) -> Prompts:
@@ -71,9 +85,17 @@ def read_prompts(tensordict: TensorDictBase) -> Prompts:
         ids,
         masks or [torch.zeros_like(row, dtype=torch.bool) for row in ids],
         log_probs or [torch.zeros(row.shape, device=row.device) for row in ids],
-        # Where nothing is left, the environment leaves the row as it is, whatever the policy writes.
-        None if left is None else left.reshape(len(ids)).clamp(min=1).tolist(),
+        None if left is None else left.reshape(len(ids)).tolist(),
+        [i for i, wanted in enumerate(asked(tensordict)) if wanted],
     )
+
+
+def asked(tensordict: TensorDictBase) -> list[bool]:
+    """Which rows are to be sampled: torchrl's ``"_step"`` is not false, and a budget's ``"tokens_left"`` not used up."""
+    steps, left = columns.stepped(tensordict), tensordict.get("tokens_left", None)
+    if left is None:
+        return steps
+    return [step and count > 0 for step, count in zip(steps, left.reshape(-1).tolist(), strict=True)]
 
 
 def read_seeds(tensordict: TensorDictBase) -> list[int]:
@@ -97,6 +119,44 @@ def read_seeds(tensordict: TensorDictBase) -> list[int]:
     return column.flatten().tolist()
 
 
+def sample_answers(
+    prompts: Prompts,
+    generate: Callable[[list[Any], list[int] | None, list[int] | None], tuple[Sequence[Any], Sequence[Any]]],
+    *,
+    stop_ids: Collection[int],
+    codec: Any,
+    seeds: Sequence[int] | None = None,
+) -> Answers:
+    """Let a model answer the rows that are to be sampled, and no others; without any such row it is not called.
+
+    The others get what :class:`~torchrl_chat.ChatEnv` takes and puts into no ledger: an empty answer where nothing may
+    be sampled, and where the row is not stepped, for which it wants a token, one stop id that is under no mask.
+
+    Args:
+        prompts: those of all rows.
+        generate: gets prompts, limits (``None`` without a budget) and seeds (``None`` without any) of the rows to be
+            sampled, and returns the ids that it sampled for each, and their log-probs.
+        stop_ids: ids that end an answer.
+        codec: decodes ids.
+        seeds: a seed a row, of all rows.
+    """
+
+    def chosen(values: Sequence[int] | None) -> list[int] | None:
+        return None if values is None else [values[i] for i in prompts.asked]
+
+    full = [prompts.limits is not None and prompts.limits[i] <= 0 for i in range(len(prompts.ids))]
+    responses = [torch.tensor([] if nothing else [min(stop_ids)], dtype=torch.int64) for nothing in full]
+    scores = [torch.zeros(len(row)) for row in responses]
+    if prompts.asked:
+        answered = generate([prompts.ids[i] for i in prompts.asked], chosen(prompts.limits), chosen(seeds))
+        for i, row, score in zip(prompts.asked, *answered, strict=True):
+            responses[i] = torch.as_tensor(row, dtype=torch.int64)
+            scores[i] = torch.as_tensor(score, dtype=torch.float32)
+    ids = [row.tolist() for row in responses]
+    reasons = ["stop" if row and row[-1] in stop_ids else "length" for row in ids]
+    return Answers(responses, scores, codec.decode(ids), reasons)
+
+
 def write_answers(
     tensordict: TensorDictBase,
     prompts: Prompts,
@@ -106,6 +166,8 @@ def write_answers(
     finish_reasons: Sequence[str],
 ) -> TensorDictBase:
     """Write the answers of a batch, ragged over rows (P tokens of prompt, R sampled); :data:`OUT_KEYS` names the keys.
+
+    What is written for a row that was not to be sampled (``prompts.asked``) is not under the assistant mask.
 
     Args:
         tensordict: the observation that ``prompts`` were read from; it is written to.
@@ -130,6 +192,7 @@ def write_answers(
         return container(cls, rows, batch, device)
 
     fulls = [torch.cat(pair) for pair in zip(prompts.ids, sampled, strict=True)]
+    theirs = set(prompts.asked)
     tensordict.set(
         "tokens",
         column(
@@ -158,10 +221,10 @@ def write_answers(
             Masks,
             [
                 {
-                    "all_assistant_mask": torch.cat((mask, torch.ones_like(row, dtype=torch.bool))),
+                    "all_assistant_mask": torch.cat((mask, torch.full_like(row, i in theirs, dtype=torch.bool))),
                     "all_attention_mask": torch.ones_like(full, dtype=torch.bool),
                 }
-                for mask, row, full in zip(prompts.masks, sampled, fulls, strict=True)
+                for i, (mask, row, full) in enumerate(zip(prompts.masks, sampled, fulls, strict=True))
             ],
         ),
     )
