@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.modules.llm import vLLMWrapper
 
-from torchrl_chat import ChatEnv, TransformersPolicy, columns
+from torchrl_chat import ChatEnv, TransformersPolicy, columns, training_view
 from torchrl_chat.policies import ExactVLLMWrapper, VLLMPolicy
 from torchrl_chat.transforms import Budget, StopReason
 
@@ -244,6 +244,19 @@ class TestExactVLLMWrapper:
             assert torch.allclose(row[1:], reference, atol=1e-4)
         with pytest.raises(ValueError, match="temperature 1 only"):
             self.wrapper(engine, mode, generate=False)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_is_not_scored(self, engine, side):
+        policy(engine)
+        act = self.wrapper(engine, generate_kwargs={"max_new_tokens": 24})
+        td, _ = episodes.play(episodes.environment("tokens", 8), act, turns=1)
+        scorer = act.get_new_version(generate=False, inplace=False)
+        expected = rows(scorer(training_view(td)), "log_probs", "full")
+        view = training_view(td, layout="padded", side=side)
+        found, masks = rows(scorer(view), "log_probs", "full"), rows(view, "masks", "all_attention_mask")
+        for row, mask, reference in zip(found, masks, expected, strict=True):
+            assert torch.allclose(row[mask], reference, atol=1e-4)
+            assert not row[~mask].any()
 
     def test_the_parent_errs_where_we_do_not(self, engine):
         """torchrl's wrapper leaves the stop token in the content, and reports another prompt than the ledger's."""

@@ -7,9 +7,12 @@ import pytest
 import torch
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm import TransformersWrapper
+from torchrl.modules.llm.policies import Masks
+from torchrl.objectives.llm.grpo import GRPOLoss
 
-from torchrl_chat import ChatEnv, TransformersPolicy, columns
+from torchrl_chat import ChatEnv, TransformersPolicy, columns, training_view
 from torchrl_chat.policies import ExactTransformersWrapper
+from torchrl_chat.policies.writing import container
 from torchrl_chat.transforms import Budget
 
 TEMPERATURE = 0.8
@@ -204,6 +207,62 @@ def test_sampling_settings_of_the_model_are_switched_off(names, generate_kwargs)
             [[r.tolist() for r in rows(td, *key)] for key in (("tokens", "response"), ("log_probs", "full"))]
         )
     assert found[0] == found[1]
+
+
+LAYOUTS = [("ragged", "right"), ("padded", "right"), ("padded", "left")]
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["wrapper", "policy"])
+def test_training_views_of_every_layout(exact):
+    """GRPOLoss on a view as it is, whatever its padding: an effective sample size of 1 before any update."""
+    torch.manual_seed(0)
+    model = episodes.model(extra=3)
+    if exact:
+        act = wrapper(model=model)
+        actor = act.get_new_version(generate=False)
+    else:
+        act = actor = TransformersPolicy(model, episodes.tokenizer(), max_new_tokens=24, temperature=TEMPERATURE)
+    td, _ = episodes.play(episodes.environment("tokens", 16), act, turns=2)
+    objectives = []
+    for layout, side in LAYOUTS:
+        view = training_view(td, layout=layout, side=side, pad_id=9).select("tokens", "masks", "log_probs")
+        assert len({int(row.sum()) for row in rows(view, "masks", "all_attention_mask")}) > 3
+        view["advantage"] = torch.linspace(-1, 1, len(view)).reshape(-1, 1, 1)
+        loss = GRPOLoss(actor, masking_strategy="rlhf")(view)
+        assert loss.ESS.item() == pytest.approx(1.0, abs=1e-4)
+        assert abs(loss.kl_approx.item()) < 1e-5
+        objectives.append(loss.loss_objective.item())
+    assert objectives == pytest.approx(objectives[:1] * 3, abs=1e-5)
+
+
+def test_padded_rows_are_scored_in_place():
+    """``generate=False`` on a padded view: the log-probs of the ragged one, at the places of its tokens, 0 on padding."""
+    torch.manual_seed(0)
+    act = wrapper()
+    td, _ = episodes.play(episodes.environment("tokens", 8), act, turns=1)
+    scorer = act.get_new_version(generate=False, inplace=False)
+    expected = rows(scorer(training_view(td)), "log_probs", "full")
+    for side in ("left", "right"):
+        view = training_view(td, layout="padded", side=side)
+        found = rows(scorer(view), "log_probs", "full")
+        for row, mask, reference in zip(found, rows(view, "masks", "all_attention_mask"), expected, strict=True):
+            assert row.shape == mask.shape
+            assert torch.allclose(row[mask], reference, atol=1e-5)
+            assert not row[~mask].any()
+
+
+@pytest.mark.parametrize("strategy", ["sft", "rlhf"])
+def test_a_mask_of_another_length_is_named(strategy):
+    act = TransformersPolicy(episodes.model(), episodes.tokenizer(), max_new_tokens=3)
+    td = act(episodes.first(episodes.environment("tokens", 4)))
+    full = rows(td, "tokens", "full")
+    fields = [
+        {"all_attention_mask": torch.ones(len(row) - (i == 2), dtype=torch.bool)} for i, row in enumerate(full)
+    ]
+    td["masks"] = container(Masks, fields, td.batch_size, None)
+    for actor in (act, wrapper(generate=False)):
+        with pytest.raises(ValueError, match="row 2: .*they are not of one sequence"):
+            getattr(actor, f"_get_{strategy}_dist")(td)
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ from torchrl_chat import columns
 from torchrl_chat.policies.writing import (
     IN_KEYS,
     OUT_KEYS,
+    read_attention,
     read_prompts,
     read_seeds,
     sample_answers,
     write_answers,
 )
-from torchrl_chat.sampling import default_stop_ids, generate, left_padded
+from torchrl_chat.sampling import default_stop_ids, generate
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
@@ -155,36 +156,34 @@ class TransformersPolicy(TensorDictModuleBase):
         """The distribution over every token of ``("tokens", "full")``, masked to all sampled tokens.
 
         Rows are padded on the left to the longest, as torchrl's losses pad theirs: logits of shape (B, T, V),
-        position t being the distribution of token t given those before it, and a mask of shape (B, T).
+        position t being the distribution of token t given those before it, and a mask of shape (B, T). Rows that are padded
+        already, on either side, keep their layout: ``("masks", "all_attention_mask")`` tells which tokens are padding.
+
+        Raises:
+            KeyError: a column is not there.
+            ValueError: the attention mask has another length than the sequence.
         """
-        return self._dist(tensordict, columns_key="all_assistant_mask")
+        return self._dist(tensordict)
 
     _get_rlhf_dist = get_dist  # GRPOLoss(masking_strategy="rlhf"): every sampled token of the sequence
 
     def _get_sft_dist(self, tensordict: TensorDictBase, **_: Any) -> LLMMaskedCategorical:
         # GRPOLoss(masking_strategy="sft"): the response of this step only, so that an episode that is stored as
         # one row a turn trains each sampled token once.
-        return self._dist(tensordict, columns_key=None)
+        return self._dist(tensordict, response_only=True)
 
-    def _dist(self, tensordict: TensorDictBase, columns_key: str | None) -> LLMMaskedCategorical:
-        batch = tensordict.batch_size
-        ids, attention = left_padded(self._rows(tensordict, "tokens", "full"))
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=attention.long(),
-            position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        ).logits[..., : self.vocab_size].float() / (self.temperature or 1.0)
-        # Logits at position t predict token t + 1; the first token of a row is never sampled.
-        logits = torch.cat((torch.zeros_like(logits[:, :1]), logits[:, :-1]), 1)
-        if columns_key is None:
+    def _dist(self, tensordict: TensorDictBase, response_only: bool = False) -> LLMMaskedCategorical:
+        fulls = self._rows(tensordict, "tokens", "full")
+        attention = read_attention(tensordict, fulls)
+        logits, attended = token_logits(self.model, fulls, attention, self.vocab_size, self.temperature or 1.0)
+        if response_only:
             counts = [len(row) for row in self._rows(tensordict, "tokens", "response")]
-            responses = torch.tensor(counts, device=self.device)
-            places = torch.arange(ids.shape[1], device=self.device)
-            mask = places >= (ids.shape[1] - responses)[:, None]
+            from_end = attended.flip(-1).cumsum(-1).flip(-1)
+            mask = attended & (from_end <= torch.tensor(counts, device=self.device)[:, None])
         else:
-            rows = self._rows(tensordict, "masks", columns_key)
+            rows = self._rows(tensordict, "masks", "all_assistant_mask")
             mask = pad_sequence(rows, batch_first=True, padding_side="left").bool()
-        tail = (*batch, *logits.shape[1:])
+        tail = (*tensordict.batch_size, *logits.shape[1:])
         return LLMMaskedCategorical(logits=logits.reshape(tail), mask=mask.reshape(tail[:-1]))
 
     def _rows(self, tensordict: TensorDictBase, container: str, key: str) -> list[torch.Tensor]:
@@ -192,3 +191,38 @@ class TransformersPolicy(TensorDictModuleBase):
         if rows is None:
             raise KeyError(f"the loss needs ({container!r}, {key!r}), which this policy writes when it acts.")
         return [row.to(self.device) for row in rows]
+
+
+def token_logits(
+    model: Any, fulls: list[torch.Tensor], attention: list[torch.Tensor], vocab_size: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distribution over every token of whole sequences, given those before it.
+
+    Args:
+        model: a transformers causal language model.
+        fulls: int64 (T,) a row.
+        attention: bool (T,) a row, false where a row has padding of its own, on whichever side.
+        vocab_size: logits from this id on are cut off.
+        temperature: what logits are divided by.
+
+    Returns:
+        logits, float32 (B, T, V), of rows that are padded on the left to the longest, 0 at the first position (the first
+        token of a row is never sampled); and which tokens are no padding, bool (B, T).
+    """
+    device = next(model.parameters()).device
+    ids, mask = (
+        pad_sequence([row.to(device) for row in rows], batch_first=True, padding_side="left")
+        for rows in (fulls, attention)
+    )
+    logits = (
+        model(
+            input_ids=ids.masked_fill(~mask, 0),  # whatever stands there, -100 say
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        )
+        .logits[..., :vocab_size]
+        .float()
+        / temperature
+    )
+    # Logits at position t predict token t + 1.
+    return torch.cat((torch.zeros_like(logits[:, :1]), logits[:, :-1]), 1), mask

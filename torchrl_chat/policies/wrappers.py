@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import LogProbs
 from transformers import GenerationConfig
 
+from torchrl_chat.policies.transformers import token_logits
 from torchrl_chat.policies.vllm import check_log_probs_mode, sampled, sampling_params, vocabulary_bias
 from torchrl_chat.policies.wrapping import LedgerWrapper, Sampled
-from torchrl_chat.policies.writing import container
+from torchrl_chat.policies.writing import container, read_attention
 from torchrl_chat.sampling import left_padded
 
 
@@ -39,7 +41,8 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
     not known. The model's own generation config is not read, but for its ``eos_token_id``: whatever it asks for is
     switched off.
 
-    Rows that are not stepped, or may sample nothing more, are left out, as by :class:`~torchrl_chat.TransformersPolicy`.
+    Rows that are not stepped, or may sample nothing more, are left out, as by :class:`~torchrl_chat.TransformersPolicy`;
+    and where there is a ``("masks", "all_attention_mask")``, it tells where sequences are padded.
 
     Args:
         model: a transformers causal language model.
@@ -96,27 +99,33 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
         return rows, [row_scores[: len(row)] for row, row_scores in zip(rows, scores, strict=True)]
 
     def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
-        masks = self._attention(tensordict, self._whole(tensordict))
-        prepared = tensordict.select("tokens").set("masks", masks).to_lazystack(0)
-        scored: TensorDictBase = TransformersWrapper.forward(
-            self, prepared, tensordict_out=prepared.copy(), logits_only=logits_only
-        )
-        return scored
+        fulls = self._whole(tensordict)
+        attention = read_attention(tensordict, fulls)
+        logits, attended = token_logits(self.model, fulls, attention, self.codec.vocab_size, self.temperature)
 
-    def _from_transformers_logprobs_history(self, td: Any, cfg: Any, out: Any, logits_only: bool = False) -> Any:
-        return self._from_transformers_logprobs_tokens(td, cfg, out, logits_only=logits_only)
+        def unpadded(rows: torch.Tensor) -> list[torch.Tensor]:
+            return [row[len(row) - len(full) :].to(full.device) for row, full in zip(rows, fulls, strict=True)]
 
-    _from_transformers_logprobs_text = _from_transformers_logprobs_history
+        batch, device = tensordict.batch_size, tensordict.device
+        masks = self._masks(tensordict, attention)
+        written = TensorDict({self.masks_key: masks}, batch_size=batch, device=device)
+        if logits_only or "logits" in self.out_keys:  # a distribution, which torchrl pads anew, row by row
+            written = written.to_lazystack(0)
+            for row, values in zip(written.tensordicts, unpadded(logits), strict=True):
+                row.set("logits", values)
+            return written
+        ids = pad_sequence([row.to(logits.device) for row in fulls], batch_first=True, padding_side="left")
+        scores = logits.log_softmax(-1).gather(-1, ids.masked_fill(~attended, 0)[..., None]).squeeze(-1)
+        # As torchrl has it: 0 for the first token of a row, in front of which there is nothing.
+        scores = scores.masked_fill(~(attended & attended.roll(1, -1)), 0.0)
+        scores[:, 0] = 0.0
+        rows = [{"full": row} for row in unpadded(scores)]
+        return written.set(self.log_probs_key, container(LogProbs, rows, batch, device))
 
-    def _model_forward_with_padded_sequences(
-        self, tokens: torch.Tensor, attention: torch.Tensor, *, logits_only: bool = False, **_: Any
-    ) -> Any:
-        device = next(self.model.parameters()).device
-        ids, mask = tokens.to(device), attention.to(device)
-        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(input_ids=ids, attention_mask=mask.long(), position_ids=places).logits
-        scaled = {"logits": logits[..., : self.codec.vocab_size].float() / self.temperature}
-        return self._compute_log_probs_from_model_output(scaled, ids, mask, None, logits_only=logits_only)
+    def _get_dist_with_assistant_mask(self, tensordict: TensorDictBase, *args: Any, **options: Any) -> Any:
+        # torchrl writes what it got into the TensorDict, which fails for ragged columns of a dense one.
+        rows = tensordict.select("tokens", "masks", strict=False).to_lazystack(0)
+        return super()._get_dist_with_assistant_mask(rows, *args, **options)
 
 
 class _Settings(GenerationConfig):
@@ -150,7 +159,8 @@ class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
     not known; an engine whose ``logprobs_mode`` is not that of the sampling; and ``generate=False`` at a temperature other
     than 1, which vLLM does not know for prompts.
 
-    Rows that are not stepped, or may sample nothing more, are left out, as by :class:`~torchrl_chat.VLLMPolicy`.
+    Rows that are not stepped, or may sample nothing more, are left out, as by :class:`~torchrl_chat.VLLMPolicy`; and what
+    ``("masks", "all_attention_mask")`` calls padding is not scored.
 
     Args:
         model: a ``vllm.LLM``, such as ``VLLMPolicy.from_pretrained(...).engine``, or torchrl's ``AsyncVLLM`` (at temperature
@@ -196,17 +206,18 @@ class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
 
     def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
         fulls = self._whole(tensordict)
-        outputs = self._call_generate(
-            prompt_token_ids=[row.tolist() for row in fulls], sampling_params=self.sampling_params, use_tqdm=False
-        )
+        attention = read_attention(tensordict, fulls)
+        rows = [full[mask].tolist() for full, mask in zip(fulls, attention, strict=True)]
+        outputs = self._call_generate(prompt_token_ids=rows, sampling_params=self.sampling_params, use_tqdm=False)
         batch, device = tensordict.batch_size, tensordict.device
         scores = []
-        for output, row in zip(outputs, fulls, strict=True):
-            steps = zip(output.prompt_logprobs[1:], row[1:].tolist(), strict=True)
-            scores.append(torch.tensor([0.0, *(step[token].logprob for step, token in steps)], device=row.device))
+        for output, row, mask in zip(outputs, rows, attention, strict=True):
+            steps = zip(output.prompt_logprobs[1:], row[1:], strict=True)
+            values = torch.tensor([0.0, *(step[token].logprob for step, token in steps)], device=mask.device)
+            scores.append(torch.zeros(len(mask), device=mask.device).masked_scatter(mask, values))
         return TensorDict(
             {
-                self.masks_key: self._attention(tensordict, fulls),
+                self.masks_key: self._masks(tensordict, attention),
                 self.log_probs_key: container(LogProbs, [{"full": row} for row in scores], batch, device),
             },
             batch_size=batch,

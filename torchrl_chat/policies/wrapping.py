@@ -204,13 +204,11 @@ class LedgerWrapper(LLMWrapperBase):
             )
         return fulls
 
-    def _attention(self, tensordict: TensorDictBase, fulls: list[torch.Tensor]) -> Masks:
-        """The masks of whole sequences: there is no padding in them, whatever their ids."""
+    def _masks(self, tensordict: TensorDictBase, attention: list[torch.Tensor]) -> Masks:
+        """The masks of whole sequences: padding is what the mask says, whatever the ids."""
         sampled = columns.read_field(tensordict.get("masks", None), "all_assistant_mask", tensordict.batch_size)
-        fields: dict[str, list[torch.Tensor]] = {
-            "all_attention_mask": [torch.ones_like(row, dtype=torch.bool) for row in fulls]
-        }
-        if sampled is not None and all(len(m) == len(row) for m, row in zip(sampled, fulls, strict=True)):
+        fields = {"all_attention_mask": attention}
+        if sampled is not None and all(len(m) == len(row) for m, row in zip(sampled, attention, strict=True)):
             fields["all_assistant_mask"] = sampled
         return container(Masks, rows_of(fields), tensordict.batch_size, tensordict.device)
 

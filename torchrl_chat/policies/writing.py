@@ -98,6 +98,28 @@ def asked(tensordict: TensorDictBase) -> list[bool]:
     return [step and count > 0 for step, count in zip(steps, left.reshape(-1).tolist(), strict=True)]
 
 
+def read_attention(tensordict: TensorDictBase, fulls: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Which of the ids of whole sequences are no padding, bool (T,) a row: ``("masks", "all_attention_mask")``.
+
+    Where that is not there, ids are not guessed at: a row is as long as its sequence.
+
+    Raises:
+        ValueError: a row's mask has another length than its sequence.
+    """
+    found = columns.read_field(tensordict.get("masks", None), "all_attention_mask", tensordict.batch_size)
+    rows = []
+    for i, (full, mask) in enumerate(zip(fulls, found or [None] * len(fulls), strict=True)):
+        if mask is None:
+            mask = torch.ones_like(full, dtype=torch.bool)
+        if mask.shape != full.shape:
+            raise ValueError(
+                f"row {i}: ('masks', 'all_attention_mask') is of {len(mask)} tokens and ('tokens', 'full') has {len(full)}: "
+                f"they are not of one sequence. Write both, or leave the mask out where there is no padding."
+            )
+        rows.append(mask.bool())
+    return rows
+
+
 def read_seeds(tensordict: TensorDictBase) -> list[int]:
     """The seed of each row's conversation, from ``"episode_seed"``, int64 of shape (\\*B,) or (\\*B, 1).
 
