@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: run `make vllm`"
 
 import episodes
 import torch
+import vllm.platforms
 from tensordict import TensorDict
 from torchrl.modules.llm import vLLMWrapper
 
@@ -202,6 +203,30 @@ class TestVLLMPolicy:
             following = env.step(td)["next"]
             assert following["stop_reason"][1] == StopReason.CONTEXT_FULL
             assert following["stop_reason"].flatten().tolist()[::3] == [0, 0]
+
+    @pytest.mark.parametrize(
+        ("cpu", "given", "expected"),
+        [
+            (True, {}, "float32"),
+            (True, {"dtype": "bfloat16"}, "bfloat16"),
+            (False, {}, "auto"),
+            (False, {"dtype": torch.float32, "seed": 3}, torch.float32),
+        ],
+    )
+    def test_dtype(self, engine, monkeypatch, cpu, given, expected):
+        """What the engine is made with: float32 on the CPU, vLLM's choice elsewhere, and always what is given."""
+        made = []
+
+        def make(**settings):
+            made.append(settings)
+            return engine
+
+        monkeypatch.setattr("vllm.LLM", make)
+        monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cpu", lambda self: cpu)
+        VLLMPolicy.from_pretrained("a-model", episodes.tokenizer(), **given)
+        assert made[0]["dtype"] == expected
+        assert made[0]["logprobs_mode"] == "processed_logprobs"
+        assert made[0].get("seed") == given.get("seed")
 
     def test_refused(self, engine):
         with pytest.raises(ValueError, match="max_new_tokens is 0"):
