@@ -17,6 +17,7 @@ from conftest import CORPUS, bpe_tokenizer, corpus_tokenizer, respond
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from torchrl.envs import Transform
 
 from torchrl_chat import (
     Budget,
@@ -26,7 +27,9 @@ from torchrl_chat import (
     RewardTransform,
     Transcript,
     UserSimulator,
+    WeightedSum,
     columns,
+    training_view,
 )
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.playing import play
@@ -125,6 +128,43 @@ class TestPlay:
         first, second = episodes(play(env, policy))
         assert (first["reward"], first["success"], first["stop"], first["error"]) == (1.0, True, "answered", None)
         assert (second["stop"], second["turns"]) == ("error", 1)
+
+    def test_rewards_are_the_sum_over_the_turns_of_each_row(self, mode):
+        words = [["a", "bb", "cccc"], ["dd", "e", "f"], ["g", "hh", "i"]]
+        env = DatasetChatEnv(
+            dataset=[{"query": "?", "answer": ""}], tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=3, seed=1
+        )
+        paid = WeightedSum({"long": lambda response, _: len(response) / 8, "there": lambda *_: 0.5})
+        env.append_transform(RewardTransform(paid, end_on_answer=False, when="turn", isolate=False, workers=1))
+        env.append_transform(UserSimulator(lambda messages: "again", turns=99))
+        env.append_transform(Budget(max_turns=3))
+
+        def script(fails=lambda turn, row: False):
+            return Script(env, lambda turn, row: words[row][turn], fails)
+
+        # The second row's request fails in its second turn, the third row's in its first.
+        finished = play(env, script(lambda turn, row: (turn, row) in ((1, 1), (0, 2))))
+        assert finished["reward_parts", "long"].flatten().tolist() == [7 / 8, 2 / 8, 0]
+        assert finished["reward_parts", "there"].flatten().tolist() == [1.5, 0.5, 0]
+        assert finished["reward"].shape == (3, 1, 1)
+        assert finished["reward"].flatten().tolist() == [7 / 8 + 1.5, 2 / 8 + 0.5, 0]
+        # The same as torchrl's return of a rollout.
+        steps = env.rollout(3, script(), break_when_any_done=False)
+        whole = play(env, script())["reward"]
+        assert torch.equal(whole, steps["next", "reward"].sum(1))
+        assert torch.equal(whole, training_view(steps, turns=True)["reward"])
+
+    def test_rewards_that_have_no_sum(self):
+        class PerToken(Transform):
+            def _step(self, tensordict, next_tensordict):
+                turns = len(next_tensordict["transcript"][0].spans)
+                return next_tensordict.set("reward", torch.zeros(2, turns, 1))
+
+        env = ChatEnv(tokenizer=bpe_tokenizer(), input_mode="tokens", batch_size=(2,))
+        env = env.append_transform(UserSimulator(lambda messages: "again", turns=99)).append_transform(PerToken())
+        td = env.reset(TensorDict(query=["a", "b"], batch_size=(2,)))
+        with pytest.raises(ValueError, match=r"'reward' has the shape \(2, 1, 1\) in one turn and \(2, 2, 1\)"):
+            play(env, Script(env, lambda *_: "hm"), td)
 
     def test_nothing_but_failures(self, mode):
         env = chat(mode, 2)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
 _OWN = {"next", "_step", "_reset", "done", "terminated", "truncated", "reward"}
@@ -39,8 +39,11 @@ def play(
         beside it, the other columns of the root (``"query"``, ``"answer"``, ``"finish_reason"`` ...). A row
         that was never stepped has the columns of the root, and of the others what a step writes for such rows.
 
+        But for ``"reward"`` and ``("reward_parts", ...)``: these are the episode's return, the sum over the turns in
+        which the row was stepped (0 if there was none). ``"success"`` and ``"graded"`` are those of the last step.
+
     Raises:
-        ValueError: ``max_turns`` is not positive.
+        ValueError: ``max_turns`` is not positive, or the rewards of two turns have different shapes.
 
     Example:
         >>> finished = play(env, policy)
@@ -53,6 +56,7 @@ def play(
     batch = env.batch_size
     live = torch.ones(batch, dtype=torch.bool)
     finished: TensorDictBase | None = None
+    returns: dict[NestedKey, torch.Tensor] = {}
     for turn in range(max_turns):
         if not live.all():
             td.set("_step", live.clone())
@@ -62,8 +66,9 @@ def play(
         stepped = live if wanted is None else wanted.reshape(batch).cpu() & live
         if not stepped.any():  # a step of no row would write nothing
             last = td.exclude("_step")
-            return last if finished is None else _where(asked, last, finished)
+            return last if finished is None else _paid(_where(asked, last, finished), returns)
         td = env.step(td)
+        _add_rewards(returns, td["next"], stepped)
         last = finished_rows(td)
         finished = last if finished is None else _where(asked, last, finished)
         done = td["next", "done"].reshape(*batch, -1).any(-1).cpu()
@@ -72,7 +77,7 @@ def play(
             break
         td = env.step_mdp(td)
     assert finished is not None
-    return finished
+    return _paid(finished, returns)
 
 
 def finished_rows(tensordict: TensorDictBase) -> TensorDictBase:
@@ -88,6 +93,37 @@ def finished_rows(tensordict: TensorDictBase) -> TensorDictBase:
     for key in tensordict.keys():
         if key not in _OWN and rows.get(key, None) is None:
             rows.set(key, tensordict.get(key))
+    return rows
+
+
+def _add_rewards(returns: dict[NestedKey, torch.Tensor], following: TensorDictBase, stepped: torch.Tensor) -> None:
+    """Add what a step paid the rows that it was for, as a whole and in each component."""
+    keys: list[NestedKey] = [
+        "reward",
+        *(("reward_parts", name) for name in following.get("reward_parts", {}).keys()),
+    ]
+    for key in keys:
+        paid = following.get(key, None)
+        if paid is None:
+            continue
+        went = stepped.to(paid.device).reshape(*stepped.shape, *[1] * (paid.ndim - stepped.ndim))
+        paid = torch.where(went, paid, torch.zeros_like(paid))
+        if key not in returns:
+            returns[key] = paid
+        elif returns[key].shape == paid.shape:
+            returns[key] = returns[key] + paid
+        else:
+            raise ValueError(
+                f"{key!r} has the shape {tuple(returns[key].shape)} in one turn and {tuple(paid.shape)} in another: "
+                "expected one reward a row, to sum over the turns."
+            )
+
+
+def _paid(rows: TensorDictBase, returns: dict[NestedKey, torch.Tensor]) -> TensorDictBase:
+    """The rows with the sums over their turns in the place of what the last step paid."""
+    rows = rows.copy()
+    for key, total in returns.items():
+        rows.set(key, total)
     return rows
 
 
