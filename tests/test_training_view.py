@@ -190,8 +190,8 @@ class TestEpisodes:
                 TensorDict({"next": batch_of([after], **flags), "done": torch.zeros(1, 1).bool()}, batch_size=(1,))
             )
         view = training_view(lazy_stack(steps, 1), turns=True)
-        assert view["turn_reward"].sum(1).tolist() == [1.0, 2.0, 3.0, 0.0]
-        assert view["reward"].flatten().tolist() == [6.0] * 4
+        assert view["turn_reward"].sum(1).tolist() == [1.0, 2.0, 3.0]
+        assert view["reward"].flatten().tolist() == [6.0] * 3
 
     def test_bad_input(self, rollout):
         with pytest.raises(KeyError, match="needs 'transcript'.*reward"):
@@ -561,11 +561,36 @@ def test_branches_are_one_episode():
     both = batch_of([ledger(td), *transcripts(1, 1)], reward=torch.tensor([1.0, 0.0]).reshape(2, 1, 1))
     for options in LAYOUTS:
         view = training_view(both, **{**options, "max_tokens": options.get("max_tokens") and 500})
-        assert view["episode"].tolist() == [0, 0, 0, 1]
+        assert view["episode"].tolist() == [0, 0, 1]
         mask, where = view["masks"].all_assistant_mask, view.get("sequence_ids", None)
-        trained = view["tokens"].full[mask & (torch.ones_like(mask) if where is None else where < 3)]
+        trained = view["tokens"].full[mask & (torch.ones_like(mask) if where is None else where < 2)]
         count = sum(len(ids) for ids, _ in sampled)
         assert trained[:count].tolist() == [i for ids, _ in sampled for i in ids.tolist()]
     # Each episode counts once in its group, whatever the number of its sequences.
-    advantage = group_advantages(view["reward"], torch.zeros(4).long(), episode=view["episode"], normalize=None)
-    assert advantage.flatten().tolist() == [0.5, 0.5, 0.5, -0.5]
+    advantage = group_advantages(view["reward"], torch.zeros(3).long(), episode=view["episode"], normalize=None)
+    assert advantage.flatten().tolist() == [0.5, 0.5, -0.5]
+
+
+def test_branches_without_a_sampled_token_are_left_out():
+    """What the last user message opened carries no reward that no token could bear."""
+    tokenizer = bpe_tokenizer.__wrapped__()
+    tokenizer.chat_template = STRIPS
+    env = ChatEnv(input_mode="tokens", tokenizer=tokenizer, history_policy="template")
+    td, _, sampled = play(env, ["<think>\nso\n</think>\n\n42"] * 2)
+    never, *_ = transcripts(1, 0)
+    assert not ledger(td).sequences[-1].mask.any()
+    both = batch_of([ledger(td), never], reward=torch.tensor([1.0, 0.0]).reshape(2, 1, 1))
+    view = training_view(both, layout="padded")
+    mask = view["masks"].all_assistant_mask
+    assert (view["episode"].tolist(), view["episode_sequences"].tolist()) == ([0, 0, 1], [2, 2, 1])
+    assert mask.any(-1).tolist() == [True, True, False]
+    assert view["tokens"].full[mask].tolist() == [i for ids, _ in sampled for i in ids.tolist()]
+    assert token_rewards(view["reward"], mask).sum(-1).tolist() == [1, 1, 0]
+
+
+def test_episodes_of_several_views_are_told_apart():
+    views = [training_view(batch_of(transcripts(4, 2, seed=seed)), **LAYOUTS[0]) for seed in (0, 1, 0)]
+    first, other, again = (view["episode_digest"].tolist() for view in views)
+    assert first == again
+    assert len({*first, *other}) == 8
+    assert training_view(batch_of(transcripts(4, 2)), layout="packed")["episode_digest"].tolist() == first

@@ -1,11 +1,13 @@
 """The training view: episodes as the token sequences that are trained on.
 
 An episode is one sequence, unless its chat template rewrote the past and began branches (history policy
-``"template"``): then it is several, and each sampled token is under the mask of exactly one of them.
+``"template"``): then it is several, and each sampled token is under the mask of exactly one of them. A branch in which
+nothing was sampled (one that the last user message opened, say) is none of them, unless the episode has no other.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +18,13 @@ from torchrl_chat import columns
 from torchrl_chat.training import layouts
 from torchrl_chat.training.episodes import Episodes
 from torchrl_chat.training.layouts import Flat, Layout, Side
+from torchrl_chat.transcript import Branch, Transcript
 
 # The view's own columns: those of the same name in the data are not kept (but may tell the groups).
-_OWN = {"episode", "group", "scored", "turn_reward", "position_ids", "sequence_ids", "cu_seqlens"}
+_OWN = {
+    "episode", "episode_digest", "episode_sequences", "group", "scored", "turn_reward", "position_ids", "sequence_ids",
+    "cu_seqlens",
+}  # fmt: skip
 
 
 def training_view(
@@ -52,14 +58,17 @@ def training_view(
         max_tokens: how many tokens a row of a packed layout has at most; one row if ``None``.
 
     Returns:
-        E episodes in N >= E sequences, those of an episode in the order in which they were sampled. In every
-        layout:
+        E episodes in N >= E sequences, those of an episode in the order in which they were sampled, without those in which
+        nothing was (but an episode without any sampled token has its last one). In every layout:
 
         - ``("tokens", "full")``: int64;
         - ``("masks", "all_assistant_mask")``: bool, true on the tokens that are trained;
         - ``("masks", "all_attention_mask")``: bool, false on padding;
         - ``("log_probs", "full")``: float32, 0 where the policy did not sample or reported none;
         - ``"episode"``: int64 (N,), the episode that a sequence comes from, and ``"group"``: int64 (N,);
+        - ``"episode_digest"``: int64 (N,), a number made of all that the episode's sequences hold, which tells it from the
+          episodes of other views, and ``"episode_sequences"``: int64 (N,), how many of them there are: for whoever
+          finds single rows of several views, in a replay buffer say;
         - ``"scored"``: bool (N,), whether the policy reported a log-prob for every token that it sampled;
         - every other column of the row (rewards, references), repeated for its sequences, but for what is of one step's
           tokens (reference log-probs: apply :class:`~torchrl_chat.transforms.kl.RetrieveLogProb` to the view) and for
@@ -89,7 +98,7 @@ def training_view(
     """
     _check(layout, side, multiple_of, max_tokens)
     found = Episodes(data)
-    branches = [transcript.sequences for transcript in found.transcripts]
+    branches = [_sampled(transcript) for transcript in found.transcripts]
     episodes = [i for i, sequences in enumerate(branches) for _ in sequences]
     every = [sequence for sequences in branches for sequence in sequences]
     kept = {key: found.column(key, episodes) for key in found.keys()}
@@ -105,6 +114,9 @@ def training_view(
         laid = layouts.packed(flat, device, pad_id, multiple_of, max_tokens)
     batch = torch.Size([]) if layout == "packed" else torch.Size([count])
     view = TensorDict({"episode": torch.tensor(episodes, device=device)}, batch_size=batch, device=device)
+    for name, of in (("episode_digest", _digest), ("episode_sequences", len)):
+        values = list(map(of, branches))
+        view.set(name, torch.tensor([values[i] for i in episodes], device=device))
     view.set("scored", torch.tensor([found.transcripts[i].scored for i in episodes], device=device))
     groups = _groups(kept, group, episodes, len(branches))
     if groups is not None:
@@ -134,6 +146,22 @@ def _check(layout: str, side: str, multiple_of: int, max_tokens: int | None) -> 
         raise ValueError(f"multiple_of={multiple_of}: expected at least 1.")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1.")
+
+
+def _sampled(transcript: Transcript) -> list[Branch]:
+    """The sequences in which the policy sampled something; the last one where it never did."""
+    sequences = transcript.sequences
+    return [sequence for sequence in sequences if bool(sequence.mask.any())] or [sequences[-1]]
+
+
+def _digest(sequences: Sequence[Branch]) -> int:
+    """The same for the same tokens, sampled alike; below 2**63."""
+    digest = hashlib.blake2b(digest_size=8)
+    for sequence in sequences:
+        digest.update(len(sequence.tokens).to_bytes(8, "little"))
+        for field in sequence:
+            digest.update(field.numpy())
+    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def _ungraded(kept: dict[str, Any], count: int) -> set[int]:
