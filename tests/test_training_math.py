@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_chat.training import gae, group_advantages, kl_estimate, masked_mean, policy_loss, token_rewards
+from torchrl_chat.training import (
+    gae,
+    group_advantages,
+    kl_estimate,
+    masked_mean,
+    policy_loss,
+    token_rewards,
+    whitened,
+)
 
 finite = st.floats(-5, 5, width=32)
 
@@ -153,6 +161,26 @@ class TestGAE:
         with pytest.raises(ValueError, match="row 0 has 0 turns to put 1 rewards on"):
             token_rewards(torch.ones(1), torch.zeros(1, 4).bool())
         assert not gae(torch.zeros(1, 4), torch.ones(1, 4), torch.zeros(1, 4).bool())[0].any()
+
+
+class TestWhitened:
+    @settings(deadline=None)
+    @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 999))
+    def test_mean_0_and_deviation_1_over_what_is_under_the_mask(self, n, t, seed):
+        draw = torch.Generator().manual_seed(seed)
+        values, mask = torch.randn(n, t, generator=draw), torch.rand(n, t, generator=draw) < 0.5
+        found = whitened(values, mask)
+        assert found.isfinite().all()
+        assert not found[~mask].any()
+        if mask.sum() > 1:
+            assert float(found[mask].mean()) == pytest.approx(0, abs=1e-4)
+            assert float(found[mask].std()) == pytest.approx(1, abs=1e-2)
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_what_nothing_compares_with_is_0(self, count):
+        mask = torch.arange(5)[None] < count
+        assert not whitened(torch.full((1, 5), 3.0), mask).any()
+        assert not whitened(torch.full((2, 5), 3.0), torch.ones(2, 5).bool()).any()
 
 
 class TestPolicyLoss:

@@ -531,6 +531,23 @@ def test_minibatches_are_as_large_as_they_may_be_whatever_side_is_padded(side):
         assert len(rows) == 1 or len(rows) * used <= 90
 
 
+@pytest.mark.parametrize(
+    "options", [{"layout": "ragged"}, {"layout": "padded"}, {"layout": "padded", "side": "left"}]
+)
+def test_rows_without_a_trained_token_are_in_no_minibatch(policy, options):
+    graded = torch.tensor([True, False, True, False, False]).reshape(5, 1, 1)
+    why = columns.objects(["", "no", "", "no", "no"], torch.Size([5]), None)
+    td = batch_of(transcripts(5, 2), graded=graded, grade_failure=why)
+    view = training_view(td, **options)
+    parts = microbatches(view, 1)
+    assert sorted(part.tolist() for part in parts) == [[0], [2]]
+    for rows in parts:  # each has a gradient
+        assert sequence_log_probs(policy.model, view[rows]).log_probs.requires_grad
+    assert microbatches(view[torch.tensor([1, 3, 4])], 100) == []
+    alone = batch_of([Transcript.start([], ()).sampled(torch.tensor([7]), None, {"role": "assistant"}, ended=True)])
+    assert microbatches(training_view(alone, **options), 100) == []  # a first token is never scored
+
+
 def test_accumulated_gradients_are_those_of_the_batch(policy):
     view = with_advantage(training_view(batch_of(transcripts(7, 2)), layout="padded"))
     model, old = policy.model, view["log_probs"].full

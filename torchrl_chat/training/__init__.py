@@ -3,7 +3,7 @@
 Plain functions of tensors (N, T) with a mask; torchrl's own losses take the view as it is.
 """
 
-from torchrl_chat.training.advantages import gae, group_advantages, token_rewards
+from torchrl_chat.training.advantages import gae, group_advantages, token_rewards, whitened
 from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss
 from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs
 from torchrl_chat.training.view import training_view
@@ -19,4 +19,5 @@ __all__ = [
     "sequence_log_probs",
     "token_rewards",
     "training_view",
+    "whitened",
 ]

@@ -1,4 +1,4 @@
-"""Advantages: of groups of episodes (GRPO, Dr. GRPO, RLOO), and of single tokens (GAE)."""
+"""Advantages: of groups of episodes (GRPO, Dr. GRPO, RLOO), and of single tokens (GAE); what PPO makes of the latter."""
 
 from __future__ import annotations
 
@@ -177,3 +177,24 @@ def gae(
         found[:, step] = carried
     advantages = advantages.masked_scatter(mask, found[owner, place])
     return advantages, torch.where(mask, advantages + values.float(), 0.0)
+
+
+def whitened(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
+    """Numbers of tokens, brought to mean 0 and standard deviation 1 over all that are under the mask.
+
+    Args:
+        values: float (N, T), such as the advantages of :func:`gae`.
+        mask: bool (N, T).
+        eps: the least standard deviation (sample standard deviation).
+
+    Returns:
+        float (N, T), 0 where the mask is false. 0 throughout where it has one token: nothing compares with it.
+
+    Example:
+        >>> whitened(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+        tensor([[-0.7071,  0.7071,  0.0000]])
+    """
+    chosen = values[mask]
+    if len(chosen) < 2:
+        return torch.zeros_like(values)
+    return torch.where(mask, (values - chosen.mean()) / chosen.std().clamp(min=eps), 0.0)

@@ -115,7 +115,8 @@ def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
         max_tokens: how many tokens a minibatch has at most, padding included; a longer row stands alone.
 
     Returns:
-        row numbers, int64, each row in one of them: ``view[rows]``.
+        row numbers, int64: ``view[rows]``. Each row in which a token is trained is in one of them; the others (an episode that
+        could not be graded, say) are in none, since they add nothing to any sum: the list may be empty.
 
     Example:
         >>> total = view["masks"].all_assistant_mask.sum()
@@ -126,10 +127,19 @@ def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
     """
     if len(view.batch_size) != 1:
         raise ValueError("a packed view is not split further: pack it with max_tokens instead.")
-    attention = columns.read_field(view.get("masks"), "all_attention_mask", view.batch_size) or []
+    attention, sampled = (
+        columns.read_field(view.get("masks"), key, view.batch_size) or []
+        for key in ("all_attention_mask", "all_assistant_mask")
+    )
+    # The first token of a sequence is never scored: alone it would leave a loss without a gradient.
+    chosen = [
+        row
+        for row, (real, mask) in enumerate(zip(attention, sampled, strict=True))
+        if bool((mask.bool() & (real.cumsum(-1) > 1)).any())
+    ]
     # To the last token: a row that is padded on the left stays as wide as it is.
-    lengths = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in attention]
-    return [torch.tensor(rows) for rows in _by_length(lengths, max_tokens)]
+    lengths = [int(attention[row].nonzero().max()) + 1 for row in chosen]
+    return [torch.tensor([chosen[i] for i in rows]) for rows in _by_length(lengths, max_tokens)]
 
 
 def _dense(view: TensorDictBase, device: torch.device) -> _Dense:

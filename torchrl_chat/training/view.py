@@ -160,7 +160,7 @@ def _digest(sequences: Sequence[Branch]) -> int:
     for sequence in sequences:
         digest.update(len(sequence.tokens).to_bytes(8, "little"))
         for field in sequence:
-            digest.update(field.numpy())
+            digest.update(field.numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
