@@ -352,6 +352,25 @@ class TestValues:
             reached = model.base_model.embed_tokens.weight.grad
             assert (reached is not None and bool(reached.any())) == (trunk == "shared")
 
+    @pytest.mark.parametrize("trunk", ["shared", "separate"])
+    def test_a_model_with_an_adapter(self, view, trunk):
+        import peft
+
+        model, rows = view
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, lora).eval()
+        both = PolicyAndValue(model, trunk)
+        torch.nn.init.normal_(both.head.weight)
+        scores, values = both(rows)
+        expected = PolicyAndValue(model.merge_and_unload())
+        expected.head = both.head
+        assert torch.allclose(values, expected(rows)[1], atol=1e-4)
+        assert torch.allclose(scores.log_probs, expected(rows)[0].log_probs, atol=1e-4)
+        if trunk == "separate":
+            trained = {name for name, parameter in both.trunk.named_parameters() if parameter.requires_grad}
+            assert trained
+            assert all("lora" in name for name in trained)
+
     def test_other_layouts_are_refused(self, view):
         model, rows = view
         with pytest.raises(ValueError, match="padded view"):

@@ -16,9 +16,10 @@ class PolicyAndValue(nn.Module):
     """A language model with a value head: log-probs and values of the same tokens in one call.
 
     Args:
-        model: a transformers causal language model with an output head.
+        model: a transformers causal language model with an output head, or a PEFT model of one.
         trunk: ``"shared"`` puts the head on the model's last hidden state, so that both losses train one network in one pass;
-            ``"separate"`` gives it a copy of the model's trunk, for twice the memory and without interference.
+            ``"separate"`` gives it a copy of the model's trunk, for twice the memory and without interference. Of a PEFT
+            model the copy has an adapter of its own, and that is what is trained of it.
 
     Example:
         >>> actor_critic = PolicyAndValue(model)
@@ -30,7 +31,9 @@ class PolicyAndValue(nn.Module):
         if trunk not in ("shared", "separate"):
             raise ValueError(f"trunk={trunk!r}: expected 'shared' or 'separate'.")
         self.model = model
-        self.trunk = copy.deepcopy(model.base_model) if trunk == "separate" else None
+        # What PEFT calls the base model is a wrapper around the whole of it, head and all.
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.trunk = copy.deepcopy(plain.base_model) if trunk == "separate" else None
         width = model.get_output_embeddings().in_features
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)  # no opinion at the start
