@@ -22,7 +22,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat.playing import play
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
 from torchrl_chat.training import masked_mean, microbatches, sequence_log_probs, training_view
@@ -49,37 +49,45 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
 def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> TensorDictBase | None:
     """The sequences of the right conversations, different ones only, at most ``config.most`` a question; or none."""
     view = training_view(finished, layout="padded", group=config.group_size)
+    answers: dict[int, list[int]] = {}  # an answer is an episode, of one sequence or of several
+    for i, episode in enumerate(view["episode"].tolist()):
+        answers.setdefault(episode, []).append(i)
     kept: list[int] = []
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[tuple[int, ...], ...]] = set()
     counts: dict[int, int] = {}
     groups, right = view["group"].tolist(), view["success"].flatten().tolist()
-    for i, ids in enumerate(view["tokens"].full):
-        key = tuple(ids[view["masks"].all_attention_mask[i]].tolist())
-        if not right[i] or key in seen or (config.most and counts.get(groups[i], 0) >= config.most):
+    tokens, attention = view["tokens"].full, view["masks"].all_attention_mask
+    for rows in answers.values():
+        group, key = groups[rows[0]], tuple(tuple(tokens[i][attention[i]].tolist()) for i in rows)
+        if not right[rows[0]] or key in seen or (config.most and counts.get(group, 0) >= config.most):
             continue
         seen.add(key)
-        counts[groups[i]] = counts.get(groups[i], 0) + 1
-        kept.append(i)
+        counts[group] = counts.get(group, 0) + 1
+        kept += rows
     return view[torch.tensor(kept)] if kept else None
 
 
-def imitate(model: Any, optimizer: Any, view: TensorDictBase, config: ExpertIterationConfig) -> float:
-    """Supervised fine-tuning: some passes over the sequences in random minibatches; the mean loss."""
+def imitate(model: Any, optimizer: Any, view: TensorDictBase, config: ExpertIterationConfig) -> dict[str, float]:
+    """Supervised fine-tuning: some passes over the sequences in random minibatches."""
     view = view.select("tokens", "masks", "position_ids")
-    losses = []
+    logged: list[list[dict[str, Any]]] = []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(view)).split(config.minibatch):
             whole = view[rows]
-            count = whole["masks"].all_assistant_mask.sum().clamp(min=1)
+            parts = microbatches(whole, config.max_tokens)
+            if not parts:  # nothing was sampled in any of them
+                continue
+            count = whole["masks"].all_assistant_mask.sum()
             optimizer.zero_grad()
-            for few in microbatches(whole, config.max_tokens):
+            logged.append([])
+            for few in parts:
                 scores = sequence_log_probs(model, whole[few])
                 loss = -masked_mean(scores.log_probs, scores.mask, denominator=count)
                 loss.backward()
-                losses.append(loss.detach())
+                logged[-1].append({"loss": loss.detach()})
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
-    return float(torch.stack(losses).mean())
+    return averaged(logged)
 
 
 def main() -> None:
@@ -108,7 +116,7 @@ def main() -> None:
         metrics = {
             "reward": float(finished["reward"].mean()),
             "pass_rate": float(finished["success"].float().mean()),
-            "kept": 0.0 if view is None else float(len(view)),
+            "kept": 0.0 if view is None else float(len(view["episode"].unique())),
         }
 
         # 2. The apprentice imitates it.
@@ -116,7 +124,7 @@ def main() -> None:
             if start is not None:
                 model.load_state_dict(start.state_dict())
                 optimizer.state.clear()
-            metrics["loss"] = imitate(model, optimizer, view.to(model.device), config)
+            metrics |= imitate(model, optimizer, view.to(model.device), config)
             sync()
         run.log(metrics, finished=finished, trained=view)
 

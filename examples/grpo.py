@@ -25,7 +25,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat.playing import play
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
 from torchrl_chat.rewards import Episode, OverlongPenalty
@@ -148,18 +148,22 @@ def learn(
 ) -> dict[str, float]:
     """Some passes over a batch in random minibatches."""
     view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "reference", strict=False)
-    logged: list[dict[str, Any]] = []
+    logged: list[list[dict[str, Any]]] = []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(view)).split(config.minibatch):
             whole = view[rows]
+            parts = microbatches(whole, config.max_tokens)
+            if not parts:  # none of them could be graded
+                continue
             optimizer.zero_grad()
-            for few in microbatches(whole, config.max_tokens):
+            logged.append([])
+            for few in parts:
                 loss, metrics = loss_of(model, whole[few], whole, config, vocab_size)
                 loss.backward()
-                logged.append(metrics)
+                logged[-1].append(metrics)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
-    return {key: float(torch.stack([metrics[key] for metrics in logged]).mean()) for key in logged[0]}
+    return averaged(logged)
 
 
 def average(batches: list[TensorDictBase], key: str) -> float:

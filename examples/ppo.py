@@ -22,7 +22,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat.playing import play
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
 from torchrl_chat.training import (
@@ -33,6 +33,7 @@ from torchrl_chat.training import (
     policy_loss,
     token_rewards,
     training_view,
+    whitened,
 )
 from torchrl_chat.training.values import PolicyAndValue
 
@@ -95,6 +96,30 @@ def score(
     return log_probs, values
 
 
+def learn(
+    actor_critic: PolicyAndValue, optimizer: Any, view: TensorDictBase, config: PPOConfig, **scoring: Any
+) -> dict[str, float]:
+    """Some passes over a batch in random minibatches."""
+    view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target")
+    logged: list[list[dict[str, Any]]] = []
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(view)).split(config.minibatch):
+            whole = view[rows]
+            parts = microbatches(whole, config.max_tokens)
+            if not parts:  # none of them could be graded
+                continue
+            count = whole["masks"].all_assistant_mask.sum()
+            optimizer.zero_grad()
+            logged.append([])
+            for few in parts:
+                loss, metrics = loss_of(actor_critic, whole[few], count, config, **scoring)
+                loss.backward()
+                logged[-1].append(metrics)
+            torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
+            optimizer.step()
+    return averaged(logged)
+
+
 def main() -> None:
     """Collect, value, learn, repeat."""
     config = parse(PPOConfig, __doc__, defaults)
@@ -122,7 +147,8 @@ def main() -> None:
         # 2. One sequence an episode: its reward on the last sampled token, a value before each of them.
         view = training_view(finished, layout="padded").to(model.device)
         mask = view["masks"].all_assistant_mask
-        view["reward"] = view["reward"].reshape(-1)
+        # An episode in which nothing was sampled has no token for its reward to stand on.
+        view["reward"] = torch.where(mask.any(-1), view["reward"].reshape(-1), 0.0)
         _, view["value"] = score(actor_critic, view, config, **scoring)
         rewards = token_rewards(view["reward"], mask)
         if reference is not None:
@@ -133,25 +159,11 @@ def main() -> None:
 
         # 3. How much better than expected each token did, over the batch of mean 0 and deviation 1.
         advantage, view["target"] = gae(rewards, view["value"], mask, config.gamma, config.lam)
-        chosen = advantage[mask]
-        view["advantage"] = torch.where(mask, (advantage - chosen.mean()) / chosen.std().clamp(min=1e-4), 0.0)
+        view["advantage"] = whitened(advantage, mask)
 
         # 4. Some passes in random minibatches; then what samples gets the new weights.
-        read = ("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target")
-        logged = []
-        for _ in range(config.epochs):
-            for rows in torch.randperm(len(view)).split(config.minibatch):
-                whole = view.select(*read)[rows]
-                count = whole["masks"].all_assistant_mask.sum().clamp(min=1)
-                optimizer.zero_grad()
-                for few in microbatches(whole, config.max_tokens):
-                    loss, metrics = loss_of(actor_critic, whole[few], count, config, **scoring)
-                    loss.backward()
-                    logged.append(metrics)
-                torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
-                optimizer.step()
+        metrics = learn(actor_critic, optimizer, view, config, **scoring)
         sync()
-        metrics = {key: float(torch.stack([line[key] for line in logged]).mean()) for key in logged[0]}
         metrics |= {
             "reward": float(finished["reward"].mean()),
             "pass_rate": float(finished["success"].float().mean()),

@@ -22,7 +22,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import DatasetChatEnv, NumberVerifier, RewardTransform
 from torchrl_chat.playing import play
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import arithmetic_rows, ask, make_model, make_policy, warm_start
 from torchrl_chat.sandbox import Sandbox
@@ -56,13 +56,17 @@ def make_env(
 def learn(model: Any, optimizer: Any, view: TensorDictBase, config: ToolConfig) -> dict[str, float]:
     """Passes over a batch: each episode is one sequence, and the loss is on what the policy sampled of it."""
     view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage")
-    losses = []
+    logged: list[list[dict[str, Any]]] = []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(view)).split(config.minibatch):
             whole = view[rows]
-            trained = whole["masks"].all_assistant_mask.any(-1).sum().clamp(min=1)
+            parts = microbatches(whole, config.max_tokens)
+            if not parts:  # none of them could be graded
+                continue
+            trained = whole["masks"].all_assistant_mask.any(-1).sum()
             optimizer.zero_grad()
-            for few in microbatches(whole, config.max_tokens):
+            logged.append([])
+            for few in parts:
                 part = whole[few]
                 scores = sequence_log_probs(model, part, temperature=config.temperature)
                 # The ratio is to the log-probs of the very ids that were sampled: there is nothing to compute again.
@@ -71,10 +75,10 @@ def learn(model: Any, optimizer: Any, view: TensorDictBase, config: ToolConfig) 
                     aggregation="sequence", denominator=trained,
                 )  # fmt: skip
                 loss.backward()
-                losses.append(loss.detach())
+                logged[-1].append({"loss": loss.detach()})
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
-    return {"loss": float(torch.stack(losses).mean())}
+    return averaged(logged)
 
 
 def main() -> None:

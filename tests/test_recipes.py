@@ -465,6 +465,96 @@ def test_what_cannot_be_graded_makes_no_group_differ(tmp_path):
     assert trained.tolist() == [False, True, False]
 
 
+def half_graded(settings, tokenizer, fails: str | None):
+    """An environment that cannot grade answers which begin with one of certain letters (or any), nor train on them."""
+    from torchrl.envs import StepCounter
+
+    from torchrl_chat import DatasetChatEnv, RewardTransform
+    from torchrl_chat.cli.tiny import last_digit_rows
+
+    def verifier(response: str, reference: str) -> float:
+        if fails is None or response[:1] in fails:
+            raise ArithmeticError("no grade")
+        return float(len(response) % 2)
+
+    env = DatasetChatEnv(
+        dataset=last_digit_rows(seed=0), tokenizer=tokenizer, input_mode="tokens", num_envs=settings.prompts,
+        repeats=settings.group_size, group_repeats=True, seed=0,
+    )  # fmt: skip
+    env.append_transform(StepCounter(max_steps=1))
+    env.append_transform(RewardTransform(verifier, on_failure="mask", isolate=False, workers=1))
+    return env
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fails", ["02468aelst(", None], ids=["some", "all"])
+@pytest.mark.parametrize("name", [*RECIPES, "python_tool"])
+def test_what_cannot_be_graded_ends_no_run(tmp_path, monkeypatch, name, fails):
+    """Microbatches, minibatches and whole batches without a trained token."""
+    module = script(name)
+    words = ["--steps", "2", "--max_new_tokens", "4", "--minibatch", "2", "--max_tokens", "30", "--eval", "4"]
+    monkeypatch.setattr(module, "make_env", lambda c, t, *_, **__: half_graded(c, t, fails))
+    if name == "python_tool":
+        monkeypatch.setattr(module, "TINY_TOOL", {})  # it would be shown programs
+    monkeypatch.setattr(sys, "argv", [name, *QUICK, *words, "--out", str(tmp_path)])
+    module.main()
+    metrics = jsonl(tmp_path / "metrics.jsonl")
+    assert len(metrics) == 2
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    if name != "expert_iteration":  # it imitates what is right, if there is any
+        assert ["loss" in row for row in metrics] == [fails is not None] * 2
+
+
+def test_the_loss_of_a_minibatch_is_the_sum_of_its_shares(tmp_path):
+    """Whatever the size of the microbatches."""
+    module = script("grpo")
+    settings = module.GRPOConfig(
+        out=str(tmp_path), prompts=4, group_size=4, minibatch=8, epochs=2, max_new_tokens=4
+    )
+    model, tokenizer = make_model(settings)
+    policy, _ = make_policy(settings, model, tokenizer)
+    view = training_view(ask(make_env(settings, tokenizer, 4, 4, 0), policy, settings), layout="padded")
+    view["advantage"] = torch.randn(len(view))
+    logged = []
+    for settings.max_tokens in (10_000, 60, 1):
+        torch.manual_seed(0)
+        still = torch.optim.SGD(model.parameters(), lr=0.0)
+        logged.append(module.learn(model, still, view, settings, len(tokenizer))["loss"])
+    assert logged == pytest.approx([logged[0]] * 3, rel=1e-4)
+    assert abs(logged[0]) > 1e-3
+
+
+def test_most_counts_answers_and_not_their_sequences(tmp_path):
+    """A right answer of three sequences is one answer, and is imitated as a whole."""
+    from tensordict import TensorDict
+
+    from torchrl_chat import Transcript, columns
+
+    def episode(*words: list[int]) -> Transcript:
+        transcript = Transcript.start([1, 2], ({"role": "user", "content": "?"},))
+        for i, ids in enumerate(words):
+            if i:
+                transcript = transcript.branched([1, 2, 3], transcript.spans)
+            said = {"role": "assistant", "content": "!"}
+            transcript = transcript.sampled(torch.tensor(ids), -torch.ones(len(ids)), said, ended=True)
+        return transcript
+
+    module = script("expert_iteration")
+    settings = module.ExpertIterationConfig(out=str(tmp_path), prompts=1, group_size=5, most=2)
+    # Wrong, right, the same once more, right in another last sequence, right and one too many.
+    played = [([9], [9]), ([5], [6], [7]), ([5], [6], [7]), ([5], [6], [8]), ([4],)]
+    batch = torch.Size([5])
+    finished = TensorDict(
+        transcript=columns.objects([episode(*words) for words in played], batch, None),
+        success=torch.tensor([False, True, True, True, True]).reshape(5, 1, 1),
+        reward=torch.zeros(5, 1, 1),
+        batch_size=batch,
+    )
+    assert module.right_answers(finished, settings)["episode"].tolist() == [1, 1, 1, 3, 3, 3]
+    settings.most = 0
+    assert module.right_answers(finished, settings)["episode"].tolist() == [1, 1, 1, 3, 3, 3, 4]
+
+
 def run_killed(folder: Path, name: str, kills: int, arguments: list[str], seed: int = 0) -> dict:
     """Kill and resume a script; what ``recipe_kills.py`` says."""
     command = [

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -283,6 +283,28 @@ def conversations(finished: TensorDictBase, title: str) -> str:
         turns = " | ".join(f"{m['role']}: {str(m['content'])[:300]!r}" for m in transcript.messages)
         lines.append(f"{title}, reward {reward:g}: {turns}")
     return "\n".join(lines)
+
+
+def averaged(minibatches: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dict[str, float]:
+    """What the passes of a step measured, a number a name, to be logged.
+
+    Args:
+        minibatches: for each minibatch what its microbatches measured. ``"loss"`` is a microbatch's share of the minibatch's
+            loss, so that it is the sum which is averaged; everything else is averaged over all microbatches.
+
+    Returns:
+        nothing where no minibatch had anything to train on.
+
+    Example:
+        >>> averaged([[{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(2.0)}], [{"loss": torch.tensor(5.0)}]])
+        {'loss': 4.0}
+    """
+    found = [few for few in minibatches if few]
+    every = [metrics for few in found for metrics in few]
+    result = {key: float(torch.stack([metrics[key] for metrics in every]).mean()) for key in (every or [{}])[0]}
+    if "loss" in result:
+        result["loss"] = float(torch.stack([sum(metrics["loss"] for metrics in few) for few in found]).mean())  # type: ignore[misc]
+    return result
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
