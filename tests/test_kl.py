@@ -19,7 +19,7 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import Compose, check_env_specs
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 
-from torchrl_chat import ChatEnv, TransformersPolicy, columns, training_view
+from torchrl_chat import ChatEnv, TransformersPolicy, columns, playing, training_view
 from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.training import kl_estimate, sequence_log_probs
 from torchrl_chat.transforms.kl import KLRewardTransform, RetrieveKL, RetrieveLogProb
@@ -170,7 +170,7 @@ class TestInTheEnvironment:
         assert td["next", "reward"].item() == pytest.approx(-float((scores - there).sum()), abs=1e-3)
         whole = RetrieveKL(model, when="done")(steps)["next", "reward"].item()
         view = RetrieveKL(model)(training_view(steps))
-        assert view["reward"].flatten().tolist() == pytest.approx([whole] * 3, abs=1e-3)
+        assert view["reward"].flatten().tolist() == pytest.approx([whole] * 2, abs=1e-3)
         assert whole < td["next", "reward"].item() - 1e-3 or whole > td["next", "reward"].item() + 1e-3
 
 
@@ -263,6 +263,106 @@ class TestElsewhere:
             total = float(output.kl_to_ref) * dense(view, ("tokens", "full")).numel()
             assert total == pytest.approx(float(expected.sum()), rel=1e-3)
 
+    def test_turns_add_up_in_play(self, mode, policy, reference):
+        """What each turn paid is in the reward of finished episodes, and of the view of them."""
+        returns = []
+        for options in ({"when": "turn"}, {"when": "done"}):
+            torch.manual_seed(0)
+            finished = playing.play(make_env(mode, 4).append_transform(RetrieveKL(reference, **options)), policy)
+            returns.append(training_view(finished)["reward"].flatten())
+        assert torch.allclose(*returns, atol=1e-4)
+
+
+def several(seed: int) -> TensorDict:
+    """The view of three episodes, of one sequence, of two, and of three."""
+    draw = torch.Generator().manual_seed(seed)
+    ledgers = []
+    for episode, ledger in enumerate(transcripts(3, 1, seed=seed)):
+        for _ in range(episode):
+            ids = torch.randint(5, 20, (4,), generator=draw)
+            ledger = ledger.branched(ids.tolist(), ledger.spans)
+            answer = torch.randint(5, 20, (3,), generator=draw)
+            ledger = ledger.sampled(
+                answer, -torch.rand(3, generator=draw), {"role": "assistant", "content": "!"}, ended=True
+            )
+        ledgers.append(ledger)
+    return training_view(batch_of(ledgers, reward=torch.zeros(3, 1, 1)), layout="ragged")
+
+
+class TestBuffersOfSeveralViews:
+    """Numbers of episodes begin anew in every view, a row may be drawn twice, and another not at all."""
+
+    def penalties(self, views, model) -> dict[tuple[int, ...], float]:
+        """What the rows of these views pay, by their tokens, each episode counted by hand."""
+        paid = {}
+        for view in views:
+            rows = RetrieveKL(model, add_to_reward=False)(view).unbind(0)
+            own = [float(row["kl_penalty"].full.sum()) for row in rows]
+            for i, episode in enumerate(view["episode"].tolist()):
+                key = tuple(rows[i]["tokens"].full.tolist())
+                paid[key] = sum(value for k, value in enumerate(own) if view["episode"][k] == episode)
+        return paid
+
+    def check(self, sample, paid):
+        for i in range(len(sample)):
+            expected = -paid[tuple(sample[i]["tokens"].full.tolist())]
+            assert float(sample[i]["reward"]) == pytest.approx(expected, abs=1e-4)
+
+    @pytest.mark.parametrize("digest", [True, False])
+    def test_single_sequences_drawn_with_replacement(self, reference, digest):
+        views = [training_view(batch_of(transcripts(4, 2, seed=s), reward=torch.zeros(4, 1, 1))) for s in (0, 1, 2)]
+        paid = self.penalties(views, reference)
+        # Without the digest, what a dataset environment writes tells episodes apart.
+        views = [view.exclude("episode_digest", "episode_sequence") if not digest else view for view in views]
+        for s, view in enumerate(views):
+            view["episode_row"], view["episode_epoch"] = torch.arange(4) + 4 * s, torch.zeros(4).long()
+        buffer = ReplayBuffer(storage=LazyStackStorage(12), transform=RetrieveKL(reference), batch_size=40)
+        for view in views:
+            buffer.extend(view)
+        torch.manual_seed(0)
+        self.check(buffer.sample(), paid)
+
+    @pytest.mark.parametrize("on", ["sample", "extend"])
+    def test_whole_episodes(self, reference, on):
+        views = [several(seed) for seed in (0, 1)]
+        paid = self.penalties(views, reference)
+        buffer = ReplayBuffer(
+            storage=LazyStackStorage(12),
+            sampler=SamplerWithoutReplacement(),
+            transform=RetrieveKL(reference, on=on),
+            batch_size=12,
+        )
+        for view in views:
+            buffer.extend(view)
+        self.check(buffer.sample(), paid)
+        twice = torch.cat([views[0], views[1], views[0]])
+        self.check(RetrieveKL(reference)(twice), paid)
+
+    def test_a_part_of_an_episode_is_refused(self, reference):
+        view = several(0)
+        paid = self.penalties([view], reference)
+        some = view[torch.tensor([0, 1, 2, 3, 5])]  # the third episode lacks its second sequence
+        with pytest.raises(ValueError, match=r"row 3 is of an episode of 3 sequences, of which 2 .*on='extend'"):
+            RetrieveKL(reference)(some)
+        assert "kl_penalty" in RetrieveKL(reference, add_to_reward=False)(some).keys()
+        self.check(RetrieveKL(reference)(some[:3]), paid)
+        buffer = ReplayBuffer(
+            storage=LazyStackStorage(6), transform=RetrieveKL(reference, on="extend"), batch_size=1
+        )
+        buffer.extend(view)
+        for _ in range(5):
+            self.check(buffer.sample(), paid)
+
+    def test_two_sequences_of_an_episode_may_hold_the_same(self, reference):
+        [first] = transcripts(1, 1)
+        same = first.branched(first.tokens[: first.spans[0].start].tolist(), first.spans)
+        ids, scores = first.tokens[first.mask], first.log_probs[first.mask]
+        same = same.sampled(ids, scores, {"role": "assistant", "content": "!"}, ended=True, close=[2])
+        view = training_view(batch_of([same]))
+        assert torch.equal(view[0]["tokens"].full, view[1]["tokens"].full)
+        once = RetrieveKL(reference)(training_view(batch_of([first])))["reward"].item()
+        assert RetrieveKL(reference)(view)["reward"].flatten().tolist() == pytest.approx([2 * once] * 2, rel=1e-5)
+
 
 class TestReferences:
     def test_itself_has_no_kl(self, mode, policy):
@@ -275,6 +375,56 @@ class TestReferences:
         td = roll(make_env("tokens", 4).append_transform(RetrieveKL(hot)), hot)
         for row in columns.read_field(td["next", "kl_penalty"], "full", td.batch_size):
             assert row.abs().max() < 1e-5
+
+    def test_a_bare_model_of_a_longer_vocabulary(self, mode):
+        """Embeddings that are padded: nothing samples these ids, and the reference leaves them out, too."""
+        model = tiny_model(len(TOKENIZER) + 64)
+        longer = TransformersPolicy(model, TOKENIZER, max_new_tokens=6)
+        steps = roll(make_env(mode, 4).append_transform(RetrieveKL(model)), longer)
+        behind = RetrieveKL(model, tokenizer=TOKENIZER)(roll(make_env(mode, 4), longer))
+        told = RetrieveKL(model, vocab_size=len(TOKENIZER))(roll(make_env(mode, 4), longer))
+        view = RetrieveKL(model, tokenizer=TOKENIZER)(training_view(steps))
+        for td in (steps["next"], behind["next"], told["next"], view):
+            for row in columns.read_field(td["kl_penalty"], "full", td.batch_size):
+                assert row.abs().max() < 1e-5
+        all_logits = RetrieveKL(ModelReference(model, vocab_size=len(TOKENIZER) + 64))
+        td = roll(make_env(mode, 4).append_transform(all_logits), longer)["next"]
+        assert all(row.sum() > 0.1 for row in columns.read_field(td["kl_penalty"], "full", td.batch_size))
+
+    def test_a_bare_model_at_the_policys_temperature(self, reference):
+        cold = TransformersPolicy(reference, TOKENIZER, max_new_tokens=6, temperature=0.5)
+        for there in (reference, ModelReference(reference), RetrieveKL(cold).reference):
+            td = roll(make_env("tokens", 4).append_transform(RetrieveKL(there, temperature=0.5)), cold)["next"]
+            for row in columns.read_field(td["kl_penalty"], "full", td.batch_size):
+                assert row.abs().max() < 1e-5
+
+    def test_settings_that_disagree_or_cannot_be_had(self, reference):
+        cold = TransformersPolicy(reference, TOKENIZER, temperature=0.5)
+        with pytest.raises(ValueError, match=r"temperature=1.0, and the reference has temperature=0.5"):
+            RetrieveKL(cold, temperature=1.0)
+        with pytest.raises(ValueError, match="vocab_size=7, and the reference has"):
+            RetrieveLogProb(cold, vocab_size=7)
+        server = CompletionsReference("http://localhost:9/v1", "m")
+        for there in (server, RemoteReference(print), print):
+            for options in ({"temperature": 0.5}, {"vocab_size": 7}):
+                with pytest.raises(ValueError, match=r"temperature 1 over all logits"):
+                    RetrieveKL(there, **options)
+        assert RetrieveKL(server, temperature=1.0).reference is server
+        for options in ({"temperature": 0.0}, {"vocab_size": 0}):
+            for make in (RetrieveKL, ModelReference):
+                with pytest.raises(ValueError, match=next(iter(options))):
+                    make(reference, **options)
+
+    def test_a_model_whose_adapter_is_on_is_refused(self):
+        import peft
+
+        model = peft.get_peft_model(
+            tiny_model(len(TOKENIZER)), peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+        )
+        for there in (model, TransformersPolicy(model, TOKENIZER)):
+            with pytest.raises(TypeError, match=r"its adapter on.*AdapterReference\(model\)"):
+                RetrieveKL(there)
+        assert RetrieveKL(ModelReference(model)).reference.model is model  # another model than the trained one
 
     def test_adapter(self, mode):
         import peft

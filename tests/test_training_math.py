@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 
 from torchrl_chat.training import (
     gae,
@@ -346,12 +347,12 @@ class TestKLEstimate:
             kl_estimate(torch.zeros(1), torch.zeros(2))
 
 
-@pytest.mark.parametrize("module", ["advantages", "losses"])
+@pytest.mark.parametrize("module", ["advantages", "losses", "totals"])
 def test_docstring_examples(module):
     import doctest
 
     loaded = __import__(f"torchrl_chat.training.{module}", fromlist=["x"])
-    names = {"torch": torch}
+    names = {"torch": torch, "TensorDict": TensorDict}
     result = doctest.testmod(loaded, extraglobs=names)
     assert result.attempted
     assert not result.failed

@@ -599,7 +599,8 @@ def test_branches_without_a_sampled_token_are_left_out():
     both = batch_of([ledger(td), never], reward=torch.tensor([1.0, 0.0]).reshape(2, 1, 1))
     view = training_view(both, layout="padded")
     mask = view["masks"].all_assistant_mask
-    assert (view["episode"].tolist(), view["episode_sequences"].tolist()) == ([0, 0, 1], [2, 2, 1])
+    assert view["episode"].tolist() == [0, 0, 1]
+    assert view["episode_sequence"].tolist() == [[0, 2], [1, 2], [0, 1]]
     assert mask.any(-1).tolist() == [True, True, False]
     assert view["tokens"].full[mask].tolist() == [i for ids, _ in sampled for i in ids.tolist()]
     assert token_rewards(view["reward"], mask).sum(-1).tolist() == [1, 1, 0]

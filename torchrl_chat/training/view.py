@@ -22,7 +22,7 @@ from torchrl_chat.transcript import Branch, Transcript
 
 # The view's own columns: those of the same name in the data are not kept (but may tell the groups).
 _OWN = {
-    "episode", "episode_digest", "episode_sequences", "group", "scored", "turn_reward", "position_ids", "sequence_ids",
+    "episode", "episode_digest", "episode_sequence", "group", "scored", "turn_reward", "position_ids", "sequence_ids",
     "cu_seqlens",
 }  # fmt: skip
 
@@ -67,8 +67,8 @@ def training_view(
         - ``("log_probs", "full")``: float32, 0 where the policy did not sample or reported none;
         - ``"episode"``: int64 (N,), the episode that a sequence comes from, and ``"group"``: int64 (N,);
         - ``"episode_digest"``: int64 (N,), a number made of all that the episode's sequences hold, which tells it from the
-          episodes of other views, and ``"episode_sequences"``: int64 (N,), how many of them there are: for whoever
-          finds single rows of several views, in a replay buffer say;
+          episodes of other views; and ``"episode_sequence"``: int64 (N, 2), which of them the row is, from 0, and
+          how many there are. They are for whoever finds rows of several views, in a replay buffer say;
         - ``"scored"``: bool (N,), whether the policy reported a log-prob for every token that it sampled;
         - every other column of the row (rewards, references), repeated for its sequences, but for what is of one step's
           tokens (reference log-probs: apply :class:`~torchrl_chat.transforms.kl.RetrieveLogProb` to the view) and for
@@ -114,9 +114,10 @@ def training_view(
         laid = layouts.packed(flat, device, pad_id, multiple_of, max_tokens)
     batch = torch.Size([]) if layout == "packed" else torch.Size([count])
     view = TensorDict({"episode": torch.tensor(episodes, device=device)}, batch_size=batch, device=device)
-    for name, of in (("episode_digest", _digest), ("episode_sequences", len)):
-        values = list(map(of, branches))
-        view.set(name, torch.tensor([values[i] for i in episodes], device=device))
+    digests = list(map(_digest, branches))
+    places = [(number, len(sequences)) for sequences in branches for number in range(len(sequences))]
+    view.set("episode_digest", torch.tensor([digests[i] for i in episodes], device=device))
+    view.set("episode_sequence", torch.tensor(places, device=device))
     view.set("scored", torch.tensor([found.transcripts[i].scored for i in episodes], device=device))
     groups = _groups(kept, group, episodes, len(branches))
     if groups is not None:

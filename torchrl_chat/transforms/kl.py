@@ -7,7 +7,7 @@ this turn, and score exactly these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -16,21 +16,14 @@ from torchrl.envs import Transform
 from torchrl.modules.llm.policies import LogProbs
 
 from torchrl_chat import columns
+from torchrl_chat.templates.backends import tokenizer_of
+from torchrl_chat.templates.codec import codec_of
 from torchrl_chat.training import kl_estimate
 from torchrl_chat.training.losses import KLKind
-from torchrl_chat.transcript import Transcript
+from torchrl_chat.training.totals import episode_totals
 from torchrl_chat.transforms.home import chat_env
-from torchrl_chat.transforms.references import Reference, as_reference
-
-
-class _Sequence(NamedTuple):
-    """A token sequence with what is looked at in it."""
-
-    row: int
-    tokens: torch.Tensor  # int64 (T,)
-    mask: torch.Tensor  # bool (T,), every sampled token
-    turn: torch.Tensor  # bool (T,), those whose KL counts now
-    log_probs: torch.Tensor  # float32 (T,), of the policy
+from torchrl_chat.transforms.references import ModelReference, Reference, as_reference
+from torchrl_chat.transforms.scored import Scored, of_episode, of_turn
 
 
 class RetrieveLogProb(Transform):
@@ -60,9 +53,20 @@ class RetrieveLogProb(Transform):
         on: when a replay buffer applies it; with ``"extend"`` a call of the transform itself does nothing. Transforms
             of a buffer go backwards then: ``Compose(MCAdvantage(...), RetrieveKL(..., on="extend"))`` has the penalty in
             the advantage.
-        tokenizer: that of the reference: in an environment it is compared with the environment's.
+        tokenizer: that of the reference: in an environment it is compared with the environment's; elsewhere it says how
+            large the vocabulary is.
+        temperature: of the policy that samples, by which the reference's logits are divided, too. It is not known here, so
+            give it wherever it is not 1 (what ``None`` means, unless the reference is a policy): else the KL of a model
+            with itself is not 0.
+        vocab_size: which of the reference's logits are cut off, see
+            :class:`~torchrl_chat.transforms.references.ModelReference`. By default the vocabulary of the environment's
+            tokenizer, which this package's policies sample from. Behind a collector and in a replay buffer there is no
+            environment: give ``tokenizer`` or this where the model's embeddings are longer than the vocabulary.
 
     Raises:
+        TypeError: the reference is none, or a PEFT model with its adapter on.
+        ValueError: the reference has another temperature or vocabulary of its own, or is a server or a function, which have
+            no other than they have.
         KeyError: at the call: there is neither a step with transcripts nor a training view.
         ValueError: at the call: the reference has another vocabulary.
 
@@ -80,13 +84,15 @@ class RetrieveLogProb(Transform):
         when: Literal["turn", "done"] = "turn",
         on: Literal["sample", "extend"] = "sample",
         tokenizer: Any = None,
+        temperature: float | None = None,
+        vocab_size: int | None = None,
     ):
         if when not in ("turn", "done"):
             raise ValueError(f"when={when!r}: expected 'turn' or 'done'.")
         if on not in ("sample", "extend"):
             raise ValueError(f"on={on!r}: expected 'sample' or 'extend'.")
         super().__init__(in_keys=["transcript"], out_keys=[])
-        self.reference = as_reference(reference)
+        self.reference = as_reference(reference, temperature=temperature, vocab_size=vocab_size)
         self.ref_log_probs_key = _container_key(ref_log_probs_key, "ref_log_probs_key")
         self.when = when
         self.on = on
@@ -132,9 +138,9 @@ class RetrieveLogProb(Transform):
             goes = [went and not o for went, o in zip(goes, _any(over, batch), strict=True)]
         if self.when == "done":
             goes = [went and d for went, d in zip(goes, _any(following.get("done"), batch), strict=True)]
-            sequences = [s for row, went in enumerate(goes) if went for s in _episode(row, after[row])]
+            sequences = [s for row, went in enumerate(goes) if went for s in of_episode(row, after[row])]
         else:
-            sequences = [s for row, went in enumerate(goes) if went for s in _turn(row, before[row], after[row])]
+            sequences = [s for row, went in enumerate(goes) if went for s in of_turn(row, before[row], after[row])]
         sequences = self._check(sequences, torch.tensor([t.scored for t in after]))
         scores = self._score(sequences)
         shown = {sequence.row: i for i, sequence in enumerate(sequences)}
@@ -170,7 +176,7 @@ class RetrieveLogProb(Transform):
         attended = [attention.bool() for attention in read.pop()]
         # Without its padding a row is a sequence, whatever the side.
         sequences = [
-            _Sequence(row, ids[real], mask[real].bool(), mask[real].bool(), log_probs[real])
+            Scored(row, ids[real], mask[real].bool(), mask[real].bool(), log_probs[real])
             for row, (ids, mask, log_probs, real) in enumerate(zip(*read, attended, strict=True))
         ]
         sequences = self._check(sequences, view.get("scored", None))
@@ -189,14 +195,14 @@ class RetrieveLogProb(Transform):
         return view
 
     # ------------------------------------------------------------------ what is done
-    def _check(self, sequences: list[_Sequence], scored: torch.Tensor | None) -> list[_Sequence]:
+    def _check(self, sequences: list[Scored], scored: torch.Tensor | None) -> list[Scored]:
         """The sequences that have all that is needed."""
         return sequences
 
-    def _score(self, sequences: list[_Sequence]) -> list[torch.Tensor]:
+    def _score(self, sequences: list[Scored]) -> list[torch.Tensor]:
         """The reference's log-probs of each sequence."""
         # Turns of one conversation lie on one tape, the earlier ones a prefix of the later: the longest serves all.
-        longest: dict[int, _Sequence] = {}
+        longest: dict[int, Scored] = {}
         for sequence in sequences:
             key = sequence.tokens.data_ptr()
             if key not in longest or len(sequence.tokens) > len(longest[key].tokens):
@@ -204,7 +210,7 @@ class RetrieveLogProb(Transform):
         chosen = [sequence for sequence in longest.values() if bool(sequence.mask.any())]
         scores: dict[int, torch.Tensor] = {}
         if chosen:
-            found = self.reference.score([s.tokens for s in chosen], [s.mask for s in chosen])
+            found = self._at_hand().score([s.tokens for s in chosen], [s.mask for s in chosen])
             scores = {s.tokens.data_ptr(): values for s, values in zip(chosen, found, strict=True)}
         return [
             scores[s.tokens.data_ptr()][: len(s.tokens)].masked_fill(~s.mask, 0.0)
@@ -213,8 +219,19 @@ class RetrieveLogProb(Transform):
             for s in sequences
         ]
 
+    def _at_hand(self) -> Reference:
+        """The reference, with the vocabulary that is known where it is asked."""
+        reference = self.reference
+        if not isinstance(reference, ModelReference) or reference.vocab_size is not None:
+            return reference
+        if self.parent is not None and chat_env(self).tokenizer is not None:
+            return reference.told(vocab_size=chat_env(self).template.codec.vocab_size)
+        if self.tokenizer is not None:
+            return reference.told(vocab_size=codec_of(tokenizer_of(self.tokenizer)).vocab_size)
+        return reference
+
     def _write(
-        self, td: TensorDictBase, sequences: list[_Sequence], scores: list[torch.Tensor], laid: Any, rows: int
+        self, td: TensorDictBase, sequences: list[Scored], scores: list[torch.Tensor], laid: Any, rows: int
     ) -> None:
         td.set(self.ref_log_probs_key, laid(scores))
 
@@ -242,8 +259,11 @@ class RetrieveKL(RetrieveLogProb):
     tokens of the turn, where torchrl makes it a tensor of every token.
 
     Written beside ``("ref_log_probs", "full")``: ``("kl_penalty", "full")``, float32, of the same form, on the tokens that
-    were sampled in this turn (all of the episode with ``when="done"``, and in a training view); and ``"reward"``. In
-    a training view the penalty of an episode is the sum over all its sequences.
+    were sampled in this turn (all of the episode with ``when="done"``, and in a training view); and ``"reward"``.
+
+    In a training view the penalty of an episode is the sum over all its sequences, each of them once, and every row of it
+    pays the whole. A sample of a replay buffer that lacks some sequences of an episode is refused: with ``on="extend"`` the
+    penalty is summed when the whole view goes in. (An episode has one sequence, unless its template rewrote the past.)
 
     Args:
         reference: see :func:`~torchrl_chat.transforms.references.as_reference`.
@@ -258,7 +278,8 @@ class RetrieveKL(RetrieveLogProb):
         **options: as for :class:`RetrieveLogProb`.
 
     Raises:
-        ValueError: at the call: the policy reported no log-probs, or there is not one reward a row.
+        ValueError: at the call: the policy reported no log-probs; there is not one reward a row; or the rows of a view are
+            not all of an episode.
 
     Example:
         >>> env = env.append_transform(RetrieveKL(reference_model, coeff=0.05))
@@ -285,7 +306,7 @@ class RetrieveKL(RetrieveLogProb):
         self.add_to_reward = add_to_reward
         self.kl_key = _container_key(kl_key, "kl_key")
 
-    def _check(self, sequences: list[_Sequence], scored: torch.Tensor | None) -> list[_Sequence]:
+    def _check(self, sequences: list[Scored], scored: torch.Tensor | None) -> list[Scored]:
         if scored is None:
             return sequences
         known = scored.flatten().tolist()
@@ -298,7 +319,7 @@ class RetrieveKL(RetrieveLogProb):
         return [s if known[s.row] else s._replace(turn=torch.zeros_like(s.turn)) for s in sequences]
 
     def _write(
-        self, td: TensorDictBase, sequences: list[_Sequence], scores: list[torch.Tensor], laid: Any, rows: int
+        self, td: TensorDictBase, sequences: list[Scored], scores: list[torch.Tensor], laid: Any, rows: int
     ) -> None:
         super()._write(td, sequences, scores, laid, rows)
         estimates = [
@@ -311,9 +332,8 @@ class RetrieveKL(RetrieveLogProb):
         totals = torch.zeros(rows)
         for sequence, estimate in zip(sequences, estimates, strict=True):
             totals[sequence.row] += estimate.sum().cpu()
-        if (episode := td.get("episode", None)) is not None and "transcript" not in td.keys():
-            owner = episode.reshape(-1).cpu()
-            totals = torch.zeros(int(owner.max()) + 1).index_add(0, owner, totals)[owner]
+        if "transcript" not in td.keys():  # a view, whose episodes may have several rows
+            totals = episode_totals(td, totals)
         batch = td.batch_size
         reward = td.get("reward", None)
         if reward is None:
@@ -356,41 +376,6 @@ class KLRewardTransform(RetrieveKL):
 
     def __init__(self, ref_model: Any, *, coef: float = 1.0, add_to_reward: bool = True, **options: Any):
         super().__init__(ref_model, coeff=coef, add_to_reward=add_to_reward, **options)
-
-
-def _turn(row: int, before: Transcript, after: Transcript) -> list[_Sequence]:
-    """What was sampled since ``before``: in the sequence that stood then, and in those begun since."""
-    found = []
-    for number, branch in enumerate(after.sequences[len(before.branches) :]):
-        start = 0 if number else _shared(before.tokens, branch.tokens)
-        turn = branch.mask.clone()
-        turn[:start] = False
-        found.append(_Sequence(row, branch.tokens, branch.mask, turn, branch.log_probs))
-    return _cut(found)
-
-
-def _episode(row: int, after: Transcript) -> list[_Sequence]:
-    return _cut([_Sequence(row, b.tokens, b.mask, b.mask, b.log_probs) for b in after.sequences])
-
-
-def _cut(sequences: list[_Sequence]) -> list[_Sequence]:
-    """Those with sampled tokens to score, each up to the last of them, as ``("tokens", "full")`` of a policy."""
-    found = []
-    for row, *fields in sequences:
-        sampled = fields[2].nonzero()
-        if len(sampled):
-            end = int(sampled[-1]) + 1
-            found.append(_Sequence(row, *(field[:end] for field in fields)))
-    return found
-
-
-def _shared(first: torch.Tensor, second: torch.Tensor) -> int:
-    """The length of the longest common prefix."""
-    count = min(len(first), len(second))
-    if first.data_ptr() == second.data_ptr():
-        return count
-    differs = (first[:count] != second[:count]).nonzero()
-    return int(differs[0]) if len(differs) else count
 
 
 def _any(flags: torch.Tensor, batch: torch.Size) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import urllib.error
@@ -38,10 +39,16 @@ class ModelReference(Reference):
     """A transformers causal language model in this process. It is scored without gradients, in eval mode.
 
     Args:
-        model: the model.
-        temperature: that of the policy, if KL is between what is sampled from.
-        vocab_size: logits from this id on are cut off.
+        model: the model. It is scored as it is: of a PEFT model, with its adapter (see :class:`AdapterReference`).
+        temperature: that of the policy, so that KL is between what is sampled from. ``None`` is what the transform is told,
+            else 1.
+        vocab_size: logits from this id on are cut off, as the policy cuts them: embeddings are often longer than the
+            vocabulary. ``None`` is what the transform is told, else the vocabulary of the environment's tokenizer, and all
+            logits where there is no environment.
         max_tokens: how many tokens go through the model at a time, padding included.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Example:
         >>> ModelReference(model).score([torch.tensor([5, 6, 7])], [torch.tensor([False, True, True])])[0].shape
@@ -49,12 +56,32 @@ class ModelReference(Reference):
     """
 
     def __init__(
-        self, model: Any, *, temperature: float = 1.0, vocab_size: int | None = None, max_tokens: int | None = 16384
+        self,
+        model: Any,
+        *,
+        temperature: float | None = None,
+        vocab_size: int | None = None,
+        max_tokens: int | None = 16384,
     ):
+        _check_settings(temperature, vocab_size)
         self.model = model
         self.temperature = temperature
         self.vocab_size = vocab_size
         self.max_tokens = max_tokens
+
+    def told(self, **settings: Any) -> ModelReference:
+        """The same with settings (``temperature``, ``vocab_size``) that it has not been given itself.
+
+        Raises:
+            ValueError: it has been given others.
+        """
+        other = copy.copy(self)
+        for key, value in settings.items():
+            own = getattr(self, key)
+            if value is not None and own not in (None, value):
+                raise ValueError(f"{key}={value}, and the reference has {key}={own}: give one of them.")
+            setattr(other, key, value if own is None else own)
+        return other
 
     @torch.no_grad()
     def score(self, tokens: list[torch.Tensor], masks: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -68,7 +95,7 @@ class ModelReference(Reference):
             scores = sequence_log_probs(
                 self.model,
                 view,
-                temperature=self.temperature,
+                temperature=1.0 if self.temperature is None else self.temperature,
                 vocab_size=self.vocab_size,
                 max_tokens=self.max_tokens,
             ).log_probs
@@ -152,6 +179,10 @@ class RemoteReference(Reference):
 class CompletionsReference(RemoteReference):
     """A server with OpenAI's ``/completions``, which takes token ids as prompts (vLLM, SGLang, llama.cpp ...).
 
+    Its log-probs are those of temperature 1, over all that its model has logits for: servers report a prompt's before
+    any scaling. So it is no reference for a policy of another temperature, and where embeddings are padded beyond the
+    vocabulary, the KL of a model with itself is a little more than 0.
+
     Args:
         base_url: up to the version, ``"http://localhost:8000/v1"``.
         model: the model's name there.
@@ -228,23 +259,47 @@ class CompletionsReference(RemoteReference):
             ) from error
 
 
-def as_reference(reference: Any) -> Reference:
+def as_reference(reference: Any, *, temperature: float | None = None, vocab_size: int | None = None) -> Reference:
     """A reference of whatever serves as one.
 
     Args:
-        reference: a :class:`Reference`; a :class:`~torchrl_chat.TransformersPolicy`, whose temperature then holds; a
-            transformers model; or a function as for :class:`RemoteReference`.
+        reference: a :class:`Reference`; a :class:`~torchrl_chat.TransformersPolicy`, whose temperature and vocabulary then
+            hold; a transformers model; or a function as for :class:`RemoteReference`.
+
+    Keyword Args:
+        temperature, vocab_size: as for :class:`ModelReference`, where it has none of its own.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is none of these; or a PEFT model, which with its adapter on would be compared with itself.
+        ValueError: it has another temperature or vocabulary of its own, or cannot have any other: what is not a model in
+            this process answers as it does.
     """
+    _check_settings(temperature, vocab_size)
+    found = _reference_of(reference)
+    if temperature is None and vocab_size is None:
+        return found
+    if isinstance(found, ModelReference):
+        return found.told(temperature=temperature, vocab_size=vocab_size)
+    # Temperature 1 is what servers answer at, and what a function is asked for.
+    if vocab_size is not None or temperature != 1.0:
+        raise ValueError(
+            f"temperature={temperature}, vocab_size={vocab_size}: a {type(found).__name__} has log-probs of its own making, a "
+            "server's of temperature 1 over all logits. Use a model in this process, or a function that takes care of it."
+        )
+    return found
+
+
+def _reference_of(reference: Any) -> Reference:
     if isinstance(reference, Reference):
         return reference
     if hasattr(reference, "get_dist") and hasattr(reference, "model"):
-        temperature = getattr(reference, "temperature", 1.0) or 1.0
-        vocab_size = getattr(reference, "vocab_size", None)
-        return ModelReference(reference.model, temperature=temperature, vocab_size=vocab_size)
+        _refuse_adapter(reference.model)
+        temperature = getattr(reference, "temperature", None) or None  # a greedy policy has none to compare at
+        return ModelReference(
+            reference.model, temperature=temperature, vocab_size=getattr(reference, "vocab_size", None)
+        )
     if hasattr(reference, "get_output_embeddings"):
+        _refuse_adapter(reference)
         return ModelReference(reference)
     if callable(reference) and not isinstance(reference, torch.nn.Module):
         return RemoteReference(reference)
@@ -252,3 +307,19 @@ def as_reference(reference: Any) -> Reference:
         f"a {type(reference).__name__} is no reference: expected a Reference, a policy, a transformers model or a "
         "function from lists of ids to lists of log-probs."
     )
+
+
+def _refuse_adapter(model: Any) -> None:
+    if callable(getattr(model, "disable_adapter", None)):
+        raise TypeError(
+            f"a {type(model).__name__} as it is has its adapter on: the policy would be compared with itself. Pass "
+            "AdapterReference(model) for the weights under the adapter, or ModelReference(model) if it is another model than "
+            "the one that is trained."
+        )
+
+
+def _check_settings(temperature: float | None, vocab_size: int | None) -> None:
+    if temperature is not None and temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: expected more than 0.")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}: expected at least 1.")
