@@ -35,6 +35,8 @@ class ExpertIterationConfig(RunConfig):
     most: int = setting(4, "how many right answers to one question are imitated; 0 for all of them")
     restart: bool = setting(False, "begin each round from the weights before training")
 
+    least = RunConfig.least | {"most": 0}
+
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model and the dataset that were asked for."""

@@ -58,6 +58,8 @@ class GRPOConfig(RunConfig):
     kl_kind: Literal["k1", "k2", "k3"] = setting("k3", "its estimator; the gradient of k1 is 0 on average")
     entropy: float = setting(0.0, "coefficient of an entropy bonus")
 
+    least = RunConfig.least | {"max_batches": 1, "overlong": 0}
+
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model, the dataset and the variant that were asked for."""

@@ -353,6 +353,7 @@ class TestCommand:
         [
             (["--dataset", "nothing"], "--dataset is 'nothing'"),
             (["--dataset", "gsm8k", "--data", "/no/such/file.jsonl"], "no such dataset file or folder"),
+            (["--dataset", "reasoning-gym:basic_arithmetic", "--data", "x.jsonl"], "makes its rows itself"),
             (["--samples", "2", "--temperature", "0"], "asks for the same answer again"),
             (["--samples", "0"], "--samples is 0"),
             (["--limit", "0"], "--limit is 0"),

@@ -121,6 +121,11 @@ class TestSettings:
         [
             (["--stepz", "3"], "stepz"),
             (["--steps", "0"], "--steps is 0"),
+            (["--eval", "0"], "--eval is 0: expected at least 1"),
+            (["--max_tokens", "0"], "--max_tokens is 0: expected at least 1"),
+            (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
+            (["--max_turns", "0"], "--max_turns is 0"),
+            (["--show_every", "-1"], "--show_every is -1: expected at least 0"),
             (["--temperature", "0"], "--temperature is 0"),
             (["--backend", "magic"], "magic"),
             (["--lr", "fast"], "fast"),
@@ -130,6 +135,13 @@ class TestSettings:
         with pytest.raises(SystemExit):
             parse(RunConfig, None, arguments=words)
         assert named in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("name", "setting"), [("grpo", "max_batches"), ("expert_iteration", "most")])
+    def test_bad_words_of_one_script_are_named(self, name, setting, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", [name, f"--{setting}", "-1"])
+        with pytest.raises(SystemExit):
+            script(name).main()
+        assert f"--{setting} is -1: expected at least {int(name == 'grpo')}" in capsys.readouterr().err
 
     @pytest.mark.parametrize("name", RECIPES)
     def test_help_tells_the_defaults_of_what_is_asked_for(self, name, capsys, monkeypatch):
@@ -145,6 +157,29 @@ class TestSettings:
     def test_a_dataset_that_is_not_there(self, tmp_path):
         with pytest.raises(ValueError, match="'digit': expected digits, python-tool"):
             make_env(config(tmp_path, dataset="digit"), tiny_tokenizer(), 1, 1, 0)
+
+    def test_a_dataset_that_makes_its_own_rows_takes_no_data(self, tmp_path):
+        settings = config(tmp_path, dataset="reasoning-gym:basic_arithmetic", data="mine.jsonl")
+        with pytest.raises(ValueError, match=r"--data is mine\.jsonl: reasoning-gym:basic_arithmetic makes"):
+            make_env(settings, tiny_tokenizer(), 1, 1, 0)
+
+    @pytest.mark.parametrize(
+        ("dtype", "gpu", "told"), [("auto", False, None), ("auto", True, "auto"), ("float32", False, "float32")]
+    )
+    def test_the_dtype_of_vllm(self, tmp_path, monkeypatch, dtype, gpu, told):
+        asked = {}
+
+        class Engine:
+            @classmethod
+            def from_pretrained(cls, folder, tokenizer, **settings):
+                asked.update(settings)
+
+        monkeypatch.setattr("torchrl_chat.policies.VLLMPolicy", Engine)
+        settings = config(tmp_path, backend="vllm", vllm_dtype=dtype)
+        model, tokenizer = make_model(settings)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        make_policy(settings, model, tokenizer)
+        assert asked.get("dtype") == told
 
     def test_the_rate_falls_in_a_line(self):
         settings = RunConfig(steps=10, lr=1.0, final_lr_share=0.5)
@@ -253,6 +288,16 @@ class TestRun:
         with pytest.raises(ValueError, match="begun with seed=0, now 1"):
             books(tmp_path, resume=True, seed=1)
         assert not books(tmp_path, resume=True, save_every=7).resumed
+
+    def test_a_run_from_before_there_was_a_setting_had_its_default(self, tmp_path):
+        books(tmp_path).close()
+        written = tmp_path / "config.json"
+        begun = json.loads(written.read_text())
+        del begun["vllm_dtype"]
+        written.write_text(json.dumps(begun))
+        with pytest.raises(ValueError, match="begun with vllm_dtype='auto', now 'float32'"):
+            books(tmp_path, resume=True, vllm_dtype="float32")
+        books(tmp_path, resume=True).close()
 
     def test_two_processes_do_not_write_one_run(self, tmp_path, monkeypatch):
         run = books(tmp_path)

@@ -18,7 +18,7 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
     """The environment of ``--dataset`` for a number of conversations, its rows in their own order.
 
     Raises:
-        ValueError: there is no such dataset.
+        ValueError: there is no such dataset, or it takes no ``--data``.
     """
     from torchrl.envs import StepCounter
 
@@ -38,6 +38,8 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
     kind, _, task = arguments.dataset.partition(":")
     size = arguments.limit or _GENERATED
     if kind == "reasoning-gym" and task:
+        if arguments.data is not None:
+            raise ValueError(f"--data is {arguments.data}: {arguments.dataset} makes its rows itself.")
         return envs.ReasoningGymEnv(task, size=size, **shared)
     if arguments.data is not None:
         shared["dataset"] = arguments.data

@@ -120,9 +120,11 @@ class Run:
             if not self.config.resume:
                 raise FileExistsError(f"{self.folder} holds a run: go on with --resume, or choose another --out.")
             begun = json.loads(written.read_text())
-            other = {key for key in settings if key not in _FREE and begun.get(key) != settings[key]}
+            # A run that was begun before there was a setting had its default.
+            begun = {field.name: field.default for field in dataclasses.fields(self.config)} | begun
+            other = {key for key in settings if key not in _FREE and begun[key] != settings[key]}
             if other:
-                changes = ", ".join(f"{key}={begun.get(key)!r}, now {settings[key]!r}" for key in sorted(other))
+                changes = ", ".join(f"{key}={begun[key]!r}, now {settings[key]!r}" for key in sorted(other))
                 raise ValueError(f"{self.folder} was begun with {changes}. Resume with the same settings.")
         partial = written.with_suffix(".partial")
         partial.write_text(json.dumps(settings, indent=2) + "\n")

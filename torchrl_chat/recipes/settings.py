@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -34,6 +34,9 @@ class RunConfig:
     )
     device: str | None = setting(None, "of the trained model; by default cuda where there is one, else cpu")
     vllm_memory: float = setting(0.4, "the share of a GPU's memory that vLLM takes")
+    vllm_dtype: str = setting(
+        "auto", "of vLLM's weights; auto is vLLM's choice (on a CPU float32); float32 keeps the sampler exact"
+    )
     seed: int = setting(0, "of weights, data and sampling")
     # sampling
     steps: int = setting(100, "batches to collect and learn from")
@@ -60,6 +63,18 @@ class RunConfig:
     show_every: int = setting(25, "steps between sample conversations in the terminal; 0 for none")
     rollouts: int = setting(16, "conversations of each step that are written to rollouts.jsonl")
     logger: str = setting("", "a logger of torchrl beside metrics.jsonl: csv, tensorboard, wandb, mlflow")
+
+    least: ClassVar[dict[str, int]] = {
+        **dict.fromkeys(
+            (
+                "steps", "prompts", "group_size", "max_new_tokens", "max_turns", "epochs", "minibatch", "max_tokens",
+                "save_every", "keep", "eval",
+            ),
+            1,
+        ),
+        **dict.fromkeys(("warm_steps", "eval_every", "show_every", "rollouts"), 0),
+    }  # fmt: skip
+    """The least value of each setting that has one."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -110,15 +125,7 @@ def parse(
     asked, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
     parser.set_defaults(**defaults(asked))
     config = kind(**vars(parser.parse_args(words)))
-    for name, least in (
-        ("steps", 1),
-        ("prompts", 1),
-        ("group_size", 1),
-        ("epochs", 1),
-        ("minibatch", 1),
-        ("save_every", 1),
-        ("keep", 1),
-    ):
+    for name, least in kind.least.items():
         if getattr(config, name) < least:
             parser.error(f"--{name} is {getattr(config, name)}: expected at least {least}.")
     if config.temperature <= 0:

@@ -51,7 +51,7 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
     """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end.
 
     Raises:
-        ValueError: there is no such dataset.
+        ValueError: there is no such dataset, or it takes no ``--data``.
     """
     from torchrl.envs import StepCounter
 
@@ -69,6 +69,8 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
     }
     kind, _, task = config.dataset.partition(":")
     if kind == "reasoning-gym" and task:
+        if config.data is not None:
+            raise ValueError(f"--data is {config.data}: {config.dataset} makes its rows itself.")
         return envs.ReasoningGymEnv(task, **shared)
     if config.data is not None:
         shared["dataset"] = config.data
@@ -109,6 +111,8 @@ def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Cal
     random_state = torch.get_rng_state()  # vLLM seeds torch's generator
     if torch.cuda.is_available():
         settings["gpu_memory_utilization"] = config.vllm_memory
+    if config.vllm_dtype != "auto" or torch.cuda.is_available():  # on a CPU VLLMPolicy has its own default
+        settings["dtype"] = config.vllm_dtype
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
