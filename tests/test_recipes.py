@@ -19,7 +19,7 @@ from torchrl_chat.recipes.run import Run, episodes
 from torchrl_chat.recipes.settings import FULL, RunConfig, parse
 from torchrl_chat.recipes.tasks import ask, demonstrations, make_env, make_model, make_policy, warm_start
 from torchrl_chat.rollouts import read_rollouts
-from torchrl_chat.training import training_view
+from torchrl_chat.training import masked_mean, sequence_log_probs, training_view
 from torchrl_chat.training.values import PolicyAndValue
 
 ROOT = Path(__file__).parents[1]
@@ -646,3 +646,39 @@ def test_kill_and_resume(tmp_path):
     assert (told["status"], len(told["killed"]), told["orphans"]) == (0, 2, [])
     assert whole["status"] == 0
     same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_kill_and_resume_with_sandboxes(tmp_path):
+    """Programs run while the script is killed: none outlives it, and the run goes on as if nothing had been."""
+    settings = config(tmp_path, dataset="python-tool", max_new_tokens=40)
+    model, tokenizer = make_model(settings)
+    env = make_env(settings, tokenizer, 64, 1, 0)
+    view = demonstrations(env, 0)
+    env.close()
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(50):  # it learns the form, so that there are programs to run
+        scores = sequence_log_probs(model, view[torch.randint(len(view), (32,))])
+        optimizer.zero_grad()
+        (-masked_mean(scores.log_probs, scores.mask)).backward()
+        optimizer.step()
+    saving.save_model(tmp_path / "model", model, tokenizer)
+    words = [
+        "--dataset",
+        "python-tool",
+        "--model",
+        str(tmp_path / "model"),
+        "--max_new_tokens",
+        "40",
+        "--lr",
+        "1e-4",
+    ]
+    told = run_killed(tmp_path / "killed", "grpo", 2, [*QUICK, *words], seed=1)
+    whole = run_killed(tmp_path / "whole", "grpo", 0, [*QUICK, *words])
+    assert (told["status"], len(told["killed"]), told["orphans"]) == (0, 2, [])
+    assert whole["status"] == 0
+    same_run(tmp_path / "killed", tmp_path / "whole")
+    used = [
+        any(m["role"] == "tool" for m in e["messages"]) for e in read_rollouts(tmp_path / "whole/rollouts.jsonl")
+    ]
+    assert sum(used) > len(used) // 4
