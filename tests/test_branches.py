@@ -191,9 +191,10 @@ class TestKeepAndTemplate:
         assert again.spans == ledgers[-1].spans
         td["reward"] = torch.ones(1, 1, 1)
         view = training_view(td)
-        assert view.batch_size == (3,)
-        assert view["episode"].tolist() == [0, 0, 0]
-        assert view["reward"].shape == (3, 1, 1)
+        # Nothing was sampled in the sequence that the last user message began.
+        assert view.batch_size == (2,)
+        assert view["episode"].tolist() == [0, 0]
+        assert view["reward"].shape == (2, 1, 1)
         masks = columns.read_field(view["masks"], "all_assistant_mask", view.batch_size)
         tokens = columns.read_field(view["tokens"], "full", view.batch_size)
         trained = [i for row, mask in zip(tokens, masks, strict=True) for i in row[mask].tolist()]
