@@ -61,7 +61,7 @@ suite: .venv/.installed
 services: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(SERVICES)
 
-# GRPO on the built-in task, three seeds, two at a time: about five minutes.
+# The training scripts learn, and go on after being killed; two at a time.
 learn: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_learning.py tests/test_recipes_learning.py
 

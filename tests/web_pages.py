@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -44,7 +45,7 @@ def live(app, make=lambda app: make_server(app, port=0, grace_seconds=2)):
 
 
 def chat_app(token=None, **page):
-    factory = lambda: ChatEnvironment(TEMPLATE)  # noqa: E731
+    factory = functools.partial(ChatEnvironment, TEMPLATE)
     return create_app(factory, token=token, allowed_origins=[], extra_routes=web_routes(TEXT, **page))
 
 

@@ -305,7 +305,8 @@ def averaged(minibatches: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dic
     every = [metrics for few in found for metrics in few]
     result = {key: float(torch.stack([metrics[key] for metrics in every]).mean()) for key in (every or [{}])[0]}
     if "loss" in result:
-        result["loss"] = float(torch.stack([sum(metrics["loss"] for metrics in few) for few in found]).mean())  # type: ignore[misc]
+        sums = [torch.stack([metrics["loss"] for metrics in few]).sum() for few in found]
+        result["loss"] = float(torch.stack(sums).mean())
     return result
 
 
