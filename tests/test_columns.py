@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import pytest
 import torch
 from tensordict import LazyStackedTensorDict, NonTensorData, NonTensorStack, TensorDict
 from torchrl.data.llm import History
@@ -35,7 +36,7 @@ def test_objects_are_non_tensor_data():
     assert ours.__dict__.keys() - {"_is_initialized"} == theirs.__dict__.keys() - {"_is_initialized"}
     assert ours._non_tensordict == theirs._non_tensordict
     stack = columns.objects([1, "b", None], BATCH, None)
-    assert type(stack) is NonTensorStack
+    assert isinstance(stack, NonTensorStack)
     assert stack.tolist() == NonTensorStack(1, "b", None).tolist()
     assert pickle.loads(pickle.dumps(stack)).tolist() == [1, "b", None]
 
@@ -67,6 +68,65 @@ def test_shallow_shares_tensors_and_nothing_else():
         columns.read_field(copy["tokens"], "prompt", BATCH)[0]
         is columns.read_field(td["tokens"], "prompt", BATCH)[0]
     )
+
+
+def every_column() -> TensorDict:
+    messages = columns.history_messages([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    return TensorDict(
+        {
+            "tokens": columns.ragged(Tokens, "prompt", ROWS, BATCH, None),
+            "text": columns.texts("prompt", ["a", "b", "c"], BATCH, None),
+            "history": columns.histories("prompt", [messages, messages[:1], messages], BATCH, None),
+            "who": columns.objects([[1], {"b": 2}, None], BATCH, None),
+        },
+        batch_size=BATCH,
+    )
+
+
+@pytest.mark.parametrize("how", [lambda td: td.copy(), lambda td: td.clone(recurse=False)])
+def test_copies_share_leaves_and_nothing_else(how):
+    """What tensordict promises of ``copy``: whatever is written into the copy, the original is as it was."""
+    td, untouched = every_column(), every_column()
+    copy = how(td)
+    assert {key: type(copy.get(key)) for key in copy.keys()} == {key: type(td.get(key)) for key in td.keys()}
+    for key in ("tokens", "who"):
+        for mine, theirs in zip(copy.get(key).unbind(0), td.get(key).unbind(0), strict=True):
+            assert mine is not theirs
+    assert copy["tokens"][0].prompt is td["tokens"][0].prompt
+    assert columns.read_objects(copy["who"], BATCH)[1] is columns.read_objects(td["who"], BATCH)[1]
+    copy["tokens"][0].response = torch.tensor([1])
+    copy["text"][1].prompt = "other"
+    copy["history"][0].prompt[0].content = "other"
+    copy.get("who").tensordicts[0].update(NonTensorData("other"), inplace=True)
+    copy.get("who").update(columns.objects([7, 8, 9], BATCH, None), inplace=True)
+    copy["new"] = torch.zeros(3)
+    assert set(td.keys(True, True)) == set(untouched.keys(True, True))
+    assert td["text"].prompt == untouched["text"].prompt
+    assert td["history"][0].prompt.content == ["x", "y"]
+    assert columns.read_objects(td["who"], BATCH) == [[1], {"b": 2}, None]
+    assert columns.read_field(td["tokens"], "response", BATCH) is None
+
+
+def test_copies_keep_shape_device_and_names():
+    size = torch.Size([2, 3])
+    td = TensorDict(
+        {
+            "tokens": columns.ragged(Tokens, "prompt", ROWS * 2, size, torch.device("cpu")),
+            "who": columns.objects(list(range(6)), size, torch.device("cpu")),
+        },
+        batch_size=size, device="cpu", names=["env", "time"],
+    )  # fmt: skip
+    copy = td.copy()
+    for key in ("tokens", "who"):
+        for mine, theirs in zip(
+            (copy.get(key), *copy.get(key).unbind(0)), (td.get(key), *td.get(key).unbind(0)), strict=True
+        ):
+            assert (mine.batch_size, mine.device, mine.names) == (theirs.batch_size, theirs.device, theirs.names)
+    assert columns.read_objects(copy["who"], size) == list(range(6))
+    assert [row.tolist() for row in columns.read_field(copy["tokens"], "prompt", size)] == [
+        r.tolist() for r in ROWS * 2
+    ]
+    assert not td.lock_().copy().is_locked
 
 
 def test_consolidated_columns_can_be_read_again():

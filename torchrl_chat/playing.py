@@ -9,6 +9,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
+from torchrl_chat import columns
+
 _OWN = {"next", "_step", "_reset", "done", "terminated", "truncated", "reward"}
 
 
@@ -89,7 +91,7 @@ def finished_rows(tensordict: TensorDictBase) -> TensorDictBase:
     following = tensordict.get("next", None)
     if following is None:
         return tensordict
-    rows = following.copy()
+    rows = columns.shallow(following)
     for key in tensordict.keys():
         if key not in _OWN and rows.get(key, None) is None:
             rows.set(key, tensordict.get(key))
@@ -121,7 +123,7 @@ def _add_rewards(returns: dict[NestedKey, torch.Tensor], following: TensorDictBa
 
 def _paid(rows: TensorDictBase, returns: dict[NestedKey, torch.Tensor]) -> TensorDictBase:
     """The rows with the sums over their turns in the place of what the last step paid."""
-    rows = rows.copy()
+    rows = columns.shallow(rows)
     for key, total in returns.items():
         rows.set(key, total)
     return rows
@@ -133,7 +135,7 @@ def _where(chosen: torch.Tensor, new: TensorDictBase, old: TensorDictBase) -> Te
         return new
     shared = [key for key in new.keys() if old.get(key, None) is not None]
     mask = chosen if new.device is None else chosen.to(new.device)
-    rows = old.copy()
+    rows = columns.shallow(old)
     mixed: Any = torch.where(mask, new.select(*shared), old.select(*shared))
     for key in shared:
         rows.set(key, mixed.get(key))

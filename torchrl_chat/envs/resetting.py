@@ -20,7 +20,7 @@ class FreshRows:
     def _reset_proc_data(self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase) -> Any:
         if tensordict is not None:
             for key, column in list(tensordict.items()):
-                if type(column) is NonTensorStack:
+                if isinstance(column, NonTensorStack):
                     values = columns.read_objects(column, tensordict.batch_size)
                     tensordict.set(key, columns.objects(values, tensordict.batch_size, tensordict.device))
         return super()._reset_proc_data(tensordict, tensordict_reset)  # type: ignore[misc]

@@ -114,10 +114,10 @@ class TransformersPolicy(TensorDictModuleBase):
         Raises:
             KeyError: there is no ``("tokens", "prompt")``, or, for seeded sampling, no ``"episode_seed"``.
         """
-        prompts = read_prompts(tensordict)
+        prompts, device = read_prompts(tensordict), self.device
         answers = sample_answers(
             prompts,
-            lambda rows, limits, seeds: self.generate([row.to(self.device) for row in rows], limits, seeds),
+            lambda rows, limits, seeds: self.generate([row.to(device) for row in rows], limits, seeds),
             stop_ids=self.stop_ids,
             codec=self.codec,
             seeds=read_seeds(tensordict) if self.seeded else None,
