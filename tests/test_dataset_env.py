@@ -82,6 +82,23 @@ class TestSources:
         assert td["query"] == ["a", "b"]
         assert td["weight"].tolist() == [0.0, 1.0]
 
+    def test_columns_of_tensors(self):
+        """Of one shape they are one tensor; of several, an object a row, each whole."""
+        rows = [{"query": str(i), "pair": [i, i + 1], "many": list(range(i + 1))} for i in range(4)]
+
+        def tensors(batch):
+            return {
+                "query": [row["query"] for row in batch],
+                "pair": [torch.tensor(row["pair"]) for row in batch],
+                "many": [torch.tensor(row["many"]) for row in batch],
+            }
+
+        env = make(dataset=rows, collate_fn=tensors, num_envs=4, shuffle=False)
+        td = env.reset()
+        assert td["pair"].tolist() == [[0, 1], [1, 2], [2, 3], [3, 4]]
+        found = columns.read_objects(td.get("many"), td.batch_size)
+        assert [row.tolist() for row in found] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
     def test_text_column_is_the_query(self):
         assert drawn(make(dataset=[{"text": "hello"}]), 1) == ["hello"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Composite, NonTensor, Unbounded
 from torchrl.envs.llm.transforms import DataLoadingPrimer
 
@@ -161,10 +161,8 @@ class RowPrimer(DataLoadingPrimer):
 
     def _load_from_dataloader(self, reset: torch.Tensor | None = None) -> TensorDictBase:
         count = 1 if reset is None else int(reset.sum())
-        rows = [self.episodes.next() for _ in range(count)]
-        device = self.device
-        tds = [columns.row_td({k: _leaf(k, v, device) for k, v in row.items()}, device) for row in rows]
-        return tds[0] if reset is None or reset.ndim == 0 else LazyStackedTensorDict(*tds, stack_dim=0)
+        loaded = self._columns([self.episodes.next() for _ in range(count)], torch.Size([count]), self.device)
+        return loaded[0] if reset is None or reset.ndim == 0 else loaded
 
     def _reset_func(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         reset = tensordict.get("_reset", None)
@@ -172,20 +170,32 @@ class RowPrimer(DataLoadingPrimer):
             torch.ones(self.batch_size, dtype=torch.bool)
             if reset is None
             else reset.reshape(*self.batch_size, -1).any(-1)
-        )
-        if not chosen.any():
+        ).tolist()
+        if not any(chosen):
             return tensordict_reset
-        loaded = self._load_from_dataloader(chosen).unbind(0)
-        fresh, filler = iter(loaded), loaded[0]
-        rows = [next(fresh) if wanted else filler for wanted in chosen.tolist()]
-        for key in loaded[0].keys():
-            values = [row._get_str(key, None) for row in rows]
-            if isinstance(values[0], torch.Tensor) and len({v.shape for v in values}) == 1:
-                tensordict_reset.set(key, torch.stack(values))
-            else:
-                data = [columns.read_objects(v, torch.Size([1]))[0] for v in values]
-                tensordict_reset.set(key, columns.objects(data, self.batch_size, tensordict_reset.device))
+        loaded = [self.episodes.next() if wanted else None for wanted in chosen]
+        filler = next(row for row in loaded if row is not None)  # torchrl keeps the other rows as they were
+        made = self._columns([row or filler for row in loaded], self.batch_size, tensordict_reset.device)
+        for key in made.keys():
+            tensordict_reset.set(key, made.get(key))
         return tensordict_reset
+
+    def _columns(
+        self, rows: Sequence[Mapping[str, Any]], batch: torch.Size, device: torch.device | None
+    ) -> TensorDict:
+        """Rows as columns: a tensor is made, and moved to its device, once for all of them."""
+        td = TensorDict(batch_size=batch, device=device)
+        for key in rows[0]:
+            values = [row.get(key) for row in rows]
+            if key in EPISODE_KEYS:
+                td.set(key, torch.tensor(values, dtype=torch.int64, device=self.device))
+                continue
+            tensors = [value for value in values if isinstance(value, torch.Tensor)]
+            if len(tensors) == len(rows) and len({tensor.shape for tensor in tensors}) == 1:
+                td.set(key, torch.stack(tensors).to(self.device))
+            else:
+                td.set(key, columns.objects(values, batch, device))
+        return td
 
     def get_extra_state(self) -> dict[str, Any]:
         """Where the episodes are, in ``state_dict()``."""
@@ -198,14 +208,6 @@ class RowPrimer(DataLoadingPrimer):
             ValueError: it is the state of other episodes.
         """
         self.episodes.load_state_dict(state)
-
-
-def _leaf(key: str, value: Any, device: torch.device | None) -> Any:
-    if key in EPISODE_KEYS:
-        return torch.tensor(value, dtype=torch.int64, device=device)
-    if isinstance(value, torch.Tensor):
-        return value if device is None else value.to(device)
-    return columns.as_object(value, device)
 
 
 def _specs(row: Mapping[str, Any], batch_size: torch.Size) -> Composite:
