@@ -1,7 +1,7 @@
 """What of a GRPO step is not the model: environment, collector and data path, ours and torchrl's.
 
 Both train the same tiny model on the same task, one turn a conversation, four conversations a question, one optimizer step
-a batch, in one process on the CPU:
+a batch, in one process, on the CPU or with ``--device cuda`` (model, environment and data) on a GPU:
 
 - ours: ``DatasetChatEnv``, ``RewardTransform``, ``TransformersPolicy``, ``play``, ``training_view``, ``group_advantages``,
   ``sequence_log_probs``, ``policy_loss``;
@@ -13,7 +13,7 @@ Time in the model is the time inside ``generate``, inside the model's ``forward`
 ``backward`` and in ``optimizer.step``. All else is overhead. Medians over the steps. The effective sample size of the one
 update a batch must be 1 in both, or the data path has lost what was sampled.
 
-    python benchmarks/training_step.py [--quick] [--json] [--rows 8 32 128 512]
+    python benchmarks/training_step.py [--quick] [--json] [--rows 8 32 128 512] [--device cuda]
 """
 
 from __future__ import annotations
@@ -53,10 +53,14 @@ TEMPLATE = (
 
 
 class ModelClock:
-    """The seconds that are spent in the model: of nested calls the outermost counts."""
+    """The seconds that are spent in the model: of nested calls the outermost counts.
 
-    def __init__(self) -> None:
+    A GPU works on after a call has returned: it is waited for before a call, for others' work, and after it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self._inside = False
 
     @contextmanager
@@ -65,9 +69,11 @@ class ModelClock:
         if self._inside:
             yield
             return
+        self._wait()
         self._inside, start = True, time.perf_counter()
         try:
             yield
+            self._wait()
         finally:
             self.seconds += time.perf_counter() - start
             self._inside = False
@@ -107,9 +113,11 @@ def right(response: str, reference: str) -> float:
     return float(reference in response)
 
 
-def ours(tokenizer: Any, rows: int, length: int) -> tuple[ModelClock, Callable[[], dict[str, float]]]:
+def ours(
+    tokenizer: Any, rows: int, length: int, device: torch.device
+) -> tuple[ModelClock, Callable[[], dict[str, float]]]:
     """One step of ours, as a function."""
-    clock, model = ModelClock(), tiny_model(len(tokenizer))
+    clock, model = ModelClock(device), tiny_model(len(tokenizer)).to(device)
     env = DatasetChatEnv(
         dataset=dataset(),
         tokenizer=tokenizer,
@@ -118,6 +126,7 @@ def ours(tokenizer: Any, rows: int, length: int) -> tuple[ModelClock, Callable[[
         repeats=GROUP,
         batch_size_dl=rows // GROUP,
         seed=0,
+        device=device,
     )
     env.append_transform(StepCounter(max_steps=1))
     env.append_transform(RewardTransform(Grader(right)))
@@ -153,24 +162,26 @@ class WordReward(Transform):
     def _step(self, tensordict: Any, next_tensordict: Any) -> Any:
         texts = tensordict["text"].get("response", as_list=True)
         scores = [right(text, answer) for text, answer in zip(texts, tensordict["answer"], strict=True)]
-        return next_tensordict.set("reward", torch.tensor(scores).view(-1, 1, 1))
+        return next_tensordict.set("reward", torch.tensor(scores, device=next_tensordict.device).view(-1, 1, 1))
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         """The shape that :meth:`_step` writes."""
-        reward_spec["reward"] = Unbounded((*reward_spec.shape, 1, 1))
+        reward_spec["reward"] = Unbounded((*reward_spec.shape, 1, 1), device=reward_spec.device)
         return reward_spec
 
 
-def torchrls(tokenizer: Any, rows: int, length: int) -> tuple[ModelClock, Callable[[], dict[str, float]]]:
+def torchrls(
+    tokenizer: Any, rows: int, length: int, device: torch.device
+) -> tuple[ModelClock, Callable[[], dict[str, float]]]:
     """One step of torchrl's stack, as a function."""
-    clock, model = ModelClock(), tiny_model(len(tokenizer))
+    clock, model = ModelClock(device), tiny_model(len(tokenizer)).to(device)
     data, size = dataset(), rows // GROUP
     batches = [
         {key: [row[key] for row in data[i : i + size]] for key in data[0]}
         for i in range(0, len(data) - size + 1, size)
     ]
     env = TorchRLDatasetChatEnv.from_dataloader(
-        batches, repeats=GROUP, batch_size=rows, tokenizer=tokenizer, input_mode="history"
+        batches, repeats=GROUP, batch_size=rows, tokenizer=tokenizer, input_mode="history", device=device
     )
     env.append_transform(StepCounter(max_steps=1))
     env.append_transform(WordReward())
@@ -217,10 +228,13 @@ def torchrls(tokenizer: Any, rows: int, length: int) -> tuple[ModelClock, Callab
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Both systems at each size, their steps in turn."""
-    tokenizer = make_tokenizer()
+    tokenizer, device = make_tokenizer(), torch.device(args.device)
     table = []
     for rows in args.rows:
-        systems = {"ours": ours(tokenizer, rows, args.length), "torchrl": torchrls(tokenizer, rows, args.length)}
+        systems = {
+            name: make(tokenizer, rows, args.length, device)
+            for name, make in (("ours", ours), ("torchrl", torchrls))
+        }
         walls: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
         for repeat in range(args.steps + 1):
             for name, (clock, step) in systems.items():
@@ -247,6 +261,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "length": args.length,
         "group": GROUP,
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "steps": args.steps,
         "table": table,
     }
@@ -258,6 +273,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 128, 512], help="conversations a batch")
     parser.add_argument("--length", type=int, default=32, help="sampled tokens a conversation (default 32)")
     parser.add_argument("--steps", type=int, default=7, help="measured steps (default 7)")
+    parser.add_argument("--device", default="cpu", help="of model, environments and data (default cpu)")
     parser.add_argument("--quick", action="store_true", help="three steps")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
@@ -272,7 +288,8 @@ def main() -> None:
         print(json.dumps(result))
         return
     print(
-        f"{args.length} sampled tokens a conversation, groups of {GROUP}, {result['threads']} thread(s); ms a step\n"
+        f"{args.length} sampled tokens a conversation, groups of {GROUP}, {result['threads']} thread(s), "
+        f"{result['device']}; ms a step\n"
     )
     print(
         f"{'':17s}{'wall':>9s}{'model':>9s}{'overhead':>10s}{'share':>8s}{'collect':>10s}{'data':>8s}{'learn':>8s}"

@@ -46,10 +46,14 @@ def model(seed: int = 0, extra: int = 0):
     return tiny_model(len(tokenizer()) + extra, hidden=128, context=1024, seed=seed)
 
 
-def environment(mode: str, rows: int = ROWS):
+def environment(mode: str, rows: int = ROWS, device=None):
     toolbox = Toolbox([add])
     env = ChatEnv(
-        input_mode=mode, tokenizer=tokenizer(), batch_size=(rows,), template_kwargs={"tools": toolbox.schemas}
+        input_mode=mode,
+        tokenizer=tokenizer(),
+        batch_size=(rows,),
+        template_kwargs={"tools": toolbox.schemas},
+        device=device,
     )
     return env.append_transform(ToolExecutor(toolbox))
 
@@ -57,7 +61,8 @@ def environment(mode: str, rows: int = ROWS):
 def first(env):
     rows = env.batch_size[0]
     queries = [f"row {i}: what is {'1 + ' * (i % 7)}2?" for i in range(rows)]
-    return env.reset(TensorDict(query=queries, episode_seed=torch.arange(rows) * 7 + 3, batch_size=(rows,)))
+    seeds = torch.arange(rows) * 7 + 3
+    return env.reset(TensorDict(query=queries, episode_seed=seeds, batch_size=(rows,), device=env.device))
 
 
 def play(env, policy, turns: int = 4):
@@ -92,7 +97,8 @@ def check(td, count, model, temperature: float = 1.0) -> float:
         tools += any(m["role"] == "tool" for m in transcript.messages)
         ids = transcript.tokens
         with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1, : len(tokenizer())].float() / temperature
+            found = model(input_ids=ids[None].to(model.device)).logits.cpu()
+        logits = found[0, :-1, : len(tokenizer())].float() / temperature
         expected = logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
         mask = transcript.mask[1:]
         worst = max(worst, float((transcript.log_probs[1:] - expected)[mask].abs().max()))
