@@ -23,6 +23,7 @@ from tensordict import (
     is_tensor_collection,
     is_tensorclass,
 )
+from tensordict.base import _register_tensor_class
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
@@ -105,11 +106,14 @@ def _entry_class(self: LazyStackedTensorDict, key: Any) -> type:
 LazyStackedTensorDict.entry_class = _entry_class
 
 
-class Objects(NonTensorStack):
-    """A column of Python objects, which is copied as fast as :class:`Rows` are."""
+def _clone_objects(self: NonTensorStack, recurse: bool = True) -> Any:
+    """As :class:`Rows` are copied. No subclass: tensordict writes the name of the class into memory-mapped files."""
+    if recurse:
+        return LazyStackedTensorDict._clone(self)
+    return _like(self, list(map(_restructured, self.tensordicts)))
 
-    def _clone(self, recurse: bool = True) -> Any:
-        return super()._clone(recurse) if recurse else _like(self, list(map(_restructured, self.tensordicts)))
+
+NonTensorStack._clone = _clone_objects
 
 
 class Conversation(Rows):
@@ -126,6 +130,10 @@ class Conversation(Rows):
         self.tensordicts = list(other.tensordicts)
         self._batch_size = other._batch_size
         return self
+
+
+for _stack in (Rows, Conversation):
+    _register_tensor_class(_stack)  # for load_memmap, which finds classes by the names in its files
 
 
 def wrap(cls: type, td: TensorDictBase, *present: str) -> Any:
@@ -162,7 +170,7 @@ def ragged(
 
 def objects(values: Sequence[Any], batch_size: torch.Size, device: torch.device | None) -> NonTensorStack:
     """A column of Python objects."""
-    return stack_rows([as_object(value, device) for value in values], batch_size, Objects)
+    return stack_rows([as_object(value, device) for value in values], batch_size, NonTensorStack)
 
 
 def as_object(value: Any, device: torch.device | None) -> NonTensorData:
