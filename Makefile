@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint suite services learn vllm openenv clean
+.PHONY: train test lint suite corpus services learn vllm openenv clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,7 +39,7 @@ BIN := .venv/bin
 train: .venv/.installed
 	$(BIN)/torchrl-chat train $(ARGS)
 
-test: lint suite services openenv learn vllm
+test: lint suite corpus services openenv learn vllm
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -51,12 +51,17 @@ SERVICES := $(addprefix tests/,test_openenv_chat.py test_openenv_server.py test_
 	test_openenv_batch.py test_openenv_workers.py test_web.py test_web_rollouts.py test_web_routes.py \
 	test_ray.py test_async_collection.py test_grpo_script.py \
 	test_recipes.py test_eval.py test_endpoint.py)
+# What goes through every real tokenizer and chat template of the shared folder.
+CORPUS := $(addprefix tests/,test_audit.py test_branches.py test_corpus.py test_corpus_law.py test_parsing_corpus.py)
 # What the other targets run.
-ELSEWHERE := $(SERVICES) $(addprefix tests/,test_learning.py test_recipes_learning.py test_openenv_real.py test_vllm.py)
+ELSEWHERE := $(SERVICES) $(CORPUS) $(addprefix tests/,test_learning.py test_recipes_learning.py test_openenv_real.py test_vllm.py)
 
 # Two workers: the machine of the continuous integration has two cores.
 suite: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ELSEWHERE))
+
+corpus: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(CORPUS)
 
 services: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(SERVICES)
