@@ -91,7 +91,7 @@ def finished_rows(tensordict: TensorDictBase) -> TensorDictBase:
     following = tensordict.get("next", None)
     if following is None:
         return tensordict
-    rows = columns.shallow(following)
+    rows = following.copy()
     for key in tensordict.keys():
         if key not in _OWN and rows.get(key, None) is None:
             rows.set(key, tensordict.get(key))
