@@ -7,9 +7,11 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -391,6 +393,29 @@ def test_shell(box):
         assert not none.run("import subprocess; subprocess.run('ls')").ok
 
 
+@pytest.fixture
+def elsewhere():
+    """A folder that anybody may read, not under /tmp, which is the sandbox's own."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("first", ["inner", "outer"])
+def test_a_folder_is_shown_whole_whatever_of_it_was_shown_before(box, elsewhere, first):
+    """As /usr/bin is, whose python is shown anyway where it runs the sandbox."""
+    folder = elsewhere / "own"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a", "b", "deep/c"):
+        (folder / name).write_text(name)
+    paths = [folder / "deep", folder][:: 1 if first == "inner" else -1]
+    with Sandbox(box.settings.isolation, packages=paths) as own:
+        found = own.run(f"import os; print(sorted(os.listdir({str(folder)!r})), os.listdir({str(elsewhere)!r}))")
+        assert found.stdout == "['a', 'b', 'deep'] ['own']\n"
+        assert own.run(f"print(open({str(folder / 'deep/c')!r}).read())").stdout == "deep/c\n"
+        assert not own.run(f"open({str(folder / 'a')!r}, 'w')").ok
+
+
 def test_packages_on_request(box, tmp_path):
     (tmp_path / "mine.py").write_text("value = 42\n")
     tmp_path.chmod(0o755)
@@ -416,6 +441,7 @@ def test_it_runs_the_code_verifier(box):
 # ------------------------------------------------------------------ failing closed
 REFUSED = """
 import sys
+import tempfile
 from torchrl_chat.sandbox import Sandbox, SandboxError, filters, kernel
 kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
 kernel.set_filter(filters.refusing({calls!r}, {error}))

@@ -172,13 +172,15 @@ def _show(path: str, binds: list[str], shown: set[str]) -> None:
             shown.add(at)
             # bwrap itself makes them for its owner alone.
             binds += ["--perms", "0755", "--dir", at]
-    if path in shown or not names[-1] or not os.path.lexists(path):
+    if not names[-1] or not os.path.lexists(path) or f"{path}/*" in shown:
         return
-    shown.add(path)
     if os.path.islink(path):
         target = os.readlink(path)
-        binds += ["--symlink", target, path]
+        if path not in shown:
+            binds += ["--symlink", target, path]
+        shown.update((path, f"{path}/*"))
         _show(os.path.normpath(os.path.join(os.path.dirname(path), target)), binds, shown)
         return
-    shown.add(f"{path}/*")
+    # A folder may be there, made because of something in it, which is in what is bound over it.
+    shown.update((path, f"{path}/*"))
     binds += ["--ro-bind", path, path]

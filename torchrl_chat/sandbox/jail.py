@@ -124,8 +124,9 @@ def make_root(settings: Settings) -> None:
         os.chdir("/")
         for folder in ("/tmp", "/proc", "/dev", "/etc"):
             os.mkdir(folder, 0o755)
+        bare: set[str] = set()
         for path in paths:
-            _show(path)
+            _show(path, bare)
         for name, device in DEVICES.items():
             open(f"/dev/{name}", "w").close()
             kernel.mount(f"/.old/dev/{device}", f"/dev/{name}", None, kernel.MS_BIND)
@@ -165,31 +166,42 @@ def visible_paths(settings: Settings) -> list[str]:
     return paths + sorted({os.path.dirname(file) for file in files if ".so" in file and os.path.exists(file)})
 
 
-def _show(path: str) -> None:
-    """Bind a path of the old root, or make the same symbolic link, unless it is to be seen already."""
+def _show(path: str, bare: set[str]) -> None:
+    """Bind a path of the old root, or make the same symbolic link, unless it is to be seen already.
+
+    Args:
+        path: what is to be seen.
+        bare: the folders, and links to them, that were made because of something in them, and show nothing else; those
+            made here are added.
+    """
     path = os.path.abspath(path)
     old = f"/.old{path}"
-    if not os.path.lexists(old) or os.path.lexists(path):
+    if not os.path.lexists(old) or (os.path.lexists(path) and path not in bare):
         return
     parent = os.path.dirname(path)
     if not os.path.isdir(parent):
-        _show_parents(path)
-        if os.path.lexists(path):
+        _show_parents(path, bare)
+        if os.path.lexists(path) and path not in bare:
             return
     if os.path.islink(old):
         target = os.readlink(old)
-        os.symlink(target, path)
-        _show(os.path.join(parent, target))
+        if path in bare:
+            bare.remove(path)
+        else:
+            os.symlink(target, path)
+        _show(os.path.join(parent, target), bare)
         return
-    if os.path.isdir(old):
-        os.mkdir(path)
-    else:
+    if not os.path.isdir(old):
         open(path, "w").close()
+    elif path in bare:  # what was shown in it is to be seen in the whole, too
+        bare.remove(path)
+    else:
+        os.mkdir(path)
     kernel.mount(old, path, None, kernel.MS_BIND | kernel.MS_REC)
     kernel.set_mount(path, kernel.ATTR_RDONLY | kernel.ATTR_NOSUID | kernel.ATTR_NODEV)
 
 
-def _show_parents(path: str) -> None:
+def _show_parents(path: str, bare: set[str]) -> None:
     """Make the folders above a path, empty, and the links among them as they are."""
     at = ""
     for name in path.split("/")[1:-1]:
@@ -199,9 +211,11 @@ def _show_parents(path: str) -> None:
         if os.path.islink(f"/.old{at}"):
             target = os.path.abspath(os.path.join(os.path.dirname(at), os.readlink(f"/.old{at}")))
             os.symlink(target, at)
-            _show_parents(f"{target}/x")
+            bare.add(at)
+            _show_parents(f"{target}/x", bare)
         else:
             os.mkdir(at, 0o755)
+            bare.add(at)
 
 
 def new_sandbox(settings: Settings) -> int:
