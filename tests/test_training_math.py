@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
@@ -35,6 +35,7 @@ def some_mask(n, t, seed=0, share=0.6):
 
 class TestGroupAdvantages:
     @settings(deadline=None)
+    @example([(2.811572551727295, 0)] * 3, "std", False)  # their mean is another number, in float32
     @given(
         st.lists(st.tuples(finite, st.integers(0, 3)), min_size=1, max_size=16),
         st.sampled_from(["std", None]),
@@ -58,6 +59,15 @@ class TestGroupAdvantages:
                 if normalize:
                     expected /= max(torch.tensor(mates).std().item(), 1e-6)
             assert got[i].item() == pytest.approx(expected, abs=2e-3 if normalize else 1e-4, rel=1e-3)
+
+    @pytest.mark.parametrize("leave_one_out", [False, True])
+    @given(st.floats(-1e6, 1e6, width=32), st.integers(2, 40))
+    def test_equal_rewards_say_nothing(self, leave_one_out, reward, size):
+        rewards = torch.tensor([reward] * size + [0.25, 1.0])
+        groups = torch.tensor([0] * size + [1, 1])
+        got = group_advantages(rewards, groups, leave_one_out=leave_one_out)
+        assert not got[:size].any()
+        assert got[size:].abs().min() > 0.5
 
     def test_what_is_not_valid_counts_for_nobody(self):
         reward, group = torch.tensor([1.0, 0.0, 100.0, math.nan]), torch.zeros(4).long()

@@ -69,6 +69,11 @@ def group_advantages(
     def total(of: torch.Tensor) -> torch.Tensor:
         return torch.zeros(int(index.max()) + 1, device=of.device).index_add(0, index, of)[index]
 
+    # From the lowest of the group, so that equal rewards are exactly 0: what rounding leaves of them would be divided by eps.
+    least = torch.full((int(index.max()) + 1,), torch.inf, device=values.device)
+    least = least.scatter_reduce(0, index, values.where(weights > 0, torch.inf), "amin")[index]
+    values = torch.where(counts > 0, values - least, 0.0)
+
     size = total(weights)
     centred = values - total(weights * values) / size.clamp(min=1)
     variance = total(weights * centred**2) / (size - 1).clamp(min=1)
