@@ -74,7 +74,7 @@ learn: .venv/.installed
 openenv: .venv/.installed .openenv/010/.installed .openenv/03/.installed .openenv/repo
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_openenv_real.py
 
-# vLLM on the CPU, in an environment of its own (3.5 GB): about two minutes, and as long to install.
+# vLLM on the CPU, in an environment of its own (3.5 GB): mostly training runs.
 vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/vllm_learning.py
 

@@ -64,13 +64,13 @@ def group_advantages(
         first = torch.full((int(numbers.max()) + 1,), count, device=numbers.device)
         first = first.scatter_reduce(0, numbers, order, "amin")
         weights = counts * (first[numbers] == order)
-    _, index = group.reshape(count).unique(return_inverse=True)
+    names, index = group.reshape(count).unique(return_inverse=True)
 
     def total(of: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(int(index.max()) + 1, device=of.device).index_add(0, index, of)[index]
+        return torch.zeros(len(names), device=of.device).index_add(0, index, of)[index]
 
     # From the lowest of the group, so that equal rewards are exactly 0: what rounding leaves of them would be divided by eps.
-    least = torch.full((int(index.max()) + 1,), torch.inf, device=values.device)
+    least = torch.full((len(names),), torch.inf, device=values.device)
     least = least.scatter_reduce(0, index, values.where(weights > 0, torch.inf), "amin")[index]
     values = torch.where(counts > 0, values - least, 0.0)
 
