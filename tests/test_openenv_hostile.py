@@ -416,10 +416,15 @@ def test_any_json_is_answered(server, victim, kind, key, value):
     assert "internal" not in reply["data"].get("message", "")
 
 
-def test_afterwards_the_server_is_as_before(server):
+def test_errors_are_counted_and_the_next_episode_is_as_ever(server):
+    before = server.metrics.total("errors_total")
     with connect(server) as ws:
+        for frame in FRAMES.values():
+            ws.send(frame)
+        refused = sum(json.loads(ws.recv(timeout=20))["type"] == "error" for _ in FRAMES)
         ask(ws, "reset", {"query": "hi"})
         assert ask(ws, "step", {"text": "fine"})["data"]["observation"]["messages"][-1]["content"] == "fine"
         assert ask(ws, "step", HELLO)["type"] == "observation"
-    assert server.metrics.total("errors_total") > 100
+    assert refused == len(FRAMES)
+    assert server.metrics.total("errors_total") - before == refused
     assert server.metrics.total("errors_total", 'code="INTERNAL"') == 0
