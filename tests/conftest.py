@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -22,6 +23,10 @@ CHATML = (
 # A shell that runs the tests in the background has them ignore Ctrl-C, and with them the programs that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes of the tests are forked by a server that has one thread and the libraries loaded: one forked by a process with
+# many threads, as a worker of pytest is, may wait for ever for a lock that another of them held at that moment.
+multiprocessing.set_forkserver_preload(["torchrl_chat.envs", "torchrl.envs", "transformers", "datasets"])
 
 # Real families, each with its own tokenizer and template (see corpus/index.json).
 CORPUS = (

@@ -70,7 +70,7 @@ class TestVectorized:
 
     def test_parallel_env(self, mode):
         """Without shared buffers, since rows differ in length; in processes of their own."""
-        env = ParallelEnv(2, functools.partial(make_env, mode), use_buffers=False, mp_start_method="fork")
+        env = ParallelEnv(2, functools.partial(make_env, mode), use_buffers=False, mp_start_method="forkserver")
         try:
             td = env.rollout(3, make_policy(), break_when_any_done=False)
             assert td.shape == (2, 2, 3)

@@ -455,7 +455,7 @@ def policy_for(tokenizer, **options):
 
 
 @pytest.mark.parametrize(
-    "kind", [SerialEnv, functools.partial(ParallelEnv, use_buffers=False, mp_start_method="fork")]
+    "kind", [SerialEnv, functools.partial(ParallelEnv, use_buffers=False, mp_start_method="forkserver")]
 )
 def test_under_batched_envs(server, mode, kind):
     factory = functools.partial(

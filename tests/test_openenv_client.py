@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, bpe_tokenizer
+from conftest import CHATML, bpe_tokenizer, forked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openenv_stub import StubServer
@@ -148,22 +148,14 @@ def test_it_pickles_without_its_session(server):
 def test_a_forked_child_connects_anew(server):
     with GenericClient(server.url) as client:
         client.reset()
-        pid = os.fork()
-        if pid == 0:
-            ok = said(client.reset(seed=6)) == "begin 6" and client.state()["step_count"] == 0
-            os._exit(0 if ok else 1)
-        assert os.waitpid(pid, 0)[1] == 0
+        assert forked(lambda: said(client.reset(seed=6)) == "begin 6" and client.state()["step_count"] == 0) == 0
         assert said(client.step({"message": "ab"})) == "ba"
 
 
 def test_a_forked_child_may_close_what_is_not_its_own(server):
     with GenericClient(server.url) as client:
         client.reset()
-        pid = os.fork()
-        if pid == 0:
-            client.close()
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == 0
+        assert forked(lambda: client.close() is None) == 0
         assert said(client.step({"message": "ab"})) == "ba"
 
 

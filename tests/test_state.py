@@ -143,7 +143,7 @@ class TestContainers:
     def test_vectorized(self, mode, kind):
         """The states of the workers, and what each plays, one shard a worker."""
         makers = [functools.partial(make, mode, num_envs=2, shard=(i, 2)) for i in range(2)]
-        more = {} if kind is SerialEnv else {"use_buffers": False, "mp_start_method": "fork"}
+        more = {} if kind is SerialEnv else {"use_buffers": False, "mp_start_method": "forkserver"}
         env = kind(2, makers, **more)
         try:
             check_env_specs(env)
@@ -378,9 +378,14 @@ def shuffled(kind: type = DataLoader, **options) -> DataLoader:
 
 def torchdata_loader(workers: int):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
-    more = {"multiprocessing_context": "fork"} if workers else {}  # torchrl makes spawn the default, which is slow
+    more = IN_WORKERS if workers else {}
     return shuffled(stateful.StatefulDataLoader, num_workers=workers, **more)
 
+
+IN_WORKERS = {
+    "multiprocessing_context": "forkserver",
+    "timeout": 60,
+}  # torchrl makes spawn the default, which is slow
 
 LOADERS = {
     "list": lambda: [ROWS[:3], ROWS[3:]],
@@ -392,7 +397,7 @@ LOADERS = {
         sampler=RandomSampler(ROWS, generator=torch.Generator().manual_seed(1)),
         collate_fn=list,
     ),
-    "workers": lambda: shuffled(num_workers=1, multiprocessing_context="fork"),
+    "workers": lambda: shuffled(num_workers=1, **IN_WORKERS),
     "counting": Counting,
     "torchdata": lambda: torchdata_loader(0),
     "torchdata workers": lambda: torchdata_loader(1),
@@ -570,7 +575,7 @@ def test_killed_at_any_time(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     draw, left, seen = random.Random(0), kills, 0
     reference = context.Process(target=run, args=(whole, steps), kwargs=options)
     reference.start()
@@ -584,7 +589,9 @@ def test_killed_at_any_time(tmp_path):
             assert process.exitcode == 0
             break
         before = journal_steps(parts)
+        limit = time.monotonic() + 100
         while journal_steps(parts) == before and process.is_alive():
+            assert time.monotonic() < limit, "not one step"
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.06))
         os.kill(process.pid, signal.SIGSTOP)
