@@ -510,9 +510,12 @@ def test_in_a_child_of_multiprocessing(pool, mark, method, daemon):
     queue = context.Queue()
     child = context.Process(target=in_a_child, args=(pool, queue, mark), daemon=daemon)
     child.start()
-    outcomes = queue.get(timeout=30)
-    child.join(10)
-    assert child.exitcode == 0
+    try:
+        outcomes = queue.get(timeout=30)
+        child.join(10)
+        assert child.exitcode == 0
+    finally:
+        child.kill()  # this process would wait for one that hangs before it ends
     assert [o.value for o in outcomes] == [*range(50), None]
     assert pool.map([(5,)]) == [(5, None)]
 

@@ -376,16 +376,15 @@ def shuffled(kind: type = DataLoader, **options) -> DataLoader:
     )
 
 
+# torchrl makes spawn the default, which is slow.
+IN_WORKERS = {"multiprocessing_context": "forkserver", "timeout": 60}
+
+
 def torchdata_loader(workers: int):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
     more = IN_WORKERS if workers else {}
     return shuffled(stateful.StatefulDataLoader, num_workers=workers, **more)
 
-
-IN_WORKERS = {
-    "multiprocessing_context": "forkserver",
-    "timeout": 60,
-}  # torchrl makes spawn the default, which is slow
 
 LOADERS = {
     "list": lambda: [ROWS[:3], ROWS[3:]],
@@ -577,12 +576,12 @@ def test_killed_at_any_time(tmp_path):
     parts.mkdir()
     context = multiprocessing.get_context("forkserver")
     draw, left, seen = random.Random(0), kills, 0
-    reference = context.Process(target=run, args=(whole, steps), kwargs=options)
+    reference = context.Process(target=run, args=(whole, steps), kwargs=options, daemon=True)
     reference.start()
     reference.join(100)
     assert reference.exitcode == 0
     while True:
-        process = context.Process(target=run, args=(parts, steps), kwargs=options)
+        process = context.Process(target=run, args=(parts, steps), kwargs=options, daemon=True)
         process.start()
         if not left:
             process.join(100)
