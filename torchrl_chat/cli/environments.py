@@ -84,13 +84,3 @@ def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callabl
         env.prepare()
     env.close()
     return factory, name
-
-
-def refuse_other_names(app: Any) -> None:
-    """Have an application of this machine refuse requests under another name than this machine's.
-
-    A foreign page whose name is made to lead here (DNS rebinding) is of the same origin as the server; its name is not.
-    """
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)

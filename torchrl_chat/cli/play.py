@@ -10,7 +10,7 @@ import webbrowser
 from collections.abc import Callable
 from typing import Any
 
-from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory, refuse_other_names
+from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
 
 DESCRIPTION = """\
 Play an environment by hand: its page opens in the browser, served on this machine only, and Ctrl-C ends it. The page
@@ -74,7 +74,7 @@ def make_app(arguments: argparse.Namespace) -> Any:
     tokenizer, policy = _tokenizer_and_policy(arguments)
     factory, name = make_factory(arguments, tokenizer)
     routes = web_routes(tokenizer, rollouts=arguments.rollouts, policy=policy)
-    return create_app(factory, env_name=name, allowed_origins=[], extra_routes=routes)
+    return create_app(factory, env_name=name, loopback=True, extra_routes=routes)
 
 
 def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespace) -> None:
@@ -88,7 +88,6 @@ def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespac
     Raises:
         OSError: the port is in use.
     """
-    refuse_other_names(app)
     listening = socket.create_server(("127.0.0.1", arguments.port))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}/web/"
     print(f"{address}  (Ctrl-C ends it)", flush=True)

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory, refuse_other_names
+from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
 
 DESCRIPTION = """\
 Serve an environment by OpenEnv's HTTP and WebSocket protocol: to OpenEnv's own clients, to trainers that use them, and
@@ -25,8 +25,8 @@ to the clients of this package. Each client that connects has a conversation of 
 /web is a page to play it by hand. Then, from anywhere:
 
   curl -s localhost:8000/health
-  curl -s localhost:8000/reset -d '{"keep": true}'               # a session over HTTP; its id is in the metadata
-  curl -s localhost:8000/step -d '{"session_id": "...", "action": {"text": "Hello"}}'
+  curl -s localhost:8000/reset --json '{"keep": true}'           # a session over HTTP; its id is in the metadata
+  curl -s localhost:8000/step --json '{"session_id": "...", "action": {"text": "Hello"}}'
   from openenv import GenericEnvClient                           # or torchrl_chat.openenv.ChatEnv
 
 An action is {"tokens": [...]}, the ids that a policy sampled; {"text": "..."}, its answer as a text; or
@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
         "--allow-origin",
         action="append",
         metavar="ORIGIN",
-        help="a web page that may talk to the server, e.g. https://example.org; again for more, * for all",
+        help="a web page that may talk to the server besides its own, e.g. https://example.org; again for more, * for all",
     )
     server.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     server.add_argument(
@@ -75,6 +75,12 @@ def add_parser(commands: Any) -> None:
         default=int(os.environ.get("MAX_CONCURRENT_ENVS", "1024")),
         metavar="N",
         help="sessions at a time (default: $MAX_CONCURRENT_ENVS, else 1024)",
+    )
+    limits.add_argument(
+        "--max-sessions-per-address",
+        type=int,
+        metavar="N",
+        help="of one client's address (default: three quarters of all)",
     )
     limits.add_argument(
         "--idle-seconds", type=float, default=3600, metavar="S", help="an unused session is closed (default 3600)"
@@ -139,31 +145,25 @@ def make_app(arguments: argparse.Namespace) -> Any:
             f"--host {arguments.host} can be reached by others: give --token SECRET (or TORCHRL_CHAT_TOKEN), or say "
             f"--no-auth."
         )
-    origins = arguments.allow_origin
-    if origins is None and not local and not arguments.no_auth:
-        origins = []
-    if origins is not None and "*" in origins:
-        origins = None
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.env)
     factory, name = make_factory(arguments, tokenizer)
-    app = create_app(
+    return create_app(
         factory,
         env_name=name,
         limits=Limits(
             max_message_bytes=int(arguments.max_message_mb * 2**20),
             max_sessions=arguments.max_sessions,
+            max_sessions_per_address=arguments.max_sessions_per_address,
             idle_seconds=arguments.idle_seconds,
             resume_seconds=arguments.resume_seconds,
             requests_per_second=arguments.rate,
             step_seconds=arguments.step_seconds,
         ),
         token=arguments.token,
-        allowed_origins=origins,
+        allowed_origins=arguments.allow_origin or (),
+        loopback=local and not arguments.token,
         extra_routes=web_routes(tokenizer, rollouts=arguments.rollouts),
     )
-    if local and not arguments.token and ":" not in arguments.host:
-        refuse_other_names(app)
-    return app
 
 
 class JSONLines(logging.Formatter):
