@@ -25,6 +25,7 @@ from torchrl_chat.openenv.episode import EpisodeEnded, Turn
 from torchrl_chat.openenv.interfaces import Environment
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata
 from torchrl_chat.openenv.protocol import short
+from torchrl_chat.openenv.tokens import behind_prompt
 from torchrl_chat.seeds import mixed
 from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.stop import StopReason
@@ -297,7 +298,7 @@ def _answered(base: Any, td: TensorDictBase, before: Transcript, action: ChatAct
     """The TensorDict with the action as the policy's response."""
     codec, reason = base.template.codec, action.finish_reason
     if action.tokens is not None:
-        ids = action.tokens
+        ids = behind_prompt(action.tokens, before.tokens)
     else:
         ids = codec.encode_continuation([str(action.text)], [int(before.tokens[-1])])[0]
         reason = reason or "stop"
