@@ -266,8 +266,8 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         transcript = _transcript(after)
         kept = (min(len(before.messages), len(transcript.messages)), _shared(before, transcript))
         metadata = _told(after)
-        if done:
-            metadata.setdefault("stop_reason", "terminated" if _flag(after, "terminated") else "truncated")
+        if done and "stop_reason" not in metadata:
+            metadata["stop_reason"] = StopReason.of(None, terminated=_flag(after, "terminated"), done=True).word
         self._td = root
         self._step_count += 1
         self._done = metadata["stop_reason"] if done else None
@@ -318,7 +318,7 @@ def _told(td: TensorDictBase) -> dict[str, Any]:
     told: dict[str, Any] = {}
     reason = _number(td.get("stop_reason", None))
     if reason:
-        told["stop_reason"] = StopReason(int(reason)).name.lower()
+        told["stop_reason"] = StopReason(int(reason)).word
     left = _number(td.get("tokens_left", None))
     if left is not None and left < 2**31 - 1:
         told["tokens_left"] = int(left)

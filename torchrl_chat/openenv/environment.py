@@ -285,7 +285,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
     # ------------------------------------------------------------------ one step
     def _propose(self, action: ChatAction) -> _Proposal:
         if self._stop is not StopReason.RUNNING:
-            raise EpisodeEnded(f"the episode has ended ({self._stop.name.lower()}): reset begins the next one.")
+            raise EpisodeEnded(f"the episode has ended ({self._stop.word}): reset begins the next one.")
         ledger = self._current
         messages = action.messages
         if messages is None and action.tokens is not None and self.recognise_messages and not ledger.awaits_policy:
@@ -296,7 +296,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         stop = self.limits.reason(after.transcript, turns, sampled, self._started)
         metadata = self._left(after, sampled)
         if stop is not StopReason.RUNNING:
-            metadata["stop_reason"] = stop.name.lower()
+            metadata["stop_reason"] = stop.word
         if turns > self._turns and after.transcript.spans:
             span = after.transcript.spans[-1]
             metadata["sampled"] = [span.start, span.end]

@@ -72,7 +72,7 @@ def _as_tensor(value: Any) -> Any:
 
 def _compared(name: str) -> Callable[[TokenRow, Any], Any]:
     def compare(self: TokenRow, other: Any) -> Any:
-        if isinstance(other, numbers.Number) or hasattr(other, "dtype"):
+        if not isinstance(other, list) and (isinstance(other, numbers.Number) or hasattr(other, "dtype")):
             return getattr(self.tensor, name)(other)
         return getattr(list, name)(self, other)
 
