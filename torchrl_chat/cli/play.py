@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import socket
+import sys
 import threading
 import webbrowser
 from collections.abc import Callable
 from typing import Any
 
+from torchrl_chat.cli.arguments import port, real, whole
 from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
 
 DESCRIPTION = """\
@@ -40,8 +42,12 @@ def add_parser(commands: Any) -> None:
         metavar="NAME",
         help="a model that answers, where it is asked to: tiny (random), a name or a folder",
     )
-    model.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of one answer (default 256)")
-    model.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    model.add_argument(
+        "--max-new-tokens", type=whole(), default=256, metavar="N", help="of one answer (default 256)"
+    )
+    model.add_argument(
+        "--temperature", type=real(least=0), default=1.0, help="0 takes the likeliest token (default 1)"
+    )
     page = parser.add_argument_group("page")
     page.add_argument("--rollouts", metavar="PATH", help="a folder of rollout files for the viewer, or one file")
     add_page_arguments(page)
@@ -50,7 +56,7 @@ def add_parser(commands: Any) -> None:
 
 def add_page_arguments(page: Any) -> None:
     """Add ``--port`` and ``--no-browser``."""
-    page.add_argument("--port", type=int, default=0, help="default: a free one")
+    page.add_argument("--port", type=port, default=0, help="default: a free one")
     page.add_argument("--no-browser", action="store_true", help="only say the address")
 
 
@@ -99,6 +105,8 @@ def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespac
 
 
 def _tokenizer_and_policy(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    if (arguments.model or "tiny") != "tiny":
+        print(f"loading {arguments.model} ...", file=sys.stderr, flush=True)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model or "tiny", arguments.env)
     if arguments.model is None:
         return tokenizer, None
@@ -107,9 +115,9 @@ def _tokenizer_and_policy(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
         model: Any = tiny.tiny_model(len(tokenizer), context=4096)
     else:
-        from transformers import AutoModelForCausalLM
+        from torchrl_chat.pretrained import load_model
 
-        model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+        model = load_model(arguments.model).eval()
     return tokenizer, _answerer(model, tokenizer, arguments)
 
 

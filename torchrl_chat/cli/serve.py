@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+from torchrl_chat.cli.arguments import port, real, whole
 from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
 
 DESCRIPTION = """\
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
     server.add_argument(
         "--host", default="127.0.0.1", help="where it listens (default 127.0.0.1: this machine only)"
     )
-    server.add_argument("--port", type=int, default=8000, help="0 for a free one (default 8000)")
+    server.add_argument("--port", type=port, default=8000, help="0 for a free one (default 8000)")
     server.add_argument(
         "--token", default=os.environ.get("TORCHRL_CHAT_TOKEN"), help="the bearer token of all requests"
     )
@@ -71,38 +72,48 @@ def add_parser(commands: Any) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-sessions",
-        type=int,
+        type=whole(),
         default=int(os.environ.get("MAX_CONCURRENT_ENVS", "1024")),
         metavar="N",
         help="sessions at a time (default: $MAX_CONCURRENT_ENVS, else 1024)",
     )
     limits.add_argument(
         "--max-sessions-per-address",
-        type=int,
+        type=whole(),
         metavar="N",
         help="of one client's address (default: three quarters of all)",
     )
     limits.add_argument(
-        "--idle-seconds", type=float, default=3600, metavar="S", help="an unused session is closed (default 3600)"
+        "--idle-seconds",
+        type=real(above=0),
+        default=3600,
+        metavar="S",
+        help="an unused session is closed (default 3600)",
     )
     limits.add_argument(
         "--resume-seconds",
-        type=float,
+        type=real(above=0),
         default=120,
         metavar="S",
         help="a session with ?resume=1 waits for its client (default 120)",
     )
-    limits.add_argument("--step-seconds", type=float, default=600, metavar="S", help="one step (default 600)")
+    limits.add_argument(
+        "--step-seconds", type=real(above=0), default=600, metavar="S", help="one step (default 600)"
+    )
     limits.add_argument(
         "--ping-seconds",
-        type=float,
+        type=real(least=0),
         default=20,
         metavar="S",
         help="a client that answers no ping for so long is gone (default 20; 0 for no pings)",
     )
-    limits.add_argument("--max-message-mb", type=float, default=16, metavar="MB", help="one message (default 16)")
-    limits.add_argument("--rate", type=float, metavar="N", help="requests a second of one connection")
-    limits.add_argument("--grace", type=float, default=30, metavar="S", help="for steps at shutdown (default 30)")
+    limits.add_argument(
+        "--max-message-mb", type=real(above=0), default=16, metavar="MB", help="one message (default 16)"
+    )
+    limits.add_argument("--rate", type=real(above=0), metavar="N", help="requests a second of one connection")
+    limits.add_argument(
+        "--grace", type=real(least=0), default=30, metavar="S", help="for steps at shutdown (default 30)"
+    )
     parser.set_defaults(run=run)
 
 
