@@ -13,7 +13,7 @@ import websockets
 from conftest import bpe_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_openenv_server import HELLO, ask, connect, live, wait_for
+from openenv_live import HELLO, ask, connect, live, wait_for
 
 from torchrl_chat import ChatTemplate
 from torchrl_chat.openenv.environment import ChatEnvironment
@@ -364,7 +364,7 @@ def test_memory_stays_bounded(server):
                 ws.recv(timeout=20)
             for _ in range(10):
                 ask(ws, "step", {"tokens": [5] * 10_000})
-        with httpx.Client(base_url=server.url) as http:
+        with httpx.Client(base_url=server.url, headers={"Content-Type": "application/json"}) as http:
             http.post("/step", content=BODIES["too long"][1])
 
     for _ in range(3):

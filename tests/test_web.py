@@ -82,6 +82,33 @@ def test_a_chat_by_keyboard_only(chat, tab):
     page.expect(page.locator("#state pre")).to_contain_text('"step_count": 4')
 
 
+def test_nothing_that_is_typed_is_lost(chat, tab):
+    page = opened(tab, chat)
+    page.keyboard.press("n")
+    for text in ("what?", "this.", "and?"):  # at once, while the server still answers
+        page.keyboard.type(text)
+        page.keyboard.press("Enter")
+    page.expect(page.locator(".message .body")).to_have_text(["what?", "this.", "and?"])
+    page.expect(page.locator(".message.policy .body")).to_have_text(["this."])
+    page.keyboard.type("tnot")
+    page.expect(page.locator("#text")).to_have_value("tnot")  # in the field these keys are letters
+
+
+def test_send_follows_whose_turn_it_is(chat, tab):
+    page = opened(tab, chat)
+    send = page.locator("#send")
+    page.expect(send).to_be_disabled()
+    page.keyboard.press("n")
+    page.expect(send).to_be_enabled()
+    page.expect(send).to_have_text("Send")
+    typed(page, "what?")
+    page.expect(send).to_have_text("Answer")
+    page.keyboard.press("Alt+5")
+    typed(page, '{"text": "this."}')
+    page.expect(page.locator("#role")).to_have_value("user")  # one JSON action, then the turns again
+    page.expect(send).to_have_text("Send")
+
+
 def test_a_task_of_a_dataset_by_keyboard_only(digits, tab):
     page = opened(tab, digits)
     page.expect(page.locator("#task-count")).to_have_text("of 2,048")

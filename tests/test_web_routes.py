@@ -64,11 +64,11 @@ def test_view_serves_this_machine_until_it_is_interrupted(rollouts):
     command = [sys.executable, "-c", code, "view", str(rollouts), "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().split()[0]
-        assert httpx.get(address).status_code == 200
+        here = httpx.get(address)
         elsewhere = httpx.get(address, headers={"host": "evil.example"})  # a name that leads here (DNS rebinding)
-        assert elsewhere.status_code == 400
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # before any assertion: leaving the block waits for the process
         assert process.wait(20) == 0
+    assert (here.status_code, elsewhere.status_code) == (200, 400)
 
 
 @pytest.mark.parametrize(

@@ -260,14 +260,10 @@ def _origin(of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stop(of: Mapping[str, Any]) -> str:
-    """Why the episode ended: the name of a :class:`StopReason` in small letters, or ``"error"``."""
+    """Why the episode ended, in the word of a :class:`StopReason`."""
     if of["policy_error"]:
-        return "error"
-    if of["stop_reason"]:
-        return StopReason(of["stop_reason"]).name.lower()
-    if of["terminated"]:
-        return StopReason.ANSWERED.name.lower()
-    return (StopReason.TRUNCATED if of["done"] else StopReason.RUNNING).name.lower()
+        return StopReason.ERROR.word
+    return StopReason.of(of["stop_reason"], terminated=of["terminated"], done=of["done"]).word
 
 
 def _flags(td: TensorDictBase, key: str, count: int) -> list[bool]:

@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     tools = _tools(arguments.tools) if arguments.tools else None
     variables = template_kwargs(arguments.template_kwargs)
     with _quiet():
+        from torchrl_chat.pretrained import load_tokenizer
+
         tokenizer = load_tokenizer(arguments.tokenizer)
         from torchrl_chat.templates.audit import BrokenTemplateError, audit
 
@@ -82,61 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         style = Style.of(sys.stdout, shutil.get_terminal_size((100, 24)).columns)
         text = "\n".join(lines(report, style, all_tails=arguments.tails))
+    exit_code = 0 if report.proved else 1
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough (| head); nothing is left to flush at exit
+    except BrokenPipeError:  # the verdict is known all the same; main ends other commands
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0 if report.proved else 1
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a local folder, or of a name on the hub.
-
-    Raises:
-        ValueError: there is none; one line says what was looked for.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(name).expanduser()
-    local = folder.exists()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"there is no folder {name!r}.")
-    if not local and not _cached(name) and not _hub_is_there():
-        raise ValueError(
-            f"{name!r} is no folder here, not in the local cache, and the Hugging Face hub cannot be reached."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder if local else name)
-    except Exception as error:  # whatever transformers and its backends raise at files, it is the files
-        what = f"folder {name!r} holds no tokenizer" if local else f"no tokenizer {name!r} was found"
-        raise ValueError(f"{what} that transformers can load: {_first_line(error)}") from error
-
-
-def _cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = (try_to_load_from_cache(name, file) for file in ("tokenizer_config.json", "tokenizer.json"))
-        return any(isinstance(path, str) for path in found)
-    except ValueError:  # not the form of a name; transformers says what is wrong
-        return True
-
-
-def _hub_is_there() -> bool:
-    """Whether the hub's name resolves; without it, transformers retries for most of a minute."""
-    import socket
-    import urllib.request
-    from urllib.parse import urlsplit
-
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return True  # transformers knows better: it looks into its cache, or asks the proxy
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
+    return exit_code
 
 
 def template_kwargs(pairs: list[str]) -> dict[str, Any]:
@@ -187,10 +140,6 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

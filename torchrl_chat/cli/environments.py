@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torchrl_chat.cli.arguments import whole
+
 
 def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
     """Add the arguments that say which environment is meant.
@@ -34,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
     what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")
     what.add_argument("--python-tool", action="store_true", help="run fenced Python code of answers in a sandbox")
     ends = parser.add_argument_group("when an episode ends")
-    ends.add_argument("--max-turns", type=int, metavar="N", help="answers")
+    ends.add_argument("--max-turns", type=whole(), metavar="N", help="answers")
     ends.add_argument(
-        "--max-turn-tokens", type=int, metavar="N", help="sampled tokens of one answer; it is cut there"
+        "--max-turn-tokens", type=whole(), metavar="N", help="sampled tokens of one answer; it is cut there"
     )
-    ends.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens of the episode")
-    ends.add_argument("--max-context", type=int, metavar="N", help="tokens of the whole conversation")
+    ends.add_argument("--max-tokens", type=whole(), metavar="N", help="sampled tokens of the episode")
+    ends.add_argument("--max-context", type=whole(), metavar="N", help="tokens of the whole conversation")
 
 
 def load_tokenizer(name: str, env: str) -> Any:
@@ -48,9 +50,9 @@ def load_tokenizer(name: str, env: str) -> Any:
         from torchrl_chat.cli import tiny
 
         return tiny.tiny_tokenizer(tiny.DIGIT_ALPHABET if env == "digits" else tiny.TEXT_ALPHABET)
-    from transformers import AutoTokenizer
+    from torchrl_chat import pretrained
 
-    return AutoTokenizer.from_pretrained(name)
+    return pretrained.load_tokenizer(name)
 
 
 def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[], Any], str]:
@@ -84,13 +86,3 @@ def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callabl
         env.prepare()
     env.close()
     return factory, name
-
-
-def refuse_other_names(app: Any) -> None:
-    """Have an application of this machine refuse requests under another name than this machine's.
-
-    A foreign page whose name is made to lead here (DNS rebinding) is of the same origin as the server; its name is not.
-    """
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)

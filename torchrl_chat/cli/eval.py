@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torchrl_chat.cli.arguments import device, real, whole
 from torchrl_chat.cli.eval_stats import Figures
-from torchrl_chat.cli.eval_tasks import DATASETS, make_env, make_policy
+from torchrl_chat.cli.eval_tasks import DATASETS, check_dataset, make_env, make_policy
 
 DESCRIPTION = """\
 Play every row of a dataset, grade the answers as in training, and sum up: accuracy, pass@k, and how sure they are.
@@ -55,8 +56,12 @@ def add_parser(commands: Any) -> None:
     )
     task.add_argument("--data", metavar="PATH", help="a local copy: a folder, or a JSONL, Parquet or CSV file")
     task.add_argument("--split", metavar="NAME", help="default: test, where there is one")
-    task.add_argument("--limit", type=int, metavar="N", help="the first N rows (default: all; 1000 generated ones)")
-    task.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
+    task.add_argument(
+        "--limit", type=whole(), metavar="N", help="the first N rows (default: all; 1000 generated ones)"
+    )
+    task.add_argument(
+        "--samples", type=whole(), default=1, metavar="K", help="answers to each question (default: 1)"
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -73,15 +78,17 @@ def add_parser(commands: Any) -> None:
         help="what is sent to the endpoint: messages (default), or the token ids of the prompt, with --tokenizer",
     )
     model.add_argument("--tokenizer", metavar="NAME", help="default: the model's; for an endpoint: none")
-    model.add_argument("--device", help="default: cuda where there is one, else cpu")
+    model.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--temperature", type=float, metavar="T", help="default: 0 (greedy) for one sample, 1 for several"
+        "--temperature", type=real(least=0), metavar="T", help="default: 0 (greedy) for one sample, 1 for several"
     )
     sampling.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="where an answer is cut (default: 1024; tiny: 8)"
+        "--max-new-tokens", type=whole(), metavar="N", help="where an answer is cut (default: 1024; tiny: 8)"
     )
-    sampling.add_argument("--batch", type=int, default=32, metavar="N", help="conversations at once (default: 32)")
+    sampling.add_argument(
+        "--batch", type=whole(), default=32, metavar="N", help="conversations at once (default: 32)"
+    )
     sampling.add_argument(
         "--input-mode",
         choices=("tokens", "text", "history"),
@@ -101,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Play, sum up, and say where the files are; the result is the exit code."""
     folder = _folder(arguments)
     _settle(arguments)
+    check_dataset(arguments)
     from torchrl_chat.cli.eval_run import DatasetRun
 
     policy = make_policy(arguments)
@@ -236,9 +244,6 @@ def _settle(arguments: argparse.Namespace) -> None:
     if arguments.input_mode is None:
         bare = arguments.backend == "endpoint" and arguments.tokenizer is None
         arguments.input_mode = "history" if bare else "tokens"
-    for name in ("samples", "limit", "batch", "max_new_tokens"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected at least 1.")
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError(
             f"--samples {arguments.samples} at --temperature 0 asks for the same answer again: raise it."

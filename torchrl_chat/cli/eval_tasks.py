@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torchrl_chat.pretrained import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from torchrl_chat.envs import DatasetChatEnv
@@ -14,11 +17,34 @@ _GENERATED = 1000  # rows of a generated dataset, without --limit
 _SPLITS = {"gsm8k": "test", "math": "test", "ifeval": "train", "countdown": "test"}  # IFEval has that one only
 
 
+def check_dataset(arguments: argparse.Namespace) -> None:
+    """Say that a dataset's name or path is wrong before a model is loaded.
+
+    Raises:
+        ValueError: there is no such dataset or path, or the dataset takes no ``--data``.
+    """
+    kind, _, task = arguments.dataset.partition(":")
+    known = {name.partition(":")[0] for name in DATASETS}
+    if kind not in known or bool(task) != (kind == "reasoning-gym"):
+        raise ValueError(f"--dataset is {arguments.dataset!r}: expected {', '.join(DATASETS)}.")
+    if task:
+        from torchrl_chat.rewards.reasoning_gym import load_task
+
+        load_task(task, {"size": 1, "seed": 0})  # names the tasks that there are
+        if arguments.data is not None:
+            raise ValueError(f"--data is {arguments.data}: {arguments.dataset} makes its rows itself.")
+    data = arguments.data
+    looks_local = data is not None and (
+        data.startswith((".", "/", "~")) or Path(data).suffix or data.count("/") > 1
+    )
+    if looks_local and not Path(data).expanduser().exists():
+        raise ValueError(f"--data {data}: there is no such file or folder.")
+
+
 def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetChatEnv:
     """The environment of ``--dataset`` for a number of conversations, its rows in their own order.
 
-    Raises:
-        ValueError: there is no such dataset, or it takes no ``--data``.
+    :func:`check_dataset` has said what is wrong with the arguments.
     """
     from torchrl.envs import StepCounter
 
@@ -37,9 +63,7 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
     }
     kind, _, task = arguments.dataset.partition(":")
     size = arguments.limit or _GENERATED
-    if kind == "reasoning-gym" and task:
-        if arguments.data is not None:
-            raise ValueError(f"--data is {arguments.data}: {arguments.dataset} makes its rows itself.")
+    if kind == "reasoning-gym":
         return envs.ReasoningGymEnv(task, size=size, **shared)
     if arguments.data is not None:
         shared["dataset"] = arguments.data
@@ -57,8 +81,6 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
         "ifeval": envs.IFEvalEnv,
         "countdown": envs.CountdownEnv,
     }
-    if kind not in ready:
-        raise ValueError(f"--dataset is {arguments.dataset!r}: expected {', '.join(DATASETS)}.")
     return ready[kind](split=arguments.split or _SPLITS[kind], **shared)
 
 
@@ -93,20 +115,16 @@ def _transformers(arguments: argparse.Namespace, settings: dict[str, Any]) -> An
         tokenizer: Any = tiny.tiny_tokenizer(alphabet)
         model = tiny.tiny_model(len(tokenizer), seed=arguments.seed, context=8192)
     else:
-        from transformers import AutoModelForCausalLM
-
         tokenizer = _tokenizer(arguments, arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        model = load_model(arguments.model, dtype="auto")
     # Greedy answers need no seeds; with them, an answer does not depend on the rows beside it.
     return TransformersPolicy(model.to(device).eval(), tokenizer, seeded=arguments.temperature > 0, **settings)
 
 
 def _tokenizer(arguments: argparse.Namespace, name: str | None = None) -> Any:
     """The tokenizer of ``--tokenizer``, else of that name; ``None`` where neither is given."""
-    from transformers import AutoTokenizer
-
     name = arguments.tokenizer or name
-    return None if name is None else AutoTokenizer.from_pretrained(name)
+    return None if name is None else load_tokenizer(name)
 
 
 def _endpoint(arguments: argparse.Namespace, settings: dict[str, Any]) -> Any:

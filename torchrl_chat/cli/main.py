@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+from torchrl_chat import __version__
 from torchrl_chat.cli import audit, eval, grade, play, serve, train, view
+from torchrl_chat.cli.arguments import Parser
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+_EXTRAS = {
+    "datasets": "",
+    "torchrl": "",
+    "tqdm": "train",
+    "matplotlib": "train",
+    "reasoning_gym": "reasoning-gym",
+    "math_verify": "math",
+    "latex2sympy2_extended": "math",
+    "sympy": "math",
+    "py3langid": "ifeval",
+    "openai": "openai",
+    "vllm": "vllm",
+    "peft": "peft",
+    "ray": "ray",
+    "mcp": "mcp",
+    "orjson": "serve",
+    "pydantic": "serve",
+    "pydantic_core": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "websockets": "serve",
+    "h11": "serve",
+}
+"""The extra that brings a package which a command may miss."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments and run the command; the result is the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="torchrl-chat",
-        description="Token-exact chat environments for reinforcement learning of language models with TorchRL.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train.add_parser(commands)
-    eval.add_parser(commands)
-    serve.add_parser(commands)
-    play.add_parser(commands)
-    view.add_parser(commands)
-    audit.add_parser(commands)
-    grade.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    command = ""
     try:
+        arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
+        command = f" {arguments.command}"
         return arguments.run(arguments)
+    except KeyboardInterrupt:  # also while libraries are imported: what a command has to save, it has saved
+        return _INTERRUPTED
+    except BrokenPipeError:  # whoever reads has seen enough (| head); nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        print(f"torchrl-chat{command}: {missing(error)}", file=sys.stderr)
+        return 2
     except (ValueError, KeyError, ImportError, OSError) as error:
         # What the package raises at a user names the key or value and what to do; a traceback would hide it.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"torchrl-chat {arguments.command}: {message}", file=sys.stderr)
+        print(f"torchrl-chat{command}: {message}", file=sys.stderr)
         return 2
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="torchrl-chat",
+        description="Token-exact chat environments for reinforcement learning of language models with TorchRL.",
+    )
+    parser.add_argument("--version", action="version", version=f"torchrl-chat {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (train, eval, serve, play, view, audit, grade):
+        command.add_parser(commands)
+    return parser
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Which package is missing, and what installs it."""
+    extra = _EXTRAS.get((error.name or "").partition(".")[0])
+    if extra is None or "torchrl_chat[" in str(error):
+        return str(error)
+    package = f"'torchrl_chat[{extra}]'" if extra else "torchrl_chat"
+    return f"the package {error.name} is missing: pip install {package}"
 
 
 if __name__ == "__main__":

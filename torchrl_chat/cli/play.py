@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import socket
+import sys
 import threading
 import webbrowser
 from collections.abc import Callable
 from typing import Any
 
-from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory, refuse_other_names
+from torchrl_chat.cli.arguments import port, real, whole
+from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
 
 DESCRIPTION = """\
 Play an environment by hand: its page opens in the browser, served on this machine only, and Ctrl-C ends it. The page
@@ -40,8 +42,12 @@ def add_parser(commands: Any) -> None:
         metavar="NAME",
         help="a model that answers, where it is asked to: tiny (random), a name or a folder",
     )
-    model.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of one answer (default 256)")
-    model.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    model.add_argument(
+        "--max-new-tokens", type=whole(), default=256, metavar="N", help="of one answer (default 256)"
+    )
+    model.add_argument(
+        "--temperature", type=real(least=0), default=1.0, help="0 takes the likeliest token (default 1)"
+    )
     page = parser.add_argument_group("page")
     page.add_argument("--rollouts", metavar="PATH", help="a folder of rollout files for the viewer, or one file")
     add_page_arguments(page)
@@ -50,7 +56,7 @@ def add_parser(commands: Any) -> None:
 
 def add_page_arguments(page: Any) -> None:
     """Add ``--port`` and ``--no-browser``."""
-    page.add_argument("--port", type=int, default=0, help="default: a free one")
+    page.add_argument("--port", type=port, default=0, help="default: a free one")
     page.add_argument("--no-browser", action="store_true", help="only say the address")
 
 
@@ -74,7 +80,7 @@ def make_app(arguments: argparse.Namespace) -> Any:
     tokenizer, policy = _tokenizer_and_policy(arguments)
     factory, name = make_factory(arguments, tokenizer)
     routes = web_routes(tokenizer, rollouts=arguments.rollouts, policy=policy)
-    return create_app(factory, env_name=name, allowed_origins=[], extra_routes=routes)
+    return create_app(factory, env_name=name, loopback=True, extra_routes=routes)
 
 
 def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespace) -> None:
@@ -88,7 +94,6 @@ def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespac
     Raises:
         OSError: the port is in use.
     """
-    refuse_other_names(app)
     listening = socket.create_server(("127.0.0.1", arguments.port))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}/web/"
     print(f"{address}  (Ctrl-C ends it)", flush=True)
@@ -100,6 +105,8 @@ def show(server_of: Callable[[Any], Any], app: Any, arguments: argparse.Namespac
 
 
 def _tokenizer_and_policy(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    if (arguments.model or "tiny") != "tiny":
+        print(f"loading {arguments.model} ...", file=sys.stderr, flush=True)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model or "tiny", arguments.env)
     if arguments.model is None:
         return tokenizer, None
@@ -108,9 +115,9 @@ def _tokenizer_and_policy(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
         model: Any = tiny.tiny_model(len(tokenizer), context=4096)
     else:
-        from transformers import AutoModelForCausalLM
+        from torchrl_chat.pretrained import load_model
 
-        model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+        model = load_model(arguments.model).eval()
     return tokenizer, _answerer(model, tokenizer, arguments)
 
 

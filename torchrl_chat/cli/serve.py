@@ -10,7 +10,8 @@ import sys
 import time
 from typing import Any
 
-from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory, refuse_other_names
+from torchrl_chat.cli.arguments import port, real, whole
+from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
 
 DESCRIPTION = """\
 Serve an environment by OpenEnv's HTTP and WebSocket protocol: to OpenEnv's own clients, to trainers that use them, and
@@ -25,8 +26,8 @@ to the clients of this package. Each client that connects has a conversation of 
 /web is a page to play it by hand. Then, from anywhere:
 
   curl -s localhost:8000/health
-  curl -s localhost:8000/reset -d '{"keep": true}'               # a session over HTTP; its id is in the metadata
-  curl -s localhost:8000/step -d '{"session_id": "...", "action": {"text": "Hello"}}'
+  curl -s localhost:8000/reset --json '{"keep": true}'           # a session over HTTP; its id is in the metadata
+  curl -s localhost:8000/step --json '{"session_id": "...", "action": {"text": "Hello"}}'
   from openenv import GenericEnvClient                           # or torchrl_chat.openenv.ChatEnv
 
 An action is {"tokens": [...]}, the ids that a policy sampled; {"text": "..."}, its answer as a text; or
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
     server.add_argument(
         "--host", default="127.0.0.1", help="where it listens (default 127.0.0.1: this machine only)"
     )
-    server.add_argument("--port", type=int, default=8000, help="0 for a free one (default 8000)")
+    server.add_argument("--port", type=port, default=8000, help="0 for a free one (default 8000)")
     server.add_argument(
         "--token", default=os.environ.get("TORCHRL_CHAT_TOKEN"), help="the bearer token of all requests"
     )
@@ -62,7 +63,7 @@ def add_parser(commands: Any) -> None:
         "--allow-origin",
         action="append",
         metavar="ORIGIN",
-        help="a web page that may talk to the server, e.g. https://example.org; again for more, * for all",
+        help="a web page that may talk to the server besides its own, e.g. https://example.org; again for more, * for all",
     )
     server.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     server.add_argument(
@@ -71,32 +72,48 @@ def add_parser(commands: Any) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-sessions",
-        type=int,
+        type=whole(),
         default=int(os.environ.get("MAX_CONCURRENT_ENVS", "1024")),
         metavar="N",
         help="sessions at a time (default: $MAX_CONCURRENT_ENVS, else 1024)",
     )
     limits.add_argument(
-        "--idle-seconds", type=float, default=3600, metavar="S", help="an unused session is closed (default 3600)"
+        "--max-sessions-per-address",
+        type=whole(),
+        metavar="N",
+        help="of one client's address (default: three quarters of all)",
+    )
+    limits.add_argument(
+        "--idle-seconds",
+        type=real(above=0),
+        default=3600,
+        metavar="S",
+        help="an unused session is closed (default 3600)",
     )
     limits.add_argument(
         "--resume-seconds",
-        type=float,
+        type=real(above=0),
         default=120,
         metavar="S",
         help="a session with ?resume=1 waits for its client (default 120)",
     )
-    limits.add_argument("--step-seconds", type=float, default=600, metavar="S", help="one step (default 600)")
+    limits.add_argument(
+        "--step-seconds", type=real(above=0), default=600, metavar="S", help="one step (default 600)"
+    )
     limits.add_argument(
         "--ping-seconds",
-        type=float,
+        type=real(least=0),
         default=20,
         metavar="S",
         help="a client that answers no ping for so long is gone (default 20; 0 for no pings)",
     )
-    limits.add_argument("--max-message-mb", type=float, default=16, metavar="MB", help="one message (default 16)")
-    limits.add_argument("--rate", type=float, metavar="N", help="requests a second of one connection")
-    limits.add_argument("--grace", type=float, default=30, metavar="S", help="for steps at shutdown (default 30)")
+    limits.add_argument(
+        "--max-message-mb", type=real(above=0), default=16, metavar="MB", help="one message (default 16)"
+    )
+    limits.add_argument("--rate", type=real(above=0), metavar="N", help="requests a second of one connection")
+    limits.add_argument(
+        "--grace", type=real(least=0), default=30, metavar="S", help="for steps at shutdown (default 30)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -139,31 +156,25 @@ def make_app(arguments: argparse.Namespace) -> Any:
             f"--host {arguments.host} can be reached by others: give --token SECRET (or TORCHRL_CHAT_TOKEN), or say "
             f"--no-auth."
         )
-    origins = arguments.allow_origin
-    if origins is None and not local and not arguments.no_auth:
-        origins = []
-    if origins is not None and "*" in origins:
-        origins = None
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.env)
     factory, name = make_factory(arguments, tokenizer)
-    app = create_app(
+    return create_app(
         factory,
         env_name=name,
         limits=Limits(
             max_message_bytes=int(arguments.max_message_mb * 2**20),
             max_sessions=arguments.max_sessions,
+            max_sessions_per_address=arguments.max_sessions_per_address,
             idle_seconds=arguments.idle_seconds,
             resume_seconds=arguments.resume_seconds,
             requests_per_second=arguments.rate,
             step_seconds=arguments.step_seconds,
         ),
         token=arguments.token,
-        allowed_origins=origins,
+        allowed_origins=arguments.allow_origin or (),
+        loopback=local and not arguments.token,
         extra_routes=web_routes(tokenizer, rollouts=arguments.rollouts),
     )
-    if local and not arguments.token and ":" not in arguments.host:
-        refuse_other_names(app)
-    return app
 
 
 class JSONLines(logging.Formatter):

@@ -25,6 +25,7 @@ from torchrl_chat.openenv.episode import EpisodeEnded, Turn
 from torchrl_chat.openenv.interfaces import Environment
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata
 from torchrl_chat.openenv.protocol import short
+from torchrl_chat.openenv.tokens import behind_prompt
 from torchrl_chat.seeds import mixed
 from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.stop import StopReason
@@ -265,8 +266,8 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         transcript = _transcript(after)
         kept = (min(len(before.messages), len(transcript.messages)), _shared(before, transcript))
         metadata = _told(after)
-        if done:
-            metadata.setdefault("stop_reason", "terminated" if _flag(after, "terminated") else "truncated")
+        if done and "stop_reason" not in metadata:
+            metadata["stop_reason"] = StopReason.of(None, terminated=_flag(after, "terminated"), done=True).word
         self._td = root
         self._step_count += 1
         self._done = metadata["stop_reason"] if done else None
@@ -297,7 +298,7 @@ def _answered(base: Any, td: TensorDictBase, before: Transcript, action: ChatAct
     """The TensorDict with the action as the policy's response."""
     codec, reason = base.template.codec, action.finish_reason
     if action.tokens is not None:
-        ids = action.tokens
+        ids = behind_prompt(action.tokens, before.tokens)
     else:
         ids = codec.encode_continuation([str(action.text)], [int(before.tokens[-1])])[0]
         reason = reason or "stop"
@@ -317,7 +318,7 @@ def _told(td: TensorDictBase) -> dict[str, Any]:
     told: dict[str, Any] = {}
     reason = _number(td.get("stop_reason", None))
     if reason:
-        told["stop_reason"] = StopReason(int(reason)).name.lower()
+        told["stop_reason"] = StopReason(int(reason)).word
     left = _number(td.get("tokens_left", None))
     if left is not None and left < 2**31 - 1:
         told["tokens_left"] = int(left)

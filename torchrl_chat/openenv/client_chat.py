@@ -8,6 +8,7 @@ from typing import Any
 from torchrl_chat.messages import check_message
 from torchrl_chat.openenv.client import GenericClient, StepResult
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
+from torchrl_chat.openenv.tokens import TokenRow
 from torchrl_chat.templates import ChatTemplate
 
 
@@ -63,7 +64,7 @@ class ChatEnv(GenericClient):
         # Whole conversations are not checked again at every step: the server has made them.
         observation = ChatObservation.model_construct(
             messages=fields.get("messages") or [],
-            tokens=fields.get("tokens") or [],
+            tokens=TokenRow(fields.get("tokens") or ()),
             done=bool(payload.get("done")),
             reward=payload.get("reward"),
             metadata=fields.get("metadata") or payload.get("metadata") or {},

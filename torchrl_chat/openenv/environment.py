@@ -21,6 +21,7 @@ from torchrl_chat.openenv.episode import EpisodeEnded, EpisodeLimits, Turn
 from torchrl_chat.openenv.interfaces import Environment, Rubric
 from torchrl_chat.openenv.ledger import Answer, Ledger, Writer, writer_of
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata, ResetRequest
+from torchrl_chat.openenv.tokens import behind_prompt
 from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.stop import StopReason
 
@@ -60,6 +61,8 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         max_turns, max_turn_tokens, max_tokens, max_context, max_seconds: see :class:`EpisodeLimits`.
         recognise_messages: whether tokens that are the whole rendering of one message become that message, of its own
             role, where it is not the policy's turn. OpenEnv's client sends messages so.
+        strip_prompt: whether tokens that begin with the whole prompt are taken for the prompt and the answer behind it, as
+            ``generate`` of transformers returns them.
         **template: arguments of :class:`~torchrl_chat.ChatTemplate`, such as ``chat_template`` or ``tools``.
 
     Raises:
@@ -91,6 +94,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         max_context: int | None = None,
         max_seconds: float | None = None,
         recognise_messages: bool = True,
+        strip_prompt: bool = True,
         **template: Any,
     ):
         super().__init__(transform=transform, rubric=rubric)
@@ -105,6 +109,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             max_seconds=max_seconds,
         )
         self.recognise_messages = recognise_messages
+        self.strip_prompt = strip_prompt
         self._writer: Writer = writer_of(tokenizer, **template)
         self._ledger: Ledger | None = None
         self._episode_id: str | None = None
@@ -280,7 +285,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
     # ------------------------------------------------------------------ one step
     def _propose(self, action: ChatAction) -> _Proposal:
         if self._stop is not StopReason.RUNNING:
-            raise EpisodeEnded(f"the episode has ended ({self._stop.name.lower()}): reset begins the next one.")
+            raise EpisodeEnded(f"the episode has ended ({self._stop.word}): reset begins the next one.")
         ledger = self._current
         messages = action.messages
         if messages is None and action.tokens is not None and self.recognise_messages and not ledger.awaits_policy:
@@ -291,7 +296,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         stop = self.limits.reason(after.transcript, turns, sampled, self._started)
         metadata = self._left(after, sampled)
         if stop is not StopReason.RUNNING:
-            metadata["stop_reason"] = stop.name.lower()
+            metadata["stop_reason"] = stop.word
         if turns > self._turns and after.transcript.spans:
             span = after.transcript.spans[-1]
             metadata["sampled"] = [span.start, span.end]
@@ -311,7 +316,14 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         """The ledger after an action, how many answers it brought, and how many sampled tokens."""
         if messages is None:
             assert action is not None
-            ids = action.tokens if action.tokens is not None else self._encoded(ledger, str(action.text))
+            if action.tokens is None:
+                ids: Sequence[int] = self._encoded(ledger, str(action.text))
+            else:
+                ids = (
+                    action.tokens
+                    if not self.strip_prompt
+                    else behind_prompt(action.tokens, ledger.transcript.tokens)
+                )
             reason = action.finish_reason or (None if action.tokens is not None else "stop")
             answer = self._cut(ledger, Answer(ids, reason), self._sampled)
             return self._writer.answer(ledger, answer), 1, len(answer.ids)

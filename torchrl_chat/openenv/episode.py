@@ -9,6 +9,7 @@ from typing import Any
 
 from torchrl_chat.messages import Message
 from torchrl_chat.openenv.models import ChatObservation
+from torchrl_chat.openenv.tokens import TokenRow
 from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.stop import StopReason
 
@@ -104,7 +105,7 @@ class Turn:
         # The ledger is valid; checking each message and token again would cost more than the turn.
         return ChatObservation.model_construct(
             messages=[dict(message) for message in self.messages],
-            tokens=self.tokens_from(0),
+            tokens=TokenRow(self.tokens_from(0)),
             reward=self.reward,
             done=self.done,
             metadata=dict(self.metadata),

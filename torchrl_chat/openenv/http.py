@@ -17,7 +17,7 @@ from torchrl_chat.openenv.documents import page
 from torchrl_chat.openenv.metrics import Metrics
 from torchrl_chat.openenv.models import StepRequest, TaskRequest
 from torchrl_chat.openenv.protocol import ErrorCode, Limits, ProtocolError, dumps, invalid, loads, short
-from torchrl_chat.openenv.security import Buckets, Guard
+from torchrl_chat.openenv.security import Buckets, Guard, address_of
 from torchrl_chat.openenv.sessions import Session, Sessions
 
 log = logging.getLogger("torchrl_chat.openenv")
@@ -93,8 +93,8 @@ class Routes:
             raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"'keep' is {short(keep)}: expected true or false.")
         wanted = body.pop("session_id", None)
         if not keep or wanted is not None:
-            return await self._with_session(wanted, lambda session: session.reset(body))
-        session = await self._sessions.open(resumable=True)
+            return await self._with_session(request, wanted, lambda session: session.reset(body))
+        session = await self._sessions.open(address_of(request), resumable=True)
         try:
             return _json(await session.reset(body))
         except BaseException:
@@ -109,7 +109,7 @@ class Routes:
         except ValidationError as error:
             raise invalid(error, "step") from None
         return await self._with_session(
-            body.get("session_id"), lambda session: session.step(wanted.action, wanted.timeout_s)
+            request, body.get("session_id"), lambda session: session.step(wanted.action, wanted.timeout_s)
         )
 
     async def state(self, request: Request) -> Response:
@@ -125,10 +125,12 @@ class Routes:
         await self._sessions.close(self._sessions.find(body.get("session_id")), "closed")
         return _json(b'{"closed":true}')
 
-    async def _with_session(self, wanted: Any, use: Callable[[Session], Awaitable[bytes]]) -> Response:
+    async def _with_session(
+        self, request: Request, wanted: Any, use: Callable[[Session], Awaitable[bytes]]
+    ) -> Response:
         if wanted is not None:
             return _json(await use(self._sessions.find(wanted)))
-        session = await self._sessions.open(listed=False)
+        session = await self._sessions.open(address_of(request), listed=False)
         try:
             return _json(await use(session))
         finally:
@@ -157,7 +159,7 @@ class Routes:
             value = loads(await self._raw(request), self._limits)
         except ProtocolError as error:
             return _json(mcp.unreadable(error.message))
-        return _json(await mcp.answer(value, self._sessions))
+        return _json(await mcp.answer(value, self._sessions, address_of(request)))
 
     async def openapi(self, request: Request) -> Response:
         """``GET /openapi.json``."""
@@ -226,7 +228,7 @@ class Routes:
     def _guarded(self, path: str, handler: Callable[[Request], Awaitable[Response]]) -> Any:
         async def guarded(request: Request) -> Response:
             refusal = None if path in _OPEN else self._guard.refusal(request)
-            if refusal is None and not self._buckets.takes(request.client.host if request.client else ""):
+            if refusal is None and not self._buckets.takes(address_of(request)):
                 refusal = 429, "too many requests a second."
             if refusal is not None:
                 self._metrics.count("refused_total", f'reason="{refusal[0]}"')
@@ -255,6 +257,11 @@ class Routes:
             body += chunk
             if len(body) > self._limits.max_message_bytes:
                 raise _Refused(413, f"the body has more than {self._limits.max_message_bytes} bytes.")
+        if body and not _says_json(request):
+            # A web page may send texts and forms to any server without being asked; JSON it may not (Fetch, section 4.8).
+            raise _Refused(
+                415, "the body's type is not application/json: send the header 'Content-Type: application/json'."
+            )
         return bytes(body)
 
     async def _body(self, request: Request) -> dict[str, Any]:
@@ -265,6 +272,11 @@ class Routes:
         if not isinstance(value, dict):
             raise ProtocolError(ErrorCode.VALIDATION_ERROR, "the body is not a JSON object.")
         return value
+
+
+def _says_json(request: Request) -> bool:
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
 
 
 def _json(body: bytes) -> Response:

@@ -17,13 +17,13 @@ class _Refused(Exception):
         self.code, self.data = code, data
 
 
-async def answer(request: Any, sessions: Sessions) -> bytes:
-    """The reply to a JSON-RPC request; errors are replies too."""
+async def answer(request: Any, sessions: Sessions, address: str) -> bytes:
+    """The reply to a JSON-RPC request of a client at that address; errors are replies too."""
     identity = request.get("id") if isinstance(request, dict) else None
     if not isinstance(identity, (str, int, float, type(None))) or isinstance(identity, bool):
         identity = None
     try:
-        result = await _result(request, sessions)
+        result = await _result(request, sessions, address)
     except _Refused as error:
         return failure(error.code, str(error), identity, error.data)
     return dumps({"jsonrpc": "2.0", "id": identity, "result": result})
@@ -40,7 +40,7 @@ def unreadable(message: str) -> bytes:
     return failure(_PARSE, message)
 
 
-async def _result(request: Any, sessions: Sessions) -> Any:
+async def _result(request: Any, sessions: Sessions, address: str) -> Any:
     if not isinstance(request, dict) or request.get("jsonrpc") != "2.0":
         raise _Refused(_REQUEST, 'expected a JSON-RPC request, {"jsonrpc": "2.0", "method": ..., "id": ...}.')
     if extra := request.keys() - _KEYS:
@@ -56,7 +56,7 @@ async def _result(request: Any, sessions: Sessions) -> Any:
         raise _Refused(_PARAMS, "params is an object.")
     try:
         if method == "openenv/session/create":
-            return {"session_id": (await sessions.open(resumable=True)).id}
+            return {"session_id": (await sessions.open(address, resumable=True)).id}
         if not isinstance(params.get("session_id"), str):
             raise _Refused(_PARAMS, "session_id is required.")
         await sessions.close(sessions.find(params["session_id"]), "closed")

@@ -24,6 +24,7 @@ from pydantic import (
 
 from torchrl_chat.messages import Message as AnyMessage
 from torchrl_chat.messages import check_message
+from torchrl_chat.openenv.tokens import TokenRow
 
 _MESSAGE_SCHEMA = {
     "type": "object",
@@ -38,7 +39,7 @@ Message = Annotated[AnyMessage, AfterValidator(check_message), WithJsonSchema(_M
 
 def _one_row(value: Any) -> Any:
     """Tensors and arrays to lists, and a batch of one row (``[[1, 2]]``) to that row."""
-    if hasattr(value, "tolist"):
+    if not isinstance(value, list) and hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, tuple):
         value = list(value)
@@ -56,6 +57,7 @@ TokenIds = Annotated[
     list[TokenId],
     Field(min_length=1, fail_fast=True, description="token ids of one turn"),
     BeforeValidator(_one_row),
+    AfterValidator(TokenRow),
 ]
 """At least one token id; the first bad one is reported, not all of them."""
 
@@ -131,12 +133,12 @@ class ChatObservation(Observation):
 
     Attributes:
         messages: the conversation; only the new messages in a delta observation.
-        tokens: its token ids; only the new ones in a delta observation.
+        tokens: its token ids, a :class:`TokenRow`; only the new ones in a delta observation.
         delta: what a delta observation continues; ``None`` where the observation is whole.
     """
 
     messages: list[Message] = Field(default_factory=list)
-    tokens: list[int] = Field(default_factory=list)
+    tokens: Annotated[list[int], AfterValidator(TokenRow)] = Field(default_factory=TokenRow)
     delta: Delta | None = None
 
 
@@ -150,7 +152,7 @@ class ChatState(State):
     """
 
     history_messages: list[Message] = Field(default_factory=list)
-    history_tokens: list[list[int]] = Field(default_factory=list)
+    history_tokens: list[Annotated[list[int], AfterValidator(TokenRow)]] = Field(default_factory=list)
 
 
 class EnvironmentMetadata(_Wire):

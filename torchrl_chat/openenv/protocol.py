@@ -9,6 +9,7 @@ session goes on. Everything is as in ``openenv`` 0.10 and ``openenv-core`` 0.3; 
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,25 +54,39 @@ class Limits:
         max_message_bytes: size of one frame or request body.
         max_depth: nesting of its JSON.
         max_sessions: sessions at a time.
+        max_sessions_per_address: of them, those of one address. Three quarters if ``None``, so that no client takes every
+            place; all where there are fewer than four.
         idle_seconds: a session without a request for so long is closed; ``None`` for never.
+        attach_seconds: a session that was made over ``/mcp`` and that nobody has attached to within so long is closed.
         resume_seconds: how long a resumable session outlives its socket.
         requests_per_second: of one connection (of one address over HTTP); ``None`` for no limit. Twice as many
             may come at once.
         step_seconds: a step (or reset) that takes longer is answered with an error; ``None`` for no limit.
+        request_seconds: a connection whose request has not arrived whole within so long is closed.
     """
 
     max_message_bytes: int = 16 * 2**20
     max_depth: int = 64
     max_sessions: int = 1024
+    max_sessions_per_address: int | None = None
     idle_seconds: float | None = 3600.0
+    attach_seconds: float = 60.0
     resume_seconds: float = 120.0
     requests_per_second: float | None = None
     step_seconds: float | None = 600.0
+    request_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}: expected a positive number.")
+
+    @property
+    def sessions_of_one(self) -> int:
+        """How many sessions one address may have."""
+        if self.max_sessions_per_address is not None:
+            return min(self.max_sessions_per_address, self.max_sessions)
+        return math.ceil(0.75 * self.max_sessions)
 
 
 class ProtocolError(Exception):

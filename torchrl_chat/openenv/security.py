@@ -1,4 +1,4 @@
-"""Who may talk to a server: a bearer token, the origin of web pages, the rate of requests."""
+"""Who may talk to a server: a bearer token, the origin of web pages, the server's names, the rate of requests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 _MAX_ADDRESSES = 10_000
 
@@ -21,25 +23,39 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def names_loopback(host: str) -> bool:
+    """Whether a ``Host`` header (RFC 9110, section 7.2) names this machine as only this machine can: ``localhost:8000``."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return False
+    return name is not None and is_loopback(name)
+
+
 class Guard:
     """Refuses requests without the token, and those of foreign web pages.
+
+    A browser sends the ``Origin`` (RFC 6454) of the page that makes it write: where it is another server's, the person in
+    front of the browser did not mean it. A client that is no web page sends none, and passes.
 
     Args:
         token: the bearer token (RFC 6750); ``None`` lets everybody in.
         origins: origins of web pages that may talk to the server, besides those that it serves itself, such as
-            ``"https://example.org"``; ``None`` lets every page.
+            ``"https://example.org"``; ``"*"`` lets every page.
     """
 
-    def __init__(self, token: str | None = None, origins: Collection[str] | None = None):
+    def __init__(self, token: str | None = None, origins: Collection[str] = ()):
         if token is not None and not token.strip():
             raise ValueError("token is empty: give a secret, or None.")
+        if isinstance(origins, str):
+            raise ValueError(f"origins is the text {origins!r}: expected a list of origins, [{origins!r}].")
         self._token = None if token is None else token.encode()
-        self._origins = None if origins is None else {origin.rstrip("/").lower() for origin in origins}
+        self._origins = {origin.rstrip("/").lower() for origin in origins}
 
     def refusal(self, connection: HTTPConnection) -> tuple[int, str] | None:
         """The HTTP status and the reason of a refusal; ``None`` for a request that may pass."""
         origin = connection.headers.get("origin")
-        if origin is not None and self._origins is not None and not self._knows(origin, connection):
+        if origin is not None and "*" not in self._origins and not self._knows(origin, connection):
             return 403, "this web page's origin is not allowed here (allowed_origins)."
         if self._token is None:
             return None
@@ -49,9 +65,38 @@ class Guard:
         return None
 
     def _knows(self, origin: str, connection: HTTPConnection) -> bool:
-        assert self._origins is not None
         host = connection.headers.get("host", "")
         return origin.lower() in self._origins or (bool(host) and urlsplit(origin).netloc.lower() == host.lower())
+
+
+class OwnNames:
+    """ASGI middleware of a server for this machine only: refuses requests under a name that is not this machine's.
+
+    A foreign page whose name is made to lead here (DNS rebinding) is of the same origin as the server; its name is not.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, or refuse it."""
+        if scope["type"] in ("http", "websocket"):
+            host = HTTPConnection(scope).headers.get("host", "")
+            if not names_loopback(host):
+                detail = (
+                    f"this server is for its own machine: ask for it as localhost or 127.0.0.1, not {host[:100]!r}."
+                )
+                await JSONResponse({"detail": detail}, 400)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def address_of(connection: HTTPConnection) -> str:
+    """The client's address; empty for one without (a Unix socket)."""
+    return connection.client.host if connection.client else ""
 
 
 class Bucket:

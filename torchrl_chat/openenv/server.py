@@ -25,6 +25,7 @@ from torchrl_chat.openenv.protocol import Limits
 
 try:
     from starlette.applications import Starlette
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.routing import BaseRoute, WebSocketRoute
 except ImportError as error:
     raise ImportError("the server needs starlette and uvicorn: pip install 'torchrl_chat[serve]'") from error
@@ -33,7 +34,7 @@ from torchrl_chat.openenv import sockets
 from torchrl_chat.openenv.catalog import Catalog
 from torchrl_chat.openenv.http import Routes
 from torchrl_chat.openenv.metrics import Metrics
-from torchrl_chat.openenv.security import Guard
+from torchrl_chat.openenv.security import Guard, OwnNames
 from torchrl_chat.openenv.sessions import Sessions
 
 log = logging.getLogger("torchrl_chat.openenv")
@@ -49,7 +50,8 @@ def create_app(
     max_concurrent_envs: int | None = None,
     limits: Limits | None = None,
     token: str | None = None,
-    allowed_origins: Collection[str] | None = None,
+    allowed_origins: Collection[str] = (),
+    loopback: bool = False,
     workers: int = 4,
     extra_routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
@@ -63,7 +65,8 @@ def create_app(
         max_concurrent_envs: OpenEnv's name for ``limits.max_sessions``; wins over it.
         limits: see :class:`Limits`.
         token: the bearer token that every request must carry (but ``/health``); ``None`` for none.
-        allowed_origins: origins of web pages that may talk to the server, besides its own; ``None`` for any.
+        allowed_origins: origins of web pages that may talk to the server, besides its own; ``"*"`` for any.
+        loopback: refuse requests under a name that is not this machine's, see :class:`OwnNames`.
         workers: threads for heavy work.
         extra_routes: further routes, looked at first; they guard themselves.
 
@@ -110,6 +113,16 @@ def create_app(
         ],
         lifespan=lifespan,
     )
+    if loopback:
+        app.add_middleware(OwnNames)
+    if allowed_origins:
+        # A browser asks first, without token or cookie, whether a page may send JSON, and reads the answer only then.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.rstrip("/") for origin in allowed_origins],
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
     app.state.sessions, app.state.metrics, app.state.limits = sessions, metrics, limits
     app.state.env_name, app.state.guard = env_name, guard
     return app
@@ -155,6 +168,8 @@ def make_server(
     """The uvicorn server of :func:`run`, not yet running."""
     import uvicorn
 
+    from torchrl_chat.openenv.connections import timed_protocol
+
     config = uvicorn.Config(
         app,
         host=host,
@@ -162,6 +177,7 @@ def make_server(
         log_config=None,
         access_log=False,
         lifespan="on",
+        http=timed_protocol(app.state.limits.request_seconds),
         ws="websockets-sansio",
         ws_max_size=app.state.limits.max_message_bytes,
         ws_per_message_deflate=False,  # it costs a server two to three times its throughput

@@ -11,6 +11,7 @@ import inspect
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ class Session:
         workers: where its heavy work runs.
         metrics: the server's counters.
         resumable: whether it outlives its socket.
+        address: of the client that it was made for.
     """
 
     def __init__(
@@ -54,10 +56,13 @@ class Session:
         workers: Workers,
         metrics: Metrics,
         resumable: bool = False,
+        address: str = "",
     ):
         self.id = uuid.uuid4().hex
         self.env = env
         self.resumable = resumable
+        self.address = address
+        self.attached = False  # whether a client has come to it: by a socket, a reset, or by its id
         self.line: Line | None = None
         self.left = False  # whether it has had a socket and lost it
         self.replies = Replies()
@@ -82,6 +87,7 @@ class Session:
         Raises:
             ProtocolError: the arguments are bad, or the environment refuses.
         """
+        self.attached = True
         arguments = dict(data)
         delta = arguments.pop("delta", None)
         if delta not in (None, True, False):
@@ -245,6 +251,7 @@ class Sessions:
         self._workers = Workers(workers)
         self._table: dict[str, Session] = {}
         self._opening = 0
+        self._addresses: Counter[str] = Counter()
         self.draining = False
         metrics.gauge("sessions", "Sessions open now.", lambda: len(self._table))
         metrics.gauge("late_calls", "Calls that took too long and still run.", lambda: self._workers.stuck)
@@ -257,10 +264,11 @@ class Sessions:
         """Run something heavy beside the event loop."""
         return await self._workers.run(lambda: function(*arguments))
 
-    async def open(self, resumable: bool = False, listed: bool = True) -> Session:
+    async def open(self, address: str, *, resumable: bool = False, listed: bool = True) -> Session:
         """A new session.
 
         Args:
+            address: of the client that asks for it.
             resumable: whether it outlives its socket.
             listed: whether it is kept in the table; one request of its own needs no place there.
 
@@ -277,7 +285,17 @@ class Sessions:
                 active_sessions=active,
                 max_sessions=self._limits.max_sessions,
             )
+        if self._addresses[address] >= self._limits.sessions_of_one:
+            raise ProtocolError(
+                ErrorCode.CAPACITY_REACHED,
+                f"{address or 'this address'} has {self._addresses[address]} sessions, as many as one address may have: close "
+                f"one, or start the server with more (max_sessions_per_address).",
+                active_sessions=active,
+                max_sessions=self._limits.max_sessions,
+            )
         self._opening += 1
+        self._addresses[address] += 1
+        kept = False
         try:
             env = await self.call(self._factory)
         except Exception as error:
@@ -286,14 +304,23 @@ class Sessions:
             raise ProtocolError(
                 ErrorCode.FACTORY_ERROR, f"the environment cannot be made: {error}"[:2000], factory_name=name
             ) from None
+        else:
+            kept = listed
         finally:
             self._opening -= 1
-        session = Session(env, self._action_cls, self._limits, self._workers, self._metrics, resumable)
+            if not kept:
+                self._forget(address)
+        session = Session(env, self._action_cls, self._limits, self._workers, self._metrics, resumable, address)
         if listed:
             self._table[session.id] = session
             self._metrics.count("sessions_opened_total")
             log.info("session opened", extra={"session": session.id, "sessions": len(self)})
         return session
+
+    def _forget(self, address: str) -> None:
+        self._addresses[address] -= 1
+        if self._addresses[address] <= 0:
+            del self._addresses[address]  # the table of addresses does not grow for ever
 
     def find(self, session_id: Any) -> Session:
         """The session of an id.
@@ -307,12 +334,14 @@ class Sessions:
                 ErrorCode.SESSION_ERROR, f"Unknown session_id: {short(session_id)}; it may have been idle too long."
             )
         session.used = time.monotonic()
+        session.attached = True
         return session
 
     async def close(self, session: Session, reason: str) -> None:
         """End a session."""
         if self._table.pop(session.id, None) is None:
             return
+        self._forget(session.address)
         self._metrics.count("sessions_closed_total", f'reason="{reason}"')
         log.info("session closed", extra={"session": session.id, "reason": reason, "sessions": len(self)})
         line, session.line = session.line, None
@@ -334,7 +363,11 @@ class Sessions:
 
     async def reap(self) -> None:
         """Close the sessions that nobody has used for too long; runs until it is cancelled."""
-        waits = [self._limits.resume_seconds, *filter(None, [self._limits.idle_seconds])]
+        waits = [
+            self._limits.resume_seconds,
+            self._limits.attach_seconds,
+            *filter(None, [self._limits.idle_seconds]),
+        ]
         while True:
             await asyncio.sleep(max(0.05, min(5.0, min(waits) / 4)))
             now, ended = time.monotonic(), []
@@ -342,7 +375,8 @@ class Sessions:
                 idle = now - session.used
                 detached = session.left and session.line is None
                 too_long = self._limits.idle_seconds is not None and idle > self._limits.idle_seconds
-                if not session.busy and (too_long or (detached and idle > self._limits.resume_seconds)):
+                nobody = not session.attached and idle > self._limits.attach_seconds
+                if not session.busy and (too_long or nobody or (detached and idle > self._limits.resume_seconds)):
                     ended.append(session)
             # At once, and whatever becomes of one: it must not keep the others.
             await asyncio.gather(*(self.close(session, "idle") for session in ended), return_exceptions=True)

@@ -12,7 +12,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from torchrl_chat.openenv import mcp
 from torchrl_chat.openenv.metrics import Metrics
 from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, Limits, ProtocolError, parse_frame, short
-from torchrl_chat.openenv.security import Bucket, Guard
+from torchrl_chat.openenv.security import Bucket, Guard, address_of
 from torchrl_chat.openenv.sessions import Session, Sessions
 
 log = logging.getLogger("torchrl_chat.openenv")
@@ -75,8 +75,9 @@ class Connection:
             if before is not None:  # of two sockets the newer one is right: the older may be half open
                 await before.end(None, CloseCode.TAKEN_OVER, "resumed by another socket")
         else:
-            session = await self._sessions.open(resumable=query.get("resume", "").lower() in _YES)
-            session.line = self
+            resumable = query.get("resume", "").lower() in _YES
+            session = await self._sessions.open(address_of(self._socket), resumable=resumable)
+            session.line, session.attached = self, True
         if (delta := query.get("delta")) is not None:
             session.replies.delta = delta.lower() in _YES
         return session
@@ -115,7 +116,9 @@ class Connection:
             if kind == "state":
                 return b'{"type":"state","data":%b}' % await session.state()
             if kind == "mcp":
-                return b'{"type":"mcp","data":%b}' % await mcp.answer(data, self._sessions)
+                return b'{"type":"mcp","data":%b}' % await mcp.answer(
+                    data, self._sessions, address_of(self._socket)
+                )
             return None
         except ProtocolError as error:
             self._metrics.count("errors_total", f'code="{error.code}"')

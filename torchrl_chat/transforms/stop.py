@@ -33,3 +33,27 @@ class StopReason(IntEnum):
     """Another transform truncated it (``StepCounter``, say)."""
     ERROR = 9
     """The environment failed: a server's error, a timeout, a lost session."""
+
+    @property
+    def word(self) -> str:
+        """How files, servers and pages write it.
+
+        Example:
+            >>> StopReason.MAX_TURNS.word
+            'max_turns'
+        """
+        return self.name.lower()
+
+    @classmethod
+    def of(cls, reason: int | None, *, terminated: bool, done: bool) -> StopReason:
+        """The reason of an episode, also where nobody wrote one: what its flags say.
+
+        Args:
+            reason: what stands in ``("next", "stop_reason")``; 0 or ``None`` where nothing does.
+            terminated, done: the flags of the last step.
+        """
+        if reason:
+            return cls(reason)
+        if terminated:
+            return cls.ANSWERED
+        return cls.TRUNCATED if done else cls.RUNNING

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_chat.openenv.protocol import ProtocolError, dumps
-from torchrl_chat.openenv.security import Guard
+from torchrl_chat.openenv.security import Guard, OwnNames
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.rollouts import sequence as written_sequence
 from torchrl_chat.transcript import Transcript
@@ -70,7 +70,8 @@ def viewer_app(rollouts: str | os.PathLike[str]) -> Starlette:
         ValueError: there is no such folder or file.
     """
     app = Starlette(routes=_Page(None, rollouts, None, played=False).routes())
-    app.state.guard = Guard(None, ())  # no token, and no page of another origin
+    app.add_middleware(OwnNames)
+    app.state.guard = Guard()
     return app
 
 

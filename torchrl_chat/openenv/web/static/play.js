@@ -14,8 +14,9 @@ const narrow = matchMedia("(max-width: 860px)");
 let config = {};
 let episode = null; // what is known of the present one
 let asTokens = false;
-let busy = false;
+let last = Promise.resolve(); // what was asked for last: the next thing waits for it
 let roleIsChosen = false;
+let hasRoles = true; // an environment without messages takes JSON actions only
 
 const newEpisode = () => ({
   observation: null, // the last reply: {observation, reward, done, metadata}
@@ -91,7 +92,7 @@ async function showState() {
 function showTurn() {
   const last = episode?.messages.at(-1);
   const policys = Boolean(last) && !["assistant", "system"].includes(last.role);
-  if (!roleIsChosen && byId("role").value !== "json") byId("role").value = policys ? "assistant" : "user";
+  if (!roleIsChosen && hasRoles) byId("role").value = policys ? "assistant" : "user";
   const ended = episode?.observation?.done;
   const field = byId("text");
   if (!episode) field.placeholder = "Start an episode first";
@@ -100,6 +101,8 @@ function showTurn() {
   else if (byId("role").value === "assistant") field.placeholder = "Answer as the policy";
   else field.placeholder = `What the ${byId("role").value} says`;
   byId("hint").textContent = !episode ? "" : ended ? "ended: n starts the next" : policys ? "the policy's turn" : "";
+  byId("send").textContent = byId("role").value === "assistant" ? "Answer" : "Send";
+  byId("send").disabled = !episode || Boolean(ended);
   byId("answer").hidden = !config.policy || !policys || Boolean(ended);
 }
 
@@ -150,10 +153,10 @@ function sayNews(before) {
   byId("said").replaceChildren(...fresh.map((text) => el("p", {}, text)));
 }
 
-/** Do one thing at a time, and show what the server says where it refuses. */
-async function doing(work) {
-  if (busy) return;
-  busy = true;
+/** Do one thing after the other, and show what the server says where it refuses. Nothing that was asked for is lost. */
+const doing = (work) => (last = last.then(() => run(work)));
+
+async function run(work) {
   document.body.setAttribute("aria-busy", "true");
   showError(null);
   try {
@@ -161,15 +164,17 @@ async function doing(work) {
   } catch (error) {
     showError(error);
   } finally {
-    busy = false;
     document.body.removeAttribute("aria-busy");
     showAll();
     showState();
   }
 }
 
-const begin = () =>
-  doing(async () => {
+function begin() {
+  // Now, not when the server has answered: what is typed until then belongs into the field.
+  byId("text").focus({ preventScroll: narrow.matches });
+  roleIsChosen = false;
+  return doing(async () => {
     const seed = byId("seed").value.trim();
     if (seed && !/^\d+$/.test(seed)) throw new Error("the seed is a whole number, 0 or more.");
     const first = tasks.here ? "" : byId("first").value.trim();
@@ -178,11 +183,10 @@ const begin = () =>
     const withSeed = seed ? data.replace(/\}$/, `${data === "{}" ? "" : ","}"seed":${seed.replace(/^0+(?=\d)/, "")}}`) : data;
     const reply = await session.request("reset", withSeed);
     episode = newEpisode();
-    roleIsChosen = false;
     await take(reply);
     if (narrow.matches) byId("setup").open = false;
-    byId("text").focus({ preventScroll: narrow.matches });
   });
+}
 
 function actionOf(text) {
   const role = byId("role").value;
@@ -192,25 +196,39 @@ function actionOf(text) {
 }
 
 async function act(action) {
-  const reply = await session.request("step", action);
+  const chosen = roleIsChosen;
+  roleIsChosen = false; // a role that is chosen while the server answers is for the next message
+  let reply;
+  try {
+    reply = await session.request("step", action);
+  } catch (error) {
+    roleIsChosen ||= chosen;
+    throw error;
+  }
   episode.steps += 1;
   episode.total += Number(reply.reward ?? 0);
-  roleIsChosen = false;
   await take(reply, action);
 }
 
-const send = () =>
-  doing(async () => {
-    const text = byId("text").value;
-    if (!text) return;
-    if (!episode) throw new Error("there is no episode yet: Start, or press n outside of a field.");
-    await act(actionOf(text));
-    byId("text").value = "";
+function send() {
+  const field = byId("text");
+  const text = field.value;
+  if (!text) return;
+  field.value = ""; // what is typed from now on is the next message
+  return doing(async () => {
+    try {
+      if (!episode) throw new Error("there is no episode yet: Start, or press n outside of a field.");
+      await act(actionOf(text));
+    } catch (error) {
+      if (!field.value) field.value = text;
+      throw error;
+    }
   });
+}
 
 const letModelAnswer = () =>
   doing(async () => {
-    if (!config.policy || !episode || !session.id) return;
+    if (byId("answer").hidden || !session.id) return;
     byId("hint").textContent = "the model answers …";
     const prompt = episode.sequences.at(-1)?.ids.length ?? 0;
     const { tokens, log_probs } = await (await ask(`answer?session_id=${encodeURIComponent(session.id)}`, undefined, "POST")).json();
@@ -222,6 +240,7 @@ const resume = () =>
   doing(async () => {
     const state = await session.request("state");
     if (episode || !state.episode_id) return;
+    roleIsChosen = false;
     episode = { ...newEpisode(), messages: state.history_messages ?? [], steps: state.step_count };
     episode.sequences = await readLedger();
   });
@@ -286,7 +305,8 @@ try {
   byId("about").textContent = metadata.description ?? "";
   const fields = schema.action?.properties ?? {};
   if (!("text" in fields && "messages" in fields)) {
-    byId("role").value = "json"; // no chat: actions are what its schema says
+    hasRoles = false; // no chat: actions are what its schema says
+    byId("role").value = "json";
     byId("first-field").hidden = true;
     byId("text").value = pretty(Object.fromEntries((schema.action?.required ?? []).map((name) => [name, null])));
   }
