@@ -30,6 +30,8 @@ from torchrl_chat.openenv.models import Action, ChatAction, Observation, State
 from torchrl_chat.openenv.protocol import Limits, dumps
 from torchrl_chat.openenv.server import create_app, make_server
 
+pytestmark = pytest.mark.services
+
 TEMPLATE = ChatTemplate(bpe_tokenizer())
 
 
