@@ -69,7 +69,7 @@ class Environment:
     def key(self) -> str:
         """A hash of all that decides what is installed."""
         made_from = {
-            "recipe": 1,  # count up when `install` below does something else
+            "recipe": 2,  # count up when `install` below does something else
             "python": [sys.version, sysconfig.get_platform(), sys.base_prefix],
             "requirements": self.requirements,
             "constraints": self.constraint_text,
@@ -160,6 +160,9 @@ def install(environment: Environment, folder: Path) -> str:
             run(*pip, "-c", constraints, *environment.requirements)
     if environment.removed:
         run(python, "-m", "pip", "uninstall", "-q", "-y", *environment.removed)
+    # Once for all: where PYTHONDONTWRITEBYTECODE is set, every process would compile anew what it imports.
+    compiled = [python, "-m", "compileall", "-q", "-j", "0", "-x", r"[\\/]tests?[\\/]", site_packages(folder)]
+    subprocess.run(compiled, check=False, stdout=subprocess.DEVNULL)  # some packages ship files for other Pythons
     return by
 
 
