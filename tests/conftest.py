@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -41,12 +44,44 @@ CORPUS = (
 )
 
 
+# What the tests of today's day draw: named in every run, and given again to repeat one.
+DAY = os.environ.setdefault("TORCHRL_CHAT_DAY", datetime.datetime.now(datetime.UTC).date().isoformat())
+
+
+def of_the_day(*seeds: int) -> list:
+    """Seeds as parameters of a test: one by the date that every run takes, and the others for ``make test-all``."""
+    today = datetime.date.fromisoformat(DAY).toordinal() % len(seeds)
+    return [s if i == today else pytest.param(s, marks=pytest.mark.full) for i, s in enumerate(seeds)]
+
+
+PARTS = ("corpus", "services", "learn", "openenv", "vllm")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How long each part took, one test after the other, and which day the seeds are of."""
+    took = dict.fromkeys(("suite", *PARTS), 0.0)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                part = next((part for part in PARTS if part in report.keywords), "suite")
+                took[part] += report.duration
+    told = ", ".join(f"{part} {seconds:.0f}" for part, seconds in took.items() if seconds)
+    terminalreporter.write_line(f"seconds of tests by part: {told}; seeds of the day TORCHRL_CHAT_DAY={DAY}")
+
+
 def need_shared(relative: str) -> Path:
     """A file of the shared folder, or a skip that says which."""
     path = SHARED / relative
     if not path.exists():
         pytest.skip(f"the shared folder has no {relative} (TORCHRL_CHAT_SHARED={SHARED})")
     return path
+
+
+def skip_without(program: str, reason: str) -> NoReturn:
+    """A skip; but a failure where the program must work if it is installed, and it is (.ci/run names such programs)."""
+    if program in os.environ.get("TORCHRL_CHAT_REQUIRED", "").split(",") and shutil.which(program):
+        pytest.fail(f"{program} is installed here, and yet: {reason}")
+    pytest.skip(reason)
 
 
 @functools.cache

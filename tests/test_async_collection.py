@@ -13,6 +13,8 @@ from torchrl.envs import AsyncEnvPool
 from torchrl_chat import GSM8KEnv, TransformersPolicy, columns, training_view
 from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.services
+
 TOKENIZER = tiny_tokenizer(TEXT_ALPHABET)
 ENVS = 4
 SLOW = "#### 0"

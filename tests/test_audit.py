@@ -17,6 +17,8 @@ from torchrl_chat.cli.main import main
 from torchrl_chat.templates.audit import audit
 from torchrl_chat.templates.report import Origin, Status
 
+pytestmark = pytest.mark.corpus
+
 NAMES = [
     "user_turns",
     "user_turns_after_system",

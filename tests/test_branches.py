@@ -13,6 +13,8 @@ from torchrl.modules.llm.policies import LogProbs, Tokens
 
 from torchrl_chat import BridgeError, ChatEnv, columns, training_view
 
+pytestmark = pytest.mark.corpus
+
 STRIPS = CHATML.replace(
     "{{ m['content'] }}",
     "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"

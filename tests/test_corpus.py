@@ -20,6 +20,8 @@ from torchrl.modules.llm.policies import Tokens
 from torchrl_chat import ChatEnv, ChatTemplate, ChatTemplateError, columns
 from torchrl_chat.messages import content_text
 
+pytestmark = pytest.mark.corpus
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL_ID = "abcdefgh0"  # nine letters: some templates insist
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")

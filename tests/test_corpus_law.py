@@ -24,6 +24,8 @@ from torchrl.modules.llm.policies import LogProbs, Tokens
 
 from torchrl_chat import BridgeError, ChatEnv, columns
 
+pytestmark = pytest.mark.corpus
+
 MODES = ("history", "text", "tokens")
 
 

@@ -28,6 +28,8 @@ from torchrl_chat.playing import play
 from torchrl_chat.policies.endpoint import EndpointPolicy, as_sent
 from torchrl_chat.rollouts import episodes
 
+pytestmark = pytest.mark.services
+
 
 def env_of(mode: str, count: int, tokenizer: Any = None, turns: int = 1, **kwargs) -> DatasetChatEnv:
     """Questions that name their row; numbers end a conversation, or ``turns`` answers."""

@@ -37,6 +37,8 @@ from torchrl_chat.cli.main import main
 from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.rollouts import read_rollouts
 
+pytestmark = pytest.mark.services
+
 # ---------------------------------------------------------------------- figures
 ANSWERS = st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=5), min_size=1, max_size=12)
 

@@ -24,6 +24,8 @@ from torchrl_chat import AddThinkingPrompt, GSM8KEnv
 from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.policies import ExactTransformersWrapper
 
+pytestmark = pytest.mark.services
+
 TOKENIZER = tiny_tokenizer(TEXT_ALPHABET)
 ROWS = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(6)]
 REPEATS, ENVS = 3, 6

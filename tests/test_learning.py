@@ -1,4 +1,4 @@
-"""The main job learns: GRPO from random weights to a pass rate of 0.9, on several seeds."""
+"""The main job learns: GRPO from random weights to a pass rate of 0.9."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from conftest import of_the_day
+
+pytestmark = [pytest.mark.learn, pytest.mark.timeout(1500)]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", of_the_day(0, 1, 2))
 def test_default_training_learns(tmp_path, seed):
     command = [sys.executable, "-m", "torchrl_chat.cli.main", "train", "--seed", str(seed), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)

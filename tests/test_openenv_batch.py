@@ -35,6 +35,8 @@ from torchrl_chat.openenv.batch import FAILED, OpenEnvChatEnv
 from torchrl_chat.openenv.batch_adapters import Adapter, text_adapter
 from torchrl_chat.openenv.client_errors import ConnectFailed, ServerError
 
+pytestmark = pytest.mark.services
+
 PARROT = text_adapter("message", "message")
 
 

@@ -25,6 +25,8 @@ from torchrl_chat.openenv.episode import EpisodeEnded
 from torchrl_chat.openenv.ledger import TemplateWriter
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
 
+pytestmark = pytest.mark.services
+
 BOS_TEMPLATE = "{{ '<|pad|>' }}" + CHATML  # the pad token plays the BOS
 STRICT = (
     "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] or (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"

@@ -31,6 +31,8 @@ from torchrl_chat.openenv.client_link import Link
 from torchrl_chat.openenv.client_session import encode
 from torchrl_chat.openenv.models import ChatAction, ChatObservation
 
+pytestmark = pytest.mark.services
+
 TESTS = Path(__file__).parent
 
 

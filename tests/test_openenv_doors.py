@@ -18,6 +18,8 @@ from torchrl_chat.openenv.protocol import Limits
 from torchrl_chat.openenv.security import Guard, names_loopback
 from torchrl_chat.openenv.web import web_routes
 
+pytestmark = pytest.mark.services
+
 ELSEWHERE = ["https://bad.example", "http://localhost:1", "http://127.0.0.1", "null", "file://"]
 
 

@@ -19,6 +19,8 @@ from torchrl_chat import ChatTemplate
 from torchrl_chat.openenv.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits, ProtocolError, parse_frame
 
+pytestmark = pytest.mark.services
+
 TEMPLATE = ChatTemplate(bpe_tokenizer())
 SIZE = 2**20
 CODES = {"INVALID_JSON", "UNKNOWN_TYPE", "VALIDATION_ERROR", "EXECUTION_ERROR"}

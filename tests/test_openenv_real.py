@@ -39,6 +39,8 @@ from torchrl_chat.openenv.client_errors import ReplyLost, ServerError, SessionLo
 from torchrl_chat.openenv.models import ChatAction
 from torchrl_chat.rewards import NumberVerifier
 
+pytestmark = pytest.mark.openenv
+
 ROOT = Path(__file__).parent.parent
 ENVS = ("chat_env", "echo_env", "grid_world_env", "reasoning_gym_env")
 VERSIONS = {"0.10": "TORCHRL_CHAT_OPENENV_010", "0.3": "TORCHRL_CHAT_OPENENV_03"}

@@ -27,6 +27,8 @@ from torchrl_chat.openenv.models import Action, ChatAction, Observation, State
 from torchrl_chat.openenv.protocol import Limits, dumps
 from torchrl_chat.openenv.server import create_app
 
+pytestmark = pytest.mark.services
+
 
 @pytest.fixture(scope="module")
 def server():

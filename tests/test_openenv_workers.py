@@ -10,6 +10,8 @@ import pytest
 
 from torchrl_chat.openenv.workers import Late, Workers
 
+pytestmark = pytest.mark.services
+
 
 def test_results_and_errors_come_back():
     async def run() -> None:

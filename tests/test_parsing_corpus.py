@@ -11,6 +11,8 @@ from conftest import SHARED, corpus_tokenizer, need_shared
 
 from torchrl_chat.templates.parsing import AnswerParser, CallStatus
 
+pytestmark = pytest.mark.corpus
+
 
 def corpus_names() -> list[str]:
     """Every template of the corpus, or none where there is no corpus."""

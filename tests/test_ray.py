@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import need_shared
+from conftest import need_shared, skip_without
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.objectives.llm.grpo import MCAdvantage
@@ -27,7 +27,7 @@ from torchrl_chat.sandbox import Sandbox, SandboxError
 ray = pytest.importorskip("ray", reason="ray is not installed")
 import ray_run  # noqa: E402  (it imports ray)
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.services, pytest.mark.xdist_group("ray")]
 
 ROWS = 24  # of GSM8K, twice each, in batches of four: twelve batches are one epoch
 MEMORY = 80 * 2**20
@@ -172,7 +172,7 @@ def test_a_sandbox_runs_where_the_worker_is(collectors, rows):
     try:
         Sandbox("namespaces").start().close()
     except SandboxError as error:
-        pytest.skip(f"no isolation here: {error}")
+        skip_without("bwrap", f"no isolation here: {error}")
     (batch,) = collectors(rows, workers=1, batches=1, collect=ray_run.play_in_a_box)
     assert batch["boxed"].all()
 

@@ -6,12 +6,12 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import QUICK, RECIPES, ROOT, jsonl, run_killed, same_run
 
 from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.recipes import checkpoints as saving
@@ -22,22 +22,7 @@ from torchrl_chat.rollouts import read_rollouts
 from torchrl_chat.training import masked_mean, sequence_log_probs, training_view
 from torchrl_chat.training.values import PolicyAndValue
 
-ROOT = Path(__file__).parents[1]
-RECIPES = ("grpo", "ppo", "expert_iteration")
-QUICK = [
-    "--steps",
-    "6",
-    "--prompts",
-    "4",
-    "--group_size",
-    "4",
-    "--minibatch",
-    "8",
-    "--eval",
-    "16",
-    "--save_every",
-    "2",
-]
+pytestmark = pytest.mark.services
 
 
 def script(name: str):
@@ -49,10 +34,6 @@ def script(name: str):
     sys.modules[spec.name] = module  # dataclasses look up their own module
     spec.loader.exec_module(module)
     return module
-
-
-def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def config(folder: Path, **options) -> RunConfig:
@@ -600,47 +581,8 @@ def test_most_counts_answers_and_not_their_sequences(tmp_path):
     assert module.right_answers(finished, settings)["episode"].tolist() == [1, 1, 1, 3, 3, 3, 4]
 
 
-def run_killed(folder: Path, name: str, kills: int, arguments: list[str], seed: int = 0) -> dict:
-    """Kill and resume a script; what ``recipe_kills.py`` says."""
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("recipe_kills.py")),
-        str(ROOT / "examples" / f"{name}.py"),
-    ]
-    done = subprocess.run(
-        [*command, str(folder), str(kills), str(seed), *arguments],
-        capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
-def same_run(one: Path, other: Path, *, exact: bool = True) -> None:
-    """Two runs trained the same episodes, each once, in the same order, to the same weights."""
-    from safetensors.torch import load_file
-
-    assert jsonl(one / "trained.jsonl") == jsonl(other / "trained.jsonl")
-    every = [tuple(key) for row in jsonl(one / "trained.jsonl") for key in row["episodes"]]
-    assert len(every) == len(set(every)) > 0
-    steps = [row["step"] for row in jsonl(one / "metrics.jsonl")]
-    assert steps == list(range(len(steps)))
-
-    def written(folder: Path) -> list:
-        drop = ("id", "metadata")
-        return [{k: v for k, v in e.items() if k not in drop} for e in read_rollouts(folder / "rollouts.jsonl")]
-
-    if not exact:
-        return
-    assert written(one) == written(other)
-    ends = [
-        load_file(saving.checkpoints(folder / "checkpoints")[-1] / "model.safetensors") for folder in (one, other)
-    ]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
 def test_kill_and_resume(tmp_path):
-    """Two kills; tests/test_recipes_learning.py has ten for each script."""
+    """Two kills; tests/test_recipes_learning.py has more for each script."""
     told = run_killed(tmp_path / "killed", "grpo", 2, QUICK, seed=1)
     whole = run_killed(tmp_path / "whole", "grpo", 0, QUICK)
     assert (told["status"], len(told["killed"]), told["orphans"]) == (0, 2, [])

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import forked
+from conftest import forked, skip_without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def box(request):
     try:
         box.start()
     except SandboxError as error:
-        pytest.skip(f"no isolation here: {error}")
+        skip_without("bwrap", f"no isolation here: {error}")
     yield box
     box.close()
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import skip_without
 
 from torchrl_chat.sandbox import Sandbox, SandboxError
 
@@ -340,7 +341,7 @@ def box(world, request):
     try:
         box.start()
     except SandboxError as error:
-        pytest.skip(f"no isolation here: {error}")
+        skip_without("bwrap", f"no isolation here: {error}")
     yield box
     box.close()
 
@@ -409,7 +410,7 @@ def test_a_caller_that_is_killed_leaves_nothing():
     ) as caller:
         line = caller.stdout.readline()
         if not line:
-            pytest.skip(f"no isolation here: {caller.stderr.read()[-500:]}")
+            skip_without("bwrap", f"no isolation here: {caller.stderr.read()[-500:]}")
         warden = int(line)
         below = []
         end = time.monotonic() + 20
@@ -486,9 +487,9 @@ def test_all_of_it_as_an_ordinary_user():
         cwd=Path(__file__).parents[1],
     )
     if "cannot become nobody" in ran.stderr:
-        pytest.skip(ran.stderr.strip())
+        skip_without("bwrap", ran.stderr.strip())
     if "no isolation here" in ran.stdout:
-        pytest.skip(f"ordinary users get no namespaces here: {ran.stdout[-1500:]}")
+        skip_without("bwrap", f"ordinary users get no namespaces here: {ran.stdout[-1500:]}")
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     assert f"{len(ATTACKS)} passed" in ran.stdout or int(ran.stdout.split(" passed")[0].split()[-1]) >= len(
         ATTACKS

@@ -17,6 +17,8 @@ import torchrl_chat.openenv as openenv
 from torchrl_chat.cli.tiny import tiny_model
 from torchrl_chat.openenv import ChatAction, ChatEnv, ChatEnvironment, ChatObservation, ChatState
 
+pytestmark = pytest.mark.services
+
 README = "seeds/openenv-chat_env-README.md"
 CLIENT = "seeds/openenv-chat_env-client.txt"
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import bpe_tokenizer, corpus_tokenizer
+from conftest import bpe_tokenizer, corpus_tokenizer, skip_without
 from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules.llm.policies import Tokens
@@ -190,7 +190,7 @@ def box():
     try:
         sandbox.start()
     except SandboxError as error:
-        pytest.skip(f"no isolation on this machine: {error}")
+        skip_without("bwrap", f"no isolation here: {error}")
     yield sandbox
     sandbox.close()
 

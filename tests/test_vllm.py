@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import types
 
-import pytest
-
-pytest.importorskip("vllm", reason="vLLM is not installed here: run `make vllm`", exc_type=ImportError)
-
 import episodes
+import pytest
 import torch
-import vllm.platforms
 from tensordict import TensorDict
 from torchrl.modules.llm import vLLMWrapper
 
@@ -21,10 +17,15 @@ from torchrl_chat import ChatEnv, TransformersPolicy, columns, training_view
 from torchrl_chat.policies import ExactVLLMWrapper, VLLMPolicy
 from torchrl_chat.transforms import Budget, StopReason
 
-pytestmark = pytest.mark.xdist_group("engine")  # of several workers one makes the engine
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("engine")]  # of several workers one makes the engine
 
 TEMPERATURE = 0.8
 EXTRA = 3  # rows of the embedding beyond the vocabulary
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm():
+    return pytest.importorskip("vllm", reason="vLLM is not installed here: run `make vllm`", exc_type=ImportError)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ class TestVLLMPolicy:
             (False, {"dtype": torch.float32, "seed": 3}, torch.float32),
         ],
     )
-    def test_dtype(self, engine, monkeypatch, cpu, given, expected):
+    def test_dtype(self, engine, vllm, monkeypatch, cpu, given, expected):
         """What the engine is made with: float32 on the CPU, vLLM's choice elsewhere, and always what is given."""
         made = []
 

@@ -16,6 +16,8 @@ from torchrl_chat.openenv.models import Action, Observation, State
 from torchrl_chat.openenv.server import create_app
 from torchrl_chat.openenv.web import web_routes
 
+pytestmark = pytest.mark.services
+
 
 @pytest.fixture(scope="module")
 def digits():

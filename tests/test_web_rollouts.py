@@ -15,6 +15,8 @@ from web_pages import HOSTILE, episode, sampled_text, viewer
 from torchrl_chat.openenv.web import viewer_app
 from torchrl_chat.rollouts import as_line, read_rollouts
 
+pytestmark = pytest.mark.services
+
 
 def browsing(tab, url, path):
     page = tab(f"{url}/web/rollouts")

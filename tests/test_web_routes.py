@@ -12,6 +12,8 @@ from web_pages import arguments_of, chat_app, live
 
 from torchrl_chat.cli import play, view
 
+pytestmark = pytest.mark.services
+
 
 def test_the_ledger_route_tells_what_the_rollout_file_tells(chat):
     with httpx.Client(base_url=chat) as http:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import skip_without
 
 from torchrl_chat import ChatTemplate
 from torchrl_chat.cli import tiny
@@ -66,7 +67,10 @@ def chromium(playwright):
 @contextlib.contextmanager
 def chromium_browser():
     """A browser, or a skip that says how to get one."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    try:
+        from playwright import sync_api
+    except ImportError:
+        skip_without("chromium", "needs playwright: pip install playwright")
     with sync_api.sync_playwright() as playwright:
         path = chromium(playwright)
         if path is None:

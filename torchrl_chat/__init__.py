@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from torchrl_chat._lazy import lazy
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from torchrl_chat.envs import (
         ChatEnv,

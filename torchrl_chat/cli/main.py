@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
-from torchrl_chat import __version__
 from torchrl_chat.cli import audit, eval, grade, play, serve, train, view
 from torchrl_chat.cli.arguments import Parser
 
@@ -66,7 +66,7 @@ def make_parser() -> Parser:
         prog="torchrl-chat",
         description="Token-exact chat environments for reinforcement learning of language models with TorchRL.",
     )
-    parser.add_argument("--version", action="version", version=f"torchrl-chat {__version__}")
+    parser.add_argument("--version", action="version", version=f"torchrl-chat {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (train, eval, serve, play, view, audit, grade):
         command.add_parser(commands)
@@ -80,6 +80,13 @@ def missing(error: ModuleNotFoundError) -> str:
         return str(error)
     package = f"'torchrl_chat[{extra}]'" if extra else "torchrl_chat"
     return f"the package {error.name} is missing: pip install {package}"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("torchrl_chat")
+    except metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 if __name__ == "__main__":

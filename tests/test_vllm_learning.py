@@ -1,0 +1,51 @@
+"""The training scripts with vLLM as the sampler, in the environment that has it: ``make vllm``.
+
+The trained model's weights go to the engine after every update; tests/test_recipes_learning.py asks the same of transformers.
+"""
+
+from __future__ import annotations
+
+import pytest
+from recipe_runs import (
+    QUICK,
+    RECIPES,
+    jsonl,
+    learns_the_digits,
+    learns_the_tool,
+    run_killed,
+    same_run,
+)
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(autouse=True)
+def vllm():
+    return pytest.importorskip("vllm", reason="vLLM is not installed here: run `make vllm`", exc_type=ImportError)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", RECIPES)
+def test_digits(tmp_path, name, seed):
+    learns_the_digits(tmp_path / "run", name, "vllm", seed)
+
+
+@pytest.mark.full
+def test_two_turns_with_a_tool(tmp_path):
+    learns_the_tool(tmp_path / "run", "grpo", "vllm")
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_kill_and_resume(tmp_path, kills):
+    once = ["--minibatch", "16", "--epochs", "1", "--max_new_tokens", "4"]  # one update a step
+    arguments = [*QUICK, "--backend", "vllm", *once]
+    told = run_killed(tmp_path / "killed", "grpo", kills, arguments, seed=1)
+    whole = run_killed(tmp_path / "whole", "grpo", 0, arguments)
+    assert (told["status"], len(told["killed"]), told["orphans"]) == (0, kills, [])
+    assert whole["status"] == 0
+    same_run(tmp_path / "killed", tmp_path / "whole", exact=False)
+    # The engine samples with the weights of the trained model, after each update and behind a resume.
+    assert [row["ess"] for row in jsonl(tmp_path / "killed" / "metrics.jsonl")] == pytest.approx(
+        [1.0] * 6, abs=1e-4
+    )
