@@ -128,7 +128,8 @@ def _built(source: str, config: str | None, split: str | None) -> Rows:
     from datasets import load_dataset, load_dataset_builder
 
     builder = load_dataset_builder(source, config)
-    kind = type(builder).__mro__[1].__module__.rpartition(".")[2]  # of the packaged modules: json, parquet, csv ...
+    modules = [cls.__module__ for cls in type(builder).__mro__ if "packaged_modules" in cls.__module__]
+    kind = modules[0].rpartition(".")[2] if modules else ""  # json, parquet, csv ...
     files = builder.config.data_files
     options: dict[str, Any] = {}
     if kind == "json" and files and builder.config.field is None and builder.config.encoding.lower() in _UTF8:

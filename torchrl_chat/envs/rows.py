@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
+import itertools
 import json
 import pickle
 import warnings
@@ -138,13 +140,37 @@ class GeneratedRows(ListRows):
         return zlib.compress(pickle.dumps(list(self._rows)))
 
     def restore(self, kept: bytes) -> None:
-        """Take the rows of a state; those that it lacks stay what they are."""
+        """Take the rows of a state; those that it lacks stay what they are.
+
+        Raises:
+            ValueError: it holds no rows, or objects other than plain values.
+        """
         if kept == self.__dict__.get("kept"):
             return
-        rows = pickle.loads(zlib.decompress(kept))
+        try:
+            rows = _PlainValues(io.BytesIO(zlib.decompress(kept))).load()
+        except (zlib.error, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"the state has no rows that can be read: {error}") from error
         self.__dict__.pop("kept", None)
         self.__dict__.pop("fingerprint", None)
         self._rows = [*rows, *self._rows[len(rows) :]]
+
+
+class _PlainValues(pickle.Unpickler):
+    """Reads lists, dicts, numbers and texts; what a pickle could run by being read is refused."""
+
+    _CLASSES = {
+        *itertools.product(("numpy.core.multiarray", "numpy._core.multiarray"), ("scalar",)),
+        ("numpy", "dtype"),
+        *itertools.product(("datetime",), ("date", "datetime", "time", "timedelta", "timezone")),
+        ("decimal", "Decimal"),
+        ("fractions", "Fraction"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} is no plain value.")
+        return super().find_class(module, name)
 
 
 class ArrowRows(Rows):

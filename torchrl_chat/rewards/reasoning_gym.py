@@ -147,12 +147,23 @@ def _halts(answer: str, right: str) -> bool:
     return answer.strip(" .").lower() == right.lower()
 
 
+# Bounded: the exact value of a number with a long exponent is no work worth doing.
+_DECIMAL = r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,2})?"
+_CHANCE = re.compile(rf"({_DECIMAL})\s*(%)?|({_DECIMAL})\s*/\s*({_DECIMAL})", re.ASCII)
+
+
 def _probability(answer: str, right: str) -> bool:
-    expected, text = Fraction(right), answer.replace(",", "")
-    try:
-        given = Fraction(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
-    except (ValueError, ZeroDivisionError):
+    read = _CHANCE.fullmatch(answer.replace(",", ""))
+    if read is None:
         return False
+    decimal, percent, above, below = read.groups()
+    if decimal:
+        given = Fraction(decimal) / (100 if percent else 1)
+    elif divisor := Fraction(below):
+        given = Fraction(above) / divisor
+    else:
+        return False
+    expected = Fraction(right)
     # The absolute tolerance is the package's own. Alone it would take 0 for every small probability.
     return abs(given - expected) <= min(Fraction(1, 10_000), expected / 100)
 
