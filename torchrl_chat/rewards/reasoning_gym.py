@@ -127,7 +127,8 @@ class ReasoningGymVerifier:
             return 0.0
         if self.task in _OWN:
             return float(_OWN[self.task](answer, str(entry["answer"])))
-        if (harmless := _EVALUATED.get(self.task)) is not None and not harmless(answer):
+        harmless = _EVALUATED.get(self.task)
+        if harmless is not None and answer != entry["answer"] and not harmless(answer):
             return 0.0
         self.warm()
         try:
@@ -172,15 +173,20 @@ _OWN: dict[str, Callable[[str, str], bool]] = {"game_of_life_halting": _halts, "
 
 
 # ---------------------------------------------------------------------- answers that the package evaluates
+_VALUES = (
+    ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Load, ast.UnaryOp, ast.USub, ast.UAdd,
+)  # fmt: skip
+
+
 def _is_value(answer: str) -> bool:
-    """Whether ``eval`` would find a literal, or fail."""
+    """Whether ``eval`` would find a literal or a bare name, or fail."""
     try:
-        ast.literal_eval(answer)
-    except SyntaxError:
+        parsed = ast.parse(answer, mode="eval")
+    except (SyntaxError, ValueError):
         return True
-    except (ValueError, TypeError, MemoryError, RecursionError):
+    except (MemoryError, RecursionError):
         return False
-    return True
+    return all(isinstance(node, _VALUES) for node in ast.walk(parsed))
 
 
 _NAMES = re.compile(r"[^\W\d]\w*")
