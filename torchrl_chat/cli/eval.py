@@ -25,7 +25,8 @@ Play every row of a dataset, grade the answers as in training, and sum up: accur
   torchrl-chat eval --dataset gsm8k --backend endpoint --endpoint http://localhost:8000/v1 --model NAME
   torchrl-chat eval --resume runs/eval-gsm8k-20260101-120000
 
-Written to the output folder: config.json, rollouts.jsonl (an episode a line, see docs/rollouts.md) and summary.json.
+Written to the output folder: config.json, dataset.json (what tells the rows from others; generated ones themselves),
+rollouts.jsonl (an episode a line, see docs/rollouts.md) and summary.json.
 Every episode is in the file as soon as its batch is graded. A run that was ended, by Ctrl-C or by kill -9, goes on
 where it was: give the same --out again, or --resume FOLDER without anything else. Requests to an endpoint that failed
 are made again then. --limit and --samples may be raised, and --batch changed; anything else is another evaluation.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +12,7 @@ from typing import Any
 
 from torchrl_chat.envs import DatasetChatEnv
 from torchrl_chat.envs.episodes import DatasetEpisodes
+from torchrl_chat.envs.rows import Rows
 from torchrl_chat.playing import play
 from torchrl_chat.rollouts import as_line, episodes, read_rollouts, write_lines
 
@@ -19,7 +22,8 @@ class DatasetRun:
 
     Episodes that the file holds already are not played again, but for those whose request failed. Each has a seed of its
     own, ``"episode_seed"``, so that a policy that samples from it answers alike, whatever the batch and wherever a run was
-    ended. Iterate over it: it yields the episodes of each batch when they are in the file.
+    ended. Which rows are played stands in ``dataset.json`` beside the file, generated ones as they are, so that a run goes on
+    with the same. Iterate over it: it yields the episodes of each batch when they are in the file.
 
     Args:
         make_env: the environment for a number of conversations; a dataset environment with ``shuffle=False`` that makes its
@@ -39,8 +43,8 @@ class DatasetRun:
         todo: the (row, place) pairs that it lacks, in order.
 
     Raises:
-        ValueError: a number is not positive, or the environment has no order of rows; when iterated over: every request of
-            a batch failed, because the endpoint is gone or refuses.
+        ValueError: a number is not positive, the environment has no order of rows, or its rows are others than those that the
+            file was begun with; when iterated over: every request of a batch failed, because the endpoint is gone or refuses.
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class DatasetRun:
         self.metadata = metadata
         self._make = make_env
         self._env = make_env(batch)
+        self._held = path.with_name("dataset.json")
         try:
             order = _order_of(self._env)
+            self._rows = _as_before(order.dataset, self._held)
             rows = len(order.dataset) if limit is None else min(limit, len(order.dataset))
             known = finished(path)
         except BaseException:
@@ -78,6 +84,8 @@ class DatasetRun:
         self.todo = [pair for pair in wanted if pair not in known]
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        if self._rows["fingerprint"] or self._rows["kept"]:
+            _exchange(self._held, [json.dumps(self._rows).encode()])
         while self.todo:
             pairs = self.todo[: self.batch]
             played = self._play(pairs)
@@ -98,6 +106,7 @@ class DatasetRun:
         if self._env.batch_size.numel() != len(pairs):  # the last ones
             self._env.close()
             self._env = self._make(len(pairs))
+            _take(_order_of(self._env).dataset, self._rows)
         self._env.primer.episodes = _Chosen(_order_of(self._env), pairs)
         return list(
             episodes(
@@ -136,6 +145,39 @@ def _order_of(env: DatasetChatEnv) -> DatasetEpisodes:
     return order
 
 
+def _as_before(rows: Rows, path: Path) -> dict[str, Any]:
+    """Take the rows that an evaluation in this folder was begun with, and what is to be written of them.
+
+    Raises:
+        ValueError: they cannot be had, since their file was changed.
+    """
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+            _take(rows, before)
+            other = before["rows"] == len(rows) and before["fingerprint"] not in (None, _fingerprint(rows))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, which holds what the evaluation was begun with, cannot be used ({error}): give another --out."
+            ) from error
+        if other:
+            raise ValueError(
+                f"{path.parent} holds an evaluation of other rows: the dataset was changed since. Give another --out, or the "
+                f"dataset as it was."
+            )
+    kept = None if rows.kept is None else base64.b64encode(rows.kept).decode()
+    return {"rows": len(rows), "fingerprint": _fingerprint(rows), "kept": kept}
+
+
+def _fingerprint(rows: Rows) -> str | None:
+    return rows.fingerprint if rows.kept is None else None
+
+
+def _take(rows: Rows, before: Mapping[str, Any]) -> None:
+    if before["kept"] is not None:
+        rows.restore(base64.b64decode(before["kept"]))
+
+
 def finished(path: Path) -> set[tuple[int, int]]:
     """The (row, place) pairs that a rollout file holds.
 
@@ -164,8 +206,13 @@ def _usable(path: Path) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
 
 def _rewrite(path: Path) -> None:
     """The file with the usable episodes alone; exchanged as a whole, so that being killed here costs nothing."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        file.writelines(as_line(episode) for _, episode in _usable(path))
+        _exchange(path, (as_line(episode) for _, episode in _usable(path)))
+
+
+def _exchange(path: Path, parts: Iterable[bytes]) -> None:
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as file:
+        file.writelines(parts)
     os.replace(beside, path)

@@ -27,7 +27,9 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
     conversation for rewards to read.
 
     Keyword Args:
-        dataset: a hub name, a local folder, a JSON, JSONL, Parquet or CSV file, or a ``datasets.Dataset``.
+        dataset: a hub name, a local folder, JSON, JSONL, Parquet or CSV files, a list of rows, or a ``datasets.Dataset``; see
+            :func:`~torchrl_chat.envs.loading.load_rows`. Rows may differ in their keys, and a key in its type: a row has
+            ``None`` in the columns that it lacks.
         shuffle: whether rows come in random order. Defaults to ``True``.
         name, split: the configuration and the split; ``"train"`` where there is one.
         num_envs: the number of conversations (of different rows, with ``group_repeats``).
@@ -36,7 +38,8 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
         seed: of the order of rows, which is another one in each epoch, and of the episodes. Random if ``None``.
         group_repeats: whether all repeats of a row are in the same batch: the batch size is then
             ``num_envs * repeats``, each row standing ``repeats`` times in a row.
-        tokenizer, device, template_kwargs, input_mode, data_key, system_prompt: as for :class:`ChatEnv`.
+        tokenizer, device, template_kwargs, input_mode, data_key, system_prompt, history_policy, on_prompt_mismatch,
+            system_role, user_role, policy_role: as for :class:`ChatEnv`.
         apply_template: accepted for torchrl's sake; the template is applied wherever there is a tokenizer.
         collate_fn: rows to columns, a list of dicts to a dict of lists.
         primers: specs of the columns, if they are not to be inferred from the first row.
@@ -52,7 +55,8 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
     ``repeats - 1``) and ``"episode_seed"``, which depends on these three and the environment's seed only. A
     dataset with columns of these names is refused.
 
-    **State.** ``state_dict()`` is where the sequence is (a few numbers), and what the transforms keep;
+    **State.** ``state_dict()`` is where the sequence is (a few numbers, and a hash of JSONL files and lists, so that it is not
+    loaded over other rows), and what the transforms keep;
     :func:`~torchrl_chat.envs.state.compact` makes the conversations in flight, which travel in the TensorDict, ready for
     ``torch.save``. An environment that loads the state goes on with the next episode, one that was pickled too.
 
@@ -94,6 +98,11 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
         shard: tuple[int, int] = (0, 1),
+        history_policy: Literal["keep", "template"] = "keep",
+        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
+        system_role: str = "system",
+        user_role: str = "user",
+        policy_role: str = "assistant",
     ):
         self._build(
             functools.partial(
@@ -119,6 +128,11 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
             input_mode=input_mode,
             data_key=data_key,
             system_prompt=system_prompt,
+            history_policy=history_policy,
+            on_prompt_mismatch=on_prompt_mismatch,
+            system_role=system_role,
+            user_role=user_role,
+            policy_role=policy_role,
         )
 
     @classmethod
@@ -139,6 +153,11 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
         seed: int | None = None,
+        history_policy: Literal["keep", "template"] = "keep",
+        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
+        system_role: str = "system",
+        user_role: str = "user",
+        policy_role: str = "assistant",
     ) -> DatasetChatEnv:
         """The environment over an existing dataloader.
 
@@ -169,6 +188,11 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
             input_mode=input_mode,
             data_key=data_key,
             system_prompt=system_prompt,
+            history_policy=history_policy,
+            on_prompt_mismatch=on_prompt_mismatch,
+            system_role=system_role,
+            user_role=user_role,
+            policy_role=policy_role,
         )
         return self
 

@@ -15,7 +15,7 @@ from tensordict import is_tensor_collection
 from torchrl_chat.seeds import EPISODE_KEYS, episode_seed, mixed
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from torchrl_chat.envs.rows import Rows
 
 
 class DatasetError(ValueError):
@@ -57,7 +57,7 @@ class DatasetEpisodes:
     processes) the epochs after a resumed one come in another order than without the interruption.
 
     Args:
-        dataset: a ``datasets.Dataset``.
+        dataset: the rows, see :mod:`torchrl_chat.envs.rows`.
 
     Keyword Args:
         seed: of the order, and of the episodes' own seeds.
@@ -73,7 +73,7 @@ class DatasetEpisodes:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Rows,
         *,
         seed: int,
         shuffle: bool = True,
@@ -146,11 +146,19 @@ class DatasetEpisodes:
         return read
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sequence is, in numbers; ``"episode"`` is the cursor, the others tell whose it is."""
-        return {"kind": "dataset", "seed": self.seed, "episode": self.drawn, **self._identity()}
+        """Where the sequence is: ``"episode"`` is the cursor, the others tell whose it is.
+
+        Rows that were generated are part of it (``"kept"``); of others, a hash of their contents (``"fingerprint"``), where
+        there is one.
+        """
+        state = {"kind": "dataset", "seed": self.seed, "episode": self.drawn, **self._identity()}
+        if self.dataset.kept is not None:
+            return {**state, "kept": self.dataset.kept}
+        return {**state, "fingerprint": self.dataset.fingerprint}
 
     def _identity(self) -> dict[str, Any]:
-        return {
+        made = {} if self.dataset.source is None else {"source": dict(self.dataset.source)}
+        return made | {
             "rows": len(self.dataset),
             "repeats": self.repeats,
             "shuffle": self.shuffle,
@@ -158,12 +166,23 @@ class DatasetEpisodes:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another sequence of the same episodes was; the seed comes with it.
+        """Go on where another sequence of the same episodes was; the seed comes with it, and so do generated rows.
 
         Raises:
-            ValueError: it was a sequence of others.
+            ValueError: it was a sequence of others, or of rows that have been changed since.
         """
         check_same(state, {"kind": "dataset", **self._identity()})
+        if (kept := state.get("kept")) is not None:
+            self.dataset.restore(kept)
+        elif self.dataset.kept is not None:
+            raise ValueError("the state has no rows, and those that were generated here may be others: begin anew.")
+        else:
+            here, there = self.dataset.fingerprint, state.get("fingerprint")
+            if here is not None and there is not None and here != there:
+                raise ValueError(
+                    "the dataset has as many rows as when the state was saved, and others: give it the file or the list that "
+                    "the state was saved with, or begin anew."
+                )
         self.reseed(state["seed"])
         self.drawn = state["episode"]
 
@@ -214,7 +233,13 @@ def rows_of(batch: Any) -> list[dict[str, Any]]:
             for row in batch.unbind(0)
         ]  # fmt: skip
     if isinstance(batch, Mapping):
-        sizes = {len(column) for column in batch.values() if not isinstance(column, str)}
+        for key, column in batch.items():
+            if isinstance(column, str) or not hasattr(column, "__len__") or getattr(column, "shape", None) == ():
+                raise DatasetError(
+                    f"a batch of the dataloader has {column!r:.60} in column {key!r}: expected a list, or a tensor, with a value "
+                    f"for each row."
+                )
+        sizes = {len(column) for column in batch.values()}
         if len(sizes) != 1:
             raise DatasetError(
                 f"a batch of the dataloader has columns of lengths {sorted(sizes)}: expected one length for all of "
@@ -229,8 +254,13 @@ def rows_of(batch: Any) -> list[dict[str, Any]]:
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows to columns; ``"text"`` becomes ``"query"``, as in torchrl, whose containers own ``"text"``."""
-    batch = {key: [row[key] for row in rows] for key in rows[0]}
+    """Rows to columns, ``None`` where a row lacks one; ``"text"`` becomes ``"query"``, as in torchrl, which owns ``"text"``.
+
+    Example:
+        >>> collate([{"query": "a"}, {"query": "b", "hint": 1}])
+        {'query': ['a', 'b'], 'hint': [None, 1]}
+    """
+    batch = {key: [row.get(key) for row in rows] for key in {key: None for row in rows for key in row}}
     if "text" in batch and "query" not in batch:
         batch["query"] = batch.pop("text")
     return batch

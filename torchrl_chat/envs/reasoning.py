@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchrl.envs import StepCounter
 
 from torchrl_chat.envs.chat import InputMode
 from torchrl_chat.envs.dataset import DatasetChatEnv
+from torchrl_chat.envs.rows import GeneratedRows
 from torchrl_chat.rewards import Episode, Grader, Verdict
-from torchrl_chat.rewards.reasoning_gym import ReasoningGymVerifier, load_task, task_rows
+from torchrl_chat.rewards.reasoning_gym import ReasoningGymVerifier, task_rows
 from torchrl_chat.transforms.reward import RewardTransform
 
 
 class ReasoningGymEnv(DatasetChatEnv):
     """One of ``reasoning-gym``'s hundred task generators (Stojanovski et al. 2025, arXiv:2505.24760).
 
-    Rows are generated from the seed; each answer is scored by the task's own ``score_answer``. Needs the
-    extra ``reasoning-gym``.
+    Rows are generated from the seed; each answer is scored by the task's own ``score_answer``, but for what
+    :class:`~torchrl_chat.rewards.reasoning_gym.ReasoningGymVerifier` tells. Needs the extra ``reasoning-gym``.
+
+    A row travels with its conversation, in the column ``"entry"``, as its generator made it, and is graded by that; so are the
+    rows in ``state_dict()``, and an environment that loads the state goes on with them. Several tasks (``isomorphic_strings``,
+    ``polynomial_multiplication``, ``ransom_note``, ``word_ladder``, ``knight_swap``, ``codeio`` in 0.1.25) give other rows in
+    another process, whatever the seed.
 
     Keyword Args:
         task: the name of a generator, e.g. ``"chain_sum"``.
@@ -28,6 +34,7 @@ class ReasoningGymEnv(DatasetChatEnv):
         task_kwargs: settings of the generator, e.g. ``{"min_terms": 2, "max_terms": 2}``.
         max_steps: the number of turns after which the dialogue is truncated.
         compute_reward: whether rewards are computed.
+        floors: whether an empty answer gets what the task's scorer gives it: 0.01 to 0.05 in twelve tasks, else 0.
         deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
 
     The others are as for :class:`DatasetChatEnv`.
@@ -55,17 +62,23 @@ class ReasoningGymEnv(DatasetChatEnv):
         template_kwargs: dict[str, Any] | None = None,
         input_mode: InputMode = "history",
         system_prompt: str | None = None,
+        history_policy: Literal["keep", "template"] = "keep",
+        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
+        system_role: str = "system",
+        user_role: str = "user",
+        policy_role: str = "assistant",
         max_steps: int = 1,
         compute_reward: bool = True,
+        floors: bool = True,
         deadline: float = 10.0,
         workers: int | None = None,
     ):
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         settings = {**(task_kwargs or {}), "size": size, "seed": seed}
-        load_task(task, settings)  # an unknown name is refused here, with the names that there are
+        rows = GeneratedRows(task_rows(task, settings), {"task": task, **(task_kwargs or {})})
         super().__init__(
-            dataset=task_rows(task, settings),
+            dataset=rows,
             shuffle=shuffle,
             num_envs=num_envs,
             repeats=repeats,
@@ -77,13 +90,18 @@ class ReasoningGymEnv(DatasetChatEnv):
             template_kwargs=template_kwargs,
             input_mode=input_mode,
             system_prompt=system_prompt,
+            history_policy=history_policy,
+            on_prompt_mismatch=on_prompt_mismatch,
+            system_role=system_role,
+            user_role=user_role,
+            policy_role=policy_role,
         )
         if max_steps:
             self.append_transform(StepCounter(max_steps=max_steps))
-        grader = Grader(ReasoningGymVerifier(task, settings), deadline=deadline, workers=workers)
-        self.__dict__["_grader"], self.__dict__["_size"] = grader, size
+        grader = Grader(ReasoningGymVerifier(task, settings, floors=floors), deadline=deadline, workers=workers)
+        self.__dict__["_grader"], self.__dict__["_rows"] = grader, rows
         if compute_reward:
-            self.append_transform(RewardTransform(grader, reference_key="index"))
+            self.append_transform(RewardTransform(grader, reference_key="entry"))
 
     def score(self, predictions: Sequence[str], indices: Sequence[int] | None = None) -> list[Verdict]:
         """Grade answers offline, as the environment would.
@@ -94,12 +112,14 @@ class ReasoningGymEnv(DatasetChatEnv):
 
         Raises:
             ValueError: there are not as many predictions as rows.
+            IndexError: there is no such row.
         """
-        indices = range(self.__dict__["_size"]) if indices is None else indices
+        rows: GeneratedRows = self.__dict__["_rows"]
+        indices = range(len(rows)) if indices is None else indices
         if len(predictions) != len(indices):
             raise ValueError(f"{len(predictions)} predictions for {len(indices)} rows.")
         pairs = zip(predictions, indices, strict=True)
-        return self.__dict__["_grader"].grade([Episode.of(text, index) for text, index in pairs])
+        return self.__dict__["_grader"].grade([Episode.of(text, rows[index]["entry"]) for text, index in pairs])
 
     @classmethod
     def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> ReasoningGymEnv:

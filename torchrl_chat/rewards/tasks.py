@@ -79,7 +79,8 @@ class Task:
         raise KeyError(self._missing(row, "reference", (*self.references, *needed)))
 
     def _missing(self, row: Mapping[str, Any], what: str, keys: tuple[str, ...]) -> str:
-        return f"a row of task {self.name!r} has no {what}: looked for {', '.join(keys)}; it has {', '.join(row)}."
+        there = ", ".join(key for key, value in row.items() if value is not None)
+        return f"a row of task {self.name!r} has no {what}: looked for {', '.join(keys)}; it has {there}."
 
 
 TASKS = {
