@@ -13,7 +13,7 @@ import websockets
 from conftest import bpe_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_openenv_server import HELLO, ask, connect, live, wait_for
+from openenv_live import HELLO, ask, connect, live, wait_for
 
 from torchrl_chat import ChatTemplate
 from torchrl_chat.openenv.environment import ChatEnvironment

@@ -2,94 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
-import httpx
 import pytest
 import websockets
 import websockets.asyncio.client
 import websockets.sync.client
 from conftest import bpe_tokenizer
+from openenv_live import HELLO, TEMPLATE, arguments, ask, connect, live, wait_for
 
-from torchrl_chat import ChatTemplate
 from torchrl_chat.cli import serve
 from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
 from torchrl_chat.openenv.environment import ChatEnvironment
 from torchrl_chat.openenv.models import Action, ChatAction, Observation, State
 from torchrl_chat.openenv.protocol import Limits, dumps
-from torchrl_chat.openenv.server import create_app, make_server
+from torchrl_chat.openenv.server import create_app
 
 pytestmark = pytest.mark.services
-
-TEMPLATE = ChatTemplate(bpe_tokenizer())
-
-
-@contextlib.contextmanager
-def live(env=None, **settings):
-    """A server in a thread of this process."""
-    settings.setdefault("limits", Limits(max_sessions=100))
-    app = create_app(env or (lambda: ChatEnvironment(TEMPLATE)), **settings)
-    server = make_server(app, port=0, grace_seconds=3)
-    ready = threading.Event()
-    place = {}
-    server.on_start = lambda host, port: (place.update(port=port), ready.set())
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    assert ready.wait(20)
-    address = f"127.0.0.1:{place['port']}"
-    try:
-        yield SimpleNamespace(
-            app=app,
-            address=address,
-            url=f"http://{address}",
-            sessions=app.state.sessions,
-            metrics=app.state.metrics,
-            server=server,
-            http=httpx.Client(base_url=f"http://{address}", timeout=20),
-        )
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def connect(server, query="", **options):
-    return websockets.sync.client.connect(f"ws://{server.address}/ws{query}", max_size=2**28, **options)
-
-
-def ask(ws, kind, data=None, **more):
-    frame = {"type": kind, **({} if data is None else {"data": data}), **more}
-    ws.send(json.dumps(frame))
-    return json.loads(ws.recv(timeout=20))
-
-
-def wait_for(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.fixture(scope="module")
 def server():
     with live() as running:
         yield running
-
-
-HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 # ---------------------------------------------------------------------- frames
@@ -590,10 +533,6 @@ def test_requests_are_limited_a_connection():
 
 
 # ---------------------------------------------------------------------- the command
-def arguments(*given):
-    parser = argparse.ArgumentParser()
-    serve.add_parser(parser.add_subparsers())
-    return parser.parse_args(["serve", *given])
 
 
 def test_a_port_that_others_reach_needs_a_token_or_a_word():
@@ -614,7 +553,7 @@ def test_the_command_serves_until_sigterm_and_finishes_steps(tmp_path):
         "def rubric(action, observation):\n    time.sleep(1.0)\n    return 1.0\n"
         "def make(tokenizer):\n    return ChatEnvironment(tokenizer, rubric=rubric)\n"
     )
-    main = "import sys; from test_openenv_server import arguments; a = arguments(*sys.argv[1:]); sys.exit(a.run(a))"
+    main = "import sys; from openenv_live import arguments; a = arguments(*sys.argv[1:]); sys.exit(a.run(a))"
     path = os.pathsep.join([str(tmp_path), os.path.dirname(__file__)])
     process = subprocess.Popen(
         [sys.executable, "-c", main, "--env", "slow_env:make", "--port", "0"],

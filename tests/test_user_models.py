@@ -14,8 +14,8 @@ import torch
 from conftest import bpe_tokenizer, corpus_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_user_simulator import begin, env_of, flags, ledgers, respond, said
 from torchrl.envs.utils import check_env_specs
+from user_turns import begin, env_of, flags, ledgers, respond, said
 
 from torchrl_chat import ChatTemplate, ChatTemplateError, DatasetChatEnv
 from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
