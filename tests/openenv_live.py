@@ -35,7 +35,7 @@ def live(env=None, **settings):
     server.on_start = lambda host, port: (place.update(port=port), ready.set())
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(120)
     address = f"127.0.0.1:{place['port']}"
     try:
         yield SimpleNamespace(
@@ -45,11 +45,11 @@ def live(env=None, **settings):
             sessions=app.state.sessions,
             metrics=app.state.metrics,
             server=server,
-            http=httpx.Client(base_url=f"http://{address}", timeout=20),
+            http=httpx.Client(base_url=f"http://{address}", timeout=120),
         )
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -60,10 +60,10 @@ def connect(server, query="", **options):
 def ask(ws, kind, data=None, **more):
     frame = {"type": kind, **({} if data is None else {"data": data}), **more}
     ws.send(json.dumps(frame))
-    return json.loads(ws.recv(timeout=20))
+    return json.loads(ws.recv(timeout=120))
 
 
-def wait_for(condition, seconds=10.0):
+def wait_for(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
