@@ -273,7 +273,7 @@ class TestEnv:
             td = env.step(respond(env, env.reset(), ["#### 42", "#### 42"]))
         assert td["next", "reward"].flatten().tolist() == [0.0, 1.0]
 
-    @pytest.mark.parametrize("split", ["train", "test"])
+    @pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.full)])
     def test_all_real_rows(self, mode, split):
         """The gold answer, as the policy's response, gets 1; the gold plus one gets 0."""
         path = need_shared(f"data/gsm8k/{split}.jsonl")
