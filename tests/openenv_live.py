@@ -1,7 +1,8 @@
-"""A server in a thread of this process, and how tests talk to it."""
+"""A server of ours over real sockets in a thread, and the frames of a client."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import threading
@@ -13,6 +14,7 @@ import websockets.sync.client
 from conftest import bpe_tokenizer
 
 from torchrl_chat import ChatTemplate
+from torchrl_chat.cli import serve
 from torchrl_chat.openenv.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits
 from torchrl_chat.openenv.server import create_app, make_server
@@ -31,7 +33,7 @@ def live(env=None, **settings):
     server.on_start = lambda host, port: (place.update(port=port), ready.set())
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(120)
     address = f"127.0.0.1:{place['port']}"
     try:
         yield SimpleNamespace(
@@ -42,12 +44,12 @@ def live(env=None, **settings):
             metrics=app.state.metrics,
             server=server,
             http=httpx.Client(
-                base_url=f"http://{address}", headers={"Content-Type": "application/json"}, timeout=20
+                base_url=f"http://{address}", headers={"Content-Type": "application/json"}, timeout=120
             ),
         )
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -58,10 +60,10 @@ def connect(server, query="", path="/ws", **options):
 def ask(ws, kind, data=None, **more):
     frame = {"type": kind, **({} if data is None else {"data": data}), **more}
     ws.send(json.dumps(frame))
-    return json.loads(ws.recv(timeout=20))
+    return json.loads(ws.recv(timeout=120))
 
 
-def wait_for(condition, seconds=10.0):
+def wait_for(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -71,3 +73,9 @@ def wait_for(condition, seconds=10.0):
 
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def arguments(*given):
+    parser = argparse.ArgumentParser()
+    serve.add_parser(parser.add_subparsers())
+    return parser.parse_args(["serve", *given])

@@ -39,7 +39,7 @@ class ParrotEnv:
 class StubServer:
     """A server in a thread of its own.
 
-    ``"sleep:S"`` anywhere in an action's message replies after S seconds; the other messages that matter are ``die``, ``bye``,
+    ``"sleep:S"`` anywhere in an action's message replies after S seconds, ``together:N`` when N of them wait; the other messages that matter are ``die``, ``bye``,
     ``fatal``, ``garbage``, ``wrong``, ``twice``, ``big:N``, ``pieces:N`` (a reply in N frames),
     ``error:JSON`` and ``reward:JSON``.
     """
@@ -50,6 +50,7 @@ class StubServer:
         self.resets: list[dict[str, Any]] = []
         self.requests: list[Any] = []  # the handshakes
         self.active = 0
+        self.together = 0
         self.connections: set[Any] = set()
         self._options = options
         self._loop = LoopThread("stub")
@@ -117,6 +118,10 @@ class StubServer:
         message = str(data.get("message", ""))
         if "sleep:" in message:
             await asyncio.sleep(float(message.split("sleep:")[1].split()[0]))
+        if message.startswith("together:"):
+            self.together += 1
+            while self.together < int(message[9:]):
+                await asyncio.sleep(0.01)
         if message == "die":
             socket.transport.abort()
             return False

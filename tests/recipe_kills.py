@@ -96,7 +96,7 @@ def main() -> None:
             break
         checkpoints = sorted(path.name for path in (Path(folder) / "checkpoints").glob("*"))
         killed.append([lines(metrics), checkpoints])
-        end = time.monotonic() + 5
+        end = time.monotonic() + 60
         while children() and time.monotonic() < end:
             time.sleep(0.05)
         orphans += children()

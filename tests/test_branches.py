@@ -7,41 +7,14 @@ import pickle
 
 import pytest
 import torch
-from conftest import CHATML, all_corpus, bpe_tokenizer, corpus_tokenizer, stop_of
+from branch_turns import STRIPS, ledger, play
+from conftest import CHATML, all_corpus, bpe_tokenizer, corpus_tokenizer
 from tensordict import TensorDict
-from torchrl.modules.llm.policies import LogProbs, Tokens
+from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import BridgeError, ChatEnv, columns, training_view
 
 pytestmark = pytest.mark.corpus
-
-STRIPS = CHATML.replace(
-    "{{ m['content'] }}",
-    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
-    "{% else %}{{ '<think>\n' + m['reasoning_content'] + '\n</think>\n\n' if m['reasoning_content'] else '' }}"
-    "{{ m['content'] }}{% endif %}",
-)
-
-
-def ledger(td):
-    return columns.read_objects(td["transcript"], td.batch_size)[0]
-
-
-def play(env, answers, questions=None):
-    """Sample the answers in turn; returns the ledger after each turn, and the sampled ids and log-probs."""
-    stop = stop_of(env.template)
-    td = env.reset(TensorDict(query=["hi there"], batch_size=(1,)))
-    ledgers, sampled = [], []
-    for k, answer in enumerate(answers):
-        ids = torch.tensor([*env.template.codec.encode_continuation([answer])[0], stop])
-        scores = -torch.arange(1, len(ids) + 1) / 7.0 - k
-        sampled.append((ids, scores))
-        td["tokens"] = columns.ragged(Tokens, "response", [ids], td.batch_size, None)
-        td["log_probs"] = columns.ragged(LogProbs, "response", [scores], td.batch_size, None)
-        td = env.step_mdp(env.step(td))
-        td = env.append_messages(td, [(questions or ["more"] * 9)[k]])
-        ledgers.append(ledger(td))
-    return td, ledgers, sampled
 
 
 def check_trained_once(transcript, sampled):

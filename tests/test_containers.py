@@ -78,7 +78,15 @@ class TestVectorized:
         finally:
             env.close()
 
-    @pytest.mark.parametrize("backend", ["threading", "multiprocessing"])
+    @pytest.mark.parametrize(
+        ("mode", "backend"),
+        [
+            *(pytest.param(mode, "threading") for mode in ("history", "text", "tokens")),
+            ("history", "multiprocessing"),
+            pytest.param("text", "multiprocessing", marks=pytest.mark.full),
+            pytest.param("tokens", "multiprocessing", marks=pytest.mark.full),
+        ],
+    )
     def test_async_env_pool(self, mode, backend):
         """``stack="lazy"``, since rows differ in length; one conversation an environment, as torchrl's collectors use it."""
         pool = AsyncEnvPool([functools.partial(make_env, mode, 1)] * 3, backend=backend, stack="lazy")

@@ -17,9 +17,9 @@ from conftest import all_corpus, corpus_tokenizer
 from corpus_turns import ASKED, REASONING, ROWS, Turn, adapted, calls, env_of, one_of_added, raw, refuses_calls, row
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from law_turns import check as check_law
+from law_turns import contents, sample
 from tensordict import TensorDict
-from test_law import check as check_law
-from test_law import contents, sample
 from torchrl.modules.llm.policies import LogProbs, Tokens
 
 from torchrl_chat import BridgeError, ChatEnv, columns

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import operator
 import pickle
-import time
 from fractions import Fraction
 
 import pytest
+from growth import assert_linear
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -165,10 +165,8 @@ class TestVerifier:
         ],
     )  # fmt: skip
     def test_hostile(self, response):
-        begin = time.process_time()
-        verdict = CountdownVerifier()(response, TASK)
-        assert time.process_time() - begin < 0.2  # measured: at most 0.02 s
-        assert verdict.score == 0.0
+        assert CountdownVerifier()(response, TASK).score == 0.0
+        assert_linear(lambda text: CountdownVerifier()(text, TASK), response)
 
     def test_depth_is_bounded_where_it_says(self):
         assert read_expression("(" * 50 + "1" + ")" * 50).value == 1

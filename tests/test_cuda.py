@@ -5,7 +5,7 @@ from __future__ import annotations
 import episodes
 import pytest
 import torch
-from test_chat_env import ledgers, make, queries, respond
+from chat_rows import ledgers, make, queries, respond
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.envs import StepCounter

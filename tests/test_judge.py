@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from growth import assert_linear
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.flying -= 1
         if said == "hang":
-            server.over.wait(8)
+            server.over.wait()
             self.close_connection = True
             return
         if said == "drip":  # a byte now and then: no read ever times out
@@ -227,18 +228,14 @@ class TestTries:
 
     def test_a_hanging_try_is_given_up(self, server):
         server.script = lambda body, number: "hang" if number == 1 else "Score: 1"
-        begin = time.monotonic()
         assert grade(judge_at(server, timeout=0.3), episode())[0].score == 1.0
-        assert time.monotonic() - begin < 6
 
     @pytest.mark.parametrize(
         "said", ["hang", "drip", (429, {"Retry-After": "60"}, b"{}")], ids=["hang", "drip", "wait"]
     )
     def test_deadline(self, server, said):
         server.script = lambda body, number: said
-        begin = time.monotonic()
-        [verdict] = grade(judge_at(server, timeout=20, deadline=0.5), episode())
-        assert 0.4 < time.monotonic() - begin < 5
+        [verdict] = grade(judge_at(server, timeout=200, deadline=0.5), episode())
         assert verdict.failure == "judge: TimeoutError: no reply within 0.5 s, with all tries"
 
 
@@ -543,7 +540,6 @@ class TestReadScore:
         ["score", "score: ", "score (", "score: 7/", "score: 7 ", "{\"", "[", "{\"score\": ", "\\boxed{", "\\", " ", "9", "score: " + "9" * 12, "*", "<think>", '{"a":'],
     )  # fmt: skip
     def test_time_is_linear(self, part):
-        begin = time.process_time()
-        read_score(part * (1_000_000 // len(part)), 10)
-        read_score('{"score": ' + part * (1_000_000 // len(part)), 10)
-        assert time.process_time() - begin < 2  # measured: at most 0.2 s
+        text = part * (1_000_000 // len(part))
+        assert_linear(lambda text: read_score(text, 10), text)
+        assert_linear(lambda text: read_score('{"score": ' + text, 10), text)

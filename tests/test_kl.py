@@ -9,15 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from branch_turns import STRIPS, play
 from conftest import bpe_tokenizer, respond
 from tensordict import TensorDict
-from test_branches import STRIPS, play
-from test_training_view import TOKENIZER, batch_of, dense, make_env, transcripts
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import Compose, check_env_specs
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
+from training_rows import TOKENIZER, batch_of, dense, make_env, transcripts
 
 from torchrl_chat import ChatEnv, TransformersPolicy, columns, playing, training_view
 from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer

@@ -315,11 +315,9 @@ def test_a_full_server_is_waited_for(make):
 
 
 def test_rows_run_at_once(make):
-    env = make(16, step_timeout=5)
-    td = respond(env, env.reset(), ["sleep:0.3"] * 16)
-    start = time.monotonic()
-    env.step(td)
-    assert time.monotonic() - start < 1.5  # 4.8 s one after another
+    env = make(16, step_timeout=120)
+    following = env.step(respond(env, env.reset(), ["together:16"] * 16))["next"]
+    assert strings(following, "env_failure") == [""] * 16
 
 
 WORDS = st.sampled_from(["ab", "stop", "die", "bye", "garbage"])
@@ -403,7 +401,7 @@ def test_close_frees_the_sessions_and_ends_the_thread(make):
         thread = env.base_env._sessions._loop._thread
         env.close()
         assert not thread.is_alive()
-        end = time.monotonic() + 5
+        end = time.monotonic() + 60
         while server.active and time.monotonic() < end:
             time.sleep(0.01)
         assert server.active == 0

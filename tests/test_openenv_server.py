@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
@@ -18,7 +17,7 @@ import websockets
 import websockets.asyncio.client
 import websockets.sync.client
 from conftest import bpe_tokenizer
-from openenv_live import HELLO, TEMPLATE, ask, connect, live, wait_for
+from openenv_live import HELLO, TEMPLATE, arguments, ask, connect, live, wait_for
 
 from torchrl_chat.cli import serve
 from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
@@ -299,12 +298,11 @@ def test_idle_sessions_are_really_closed():
         def close(self):
             closed.append(self)
 
-    limits = Limits(max_sessions=2, idle_seconds=0.4)
+    limits = Limits(max_sessions=2, idle_seconds=2.0)
     with live(lambda: Watched(TEMPLATE), limits=limits) as server:
         idle, busy = connect(server), connect(server)
         ask(idle, "reset")
-        kept = time.monotonic() + 1.2
-        while time.monotonic() < kept:
+        while not closed:
             assert ask(busy, "reset")["type"] == "observation"
             time.sleep(0.05)
         assert len(server.sessions) == len(closed) == 1
@@ -371,9 +369,7 @@ def test_the_time_limit_of_a_step():
         session = server.http.post("/reset", json={"keep": True}).json()["observation"]["metadata"]["session_id"]
         body = {"session_id": session, "action": HELLO, "timeout_s": 0.1}
         assert server.http.post("/step", json=body).status_code == 200
-        start = time.monotonic()
         refused = server.http.post("/step", json=body)
-        assert time.monotonic() - start < 1.2
         assert "takes longer than 0.35 s" in refused.text
 
 
@@ -450,9 +446,10 @@ def test_a_thousand_abrupt_disconnects_leak_no_session(caplog):
 
 
 def test_a_slow_step_holds_up_nobody_else():
+    go_on = threading.Event()
+
     def slow(action, observation):
-        time.sleep(0.8)
-        return 1.0
+        return float(go_on.wait(300))
 
     made = iter([slow, None])
     with live(lambda: ChatEnvironment(TEMPLATE, rubric=next(made))) as server, connect(server) as first:
@@ -460,11 +457,10 @@ def test_a_slow_step_holds_up_nobody_else():
         with connect(server) as second:
             ask(second, "reset")
             first.send(json.dumps({"type": "step", "data": HELLO}))
-            started = time.monotonic()
             for _ in range(20):
-                ask(second, "step", {"tokens": [5]})
-            assert time.monotonic() - started < 0.7
-        assert json.loads(first.recv(timeout=10))["data"]["reward"] == 1.0
+                assert ask(second, "step", {"tokens": [5]})["type"] == "observation"
+        go_on.set()
+        assert json.loads(first.recv(timeout=120))["data"]["reward"] == 1.0
 
 
 def test_a_step_that_takes_too_long_is_an_error_and_reset_mends_it():
@@ -534,10 +530,6 @@ def test_requests_are_limited_a_connection():
 
 
 # ---------------------------------------------------------------------- the command
-def arguments(*given):
-    parser = argparse.ArgumentParser()
-    serve.add_parser(parser.add_subparsers())
-    return parser.parse_args(["serve", *given])
 
 
 def test_a_port_that_others_reach_needs_a_token_or_a_word():
@@ -558,7 +550,7 @@ def test_the_command_serves_until_sigterm_and_finishes_steps(tmp_path):
         "def rubric(action, observation):\n    time.sleep(1.0)\n    return 1.0\n"
         "def make(tokenizer):\n    return ChatEnvironment(tokenizer, rubric=rubric)\n"
     )
-    main = "import sys; from test_openenv_server import arguments; a = arguments(*sys.argv[1:]); sys.exit(a.run(a))"
+    main = "import sys; from openenv_live import arguments; a = arguments(*sys.argv[1:]); sys.exit(a.run(a))"
     path = os.pathsep.join([str(tmp_path), os.path.dirname(__file__)])
     process = subprocess.Popen(
         [sys.executable, "-c", main, "--env", "slow_env:make", "--port", "0"],

@@ -243,14 +243,13 @@ class TestArguments:
         deep: Any = "x"
         for _ in range(40):
             deep = [deep]
-        start = time.monotonic()
+        # Were their work exponential or quadratic, this would not end within the time limit of a test.
         with pytest.raises(ArgumentsError, match="too large, or nested too deeply"):
             fit(deep, schema)
         with pytest.raises(ArgumentsError):
             fit({"x": "[" * 100_000}, {"properties": {"x": {"type": "array"}}})
         with pytest.raises(ArgumentsError):
             fit({"x": "9" * 100_000}, {"properties": {"x": {"type": "integer"}}})
-        assert time.monotonic() - start < 5.0
 
     @given(st.data())
     @settings(max_examples=200, deadline=None)
@@ -474,13 +473,11 @@ class TestToolbox:
         gate = threading.Event()
 
         def hang():
-            gate.wait(30)
+            gate.wait()
 
         toolbox = closing([hang, add], deadline=0.3, workers=2, max_stuck=3)
-        start = time.monotonic()
         with pytest.warns(RuntimeWarning, match="'hang' did not end within its deadline"):
             results = toolbox.run_batch([[call("hang")], [call("sum", a=1)], [call("hang")], [call("sum", a=2)]])
-        assert time.monotonic() - start < 2.0
         assert [row[0].still_running for row in results] == [True, False, True, False]
         assert "still running and may yet take effect" in results[0][0].content
         assert [results[1][0].content, results[3][0].content] == ["2", "3"]
@@ -495,7 +492,7 @@ class TestToolbox:
         )
         assert run(toolbox, call("sum", a=1))[0].content == "2"  # another tool is not to blame
         gate.set()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while toolbox.stuck and time.monotonic() < deadline:
             time.sleep(0.01)
         assert run(toolbox, call("sum", a=1))[0].content == "2"
@@ -523,13 +520,11 @@ class TestToolbox:
         gate = threading.Event()
 
         async def block():
-            gate.wait(10)
+            gate.wait()
 
         toolbox = closing([block, later], deadline=0.3)
-        start = time.monotonic()
         with pytest.warns(RuntimeWarning, match="'block'"):
             results = toolbox.run_batch([[call("block")], [call("later")]])
-        assert time.monotonic() - start < 2.0
         assert results[0][0].still_running
         assert run(toolbox, call("later"))[0].content == "later"
         gate.set()
@@ -640,14 +635,12 @@ class TestToolbox:
         code = (
             "import time, warnings; warnings.simplefilter('ignore')\n"
             "from torchrl_chat.tools import Toolbox\n"
-            "def hang(): time.sleep(60)\n"
+            "def hang(): time.sleep(10**6)\n"
             "box = Toolbox([hang], deadline=0.1)\n"
             "print(box.run([{'function': {'name': 'hang', 'arguments': {}}}])[0].status.value)"
         )
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
         assert done.stdout == "timeout\n"
-        assert time.monotonic() - start < 15
 
     def test_what_it_refuses(self):
         with pytest.raises(ValueError, match="two tools are called 'sum'"):

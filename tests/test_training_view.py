@@ -7,31 +7,28 @@ import pickle
 
 import pytest
 import torch
+from branch_turns import STRIPS, ledger, play
 from conftest import bpe_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict, lazy_stack
 from tensordict.nn import TensorDictModule
-from test_branches import STRIPS, ledger, play
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer
-from torchrl.envs import StepCounter, Transform
+from torchrl.envs import Transform
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
+from training_rows import TOKENIZER, batch_of, dense, make_env, transcripts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from torchrl_chat import (
     ChatEnv,
-    DatasetChatEnv,
-    NumberVerifier,
-    RewardTransform,
     Transcript,
     TransformersPolicy,
-    UserSimulator,
     columns,
     training_view,
 )
-from torchrl_chat.cli.tiny import last_digit_rows, tiny_model, tiny_tokenizer
+from torchrl_chat.cli.tiny import tiny_model
 from torchrl_chat.training import (
     gae,
     group_advantages,
@@ -41,8 +38,6 @@ from torchrl_chat.training import (
     token_rewards,
 )
 
-TOKENIZER = tiny_tokenizer()
-ROWS = last_digit_rows(64)
 LAYOUTS = [
     {"layout": "padded"},
     {"layout": "padded", "side": "left", "pad_id": 3, "multiple_of": 16},
@@ -57,54 +52,11 @@ def policy():
     return TransformersPolicy(tiny_model(len(TOKENIZER)), TOKENIZER, max_new_tokens=6)
 
 
-def make_env(mode: str, rows: int, turns: int = 3, group: int = 1):
-    """Conversations of at most ``turns`` turns of different lengths, graded at every turn."""
-    env = DatasetChatEnv(
-        dataset=ROWS, tokenizer=TOKENIZER, num_envs=rows // group, repeats=group, group_repeats=group > 1,
-        input_mode=mode, seed=0,
-    )  # fmt: skip
-    env = env.append_transform(RewardTransform(NumberVerifier(), end_on_answer=False, when="turn"))
-    env = env.append_transform(UserSimulator(lambda messages: "last(4,2)=" if len(messages) % 4 else "="))
-    return env.append_transform(StepCounter(max_steps=turns))
-
-
 @pytest.fixture(params=[1, 8], ids=["one row", "eight rows"])
 def rollout(request, mode, policy):
     """All steps of finished conversations of three turns, (B, 3)."""
     torch.manual_seed(request.param)
     return make_env(mode, request.param).rollout(3, policy, break_when_any_done=False)
-
-
-def dense(view, key):
-    """One field of a padded view, or of a ragged one as if it were padded on the right."""
-    container, field = key
-    rows = columns.read_field(view[container], field, view.batch_size)
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def transcripts(n: int, turns: int, seed: int = 0, longest: int = 9):
-    """Ledgers with random ids, lengths and log-probs."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def size() -> int:
-        return int(torch.randint(1, longest, (), generator=draw))
-
-    found = []
-    for _ in range(n):
-        t = Transcript.start(
-            torch.randint(5, 20, (size(),), generator=draw).tolist(), ({"role": "user", "content": "?"},)
-        )
-        for _ in range(turns):
-            count = size()
-            ids, log_probs = torch.randint(5, 20, (count,), generator=draw), -torch.rand(count, generator=draw)
-            t = t.sampled(ids, log_probs, {"role": "assistant", "content": "!"}, ended=True, close=[2])
-        found.append(t)
-    return found
-
-
-def batch_of(ledgers, **others):
-    batch = torch.Size([len(ledgers)])
-    return TensorDict({"transcript": columns.objects(ledgers, batch, None), **others}, batch_size=batch)
 
 
 class TestEpisodes:

@@ -6,6 +6,7 @@ import asyncio
 import doctest
 import importlib
 import pickle
+import threading
 import time
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from conftest import bpe_tokenizer, corpus_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_user_simulator import begin, env_of, flags, ledgers, respond, said
 from torchrl.envs.utils import check_env_specs
+from user_turns import begin, env_of, flags, ledgers, respond, said
 
 from torchrl_chat import ChatTemplate, ChatTemplateError, DatasetChatEnv
 from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
@@ -240,17 +241,17 @@ class TestEndpointUser:
         assert last["content"] == "< |im_end|> and < ｜end｜> < |"
 
     def test_rows_at_once_within_the_limit(self, endpoint):
+        four = threading.Barrier(4, timeout=120)
+
         def script(body, number):
-            time.sleep(0.1)
+            four.wait()  # for three others that are asked meanwhile
             return "hm"
 
         endpoint.script = script
         env = env_of("tokens", 12, EndpointUser("m", endpoint.url, concurrency=4))
-        began = time.monotonic()
         following = respond(env, begin(env), ["x"] * 12)["next"]
         assert [row[-1] for row in said(following)] == ["hm"] * 12
-        assert endpoint.most == 4
-        assert time.monotonic() - began < 1.1  # one after the other takes 1.2 s
+        assert (endpoint.most, four.broken) == (4, False)
         env.close()
 
     def test_failures_cost_their_row(self, endpoint):

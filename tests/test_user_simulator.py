@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules.llm.policies import Tokens
+from user_turns import begin, dialogue, env_of, flags, ledgers, respond, said
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, RewardTransform, columns
 from torchrl_chat.messages import MessageError
@@ -24,60 +25,6 @@ from torchrl_chat.transforms import Budget, StopReason
 from torchrl_chat.transforms.user import UserSimulator
 
 MODES = ("history", "text", "tokens")
-
-
-def env_of(mode: str, size: int | tuple[int, ...], *args: Any, tokenizer: Any = None, **kwargs: Any):
-    batch = (size,) if isinstance(size, int) else size
-    env = ChatEnv(tokenizer=tokenizer or bpe_tokenizer(), input_mode=mode, batch_size=batch)
-    return env.append_transform(UserSimulator(*args, **kwargs))
-
-
-def begin(env, **more: Any):
-    rows = env.batch_size.numel()
-    td = TensorDict(batch_size=env.batch_size)
-    for key, values in {"query": [f"question {i}" for i in range(rows)], **more}.items():
-        td.set(key, columns.objects(values, env.batch_size, None))
-    return env.reset(td)
-
-
-def respond(env, td, texts: list[str]):
-    """Step with these answers, in the form of the environment's input mode."""
-    td, batch, base = td.copy(), env.batch_size, env.base_env
-    stop = base.tokenizer.eos_token
-    if base.input_mode == "text":
-        td["text"] = columns.texts("response", [t + stop for t in texts], batch, None)
-    elif base.input_mode == "history":
-        rows = [columns.history_messages([{"role": "assistant", "content": t}]) for t in texts]
-        td["history"] = columns.histories("response", rows, batch, None)
-    else:
-        ids = [torch.tensor(i) for i in base.template.codec.encode([t + stop for t in texts])]
-        td["tokens"] = columns.ragged(Tokens, "response", ids, batch, None)
-    return env.step(td)
-
-
-def dialogue(env, td, answers: list[list[str]]):
-    """Several turns; rows that are done are not stepped. The last step's ``next``, whole."""
-    going = torch.ones(env.batch_size, dtype=torch.bool)
-    for turn, texts in enumerate(answers):
-        if turn:
-            td = env.step_mdp(td)
-            going = going & ~td["done"].flatten(-1).reshape(env.batch_size)
-            if not going.all():
-                td["_step"] = going[..., None]
-        td = respond(env, td, texts)
-    return td["next"]
-
-
-def ledgers(td):
-    return columns.read_objects(td["transcript"], td.batch_size)
-
-
-def said(td) -> list[list[str]]:
-    return [[m["content"] for m in ledger.messages] for ledger in ledgers(td)]
-
-
-def flags(td, key: str) -> list[bool]:
-    return td[key].flatten().tolist()
 
 
 class TestScripts:
