@@ -62,7 +62,7 @@ class TestMarked:
         "text",
         [
             "", "just 42", "\\boxed{42", "<answer>42", "42</answer>", "#### Step 1\nIt is 4.", "##### 5",
-            "the answer is not known to me", "the answer is approximately\n42 or 43 or so", "\\boxed 42 {",
+            "the answer is not known to me", "the answer is approximately\n42 or 43 or so", "use \\boxed for it", "\\boxed a number", "\\boxed 4 + 2", "$\\boxed x - 1$", "\\boxed",
         ],
     )  # fmt: skip
     def test_none(self, text):

@@ -16,7 +16,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from torchrl_chat.rewards.marked import Mark, after_reasoning, find_marked, tidy
+from torchrl_chat.rewards.marked import Mark, after_reasoning, boxes, find_marked, tidy
+from torchrl_chat.rewards.notation import plain, radians
 from torchrl_chat.rewards.quick import MAX_DIGITS, MAX_LENGTH, equal_numbers, read_number, same_text, too_much
 from torchrl_chat.rewards.verdict import Verdict
 
@@ -147,6 +148,9 @@ class MathVerifier:
             refused = self._refused(found)
             if refused is not None:
                 return refused
+        if found.direct and expected.direct and _turns(found.text, expected.text):
+            answer = _read(radians(found.text), True, targets)
+            expected = expected._replace(text=radians(expected.text))
         correct = library.verify(
             _read(expected.text, expected.direct, targets),
             answer,
@@ -170,7 +174,7 @@ class MathVerifier:
             return _Answer(tidy(text), text, True, False)
         if "string" not in self.extract and not _ANYTHING.search(text):
             return None
-        return _Answer(text, text, False, False)
+        return _Answer(plain(text), text, False, False)
 
     def _rounding(self, expected: _Answer) -> int:
         if expected.text.isdecimal():
@@ -210,10 +214,16 @@ _PERCENT_BEHIND = re.compile(r"\s*(?:\$|\\\)|\\\])?\s*(?:\\?%|(?:percent|pct)\b)
 
 
 def _marked(mark: Mark, text: str) -> _Answer:
-    answer = mark.text
-    if mark.kind == "box" and _PERCENT_BEHIND.match(text, mark.end) and not answer.endswith("%"):
-        answer += "\\%"
-    answer = tidy(answer) if len(answer) <= MAX_LENGTH else answer
+    parts = [part if len(part) > MAX_LENGTH else tidy(part) for part in mark.parts or (mark.text,)]
+    if mark.kind == "box" and _PERCENT_BEHIND.match(text, mark.end) and not parts[-1].endswith("%"):
+        parts[-1] = tidy(parts[-1] + "\\%")
+    if len(parts) > 1:  # \boxed{\frac12}, or \boxed{0.5}: one answer, said twice
+        kept: list[str] = []
+        for part in parts:
+            if not any(equal_numbers(part, other, 0) or same_text(part, other) for other in kept):
+                kept.append(part)
+        parts = kept
+    answer = ", ".join(parts)
     return _Answer(answer, mark.text, not _DELIMITER.search(answer), True)
 
 
@@ -224,20 +234,37 @@ def _reference(reference: Any) -> _Answer:
 
 
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}\s+[a-zA-Z]{2,}(?![^{]*\})")
+_BOX = re.compile(r"\\++(?:boxed|fbox)(?![a-zA-Z])")
 
 
 @lru_cache(maxsize=8192)
 def _reference_text(reference: str) -> _Answer:
-    if not reference.strip():
+    mark = find_marked(reference)
+    if "boxed" in reference or "fbox" in reference:
+        # Or something before it would be taken for the answer: "As x = 3, it is \\boxed{5".
+        last = max((match.start() for match in _BOX.finditer(reference)), default=0)
+        unread = reference[:last].strip(" \n$") and all(box.start != last for box in boxes(reference, nested=True))
+        if unread or (mark is not None and _BOX.search(mark.text)):
+            raise ValueError(
+                f"the reference {reference[-200:]!r} marks its answer with a box that cannot be read: expected "
+                f"\\boxed{{...}} with braces that close."
+            )
+    if mark is not None:
+        found = _marked(mark, reference)
+    else:
+        answer = tidy(reference)
+        direct = not _DELIMITER.search(answer) and not _WORDS.search(answer)
+        found = _Answer(answer if direct else plain(reference), reference, direct, False)
+    if not found.text.strip():
         raise ValueError(
             f"the reference {reference!r} is blank: expected an answer like '42' or '\\\\frac{{1}}{{2}}'."
         )
-    mark = find_marked(reference)
-    if mark is not None:
-        return _marked(mark, reference)
-    answer = tidy(reference)
-    direct = not _DELIMITER.search(answer) and "boxed" not in answer and not _WORDS.search(answer)
-    return _Answer(answer if direct else reference, reference, direct, False)
+    return found
+
+
+def _turns(a: str, b: str) -> bool:
+    """Whether one of two angles is in degrees and the other in radians."""
+    return any("\\circ" in x and "\\pi" not in x and "\\pi" in y and "\\circ" not in y for x, y in ((a, b), (b, a)))
 
 
 # --- The slow way --------------------------------------------------------------------------------------------------
