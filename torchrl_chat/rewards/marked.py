@@ -76,10 +76,9 @@ _PHRASE_REACH = 500  # characters behind "the answer is" that are looked at
 # Between two boxes that are one answer stands a separator, at most with what was counted before it and a name behind:
 # ", ", " and $y = ", " papers and ". A sentence of its own in between begins another answer.
 _JOINT = re.compile(
-    r"(?:[\s$)}\]]|\\[)\]])*+(?:(?:\\text\s*\{)?\s*[a-zA-Z]{1,20}\s*\}?[\s$]*){0,3}?"
-    r"(?:[,;]|(?:\\text\s*\{)?\s*\b(?:and|or)\b)[\s$\\}({\[]*+(?:(?:\\text\s*\{\s*)?(?:and|or)\b[\s$\\}({\[]*+)?(?:\\?(?:quad|text)[\s{}]*+)*+"
-    r"(?:[\w\\]{1,12}[\s$]*=)?[\s$\\({\[]*+"
+    r"[\w()\[\] -]{0,60}?(?:[,;] ?(?:(?:and|or) )?|\b(?:and|or) )[(\[ ]*+(?:[\w\\]{1,12} ?= ?)?[(\[ ]*+"
 )
+_LAYOUT = re.compile(r"(?:\\(?:q?quad|text[a-z]*|mbox)(?![a-zA-Z])|\\[,;:! ()\[\]]|[$\s{}])+")
 _REVISION = re.compile(
     r"\n\s*\n|\b(?:no|not|wait|hmm|sorry|actually|instead|rather|but|should|final|finally|first|correct\w*|mistake\w*|so|thus|hence"
     r"|therefore|then|now|giving|gives?|means|which|simplif\w*|becomes|equals?|check\w*|verif\w*|again)\b",
@@ -244,7 +243,12 @@ def _box_marks(text: str) -> list[Mark]:
     for box in boxes(text):
         between = text[marks[-1].end : box.start] if marks else ""
         content = box.content.strip()
-        if between and len(between) <= _JOINT_REACH and _JOINT.fullmatch(between) and not _REVISION.search(between):
+        if (
+            between
+            and len(between) <= _JOINT_REACH
+            and _JOINT.fullmatch(_LAYOUT.sub(" ", between))
+            and not _REVISION.search(between)
+        ):
             before = marks.pop()
             parts = before.parts if content in before.parts else (*before.parts, content)
             marks.append(Mark(", ".join(parts), "box", before.start, box.end, parts))

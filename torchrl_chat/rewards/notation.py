@@ -49,10 +49,27 @@ _RUN = re.compile(f"(?P<raised>[{_RAISED}]++)|[{_LOWERED}]++")
 _ROOT_SIGN = re.compile(r"([√∛∜])\s*+(?:(\d++|[a-zA-Z])|\(([^()]*+)\)|(?=\{))")
 _INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 
-_BASES = (
-    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty"
-).split()
+_BASES = [
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 _NUMBER_OF = {
     **{word: str(base) for base, word in enumerate(_BASES, 2)},
     "binary": "2", "octal": "8", "decimal": "10", "hexadecimal": "16", "hex": "16",
