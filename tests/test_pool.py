@@ -278,7 +278,7 @@ def test_a_grade_that_forks_answers_once(pool):
 
 def test_hostile_rows_in_a_batch(pool, mark):
     pool.deadline = 8.0  # beside grades that hang, the others are to die of what they do, not of the time
-    kinds = [*KINDS][:16]
+    kinds = [kind for kind in KINDS if kind not in ("list", "100 MB")][:16]  # these two take their time
     assert sum(KINDS[k] == "timeout" for k in kinds) >= 5
     calls = [(kinds[i // 16],) if i % 16 == 5 else (i,) for i in range(256)]
     own, nursery = memory(key="Rss"), memory(pool.processes()[0])

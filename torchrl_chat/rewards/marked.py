@@ -57,7 +57,7 @@ _OPENING = re.compile(r"<answer>|\\(?:boxed|fbox)(?![a-zA-Z])", re.IGNORECASE)
 _BARE = re.compile(
     r"(?=[-+−]?\s?(?:\\?\$\s?)?\.?\d|\(|[a-zA-Z](?=\$|\\[)\]]|[.,;]?(?:\s*\n|\s*\Z))"
     r"|[-+−]?\s?\\(?:[dtc]?frac|sqrt|text[a-z]*|math[a-z]+|left|pi|infty|emptyset|varnothing)(?![a-zA-Z]))"
-    r"(?P<content>[-+−]?\s?(?:\\?\$\s?)?(?:\\[a-zA-Z]++(?:\s++(?=[\d{\\]))?|\\[,;:!%{}]|\((?:[^()$\n]++|\([^()$\n]*+\))*+\)"
+    r"(?P<content>[-+−]?\s?(?:\\?\$\s?)?(?:\\(?!boxed|fbox)[a-zA-Z]++(?:\s++(?=[\d{\\]))?|\\[,;:!%{}]|\((?:[^()$\n]++|\([^()$\n]*+\))*+\)"
     r"|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}|[^\s\\${}()])++)"
     r"(?!\s*+(?:[-+−*/=<>^_]|\\(?:cdot|times|div|pm|mp|le|ge|leq|geq|neq?|cup|cap)(?![a-zA-Z])))"
 )
