@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from torchrl_chat.rewards.marked import boxes, tags
+from torchrl_chat.rewards.marked import HEADING, boxes, tags
 from torchrl_chat.rewards.numbers import (
     extract_number,
     goes_on,
@@ -21,12 +21,6 @@ from torchrl_chat.rewards.numbers import (
 from torchrl_chat.rewards.verdict import Verdict
 
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t\r]*+(?P<line>[^\n#]*+)")
-# "#### Step 2", "#### 2. Check": Markdown's headings of the fourth level, whose numbers count the headings.
-_NUMBERED = re.compile(
-    r"[\s*_]*(?:(?:step|part|case|section|phase|method|option|stage|question|problem|example|approach|scenario|solution"
-    r"|check|day|week|note)\s+\(?\d{1,3}\)?(?:\s*[.:)–-]|\b)|\(?\d{1,2}[.)]\s+(?=[\s*_]*[A-Z]))[\s*_:]*",
-    re.IGNORECASE,
-)
 _NAMES_ANSWER = re.compile(r"\banswers?\b|\bfinal\s+(?:result|total|number|amount|value|count)\b", re.IGNORECASE)
 _CHECKS = re.compile(r"\b(?:check|verif|confirm|validat)", re.IGNORECASE)
 _STARTS_WITH_NUMBER = re.compile(
@@ -107,7 +101,7 @@ def _behind_hashes(response: str, match: re.Match[str]) -> tuple[bool, str] | No
     line = match["line"].strip()
     if not line.strip("*_: "):
         return True, _next_line(response, match.end(), with_digit=False)
-    heading = _NUMBERED.match(line)
+    heading = HEADING.match(line)
     text = line[heading.end() :] if heading else line
     names = _NAMES_ANSWER.search(text) is not None and not _CHECKS.search(text)
     if _MARK_INSIDE.search(line) or (heading and not names):

@@ -64,12 +64,23 @@ _BARE = re.compile(
 _BARE_REACH = 400  # characters
 _OPENINGS = 16  # that many of the last are looked at where nested marks count, else nesting would cost its square
 _LONGEST_MARK = 4000
+HEADING = re.compile(
+    r"[\s*_]*(?:(?:step|part|case|section|phase|method|option|stage|question|problem|example|approach|scenario|solution"
+    r"|check|day|week|note)\s+\(?\d{1,3}\)?(?:\s*[.:)–-]|\b)|\(?\d{1,2}[.)]\s+(?=[\s*_]*[A-Z]))[\s*_:]*",
+    re.IGNORECASE,
+)
+"""What a heading of Markdown that counts begins with, behind its hashes: "Step 2:", "2. "."""
+_FORMULA = re.compile(r"[\d$\\]")
 _LAST_LINE = re.compile(r"####(?!#)[ \t]*(?P<text>[^\n#]*)")
-_PHRASE = re.compile(r"\banswer(?:[ \t]+is\b|[ \t]*\**:)(?:[ \t]|[:*])*\n?", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"\banswer(?:[ \t]+is\b|[ \t]*\**:)(?:[ \t]|[:*])*\n?"
+    r"|^#{1,6}[ \t*]*+(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t:*]*+\n\s*+",
+    re.IGNORECASE | re.MULTILINE,
+)
 _FINAL = re.compile(r"\bfinal\s$", re.IGNORECASE)
 _STATED = re.compile(
     r"(?P<math>\$\$[^$]+\$\$|\$[^$\n]+\$|\\\((?:[^\\\n]|\\(?!\)))+\\\)|\\\[(?:[^\\]|\\(?!\]))+\\\])\**[ \t]*(?:\.?[ \t]*$|\.(?=\s)|(?=\n))"
-    r"|(?P<word>\S*[^\s.*])\**(?:\.?\**\s*\Z|[ \t]*(?=\n)|\.(?=\s))"
+    r"|(?P<word>(?:(?:minus|negative|[-−–])[ \t])?\S*[^\s.*])\**(?:\.?\**\s*\Z|[ \t]*(?=\n)|\.(?=\s))"
 )
 _PHRASE_REACH = 500  # characters behind "the answer is" that are looked at
 
@@ -204,11 +215,12 @@ def after_reasoning(text: str) -> str:
 def find_marked(text: str, which: Literal["first", "last"] = "last") -> Mark | None:
     """The answer that the text marks, or ``None``.
 
-    Boxes, ``<answer>`` tags and a last line with ``####`` are equals: the last (or first) in the text is taken. A box
+    Boxes, ``<answer>`` tags and a last line with ``####`` are equals: the last (or first) in the text is taken. A line that is
+    a heading, "#### Step 2", or that holds no formula behind one of the others, is none of them. A box
     inside a tag is the answer of the tag. Boxes that are listed together (``\\boxed{1}, \\boxed{2} and \\boxed{3}``)
     are one answer. "The answer is ..." and "Answer: ..." count only where none of these is there, and only with one
-    formula or one word behind them that ends the line or the sentence; "the final answer is ..." also where it
-    comes last.
+    formula or one word behind them that ends the line or the sentence; so does what stands below a heading "#### Final
+    Answer"; "the final answer is ..." also where it comes last.
 
     Example:
         >>> find_marked("\\\\boxed{1}? No. <answer>x = 2</answer>").text
@@ -226,7 +238,8 @@ def find_marked(text: str, which: Literal["first", "last"] = "last") -> Mark | N
     if "####" in text:
         line_start = text.rstrip().rfind("\n") + 1
         line = _LAST_LINE.match(text, line_start + len(text[line_start:]) - len(text[line_start:].lstrip()))
-        if line and line["text"].strip() and not any(mark.start > line.start() for mark in found):
+        heading = line and (HEADING.match(line["text"]) or (found and not _FORMULA.search(line["text"])))
+        if line and line["text"].strip() and not heading and not any(mark.start > line.start() for mark in found):
             found.append(Mark(line["text"].strip(), "hashes", line.start(), line.end()))
     if not found:
         return _phrase(text, which)
@@ -358,7 +371,10 @@ UNITS = (
     r"(?:square |cubic )?(?:cm|mm|km|m|kg|inch(?:es)?|feet|foot|ft|(?:centi|kilo|milli)?met(?:er|re)s?|miles?|units?"
     r"|degrees?|dollars?|cents|hours?|minutes?|seconds?|days?|weeks?|months?|years?|people|students|ways|apples)"
 )
-_PLAIN_UNIT = re.compile(rf"(?P<number>[-+]?[\d.,/]+) (?P<unit>{UNITS})")
+_PLAIN_UNIT = re.compile(
+    rf"(?P<number>[-+]?[\d.,/]+)(?: |\\[,;: ]\s*)(?P<unit>(?:{UNITS}|(?!(?:pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|mod|theta|alpha|beta)\b)"
+    r"[a-zA-Z]{2,20}(?: [a-zA-Z]{2,20}){0,3}|L|(?:km|m|cm|mi|miles)/(?:h|hr|hour|s|min)))(?P<power>\^(?:[23]|\{[23]\}))?"
+)
 # Math-Verify drops the words behind a number, these too.
 _SCALED = re.compile(
     rf"(?P<number>(?:\\?\$\s*)?[-+]?(?:\d[\d,]{{0,30}})?(?:\.\d{{1,20}})?(?<=\d))(?:\\[,;: ]|\s)*(?:{TEXT}\{{)?\s*(?P<scale>hundred|thousand|million|billion|trillion)"
@@ -391,13 +407,13 @@ def tidy(text: str) -> str:
         text = head + "\\%"
     text = _BEFORE_UNIT.sub(" ", text)  # nor 1,000\,\text{m}
     text = _THOUSANDS.sub(lambda m: re.sub(r"\D", "", m.group()), text)
-    unit = _PLAIN_UNIT.fullmatch(text)
-    if unit:
-        return f"{unit['number']}\\text{{ {unit['unit']}}}"
     scaled = _SCALED.fullmatch(text) if "illion" in text or "thousand" in text or "hundred" in text else None
     if scaled:
         number = Decimal(re.sub(r"[^-\d.]", "", scaled["number"])) * _SCALES[scaled["scale"]]
         return f"{number.normalize():f}" + (f"\\text{{{scaled['more']}}}" if scaled["more"].strip() else "")
+    unit = _PLAIN_UNIT.fullmatch(text)
+    if unit:
+        return f"{unit['number']}\\text{{ {unit['unit']}}}{unit['power'] or ''}"
     return text.replace(" ", "") if _SPACED.fullmatch(text) else text
 
 

@@ -30,9 +30,14 @@ class MathVerifier:
 
     The final answer is what the response marks (see :func:`torchrl_chat.rewards.marked.find_marked`):
     ``\\boxed{}`` and ``\\fbox{}``, ``<answer>`` tags, a last line ``#### 42``, "the answer is 42". Text up to
-    ``</think>`` is read over, and so are units, other than ``\\%`` and "million"; where the reference is one value, text
-    behind an answer that is no unit (``5\\text{ or }6``, ``5\\text{ dozen}``) makes it wrong. The reference is a bare answer (``\\frac{1}{2}``), a formula (``$...$``), a
-    worked solution that marks its answer, or a number.
+    ``</think>`` is read over. So are units, though not "million", and where the reference is one value, text behind
+    an answer that is no unit makes it wrong (``5\\text{ or }6``, ``5\\text{ dozen}``). A percentage is right for both of its
+    readings: ``50\\%`` for 50 and for 0.5. Degrees in the argument of ``\\sin`` and the like are degrees, and an angle in
+    degrees is compared with one in terms of ``\\pi`` as what it is. A number in a base is right for the same digits in the same base
+    (``1011_2``, ``1011_{\\text{two}}``), a time of day for the same time.
+
+    The reference is a bare answer (``\\frac{1}{2}``), a formula (``$...$``), a worked solution that marks its answer, or a
+    number. One whose mark cannot be read is an error, never a match.
 
     Simple answers are decided by :meth:`quick`. All others go to SymPy, which can take forever on a hostile answer;
     so ``isolate`` is set, and math-verify's own time limit (a signal, which works in a main thread only) is off.
@@ -56,7 +61,7 @@ class MathVerifier:
 
     Raises:
         ImportError: math-verify is not installed, and the answer is not a simple one.
-        ValueError: an option has no such value, or a reference is blank.
+        ValueError: an option has no such value; a reference is blank, or the mark of its answer cannot be read.
 
     Example:
         >>> verify = MathVerifier()
@@ -249,6 +254,8 @@ def _reference_text(reference: str) -> _Answer:
                 f"the reference {reference[-200:]!r} marks its answer with a box that cannot be read: expected "
                 f"\\boxed{{...}} with braces that close."
             )
+    if reference.rfind("<answer>") > max(0, reference.rfind("</answer>")):
+        raise ValueError(f"the reference {reference[-200:]!r} opens <answer> and never closes it.")
     if mark is not None:
         found = _marked(mark, reference)
     else:

@@ -22,6 +22,7 @@ _CHARACTERS = str.maketrans(
         "×": "\\times ",
         "÷": "\\div ",
         "％": "%",
+        "¢": "\\text{ cents}",
         "∅": "\\emptyset ",
         "½": "\\frac{1}{2}",
         "⅓": "\\frac{1}{3}",
@@ -104,6 +105,8 @@ _LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"\\(?:textdollar|dollar|pounds|textsterling|euro|texteuro|yen|rupee)(?![a-zA-Z])\s*+(?:\{\})?"), r"\\$"),
     (re.compile(_WORDS + r"\{\s*+(?:\\?\$|US\\?\$|USD|EUR|GBP|INR)\s*+\}"), r"\\$"),
     # What only changes the look.
+    (re.compile(r"\s*+\\checkmark(?![a-zA-Z])"), ""),
+    (re.compile(r"(?:\\[,;:! ]|\\q?quad(?![a-zA-Z])|\s)++\Z"), ""),
     (re.compile(r"\\(?:text)?color\s*+\{[^{}]*+\}"), ""),
     (re.compile(r"\\(?:underline|boldsymbol|bm|hbox\s*+(?=\{\s*+[\d.-]))(?![a-zA-Z])\s*+(?=\{)"), ""),
     (re.compile(r"\{\s*+([+-])\s*+\}(?=\s*+[\d\\(.])"), r"\1"),
