@@ -172,11 +172,12 @@ def _read(text: str, digits: re.Match[str]) -> tuple[int, Decimal | None]:
         if sign is not None:
             before = window[: lead.start()] if offset else "\n" + window[: lead.start()]
             if sign.lower().rstrip() == "minus":
-                holds = _EXPECTS.search(before) or _BEGINS.search(before)
+                holds = bool(_EXPECTS.search(before) or _BEGINS.search(before))
             elif sign[0] not in _DASH + "+":
                 holds = True
             elif sign[-1].isspace():
-                holds = _EXPECTS.search(before) or (sign[0] == "−" and not _OPERAND.search(before.rstrip()))
+                unicode = sign[0] == "−" and not _OPERAND.search(before.rstrip())
+                holds = unicode or _EXPECTS.search(before) is not None
             else:
                 holds = not _OPERAND.search(before)
             if holds:

@@ -39,9 +39,7 @@ def same_text(a: str, b: str) -> bool | None:
     one, two = _based(a), _based(b)
     if one and two:
         return one == two
-    if (one and (_PLAIN.fullmatch(b) or _SUBSCRIPT.fullmatch(b))) or (
-        two and (_PLAIN.fullmatch(a) or _SUBSCRIPT.fullmatch(a))
-    ):
+    if (one and _DIGITS_ALONE.fullmatch(b)) or (two and _DIGITS_ALONE.fullmatch(a)):
         return False
     early, late = _CLOCK.fullmatch(a), _CLOCK.fullmatch(b)
     if early and late:
@@ -64,17 +62,17 @@ def _same_time(one: re.Match[str], two: re.Match[str]) -> bool:
     """Whether two times of day are the same: 5:30 pm is 5:30 pm, 5:30 and 17:30."""
     if one.group().partition("\\")[0].split(":")[1:] != two.group().partition("\\")[0].split(":")[1:]:
         return False
-    hours = int(one["hour"]), int(two["hour"])
-    if one["half"] and two["half"]:
-        return one["half"] == two["half"] and hours[0] == hours[1]
-    for half, hour, other in ((one["half"], *hours), (two["half"], *reversed(hours))):
-        if half:
-            return other in (hour, hour % 12 + 12 * (half == "pm"))
-    return hours[0] == hours[1]
+    halves, hours = (one["half"], two["half"]), (int(one["hour"]), int(two["hour"]))
+    if all(halves) or not any(halves):
+        return halves[0] == halves[1] and hours[0] == hours[1]
+    with_half = 0 if halves[0] else 1
+    hour, other = hours[with_half], hours[1 - with_half]
+    return other in (hour, hour % 12 + (12 if halves[with_half] == "pm" else 0))
 
 
-_PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?", re.ASCII)
-_SUBSCRIPT = re.compile(r"[-+]?\d+(?:\.\d+)?_(?:\w|\{.*\})", re.ASCII)
+_DIGITS_ALONE = re.compile(
+    r"[-+]?[0-9A-Za-z.]+(?:_(?:\w|\{.*\}))?", re.ASCII
+)  # without a base, or with none that there is
 _SEVERAL = re.compile(
     rf",(?!\d{{3}}(?!\d))|(?<!\\)\$|[;=<>\[]|{TEXT}|\\(?:[{{&]|(?:pm|mp|cup|in|l?or|vee|l?eq|geq?|text\w*|not|neg|lnot|[hv]?phantom|begin)(?![a-zA-Z]))"
     r"|'|\\prime|\s[a-zA-Z]{2,}\s"
