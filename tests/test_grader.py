@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import sys
 import threading
 
 import pytest
@@ -190,6 +191,18 @@ class TestGrader:
             Grader("math")
 
 
+class Ends:
+    """Right if equal; on a word it raises, as a verifier does that was a script."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, response, reference):
+        if response == "end":
+            raise self.kind(3)
+        return float(response == reference)
+
+
 class Pid:
     def __call__(self, response, reference):
         import os
@@ -316,6 +329,60 @@ class TestOddVerdicts:
 
         with Grader(judge) as grader, pytest.warns(RuntimeWarning, match="1 of 2"):
             assert scores(grader.grade(episodes("7", "cancelled"))) == [1.0, 0.0]
+
+    @pytest.mark.parametrize("isolate", [False, True], ids=["here", "in a worker"])
+    @pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, asyncio.CancelledError, ValueError])
+    def test_whatever_ends_a_verifier_costs_its_row_only(self, isolate, kind):
+        with Grader(Ends(kind), isolate=isolate, workers=1) as grader:
+            with pytest.warns(RuntimeWarning, match="2 of 4 grades failed"):
+                verdicts = grader.grade(episodes("7", "end", "8", "end"))
+            assert scores(verdicts) == [1.0, 0.0, 0.0, 0.0]
+            assert [v.failure for v in verdicts] == [None, f"error: {kind.__name__}: 3"] * 2
+            assert scores(grader.grade(episodes("7"))) == [1.0]  # and the grader goes on
+
+    def test_sys_exit_in_what_a_verifier_returns_and_in_its_quick_way(self):
+        class Number:
+            def __float__(self):
+                sys.exit("no number")
+
+        class Quick(Ends):
+            isolate = True
+
+            def quick(self, response, reference):
+                return self(response, reference) if response == "end" else None
+
+        odd = lambda response, reference: Number() if response == "odd" else 1.0  # noqa: E731
+        with pytest.warns(RuntimeWarning, match="1 of 2 grades failed"):
+            assert scores(Grader(odd).grade(episodes("7", "odd"))) == [1.0, 0.0]
+        with Grader(Quick(SystemExit), workers=1) as grader, pytest.warns(RuntimeWarning, match="1 of 2"):
+            assert scores(grader.grade(episodes("end", "7"))) == [0.0, 1.0]
+
+    @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+    def test_sys_exit_in_a_coroutine_costs_its_row_only(self, kind):
+        async def judge(response, reference):
+            await asyncio.sleep(0)
+            if response == "end":
+                raise kind(3)
+            return 1.0
+
+        with Grader(judge) as grader:
+            for _ in range(2):  # the loop's thread is alive
+                with pytest.warns(RuntimeWarning, match="1 of 3"):
+                    assert scores(grader.grade(episodes("7", "end", "7"))) == [1.0, 0.0, 1.0]
+
+    def test_in_a_composition_and_a_group(self):
+        @grades("group")
+        def group(members):
+            return sys.exit(1) if members[0].response == "end" else [1.0] * len(members)
+
+        with pytest.warns(RuntimeWarning, match="1 of 2"):
+            assert scores(Grader(WeightedSum({"a": Ends(SystemExit), "b": NumberVerifier()})).grade(episodes("7", "end"))) == [2.0, 0.0]  # fmt: skip
+        with pytest.warns(RuntimeWarning, match="2 of 3"):
+            assert scores(Grader(group).grade(episodes("end", "7", "7"), groups=[0, 0, 1])) == [0.0, 0.0, 1.0]
+
+    def test_ctrl_c_is_nobodys_row(self):
+        with pytest.raises(KeyboardInterrupt):
+            Grader(Ends(KeyboardInterrupt)).grade(episodes("7", "end"))
 
     def test_one_episode_in_two_groups(self):
         @grades("group")

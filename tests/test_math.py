@@ -8,10 +8,10 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import need_shared
+from cost import grows_linearly
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +62,7 @@ class TestMarked:
         "text",
         [
             "", "just 42", "\\boxed{42", "<answer>42", "42</answer>", "#### Step 1\nIt is 4.", "##### 5",
-            "the answer is not known to me", "the answer is approximately\n42 or 43 or so", "\\boxed 42 {",
+            "the answer is not known to me", "the answer is approximately\n42 or 43 or so", "use \\boxed for it", "\\boxed a number", "\\boxed 4 + 2", "$\\boxed x - 1$", "\\boxed",
         ],
     )  # fmt: skip
     def test_none(self, text):
@@ -120,21 +120,26 @@ class TestMarked:
     @pytest.mark.parametrize(
         "part",
         ["\\boxed{", "{", "<answer>", "</answer>", "\\boxed{1} and ", "<answer>1</answer>", "the answer is ", "answer: $",
-         "#### ", "\n#### ", "</think>", "\\", "answer" + " " * 50, "\\boxed{\\boxed{1}}, ", "**", "1,", "\\,1", " 123", "$", " ", "\\ ", "\\ 234", "!", "9", "^9", "2^{", ")", "\\frac", "1)!", "111,", "\\text{", "\\text{ ", "\\text{or}", "5'", "1_8", "–"],
+         "#### ", "\n#### ", "</think>", "\\", "answer" + " " * 50, "\\boxed{\\boxed{1}}, ", "**", "1,", "\\,1", " 123", "$", " ", "\\ ", "\\ 234", "!", "9", "^9", "2^{", ")", "\\frac", "1)!", "111,", "\\text{", "\\text{ ", "\\text{or}", "5'", "1_8", "–",
+         "\\boxed 1", "\\boxed 1{", "\\boxed (", "\\boxed x", "²", "½", "√(", "1:", "_{", "_{\\text{two}}", "\\mathrm{e", "^\\circ", "\\sin 1^\\circ", "(1", "minus ",
+         "\\color{", "{-", "1 base ", "\\frac{\\text{a", "\\boxed{1}, ", "\\boxed{1} a "],
     )  # fmt: skip
     def test_time_is_linear(self, part):
         verify = MathVerifier(unmarked=False)
-        start = time.perf_counter()
-        verify.quick(part * (200_000 // len(part)), "5")
-        for answer in (
-            part * (9_000 // len(part)),
-            f"1{part * (9_000 // len(part))} million",
-            f"1{part * (9_000 // len(part))}1",
-        ):
-            verify.quick(f"\\boxed{{{answer}}}", "5")
-            verify.quick(f"<answer>{answer}</answer>", "5\\sqrt{2}")
-        verify.quick("\\boxed{" * 10_000 + part + "}" * 10_000, "5")
-        assert time.perf_counter() - start < 1.5
+
+        def answered(text: str) -> None:
+            for answer in (text, f"1{text} million", f"1{text}1"):
+                verify.quick(f"\\boxed{{{answer}}}", "5")
+                verify.quick(f"<answer>{answer}</answer>", "5\\sqrt{2}")
+
+        def nested(text: str) -> None:
+            verify.quick("\\boxed{" * (len(text) // 8) + part + "}" * (len(text) // 8), "5")
+
+        assert grows_linearly(
+            lambda text: verify.quick(text, "5"), lambda size: part * (size // len(part)), 200_000
+        )
+        assert grows_linearly(answered, lambda size: part * (size // len(part)), 9_000)
+        assert grows_linearly(nested, lambda size: " " * size, 80_000)
 
 
 class TestText:
@@ -180,7 +185,7 @@ class TestQuick:
             ("1,234", "1234"), ("12\\,345", "12345"), ("-5", "−5"), ("\\$1,000", "1000"), ("0.50", "\\frac{1}{2}"), (".5", "1/2"),
             ("\\frac{2}{4}", "\\frac12"), ("42\\text{ cm}^2", "42"), ("42 miles", "42"), ("\\frac{\\sqrt{3}}{2}", "\\frac{1}{2}\\sqrt{3}"),
             ("\\sqrt{12}", "2\\sqrt{3}"), ("\\frac{2\\pi}{3}", "\\frac{2}{3}\\pi"), ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt2}{2}"),
-            ("\\left(3, \\dfrac{\\pi}{2}\\right)", "(3,\\frac{\\pi}{2})"), ("5 \\text{ million}", "5000000"), ("10^{10^{10}}", "10^{10^{10}}"),
+            ("\\left(3, \\dfrac{\\pi}{2}\\right)", "(3,\\frac{\\pi}{2})"), ("5 \\text{ million}", "5000000"), ("10^{20000}", "10^{20000}"),
         ],
     )  # fmt: skip
     def test_right(self, answer, reference):
@@ -236,19 +241,20 @@ class TestQuick:
 
 
 class TestRefused:
+    """Just beyond what is evaluated: nothing here would cost a library much, and none is asked."""
+
     @pytest.mark.parametrize(
         "answer",
         [
-            "10^{10^{10}}", "10**10**10", "9^{9^{9^{9}}}", "(10^{10})^{10^{10}}", "10^{100000000}", "2^{-10^{9}}",
-            "\\left(9^9\\right)^{99999}", "100000!", "(9!)!", "3!!!!", "{" * 100 + "1" + "}" * 100, "\\sqrt{" * 61 + "2" + "}" * 61, "9" * 1001,
-            "x + " * 3000 + "x", "10 ^ { 10 ^ 10 }",
+            "10^{10001}", "10**10001", "2^{3^{10}}", "(10^{2})^{10001}", "10^{12000}", "2^{-33300}",
+            "\\left(9^2\\right)^{10500}", "3001!", "(3!)!", "3!!", "{" * 61 + "1" + "}" * 61, "(" * 61 + "2" + ")" * 61, "9" * 1001,
+            "\\text{" + "a" * 10_000 + "}", "10 ^ { 10001 }",
         ],
     )  # fmt: skip
-    def test_refused(self, answer):
+    def test_refused(self, answer, monkeypatch):
+        monkeypatch.setattr("torchrl_chat.rewards.math._math_verify", None)  # whoever asks for it fails
         for call in (MathVerifier().quick, MathVerifier()):
-            start = time.perf_counter()
             verdict = call(f"\\boxed{{{answer}}}", "42")
-            assert time.perf_counter() - start < 0.5
             assert not verdict.correct
             assert verdict.score == 0.0
             assert verdict.failure.startswith("error: the answer is not evaluated")
@@ -256,14 +262,14 @@ class TestRefused:
 
     @needs_library
     def test_refused_where_unmarked(self):
-        verdict = MathVerifier()("I get 10**10**10", "42")
+        verdict = MathVerifier()("I get 10**10001", "42")
         assert verdict.failure.startswith("error: ")
 
     @needs_library
     @pytest.mark.parametrize(
         ("answer", "reference"),
         [("2^{10}", "1024"), ("e^{x^2}", "e^{x^{2}}"), ("5!", "120"), ("10^{-3}", "0.001"), ("2^{2^3}", "256"), ("(n-1)!", "(n-1)!"),
-         ("(2^{10})^{2}", "2^{20}"), ("x^{10^{10}}", "x^{10000000000}"), ("1.5^{2}", "2.25")],
+         ("(2^{10})^{2}", "2^{20}"), ("x^{10^{3}}", "x^{1000}"), ("1.5^{2}", "2.25")],
     )  # fmt: skip
     def test_not_refused(self, answer, reference):
         assert MathVerifier()(f"\\boxed{{{answer}}}", reference).correct

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -25,7 +26,8 @@ from torchrl_chat.rewards import MathVerifier, NumberVerifier, PoolError, Verifi
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-DEADLINE = 1.5
+DEADLINE = 1.5  # for grades that never end
+AMPLE = 60.0  # for all others: what is at work on this machine must not make them late
 TESTS = str(Path(__file__).parent)
 
 
@@ -49,9 +51,11 @@ def deep():
     return 1 + deep()
 
 
-def deeper():
-    sys.setrecursionlimit(10**9)
-    return deep()
+def fill(size):
+    """Take more and more memory, as much as there is."""
+    held = []
+    while True:
+        held.append(bytes(size))
 
 
 def fork_twice():
@@ -98,6 +102,13 @@ class Unreadable:
         return (int, ("not a number",))
 
 
+class QuitsWhenRead:
+    """A verdict that calls sys.exit in the process that reads it."""
+
+    def __reduce__(self):
+        return (sys.exit, (3,))
+
+
 HOSTILE = {
     "spin": spin,
     "sleep": lambda: time.sleep(3600),
@@ -107,15 +118,16 @@ HOSTILE = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "8 GB": lambda: bytearray(8 << 30),
-    "list": lambda: [bytes(1 << 20) for _ in range(1 << 14)],
+    "list": lambda: fill(1 << 20),
     "100 MB": lambda: "x" * (100 << 20),
     "deep": deep,
-    "deeper": deeper,
-    "tower": lambda: 10**10**10,
+    "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "in C": lambda: sum(itertools.repeat(0)),  # no bytecode in between, where Python would look for signals
     "lambda": lambda: lambda: 1,
     "generator": lambda: (x for x in ()),
     "unreadable": Unreadable,
     "sys.exit": quit_code,
+    "sys.exit when read": QuitsWhenRead,
     "interrupt": interrupt,
     "bad text": bad_text,
     "fork twice": fork_twice,
@@ -162,14 +174,25 @@ def alive_with(mark: str) -> list[int]:
     return found
 
 
-def gone(mark: str, within: float = 5.0) -> bool:
-    """Whether no process under the mark is left, or soon none."""
+def soon(holds, within: float = 60.0) -> bool:
+    """Whether something holds, now or after a while: what would never come by itself is waited for in vain."""
     end = time.monotonic() + within
-    while alive_with(mark):
+    while not holds():
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
     return True
+
+
+def gone(mark: str) -> bool:
+    """Whether no process under the mark is left, or soon none. Those that hang sleep for an hour."""
+    return soon(lambda: not alive_with(mark))
+
+
+def seconds_of(pool: VerifierPool, calls: list) -> float:
+    start = time.monotonic()
+    pool.map(calls)
+    return time.monotonic() - start
 
 
 def memory(pid="self", key="Rss") -> int:
@@ -200,7 +223,7 @@ def pool(mark):
     with VerifierPool(act, workers=2, deadline=DEADLINE) as pool:
         pool.map([(0,)])
         yield pool
-    assert gone(mark, 1.0)
+    assert gone(mark)
 
 
 def run_script(tmp_path, text, *args, **kwargs):
@@ -223,12 +246,13 @@ KINDS = {
     "list": "memory",
     "100 MB": "error: ValueError: the verdict has",
     "deep": "error: RecursionError",
-    "deeper": ("crash", "memory", "timeout"),
-    "tower": ("timeout", "memory"),
+    "segfault": "crash",
+    "in C": "timeout",
     "lambda": "error",
     "generator": "error: TypeError",
     "unreadable": "error: the verdict cannot be read: ValueError",
     "sys.exit": "error: SystemExit: 3",
+    "sys.exit when read": "error: the verdict cannot be read: SystemExit: 3",
     "interrupt": "error: KeyboardInterrupt",
     "bad text": ("error", "crash"),
     "leave a child": "timeout",  # the child holds the worker's socket
@@ -237,9 +261,8 @@ KINDS = {
 
 @pytest.mark.parametrize("what", KINDS)
 def test_a_hostile_grade_costs_its_own_row(pool, mark, what):
-    start = time.monotonic()
+    pool.deadline = DEADLINE if KINDS[what] == "timeout" else AMPLE
     outcomes = pool.map([(1,), (what,), (2,), (3,)])
-    assert time.monotonic() - start < DEADLINE + 1.0
     assert [o.value for o in outcomes] == [1, None, 2, 3]
     assert outcomes[1].failure.startswith(KINDS[what])
     assert [o.failure for o in outcomes[::2]] == [None, None]
@@ -254,13 +277,12 @@ def test_a_grade_that_forks_answers_once(pool):
 
 
 def test_hostile_rows_in_a_batch(pool, mark):
-    kinds = [*KINDS][:16]
+    pool.deadline = 8.0  # beside grades that hang, the others are to die of what they do, not of the time
+    kinds = [kind for kind in KINDS if kind not in ("list", "100 MB")][:16]  # these two take their time
     assert sum(KINDS[k] == "timeout" for k in kinds) >= 5
     calls = [(kinds[i // 16],) if i % 16 == 5 else (i,) for i in range(256)]
     own, nursery = memory(key="Rss"), memory(pool.processes()[0])
-    start = time.monotonic()
     outcomes = pool.map(calls)
-    assert time.monotonic() - start < DEADLINE + 1.0
     for i, outcome in enumerate(outcomes):
         if i % 16 == 5:
             assert outcome.value is None
@@ -273,31 +295,33 @@ def test_hostile_rows_in_a_batch(pool, mark):
     assert all(memory(pid) < 100 << 20 for pid in pool.processes())
 
 
-def test_sixteen_that_hang_cost_one_deadline(pool):
+def test_sixteen_that_hang_cost_what_one_costs(pool):
+    """In a row, two at a time, they would cost eight times as much."""
+    one = seconds_of(pool, [("spin",) if i == 5 else (i,) for i in range(256)])
     calls = [("spin",) if i % 16 == 5 else (i,) for i in range(256)]
     start = time.monotonic()
     outcomes = pool.map(calls)
-    assert time.monotonic() - start < DEADLINE + 1.0
+    assert time.monotonic() - start < 4 * one
     assert [o.value for o in outcomes] == [None if i % 16 == 5 else i for i in range(256)]
-    assert pool.failures == {"timeout": 16}
+    assert pool.failures == {"timeout": 17}
 
 
 def test_more_hang_than_there_are_spare_workers(mark):
-    with VerifierPool(act, workers=2, deadline=0.3, spare=2) as pool:
+    with VerifierPool(act, workers=2, deadline=DEADLINE, spare=2) as pool:
         outcomes = pool.map([("sleep",) if i % 2 else (i,) for i in range(16)])
         assert [o.value for o in outcomes] == [None if i % 2 else i for i in range(16)]
         assert pool.failures == {"timeout": 8}
 
 
 def test_slow_rows_are_graded_all_the_same(mark):
-    with VerifierPool(slowly, workers=2, deadline=10.0) as pool:
+    with VerifierPool(slowly, workers=2, deadline=AMPLE) as pool:
         assert [o.value for o in pool.map([(i,) for i in range(300)])] == [2 * i for i in range(300)]
 
 
 @pytest.mark.parametrize("size", [1, 60_000, 300_000, 100 << 20], ids=str)
 def test_long_responses(mark, size):
     rows = 1 if size > 1 << 20 else 40
-    with VerifierPool(length, workers=2, deadline=10.0) as pool:
+    with VerifierPool(length, workers=2, deadline=AMPLE) as pool:
         outcomes = pool.map([("x" * (size + i), "") for i in range(rows)] + [("ab", "")])
         assert [o.value for o in outcomes] == [*(size + i for i in range(rows)), 2]
 
@@ -315,33 +339,26 @@ def test_arguments_that_do_not_pickle(pool):
     assert outcomes[1].failure.startswith("error: the call cannot be pickled: TypeError")
 
 
-BOMBS = [
-    "10^{10^{10}}",
-    "\\sqrt{" * 3000 + "2" + "}" * 3000,
-    "2^{2^{2^{2^{2^{2}}}}}+x",
-    "(x+1)^{999999}(x-1)^{999999}",
-    "\\sum_{i=1}^{10000000000}\\sin(i^{2})",
-    "\\frac{d}{dx}" * 40 + "x^{x^{x^{x}}}",
-    "(((((x+1)^9+1)^9+1)^9+1)^9+1)^9",
-    "1" * 100_000,
-    "(10^{9})!",
-    "{" * 200_000,
-]
+class OrNever(MathVerifier):
+    """Mathematics, and a grade that never ends where the answer says so: as a library's would on some answers."""
+
+    def _compare(self, found, expected):
+        while found is not None and found.text == "never":
+            time.sleep(0.01)
+        return super()._compare(found, expected)
 
 
-def test_latex_bombs(mark):
+def test_mathematics_beside_grades_that_never_end(mark):
+    """Grades by Math-Verify are right, whatever those beside them do."""
     pytest.importorskip("math_verify")
-    calls = [(f"\\boxed{{{bomb}}}", "(x+1)^{2}") for bomb in BOMBS]
     good = ("\\boxed{x^2+2x+1}", "(x+1)^2"), ("\\boxed{x^2+2x+2}", "(x+1)^2")
-    with VerifierPool(MathVerifier(), workers=2, deadline=8.0) as pool:
-        pool.start()
-        start = time.monotonic()
-        outcomes = pool.map([good[0], *calls, good[1]])
-        assert time.monotonic() - start < 13
+    never = [("\\boxed{never}", "(x+1)^2")] * 10
+    with VerifierPool(OrNever(), workers=2, deadline=10.0) as pool:
+        outcomes = pool.start().map([good[0], *never, good[1]])
+        assert [o.failure for o in (outcomes[0], outcomes[-1])] == [None, None]
         assert [outcomes[0].value.correct, outcomes[-1].value.correct] == [True, False]
-        for outcome in outcomes[1:-1]:
-            assert outcome.value is None or not outcome.value.correct
-        assert "timeout" in pool.failures
+        assert [outcome.value for outcome in outcomes[1:-1]] == [None] * 10
+        assert pool.failures == {"timeout": 10}
 
 
 # ---------------------------------------------------------------------- what can be called
@@ -396,14 +413,11 @@ def test_a_coroutine_function(mark, workers):
 def test_workers_are_light(mark):
     with VerifierPool(NumberVerifier(), workers=2) as pool:
         pool.start()
-        seconds = pool._nursery.seconds
-        sizes = [(memory(pid, "Rss"), memory(pid, "Pss")) for pid in pool.processes()]
-        start = time.monotonic()
-        pool._nursery.kill(pool._nursery.fork())
-        fork = time.monotonic() - start
-    assert max(rss for rss, _ in sizes) < 60 << 20
-    assert seconds < 2.0
-    assert fork < 0.5
+        sizes = [memory(pid, "Rss") for pid in pool.processes()]
+    assert max(sizes) < 60 << 20
+    with VerifierPool(modules, workers=1) as pool:  # this file's own imports come first
+        found = set(pool.map([()])[0].value)
+    assert not {"transformers", "tensordict", "torchrl"} & found
 
 
 SCRIPT = """
@@ -449,26 +463,25 @@ def heavy(tmp_path, monkeypatch, mark):
 
 def test_the_main_module_is_not_imported_in_workers(heavy):
     with run_script(heavy, SCRIPT, "modules") as process:
-        assert process.communicate(timeout=30)[0] == "heavy: []\n"
+        assert process.communicate(timeout=120)[0] == "heavy: []\n"
         assert process.returncode == 0
 
 
 def test_a_script_that_closes_nothing_ends(heavy, mark):
     with run_script(heavy, SCRIPT, "exit") as process:
-        assert process.communicate(timeout=30)[0] == "42\n"
-    assert gone(mark, 1.0)
+        assert process.communicate(timeout=120)[0] == "42\n"
+    assert gone(mark)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_a_parent_that_is_stopped_while_grades_hang(heavy, mark, signum):
     with run_script(heavy, SCRIPT, "hang", stderr=subprocess.DEVNULL) as process:
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3)
-        assert len(alive_with(mark)) >= 4  # the script, the nursery, two workers
+        assert soon(lambda: len(alive_with(mark)) >= 4)  # the script, the nursery, two workers
         process.send_signal(signum)
-        process.wait(10)
+        process.wait(60)
         assert process.returncode != 0
-        assert gone(mark, 3.0)
+        assert gone(mark)
 
 
 # ---------------------------------------------------------------------- processes and threads
@@ -482,19 +495,19 @@ def test_eight_threads(pool):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert results == {t: [(t * 1000 + i, None) for i in range(200)] for t in range(8)}
     assert len(pool.processes()) <= 1 + pool.workers
 
 
 def test_a_thread_gets_on_while_others_hang(pool):
+    pool.deadline = 10.0
     hung = threading.Thread(target=pool.map, args=([("sleep",)] * 6,))
     hung.start()
-    time.sleep(0.2)
-    start = time.monotonic()
+    assert soon(lambda: len(pool._runs) >= 2)  # as many as there are workers
     assert pool.map([(i,) for i in range(100)]) == [(i, None) for i in range(100)]
-    assert time.monotonic() - start < DEADLINE - 0.3
-    hung.join(10)
+    assert hung.is_alive()  # they did not wait for those that hang
+    hung.join(60)
     assert pool.failures == {"timeout": 6}
 
 
@@ -511,8 +524,8 @@ def test_in_a_child_of_multiprocessing(pool, mark, method, daemon):
     child = context.Process(target=in_a_child, args=(pool, queue, mark), daemon=daemon)
     child.start()
     try:
-        outcomes = queue.get(timeout=30)
-        child.join(10)
+        outcomes = queue.get(timeout=120)
+        child.join(60)
         assert child.exitcode == 0
     finally:
         child.kill()  # this process would wait for one that hangs before it ends
@@ -539,7 +552,7 @@ if __name__ == "__main__":
     queue = context.Queue()
     process = context.Process(target=child, args=(queue,), daemon=True)
     process.start()
-    print(tuple(queue.get(timeout=20)))
+    print(tuple(queue.get(timeout=100)))
     process.join()
 """
 
@@ -547,7 +560,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_function_of_main_in_a_child_of_multiprocessing(tmp_path, mark, method):
     with run_script(tmp_path, MAIN, method) as process:
-        assert process.communicate(timeout=30)[0] == "(42, None)\n"
+        assert process.communicate(timeout=120)[0] == "(42, None)\n"
 
 
 def test_after_a_fork(pool):
@@ -574,13 +587,12 @@ def test_close_while_a_forked_copy_lives(mark):
     pool = VerifierPool(act, workers=1).start()
     pid = os.fork()
     if pid == 0:
-        time.sleep(30)
+        time.sleep(600)
         os._exit(0)
     try:
         nursery = pool.processes()
-        start = time.monotonic()
         pool.close()
-        assert time.monotonic() - start < 2.0
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # the copy, which sleeps, was not waited for
         assert not [p for p in nursery if Path(f"/proc/{p}/stat").exists() and p in alive_with(mark)]
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -606,7 +618,7 @@ def test_a_pool_that_is_dropped(mark):
     assert len(alive_with(mark)) == 3
     del pool
     gc.collect()
-    assert gone(mark, 2.0)
+    assert gone(mark)
 
 
 def test_closed_by_another_thread_during_a_batch(pool, mark):
@@ -633,12 +645,12 @@ def batch_in_thread(pool, calls):
 
 
 def test_the_nursery_is_killed_during_a_batch(mark):
-    with VerifierPool(slowly, workers=2, deadline=10.0) as pool:
+    with VerifierPool(slowly, workers=2, deadline=AMPLE) as pool:
         first = pool.start().processes()[0]
         thread, box = batch_in_thread(pool, [(i,) for i in range(1, 600)])
         time.sleep(0.25)
         os.kill(first, signal.SIGKILL)
-        thread.join(20)
+        thread.join(120)
         assert [o.value for o in box[0]] == [2 * i for i in range(1, 600)]
         assert pool.processes()[0] != first
 
@@ -672,12 +684,12 @@ def test_idle_workers_are_killed(mark):
 
 
 def test_a_busy_worker_is_killed(mark):
-    with VerifierPool(slowly, workers=1, deadline=10.0) as pool:
+    with VerifierPool(slowly, workers=1, deadline=AMPLE) as pool:
         victim = pool.start().processes()[1]
         thread, box = batch_in_thread(pool, [(i,) for i in range(1, 200)])
         time.sleep(0.1)
         os.kill(victim, signal.SIGKILL)
-        thread.join(20)
+        thread.join(120)
         wrong = [(i, o) for i, o in enumerate(box[0], 1) if o.value != 2 * i]
         assert len(wrong) <= 1
         assert all(o.failure.startswith("crash") and o.value is None for _, o in wrong)

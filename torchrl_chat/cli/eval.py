@@ -32,7 +32,8 @@ where it was: give the same --out again, or --resume FOLDER without anything els
 are made again then. --limit and --samples may be raised, and --batch changed; anything else is another evaluation.
 
 Each episode samples from a seed of its own, so that answers depend neither on the batch nor on an interruption (but an
-endpoint samples as it likes). Rows without an answer count as wrong. The interval of the accuracy is Wilson's, with
+endpoint samples as it likes). Rows without an answer count as wrong; how many of them were cut at a limit, and how many
+ended without marking an answer, is said apart. The interval of the accuracy is Wilson's, with
 several answers a question at their effective number (clustered by question, arXiv:2411.00640); pass@k is unbiased
 (arXiv:2107.03374), its interval from resampled questions.
 
@@ -193,6 +194,11 @@ def as_table(summary: dict[str, Any]) -> str:
             f"mean {length['mean']:.1f}, median {length['median']:g}, 95 % up to {length['p95']}, max {length['max']}",
         ),
         ("cut at a limit", f"{summary['cut_share']:.1%}"),
+        *(
+            ("no answer", f"{count}{text}")
+            for kind, text in _UNANSWERED.items()
+            if (count := summary["unanswered"][kind])
+        ),
         ("ended", _counts(summary["stops"])),
         *((name, _counts(summary[key])) for name, key in _TROUBLE if summary[key]),
         *([("drift", f"{summary['prompt_differs']} {_DRIFT}")] if summary["prompt_differs"] else []),
@@ -202,6 +208,10 @@ def as_table(summary: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
+_UNANSWERED = {
+    "cut": " were cut before they gave one: raise --max-new-tokens",
+    "unmarked": " ended by themselves without marking one",
+}
 _TROUBLE = (("not graded", "grade_failures"), ("failed requests", "errors"))
 _DRIFT = "answers to a prompt that is not the ledger's: the server renders and tokenizes on its own"
 

@@ -127,6 +127,7 @@ class Figures:
     lengths: list[int] = field(default_factory=list)
     turns: int = 0
     cut: int = 0
+    unanswered: Counter[str] = field(default_factory=Counter)
     prompt_differs: int = 0
     stops: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
@@ -150,6 +151,8 @@ class Figures:
         self.lengths.append(episode["sampled_tokens"])
         self.turns += episode["turns"]
         self.cut += episode["cut"]
+        if episode["stop"] != "answered" and not episode["success"] and not episode["error"]:
+            self.unanswered["cut" if episode["cut"] else "unmarked"] += 1
         self.prompt_differs += bool(episode.get("prompt_differs"))
         self.stops[episode["stop"]] += 1
         for counter, reason in ((self.failures, episode["grade_failure"]), (self.errors, episode["error"])):
@@ -190,6 +193,7 @@ class Figures:
             },
             "mean_turns": self.turns / self.episodes,
             "cut_share": self.cut / self.episodes,
+            "unanswered": {kind: self.unanswered[kind] for kind in ("cut", "unmarked")},
             "prompt_differs": self.prompt_differs,
             "stops": dict(self.stops.most_common()),
             "grade_failures": dict(self.failures.most_common()),

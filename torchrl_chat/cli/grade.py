@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,9 +22,17 @@ Grade the responses of a JSONL file, each against the reference of its row, and 
   torchrl-chat grade answers.jsonl --task gsm8k --option last_number=true
   torchrl-chat grade answers.jsonl --task ifeval --output graded.jsonl
   torchrl-chat grade answers.jsonl --json | jq .accuracy
+  torchrl-chat grade runs/eval-gsm8k-20260101-120000/rollouts.jsonl
 
 A row has a response (a text, or an assistant message with "content"), a reference ("reference", "answer" or
 "solution"; for IFEval "instruction_id_list" and "kwargs", for Countdown "target" and "nums"), and perhaps a question.
+The rollouts of eval and of training are read as they are: the last answer of each conversation, as the task that they
+say they are of.
+
+Only what a response marks as its answer is read: \\boxed{42}, <answer>42</answer>, "#### 42", for mathematics also
+"the answer is 42". With --option unmarked=true (mathematics) or --option last_number=true (gsm8k) a response
+that marks nothing, a bare 42 for example, is read as well.
+
 A grade that takes longer than --deadline is ended and counted as failed; so is a row that cannot be read. The rest
 of the file is graded all the same.
 
@@ -41,7 +50,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", help="the JSONL file; - for standard input")
-    parser.add_argument("--task", choices=sorted(TASKS), default="math", help="what is graded (default: math)")
+    parser.add_argument(
+        "--task", choices=sorted(TASKS), help="what is graded (default: math; for rollouts, what they were made of)"
+    )
     parser.add_argument(
         "--response-key", default="response", metavar="KEY", help='the responses (default: "response")'
     )
@@ -114,14 +125,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     from torchrl_chat.rewards import Grader, Verdict
 
-    task = TASKS[arguments.task]
+    if arguments.output is not None and _same_file(arguments.output, arguments.file):
+        raise ValueError(f"--output {arguments.output} is the file that is graded: give another one.")
+    rows = _rows(arguments.file)
+    if not rows:
+        raise ValueError(f"{arguments.file} has no rows.")
+    task = TASKS[arguments.task or _task_of(rows)]
     try:
         verifier = task.make_verifier(**dict(map(_option, arguments.option)))
     except TypeError as error:
         raise ValueError(str(error)) from error
-    rows = _rows(arguments.file)
-    if not rows:
-        raise ValueError(f"{arguments.file} has no rows.")
     tally, shown = Tally(), 0
     with ExitStack() as stack:
         grader = stack.enter_context(Grader(verifier, deadline=arguments.deadline, workers=arguments.workers))
@@ -146,7 +159,43 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update(len(batch))
     summary = {"task": task.name, **tally.summary()}
     print(json.dumps(summary, indent=2) if arguments.json else _text(summary))
+    if tally.unanswered and task.unmarked and not getattr(verifier, task.unmarked):
+        print(
+            f"An answer has to be marked, as in \\boxed{{42}}. --option {task.unmarked}=true reads unmarked ones too.",
+            file=sys.stderr if arguments.json else sys.stdout,
+        )
     return 1 if tally.failures else 0
+
+
+def _same_file(output: Path, file: str) -> bool:
+    """Whether a file that is about to be written is the one that is read, by whatever name or link."""
+    try:
+        return os.path.samestat(output.stat(), os.fstat(sys.stdin.fileno()) if file == "-" else os.stat(file))
+    except (OSError, ValueError):  # one of them is not there, or is no file
+        return False
+
+
+def _task_of(rows: list[Any]) -> str:
+    """The task of rollouts that say what they are of; mathematics for anything else.
+
+    Raises:
+        ValueError: they are of a dataset that no task here grades.
+    """
+    row = next((row for row in rows if _is_rollout(row)), None)
+    dataset = None if row is None or not isinstance(row.get("metadata"), dict) else row["metadata"].get("dataset")
+    if dataset is None:
+        return "math"
+    task = {"digits": "number"}.get(dataset, dataset)
+    if task not in TASKS:
+        raise ValueError(
+            f"the rollouts are of {dataset!r}, which no task here grades: give --task, one of {', '.join(sorted(TASKS))}."
+        )
+    return task
+
+
+def _is_rollout(row: Any) -> bool:
+    """Whether a row is an episode of a rollout file (see ``docs/rollouts.md``)."""
+    return isinstance(row, dict) and isinstance(row.get("messages"), list) and {"version", "stop"} <= row.keys()
 
 
 def _rows(file: str) -> list[Any]:
@@ -170,7 +219,16 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
 
     if isinstance(row, str):
         return row
+    more: dict[str, Any] = {"row": row}
     response = row.get(arguments.response_key)
+    if response is None and _is_rollout(row):
+        if row.get("error"):
+            return f"error: the policy had no answer: {row['error']}"
+        said = [isinstance(message, dict) and message.get("role") == "assistant" for message in row["messages"]]
+        if not any(said):
+            return "error: the episode has no answer: there is no message of the assistant"
+        response = row["messages"][: len(said) - said[::-1].index(True)]
+        more |= {"messages": response, "length": row.get("sampled_tokens"), "truncated": bool(row.get("cut"))}
     if isinstance(response, list):  # a conversation
         if not response or not all(isinstance(message, dict) for message in response):
             return (
@@ -185,7 +243,7 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
         reference = row[arguments.reference_key] if arguments.reference_key else task.reference_of(row)
     except KeyError as error:
         return f"error: {error.args[0] if not arguments.reference_key else f'the row has no {error}'}"
-    return Episode.of(response, reference, row=row)
+    return Episode.of(response, reference, **more)
 
 
 def _writer(path: Path) -> TextIO:

@@ -239,9 +239,8 @@ class Run:
 
         if not len(finished):
             return
-        write_rollouts(
-            self._files["rollouts"], finished, self.tokenizer, metadata={"step": self.step, "policy": self.name}
-        )
+        metadata = {"step": self.step, "policy": self.name, "dataset": self.config.dataset}
+        write_rollouts(self._files["rollouts"], finished, self.tokenizer, metadata=metadata)
         if aloud:
             self.say(conversations(finished[:1], f"step {self.step}"))
 

@@ -190,13 +190,24 @@ class Grader:
 
 
 _UNDECIDED = Outcome(None, None)
+# What costs the row in which it is raised. SystemExit and the other two are no Exception, and yet a verifier's doing: one
+# that was a script calls sys.exit. KeyboardInterrupt is the user's.
+_COSTS_ITS_ROW = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 def _tried(verifier: Any, call: tuple[Any, ...]) -> Outcome:
     """A call in this thread."""
     try:
         return Outcome(verifier(*call), None)
-    except Exception as error:  # whatever a verifier raises, the other rows are not lost
+    except _COSTS_ITS_ROW as error:  # whatever a verifier raises, the other rows are not lost
+        return Outcome(None, f"error: {type(error).__name__}: {error}")
+
+
+async def _contained(awaitable: Any) -> Outcome:
+    """What is awaited; a task that lets one of these through would take the event loop, and its thread, with it."""
+    try:
+        return Outcome(await awaitable, None)
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
         return Outcome(None, f"error: {type(error).__name__}: {error}")
 
 
@@ -207,7 +218,7 @@ async def _all_of(outcomes: list[Outcome], deadline: float) -> list[Outcome]:
         if not hasattr(outcome.value, "__await__"):
             return outcome
         try:
-            return Outcome(await asyncio.wait_for(outcome.value, deadline), None)
+            return await asyncio.wait_for(_contained(outcome.value), deadline)
         except TimeoutError:
             return Outcome(None, f"timeout: no verdict within {deadline:g} s")
         except asyncio.CancelledError as error:
@@ -227,7 +238,7 @@ def _judged(outcome: Outcome, episode: Episode) -> Verdict:
     if failure is None:
         try:
             return as_verdict(outcome.value, episode.response)
-        except Exception as error:  # no verdict, or one of odd values
+        except _COSTS_ITS_ROW as error:  # no verdict, or one of odd values
             failure = f"error: {error}"
     return Verdict(0.0, None, False, {}, failure)
 

@@ -13,6 +13,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from torchrl_chat.rewards.notation import alone, plain
+
 Kind = Literal["box", "tag", "hashes", "phrase"]
 
 
@@ -27,42 +29,70 @@ class Mark(NamedTuple):
     """Where the mark begins in the text."""
     end: int
     """Where it ends."""
+    parts: tuple[str, ...] = ()
+    """The contents of the boxes that are one answer."""
 
 
 class Box(NamedTuple):
-    """One ``\\boxed{...}`` or ``\\fbox{...}``."""
+    """One ``\\boxed{...}`` or ``\\fbox{...}``; or ``\\boxed 2``, without braces."""
 
     start: int
     """Where the command begins."""
     content: str
-    """What is between its braces."""
+    """What is between its braces; without them, up to the end of the word or of the formula."""
     end: int
-    """Where its closing brace ends."""
+    """Where its closing brace, or its content, ends."""
 
 
 # A text that was escaped twice has "\\boxed"; an odd backslash before a brace makes it a printed brace, not a group.
 # A run of backslashes is one match, else a long one would be read again from each of its ends.
-_BRACES = r"(?P<run>\\++)(?:(?P<box>(?:boxed|fbox)\s*\{)|(?P<brace>[{}]))?|[{}]"
+_BRACES = (
+    r"(?P<run>\\++)(?:(?P<box>(?:boxed|fbox)\s*\{)|(?P<bare>(?:boxed|fbox)(?![a-zA-Z])\s*+)|(?P<brace>[{}]))?|[{}]"
+)
 _BOXED, _ANY_BOXED = re.compile(_BRACES), re.compile(_BRACES, re.IGNORECASE)
 _TAGS, _ANY_TAGS = re.compile(r"<(/?)answer>"), re.compile(r"<(/?)answer>", re.IGNORECASE)
-_OPENING = re.compile(r"<answer>|\\(?:boxed|fbox)\s*\{", re.IGNORECASE)
+_OPENING = re.compile(r"<answer>|\\(?:boxed|fbox)(?![a-zA-Z])", re.IGNORECASE)
+# Without braces TeX boxes one digit; who leaves them out means the number, the command with its arguments, or the letter.
+# Where the formula goes on behind that, nobody can tell what is meant.
+_BARE = re.compile(
+    r"(?=[-+−]?\s?(?:\\?\$\s?)?\.?\d|\(|[a-zA-Z](?=\$|\\[)\]]|[.,;]?(?:\s*\n|\s*\Z))"
+    r"|[-+−]?\s?\\(?:[dtc]?frac|sqrt|text[a-z]*|math[a-z]+|left|pi|infty|emptyset|varnothing)(?![a-zA-Z]))"
+    r"(?P<content>[-+−]?\s?(?:\\?\$\s?)?(?:\\(?!boxed|fbox)[a-zA-Z]++(?:\s++(?=[\d{\\]))?|\\[,;:!%{}]|\((?:[^()$\n]++|\([^()$\n]*+\))*+\)"
+    r"|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}|[^\s\\${}()])++)"
+    r"(?!\s*+(?:[-+−*/=<>^_]|\\(?:cdot|times|div|pm|mp|le|ge|leq|geq|neq?|cup|cap)(?![a-zA-Z])))"
+)
+_BARE_REACH = 400  # characters
 _OPENINGS = 16  # that many of the last are looked at where nested marks count, else nesting would cost its square
 _LONGEST_MARK = 4000
+HEADING = re.compile(
+    r"[\s*_]*(?:(?:step|part|case|section|phase|method|option|stage|question|problem|example|approach|scenario|solution"
+    r"|check|day|week|note)\s+\(?\d{1,3}\)?(?:\s*[.:)–-]|\b)|\(?\d{1,2}[.)]\s+(?=[\s*_]*[A-Z]))[\s*_:]*",
+    re.IGNORECASE,
+)
+"""What a heading of Markdown that counts begins with, behind its hashes: "Step 2:", "2. "."""
+_FORMULA = re.compile(r"[\d$\\]")
 _LAST_LINE = re.compile(r"####(?!#)[ \t]*(?P<text>[^\n#]*)")
-_PHRASE = re.compile(r"\banswer(?:[ \t]+is\b|[ \t]*\**:)(?:[ \t]|[:*])*\n?", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"\banswer(?:[ \t]+is\b|[ \t]*\**:)(?:[ \t]|[:*])*\n?"
+    r"|^#{1,6}[ \t*]*+(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t:*]*+\n\s*+",
+    re.IGNORECASE | re.MULTILINE,
+)
 _FINAL = re.compile(r"\bfinal\s$", re.IGNORECASE)
 _STATED = re.compile(
     r"(?P<math>\$\$[^$]+\$\$|\$[^$\n]+\$|\\\((?:[^\\\n]|\\(?!\)))+\\\)|\\\[(?:[^\\]|\\(?!\]))+\\\])\**[ \t]*(?:\.?[ \t]*$|\.(?=\s)|(?=\n))"
-    r"|(?P<word>\S*[^\s.*])\**(?:\.?\**\s*\Z|[ \t]*(?=\n)|\.(?=\s))"
+    r"|(?P<word>(?:(?:minus|negative|[-−–])[ \t])?\S*[^\s.*])\**(?:\.?\**\s*\Z|[ \t]*(?=\n)|\.(?=\s))"
 )
 _PHRASE_REACH = 500  # characters behind "the answer is" that are looked at
 
-# Between two boxes that are one answer stands a separator, at most with a name: ", ", " and $y = ", " papers and ".
+# Between two boxes that are one answer stands a separator, at most with what was counted before it and a name behind:
+# ", ", " and $y = ", " papers and ". A sentence of its own in between begins another answer.
 _JOINT = re.compile(
-    r"(?:[,;]|\b(?:and|or)\b)[\s$\\}({]*(?:\\?(?:quad|text)[\s{}]*)*(?:\w{1,8}[\s$]*=)?[\s$\\({\[]*$"
+    r"[\w()\[\] -]{0,60}?(?:[,;] ?(?:(?:and|or) )?|\b(?:and|or) )[(\[ ]*+(?:[\w\\]{1,12} ?= ?)?[(\[ ]*+"
 )
+_LAYOUT = re.compile(r"(?:\\(?:q?quad|text[a-z]*|mbox)(?![a-zA-Z])|\\[,;:! ()\[\]]|[$\s{}])+")
 _REVISION = re.compile(
-    r"\b(?:no|not|wait|hmm|sorry|actually|instead|rather|but|should|final|finally|first|correct\w*|mistake\w*)\b",
+    r"\n\s*\n|\b(?:no|not|wait|hmm|sorry|actually|instead|rather|but|should|final|finally|first|correct\w*|mistake\w*|so|thus|hence"
+    r"|therefore|then|now|giving|gives?|means|which|simplif\w*|becomes|equals?|check\w*|verif\w*|again)\b",
     re.I,
 )
 _JOINT_REACH = 70
@@ -70,6 +100,8 @@ _JOINT_REACH = 70
 
 def boxes(text: str, *, nested: bool = False, ignore_case: bool = False) -> list[Box]:
     """Every ``\\boxed{...}`` and ``\\fbox{...}`` whose braces close, in the order of the text.
+
+    ``\\boxed 2``, which has no braces, is one as well; "use \\boxed for the answer" is none.
 
     Args:
         text: the text.
@@ -80,6 +112,8 @@ def boxes(text: str, *, nested: bool = False, ignore_case: bool = False) -> list
     Example:
         >>> boxes("so \\\\boxed{\\\\frac{1}{2}}, not \\\\boxed{2")
         [Box(start=3, content='\\\\frac{1}{2}', end=22)]
+        >>> [box.content for box in boxes("hence $\\\\boxed 12$")]
+        ['12']
     """
     if not ignore_case and "boxed" not in text and "fbox" not in text:
         return []
@@ -89,6 +123,11 @@ def boxes(text: str, *, nested: bool = False, ignore_case: bool = False) -> list
         run = match["run"]
         if match["box"]:
             opened.append((match.start(), match.end()))
+        elif match["bare"]:
+            bare = _BARE.match(text, match.end(), match.end() + _BARE_REACH)
+            content = bare["content"].rstrip(".,;:!?*") if bare else ""
+            if content:
+                found.append(Box(match.start(), content, match.end() + len(content)))
         elif run and (match["brace"] is None or len(run) % 2):
             continue
         elif text[match.end() - 1] == "{":
@@ -176,11 +215,12 @@ def after_reasoning(text: str) -> str:
 def find_marked(text: str, which: Literal["first", "last"] = "last") -> Mark | None:
     """The answer that the text marks, or ``None``.
 
-    Boxes, ``<answer>`` tags and a last line with ``####`` are equals: the last (or first) in the text is taken. A box
+    Boxes, ``<answer>`` tags and a last line with ``####`` are equals: the last (or first) in the text is taken. A line that is
+    a heading, "#### Step 2", or that holds no formula behind one of the others, is none of them. A box
     inside a tag is the answer of the tag. Boxes that are listed together (``\\boxed{1}, \\boxed{2} and \\boxed{3}``)
     are one answer. "The answer is ..." and "Answer: ..." count only where none of these is there, and only with one
-    formula or one word behind them that ends the line or the sentence; "the final answer is ..." also where it
-    comes last.
+    formula or one word behind them that ends the line or the sentence; so does what stands below a heading "#### Final
+    Answer"; "the final answer is ..." also where it comes last.
 
     Example:
         >>> find_marked("\\\\boxed{1}? No. <answer>x = 2</answer>").text
@@ -198,7 +238,8 @@ def find_marked(text: str, which: Literal["first", "last"] = "last") -> Mark | N
     if "####" in text:
         line_start = text.rstrip().rfind("\n") + 1
         line = _LAST_LINE.match(text, line_start + len(text[line_start:]) - len(text[line_start:].lstrip()))
-        if line and line["text"].strip() and not any(mark.start > line.start() for mark in found):
+        heading = line and (HEADING.match(line["text"]) or (found and not _FORMULA.search(line["text"])))
+        if line and line["text"].strip() and not heading and not any(mark.start > line.start() for mark in found):
             found.append(Mark(line["text"].strip(), "hashes", line.start(), line.end()))
     if not found:
         return _phrase(text, which)
@@ -215,12 +256,17 @@ def _box_marks(text: str) -> list[Mark]:
     for box in boxes(text):
         between = text[marks[-1].end : box.start] if marks else ""
         content = box.content.strip()
-        if between and len(between) <= _JOINT_REACH and _JOINT.search(between) and not _REVISION.search(between):
+        if (
+            between
+            and len(between) <= _JOINT_REACH
+            and _JOINT.fullmatch(_LAYOUT.sub(" ", between))
+            and not _REVISION.search(between)
+        ):
             before = marks.pop()
-            joined = before.text if before.text == content else f"{before.text}, {content}"
-            marks.append(Mark(joined, "box", before.start, box.end))
+            parts = before.parts if content in before.parts else (*before.parts, content)
+            marks.append(Mark(", ".join(parts), "box", before.start, box.end, parts))
         else:
-            marks.append(Mark(content, "box", box.start, box.end))
+            marks.append(Mark(content, "box", box.start, box.end, (content,)))
     return marks
 
 
@@ -312,26 +358,9 @@ def _out_of(match: re.Match[str] | None, high: float) -> float | None:
 
 # --- The text of an answer: cleaned, compared, bounded ---
 
-_CHARACTERS = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "‐": "-",
-        "‑": "-",
-        "\u00a0": " ",
-        "\u202f": " ",
-        "\u2009": " ",
-        "~": " ",
-        "°": "^\\circ ",
-        "∞": "\\infty ",
-        "²": "^2",
-        "³": "^3",
-    }
-)
 _ENVELOPE = re.compile(
     r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:[^\\]|\\(?![()]))+)\\\)|\\\[((?:[^\\]|\\(?![\[\]]))+)\\\]"
 )
-_ROOT_SIGN = re.compile(r"√\s*(\d+|[a-zA-Z])")
 _SPACES = ("\\ ", "\\,", "\\;", "\\:", "\\!", " ", "\n")
 # 12\,345 is one number; Math-Verify reads it as the mixed number 12 + 345.
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|\{,\}\s?|,\\!\s?)\s?\d{3})+(?![\d,])")
@@ -342,7 +371,10 @@ UNITS = (
     r"(?:square |cubic )?(?:cm|mm|km|m|kg|inch(?:es)?|feet|foot|ft|(?:centi|kilo|milli)?met(?:er|re)s?|miles?|units?"
     r"|degrees?|dollars?|cents|hours?|minutes?|seconds?|days?|weeks?|months?|years?|people|students|ways|apples)"
 )
-_PLAIN_UNIT = re.compile(rf"(?P<number>[-+]?[\d.,/]+) (?P<unit>{UNITS})")
+_PLAIN_UNIT = re.compile(
+    rf"(?P<number>[-+]?[\d.,/]+)(?: |\\[,;: ]\s*)(?P<unit>(?:{UNITS}|(?!(?:pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|mod|theta|alpha|beta)\b)"
+    r"[a-zA-Z]{2,20}(?: [a-zA-Z]{2,20}){0,3}|L|(?:km|m|cm|mi|miles)/(?:h|hr|hour|s|min)))(?P<power>\^(?:[23]|\{[23]\}))?"
+)
 # Math-Verify drops the words behind a number, these too.
 _SCALED = re.compile(
     rf"(?P<number>(?:\\?\$\s*)?[-+]?(?:\d[\d,]{{0,30}})?(?:\.\d{{1,20}})?(?<=\d))(?:\\[,;: ]|\s)*(?:{TEXT}\{{)?\s*(?P<scale>hundred|thousand|million|billion|trillion)"
@@ -356,9 +388,10 @@ _BEFORE_UNIT = re.compile(r"\\[,;:! ](?=\\(?:text|mbox|mathrm)\b)")
 
 def tidy(text: str) -> str:
     """The answer without what surrounds it, and with numbers spelled so that Math-Verify reads them right."""
-    text = text.strip().translate(_CHARACTERS).strip().strip("*").strip()
+    text = text.strip().strip("*`").strip()
     if text.isdecimal() and text.isascii():
         return text
+    text = plain(text.replace("~", " ")).strip()
     if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
         text = text[:-1].rstrip()
     envelope = _ENVELOPE.fullmatch(text)
@@ -366,7 +399,7 @@ def tidy(text: str) -> str:
         text = envelope[envelope.lastindex or 0].strip()
         if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
             text = text[:-1].rstrip()
-    text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text)
+    text = alone(text)
     if text.endswith("%"):  # Math-Verify does not read 5\,\%
         head = text.removesuffix("%").removesuffix("\\")
         while head.endswith(_SPACES):
@@ -374,13 +407,13 @@ def tidy(text: str) -> str:
         text = head + "\\%"
     text = _BEFORE_UNIT.sub(" ", text)  # nor 1,000\,\text{m}
     text = _THOUSANDS.sub(lambda m: re.sub(r"\D", "", m.group()), text)
-    unit = _PLAIN_UNIT.fullmatch(text)
-    if unit:
-        return f"{unit['number']}\\text{{ {unit['unit']}}}"
     scaled = _SCALED.fullmatch(text) if "illion" in text or "thousand" in text or "hundred" in text else None
     if scaled:
         number = Decimal(re.sub(r"[^-\d.]", "", scaled["number"])) * _SCALES[scaled["scale"]]
         return f"{number.normalize():f}" + (f"\\text{{{scaled['more']}}}" if scaled["more"].strip() else "")
+    unit = _PLAIN_UNIT.fullmatch(text)
+    if unit:
+        return f"{unit['number']}\\text{{ {unit['unit']}}}{unit['power'] or ''}"
     return text.replace(" ", "") if _SPACED.fullmatch(text) else text
 
 

@@ -16,7 +16,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from torchrl_chat.rewards.marked import Mark, after_reasoning, find_marked, tidy
+from torchrl_chat.rewards.marked import Mark, after_reasoning, boxes, find_marked, tidy
+from torchrl_chat.rewards.notation import plain, radians
 from torchrl_chat.rewards.quick import MAX_DIGITS, MAX_LENGTH, equal_numbers, read_number, same_text, too_much
 from torchrl_chat.rewards.verdict import Verdict
 
@@ -29,9 +30,14 @@ class MathVerifier:
 
     The final answer is what the response marks (see :func:`torchrl_chat.rewards.marked.find_marked`):
     ``\\boxed{}`` and ``\\fbox{}``, ``<answer>`` tags, a last line ``#### 42``, "the answer is 42". Text up to
-    ``</think>`` is read over, and so are units, other than ``\\%`` and "million"; where the reference is one value, text
-    behind an answer that is no unit (``5\\text{ or }6``, ``5\\text{ dozen}``) makes it wrong. The reference is a bare answer (``\\frac{1}{2}``), a formula (``$...$``), a
-    worked solution that marks its answer, or a number.
+    ``</think>`` is read over. So are units, though not "million", and where the reference is one value, text behind
+    an answer that is no unit makes it wrong (``5\\text{ or }6``, ``5\\text{ dozen}``). A percentage is right for both of its
+    readings: ``50\\%`` for 50 and for 0.5. Degrees in the argument of ``\\sin`` and the like are degrees, and an angle in
+    degrees is compared with one in terms of ``\\pi`` as what it is. A number in a base is right for the same digits in the same base
+    (``1011_2``, ``1011_{\\text{two}}``), a time of day for the same time.
+
+    The reference is a bare answer (``\\frac{1}{2}``), a formula (``$...$``), a worked solution that marks its answer, or a
+    number. One whose mark cannot be read is an error, never a match.
 
     Simple answers are decided by :meth:`quick`. All others go to SymPy, which can take forever on a hostile answer;
     so ``isolate`` is set, and math-verify's own time limit (a signal, which works in a main thread only) is off.
@@ -55,7 +61,7 @@ class MathVerifier:
 
     Raises:
         ImportError: math-verify is not installed, and the answer is not a simple one.
-        ValueError: an option has no such value, or a reference is blank.
+        ValueError: an option has no such value; a reference is blank, or the mark of its answer cannot be read.
 
     Example:
         >>> verify = MathVerifier()
@@ -147,6 +153,9 @@ class MathVerifier:
             refused = self._refused(found)
             if refused is not None:
                 return refused
+        if found.direct and expected.direct and _turns(found.text, expected.text):
+            answer = _read(radians(found.text), True, targets)
+            expected = expected._replace(text=radians(expected.text))
         correct = library.verify(
             _read(expected.text, expected.direct, targets),
             answer,
@@ -170,7 +179,7 @@ class MathVerifier:
             return _Answer(tidy(text), text, True, False)
         if "string" not in self.extract and not _ANYTHING.search(text):
             return None
-        return _Answer(text, text, False, False)
+        return _Answer(plain(text), text, False, False)
 
     def _rounding(self, expected: _Answer) -> int:
         if expected.text.isdecimal():
@@ -210,10 +219,16 @@ _PERCENT_BEHIND = re.compile(r"\s*(?:\$|\\\)|\\\])?\s*(?:\\?%|(?:percent|pct)\b)
 
 
 def _marked(mark: Mark, text: str) -> _Answer:
-    answer = mark.text
-    if mark.kind == "box" and _PERCENT_BEHIND.match(text, mark.end) and not answer.endswith("%"):
-        answer += "\\%"
-    answer = tidy(answer) if len(answer) <= MAX_LENGTH else answer
+    parts = [part if len(part) > MAX_LENGTH else tidy(part) for part in mark.parts or (mark.text,)]
+    if mark.kind == "box" and _PERCENT_BEHIND.match(text, mark.end) and not parts[-1].endswith("%"):
+        parts[-1] = tidy(parts[-1] + "\\%")
+    if len(parts) > 1:  # \boxed{\frac12}, or \boxed{0.5}: one answer, said twice
+        kept: list[str] = []
+        for part in parts:
+            if not any(equal_numbers(part, other, 0) or same_text(part, other) for other in kept):
+                kept.append(part)
+        parts = kept
+    answer = ", ".join(parts)
     return _Answer(answer, mark.text, not _DELIMITER.search(answer), True)
 
 
@@ -224,20 +239,39 @@ def _reference(reference: Any) -> _Answer:
 
 
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}\s+[a-zA-Z]{2,}(?![^{]*\})")
+_BOX = re.compile(r"\\++(?:boxed|fbox)(?![a-zA-Z])")
 
 
 @lru_cache(maxsize=8192)
 def _reference_text(reference: str) -> _Answer:
-    if not reference.strip():
+    mark = find_marked(reference)
+    if "boxed" in reference or "fbox" in reference:
+        # Or something before it would be taken for the answer: "As x = 3, it is \\boxed{5".
+        last = max((match.start() for match in _BOX.finditer(reference)), default=0)
+        unread = reference[:last].strip(" \n$") and all(box.start != last for box in boxes(reference, nested=True))
+        if unread or (mark is not None and _BOX.search(mark.text)):
+            raise ValueError(
+                f"the reference {reference[-200:]!r} marks its answer with a box that cannot be read: expected "
+                f"\\boxed{{...}} with braces that close."
+            )
+    if reference.rfind("<answer>") > max(0, reference.rfind("</answer>")):
+        raise ValueError(f"the reference {reference[-200:]!r} opens <answer> and never closes it.")
+    if mark is not None:
+        found = _marked(mark, reference)
+    else:
+        answer = tidy(reference)
+        direct = not _DELIMITER.search(answer) and not _WORDS.search(answer)
+        found = _Answer(answer if direct else plain(reference), reference, direct, False)
+    if not found.text.strip():
         raise ValueError(
             f"the reference {reference!r} is blank: expected an answer like '42' or '\\\\frac{{1}}{{2}}'."
         )
-    mark = find_marked(reference)
-    if mark is not None:
-        return _marked(mark, reference)
-    answer = tidy(reference)
-    direct = not _DELIMITER.search(answer) and "boxed" not in answer and not _WORDS.search(answer)
-    return _Answer(answer if direct else reference, reference, direct, False)
+    return found
+
+
+def _turns(a: str, b: str) -> bool:
+    """Whether one of two angles is in degrees and the other in radians."""
+    return any("\\circ" in x and "\\pi" not in x and "\\pi" in y and "\\circ" not in y for x, y in ((a, b), (b, a)))
 
 
 # --- The slow way --------------------------------------------------------------------------------------------------

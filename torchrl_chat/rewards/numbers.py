@@ -1,7 +1,8 @@
 """Numbers in text: found, read exactly, and compared as numbers rather than as strings.
 
-Read: ``42``, ``-3``, ``−3``, ``1,234.50``, ``.5``, ``$5``, ``-$5``, ``€5``, ``42%``, ``42.`` (a period that ends a
-sentence). Not read: fractions, words, scientific notation. Values are exact decimals, so 0.1 is 0.1.
+Read: ``42``, ``-3``, ``−3``, ``minus 3``, ``- 3`` where a value is expected, ``1,234.50``, ``1 234`` with a narrow or a
+no-break space, ``1'234``, ``12,34,567``, ``.5``, ``$5``, ``-$5``, ``US$5``, ``Rs. 5``, ``42%``, ``42.`` (a period that
+ends a sentence). Not read: fractions, words, scientific notation. Values are exact decimals, so 0.1 is 0.1.
 """
 
 from __future__ import annotations
@@ -10,29 +11,57 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from typing import Any
 
 from torchrl_chat.rewards.verdict import Verdict
 
-_CURRENCY = r"[$€£¥₹]"
-# A minus is a sign only where no operand stands in front of it: "5-3" holds 5 and 3. With a space behind it, it is a
-# sign behind "=" and an opening bracket; elsewhere it is a dash, or the bullet of a list.
-# No thousands begin inside a run of digits and commas: a long run would be read again from each of its groups.
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)\]}%])(?:[-−+](?!\s)|(?:(?<=[=(\[{])|(?<==\s))[-−+]\s))?"
-    rf"(?:{_CURRENCY}\s?(?P<inner>[-−])?)?"
-    r"(?P<digits>(?<!\d)(?<!\d,)\d{1,3}(?:,\d{3})++(?![\d,]\d)(?:\.\d+)?|\d++(?:\.\d++)?|(?<![\d.])\.\d++)"
+_CURRENCY = (
+    r"(?:(?<![A-Za-z])(?:US|CA?|AU?|NZ|HK|NT|[SR])\s?)?\\?[$€£¥₹₽₩₦₱฿₫₴₪₺＄￡￥]"
+    r"|(?<![A-Za-z])(?:Rs\.?|USD|EUR|GBP|INR|CAD|AUD)(?=[\s\d-])"
 )
+_DASH = "-−–‐‑"
+_GAP = "'’\u00a0\u202f\u2009"
+_NO_GAPS = str.maketrans("", "", _GAP + ",")
+# No thousands begin inside a run of digits and separators: a long run would be read again from each of its groups.
+_DIGITS = re.compile(
+    r"(?=\.?\d)(?:(?<!\d)(?<!\d,)\d{1,3}(?:,\d{3})++(?![\d,]\d)(?:\.\d+)?"
+    r"|(?<!\d)(?<!\d,)\d{1,2}(?:,\d{2}(?!\d))++,\d{3}(?![\d,]\d)(?:\.\d+)?"
+    rf"|(?<!\d)(?<!\d[{_GAP}])\d{{1,3}}(?:[{_GAP}]\d{{3}})++(?!\d)(?:\.\d+)?"
+    r"|\d++(?:\.\d++)?|(?<![\w.])\.\d++)"
+)
+_LEAD_REACH = 40  # characters before the digits that are looked at
+_LEAD = re.compile(
+    rf"(?P<sign>[{_DASH}+][^\S\n]?|\b(?i:minus|negative)\s)?(?:(?:{_CURRENCY})\s?(?P<inner>[{_DASH}]\s?)?)?\Z"
+)
+_OPERAND = re.compile(r"[\w.)\]}%]\Z")
+# Behind these a value is expected, so that a sign with a space behind it, or a word, is the value's sign.
+_EXPECTS = re.compile(
+    r"(?:[=≈(\[{*$:\"'`]|[=≈:][^\S\n]|\b(?:is|are|be|was|were|of|to|at|by|gets?|got|equals?|gives|yields|becomes|makes"
+    r"|reaches|exactly|about|approximately)[^\S\n](?:[*$(]|\*\*)?)\Z",
+    re.IGNORECASE,
+)
+_BEGINS = re.compile(r"(?:\n|[.;]\s)[\s*$]?\Z")
 _MAX_DIGITS = 400  # longer runs of digits are no answer, and exact arithmetic on them is no work worth doing
+_RAISED = "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218f"  # powers, indices, fractions of one character
+_SCALE = (
+    r"(?:k|K|M|B|bn|mn|mil|(?i:hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|crores?|dozens?|scores?"
+    r"|half|halves|thirds|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths))(?![^\W\d_])"
+)
 _NO_UNIT = re.compile(
-    r"[\s-]*(?:k|K|M|B|bn|mn|x|X|(?i:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|half|halves|thirds"
-    r"|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths|point|squared|cubed|factorial|choose|mod"
-    r"|or|and|plus|minus|times|by|over|to|through|vs|versus|divided|multiplied|if|unless|any"
-    r"|(?:more|less|fewer)\s{1,4}than))(?![^\W\d_])"
+    rf"[\s-]*(?:{_SCALE}|(?:x|X|(?i:point|squared|cubed|factorial|choose|mod"
+    r"|or|and|plus|minus|times|by|over|to|through|vs|versus|divided|multiplied|if|unless|any|below"
+    r"|(?:more|less|fewer)\s{1,4}than))(?![^\W\d_]))"
 )
 _TAKEN = re.compile(
-    r"(?:[/^*\w]|\b(?:minus|negative|not|than|or|and|plus|times|by|over|half(?:\sof)?)\s)\Z", re.IGNORECASE
+    r"(?:\w|[/^*+×÷·±≠<>√][ $]?|[\^_]\{|\\[a-zA-Z]+\s*\{?"
+    r"|\b(?:minus|negative|not|than|or|and|plus|times|by|over|half(?:\sof)?)\s)\Z",
+    re.IGNORECASE,
 )
+_CHANGES = re.compile(rf"[/^*+!\w{_RAISED}]|\s*(?:[/^*+×÷·{_RAISED}]|\\[a-zA-Z])")
+# In running text: what makes another number of it. The words that only go on, "5 and", "5 or so", are none.
+_PART = re.compile(rf"\s?[{_RAISED}]|[/⁄]\d|[eE][-+]?\d|\^|[\s-]{{0,2}}{_SCALE}")
+_PART_OF = re.compile(rf"(?:\d\s{{0,2}}[/⁄]\s{{0,2}}|\d[eE][-+]?|\^\{{?|[√{_RAISED}])\Z")
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -42,42 +71,47 @@ def parse_number(text: str) -> Decimal | None:
         >>> parse_number("$1,234.50")
         Decimal('1234.50')
     """
-    text = text.strip().strip("*").strip().rstrip(".").removesuffix("\\%").removesuffix("%").strip()
-    match = _NUMBER.fullmatch(_signed(text.replace("\\$", "$")))
-    return _value(match) if match else None
+    text = text.strip().strip('*_`"“”').strip().rstrip(".").removesuffix("%").removesuffix("\\").strip()
+    found = leading_number(text)
+    return found[0] if found is not None and not found[1] else None
 
 
 def extract_number(text: str) -> Decimal | None:
-    """The last number in the text, or ``None``.
+    """The last number in the text; ``None`` if it has none, or if the last is part of a fraction, a power or "5 million".
 
     Example:
         >>> extract_number("64 + 60 = 124, then 124 + 7 = 131. The answer is 131.")
         Decimal('131')
     """
     last = None
-    for last in _NUMBER.finditer(text):  # noqa: B007  # the last match is wanted
+    for last in _DIGITS.finditer(text):  # noqa: B007  # the last match is wanted
         pass
-    return _value(last) if last else None
+    if last is None or _PART.match(text, last.end()):
+        return None
+    start, value = _read(text, last)
+    return None if _PART_OF.search(text[max(0, start - 8) : start]) else value
 
 
 def leading_number(text: str) -> tuple[Decimal, str] | None:
     """The number that the text begins with, and what follows it."""
     text = _signed(text)
-    match = _NUMBER.match(text)
-    value = _value(match) if match else None
-    return None if match is None or value is None else (value, text[match.end() :])
+    match = _DIGITS.search(text, 0, _LEAD_REACH + _MAX_DIGITS)
+    if match is None:
+        return None
+    match = _DIGITS.match(text, match.start()) or match  # to its end, wherever that is
+    start, value = _read(text, match)
+    return None if start or value is None else (value, text[match.end() :])
 
 
 def only_number(text: str) -> Decimal | None:
     """The number of a text that holds exactly one, not part of a fraction, a power or a word, nor of "5 million"."""
-    matches = list(_NUMBER.finditer(text))
+    matches = list(islice(_DIGITS.finditer(text), 2))
     if len(matches) != 1:
         return None
     [match] = matches
-    before, after = text[max(0, match.start() - 20) : match.start()], text[match.end() :]
-    if _TAKEN.search(before) or re.match(r"[/^*\w]", after) or goes_on(after):
-        return None
-    return _value(match)
+    start, value = _read(text, match)
+    before, after = text[max(0, start - 20) : start], text[match.end() :]
+    return None if _TAKEN.search(before) or _CHANGES.match(after) or goes_on(after) else value
 
 
 def goes_on(text: str) -> bool:
@@ -119,16 +153,42 @@ def reference_number(reference: Any) -> Decimal:
 
 def _signed(text: str) -> str:
     """The text without the space behind a sign that it begins with: as a formula, "- 5" is a number."""
-    return text[0] + text[1:].lstrip() if text[:1] in ("-", "−", "+") else text
+    return text[0] + text[1:].lstrip() if text[:1] in (*_DASH, "+") and text else text
 
 
-def _value(match: re.Match[str]) -> Decimal | None:
-    digits = match["digits"].replace(",", "")
-    if len(digits) > _MAX_DIGITS:
-        return None
-    value = Decimal(digits)
-    negative = (match["sign"] or "").strip() in ("-", "−") or match["inner"] is not None
-    return value.copy_negate() if negative and value else value  # -value would be rounded to 28 digits
+def _read(text: str, digits: re.Match[str]) -> tuple[int, Decimal | None]:
+    """Where the number begins whose digits these are, its sign and currency included, and its value.
+
+    A sign stands where no operand is in front of it: "5-3" holds 5 and 3. With a space behind it, it is a sign where a value
+    is expected; elsewhere it is a dash, or the bullet of a list. U+2212 is no bullet.
+    """
+    offset = max(0, digits.start() - _LEAD_REACH)
+    window = text[offset : digits.start()]
+    lead = _LEAD.search(window)
+    start, negative = digits.start(), False
+    if lead is not None:
+        start, negative = offset + lead.start(), lead["inner"] is not None
+        sign = lead["sign"]
+        if sign is not None:
+            before = window[: lead.start()] if offset else "\n" + window[: lead.start()]
+            if sign.lower().rstrip() == "minus":
+                holds = bool(_EXPECTS.search(before) or _BEGINS.search(before))
+            elif sign[0] not in _DASH + "+":
+                holds = True
+            elif sign[-1].isspace():
+                unicode = sign[0] == "−" and not _OPERAND.search(before.rstrip())
+                holds = unicode or _EXPECTS.search(before) is not None
+            else:
+                holds = not _OPERAND.search(before)
+            if holds:
+                negative = negative or sign[0] != "+"
+            else:
+                start = offset + lead.end("sign")
+    spelled = digits.group().translate(_NO_GAPS)
+    if len(spelled) > _MAX_DIGITS:
+        return start, None
+    value = Decimal(spelled)
+    return start, value.copy_negate() if negative and value else value  # -value would be rounded to 28 digits
 
 
 @dataclass(frozen=True)

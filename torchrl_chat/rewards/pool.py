@@ -198,7 +198,7 @@ class _Batch:
         for row, call in enumerate(calls):
             try:
                 self.calls.append(_pickled(call))
-            except Exception as error:  # this row cannot be sent; the others can
+            except (Exception, SystemExit) as error:  # this row cannot be sent; the others can
                 self.calls.append(b"")
                 self._settle(row, f"error: the call cannot be pickled: {type(error).__name__}: {error}")
                 continue

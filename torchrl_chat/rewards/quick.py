@@ -17,25 +17,62 @@ from torchrl_chat.rewards.marked import TEXT, UNITS, spelling
 MAX_LENGTH = 10_000
 """The longest answer that is looked at, in characters."""
 
-_BASED = re.compile(r"0*([0-9A-Za-z]+)_\{?(\d{1,2})\}?", re.ASCII)
+_BASED = re.compile(
+    r"(?P<sign>-?)0*(?P<digits>[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)_(?:\{(?P<base>\d{1,2})\}|(?P<short>\d))", re.ASCII
+)
+_CLOCK = re.compile(
+    r"0?(?P<hour>\d{1,2}):(?P<minute>[0-5]\d)(?::[0-5]\d)?(?:\\text\{ ?(?P<half>[ap]m)\})?", re.ASCII
+)
 
 
 def same_text(a: str, b: str) -> bool | None:
-    """``True`` if two answers are spelled alike; ``None`` if that does not say whether they are equal."""
+    """``True`` if two answers are spelled alike; ``None`` if that does not say whether they are equal.
+
+    Numbers in a base and times of day are compared here as well: Math-Verify drops the base, and reads a time as a
+    ratio. A number without a base is no answer for one that has some; a time without "am" or "pm" is one for either.
+    """
     if max(len(a), len(b)) > MAX_LENGTH:
         return True if a == b else None
     a, b = spelling(a), spelling(b)
     if a == b:
         return True
-    one, two = _BASED.fullmatch(a), _BASED.fullmatch(b)  # 52_8: Math-Verify drops the base
+    one, two = _based(a), _based(b)
     if one and two:
-        differ = one[1].isdecimal() and two[1].isdecimal() and one.groups() != two.groups()
-    else:
-        differ = bool((one and _PLAIN.fullmatch(b)) or (two and _PLAIN.fullmatch(a)))
-    return False if differ or (one_value(b) and changed(a)) else None
+        return one == two
+    if (one and _DIGITS_ALONE.fullmatch(b)) or (two and _DIGITS_ALONE.fullmatch(a)):
+        return False
+    early, late = _CLOCK.fullmatch(a), _CLOCK.fullmatch(b)
+    if early and late:
+        return _same_time(early, late)
+    return False if one_value(b) and changed(a) else None
 
 
-_PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?", re.ASCII)
+def _based(text: str) -> tuple[str, str, int] | None:
+    """The sign, digits and base of ``1011_2``; ``None`` for anything else, ``a_5`` among it."""
+    match = _BASED.fullmatch(text) if "_" in text else None
+    if match is None:
+        return None
+    base, digits = int(match["base"] or match["short"]), match["digits"].upper()
+    if not 2 <= base <= 36 or not any(c.isdigit() for c in digits):
+        return None
+    return (match["sign"], digits, base) if all(c == "." or int(c, 36) < base for c in digits) else None
+
+
+def _same_time(one: re.Match[str], two: re.Match[str]) -> bool:
+    """Whether two times of day are the same: 5:30 pm is 5:30 pm, 5:30 and 17:30."""
+    if one.group().partition("\\")[0].split(":")[1:] != two.group().partition("\\")[0].split(":")[1:]:
+        return False
+    halves, hours = (one["half"], two["half"]), (int(one["hour"]), int(two["hour"]))
+    if all(halves) or not any(halves):
+        return halves[0] == halves[1] and hours[0] == hours[1]
+    with_half = 0 if halves[0] else 1
+    hour, other = hours[with_half], hours[1 - with_half]
+    return other in (hour, hour % 12 + (12 if halves[with_half] == "pm" else 0))
+
+
+_DIGITS_ALONE = re.compile(
+    r"[-+]?[0-9A-Za-z.]+(?:_(?:\w|\{.*\}))?", re.ASCII
+)  # without a base, or with none that there is
 _SEVERAL = re.compile(
     rf",(?!\d{{3}}(?!\d))|(?<!\\)\$|[;=<>\[]|{TEXT}|\\(?:[{{&]|(?:pm|mp|cup|in|l?or|vee|l?eq|geq?|text\w*|not|neg|lnot|[hv]?phantom|begin)(?![a-zA-Z]))"
     r"|'|\\prime|\s[a-zA-Z]{2,}\s"
@@ -43,10 +80,12 @@ _SEVERAL = re.compile(
 _TEXT = re.compile(r"(?:\\(?:text[a-z]*|mathrm|mathbf|mathit|mbox|hbox))\s*+\{(?P<words>[^{}]*+)\}")
 _NO_UNIT = re.compile(
     r"(?<![\w^])\d|\b(?:or|and|any|if|otherwise|unless|either|else|not|plus|minus|times|over|half|halves|hundreds?|thousands?"
-    r"|millions?|billions?|trillions?|dozens?|more|less|fewer|to)\b",
+    r"|millions?|billions?|trillions?|dozens?|more|less|fewer|to|squared|cubed|factorial|below|(?-i:[kx]))\b",
     re.IGNORECASE,
 )
-_CHANGED = re.compile(r"\\(?:neg|lnot|not|[hv]?phantom)(?![a-zA-Z])|\d\s*+(?:'|\^\s*+\{?\s*+\\prime)")
+_CHANGED = re.compile(
+    r"\A\s*+\\(?:neq?|geq?|leq?|gt|lt)(?![a-zA-Z])|\\(?:neg|lnot|not|[hv]?phantom)(?![a-zA-Z])|\d\s*+(?:'|\^\s*+\{?\s*+\\prime)"
+)
 
 
 def one_value(reference: str) -> bool:

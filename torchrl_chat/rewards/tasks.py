@@ -25,6 +25,8 @@ class Task:
         fields: columns that make the reference together, as a dict, where it has no column of its own; those with
             ``?`` behind them may be missing.
         defaults: arguments of the verifier.
+        unmarked: the option that has the verifier read answers that the response does not mark; ``None`` where there
+            is none, since it reads them anyway or never does.
 
     Example:
         >>> TASKS["gsm8k"].reference_of({"question": "2 + 2?", "answer": "#### 4"})
@@ -37,6 +39,7 @@ class Task:
     references: tuple[str, ...] = ("reference", "answer", "solution")
     fields: tuple[str, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    unmarked: str | None = None
 
     def make_verifier(self, **options: Any) -> Any:
         """The task's verifier.
@@ -86,8 +89,8 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("gsm8k", "GSM8KVerifier", references=("reference", "answer")),
-        Task("math", "MathVerifier", defaults=(("unmarked", False),)),
+        Task("gsm8k", "GSM8KVerifier", references=("reference", "answer"), unmarked="last_number"),
+        Task("math", "MathVerifier", defaults=(("unmarked", False),), unmarked="unmarked"),
         Task(
             "ifeval",
             "IFEvalVerifier",

@@ -291,7 +291,7 @@ class Worker:
                 break
             try:
                 replies.append(pickle.loads(self.buffer[SIZE.size : end]))
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # what it is made of is called in this process
                 replies.append((False, f"error: the verdict cannot be read: {type(error).__name__}: {error}"))
             del self.buffer[:end]
         return replies
