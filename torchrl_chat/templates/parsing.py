@@ -190,8 +190,8 @@ class AnswerParser:
             begin += next((k for k in (2, 1) if text.startswith("\n" * k, begin)), 0) if edge else 0
         return ParsedAnswer("\n".join(filter(None, content)), reasoning, tuple(calls), begin)
 
-    def completed(self, text: str, opened: bool, answer: ParsedAnswer) -> tuple[ParsedAnswer, str]:
-        """An answer that its policy ended itself, with the end of its last call that an engine may have taken away.
+    def completed(self, text: str, opened: bool, answer: ParsedAnswer, by_itself: bool) -> tuple[ParsedAnswer, str]:
+        """An answer with the end of its last call, where that is all that it lacks.
 
         Engines leave out the token, or the stop string, at which they stopped. Where that was what ends a call
         (``stop=["</tool_call>"]``, or a token that ends block and turn), the call is complete all the same.
@@ -200,21 +200,25 @@ class AnswerParser:
             text: the turn, as :meth:`parse` got it.
             opened: as in :meth:`parse`.
             answer: what :meth:`parse` found.
+            by_itself: whether the policy ended the turn. If not, a call that is not closed may have been going on.
 
         Returns:
             the answer with the call, and what was missing; ``answer`` and "" where nothing, or more than that, is.
         """
         last = answer.calls[-1] if answer.calls else None
-        if last is None or last.status is not CallStatus.UNCLOSED or last.span[1] < len(text.rstrip()):
+        statuses = (CallStatus.OK, CallStatus.UNCLOSED) if by_itself else (CallStatus.OK,)
+        if last is None or last.status not in statuses or last.span[1] < len(text.rstrip()):
             return answer, ""
         for row in self.formats:
-            if not row.close or not text.startswith(row.open, last.span[0]):
+            first = next((c.span[0] for c in answer.calls[::-1] if text.startswith(row.open, c.span[0])), -1)
+            if not row.close or first < 0 or text.rstrip().endswith(row.close):
                 continue
             inner = (getattr(reader, "close", "") for reader in row.readers)
             for missing in dict.fromkeys([row.close, *(close + row.close for close in inner)]):
                 whole = self.parse(text + missing, opened)
                 if len(whole.calls) == len(answer.calls) and whole.calls[-1].status is CallStatus.OK:
                     return whole, missing
+            break
         return answer, ""
 
     # ------------------------------------------------------------------ reasoning

@@ -111,20 +111,30 @@ class Reader:
         missing, ends_call = "", False
         if answer is None:
             answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
-            ending = any(close.heads.get(stop) for close, stop in stopped)
-            if stopped and not ending and content is not text:
-                # A token that ends a call is no end of the turn, though a policy may well stop there.
-                whole = self.parser.parse(text.removeprefix(lead), thinking)
-                if ends_call := _made(whole) > _made(answer):
-                    answer = whole
-            if reason not in (None, "length") and not ending and last != self.eos:
-                answer, missing = self.parser.completed(text.removeprefix(lead), thinking, answer)
-                ends_call = ends_call or bool(missing)
+            if last != self.eos and not any(close.heads.get(stop) for close, stop in stopped):
+                answer, missing, ends_call = self._with_last_call(
+                    answer, text.removeprefix(lead), thinking, reason not in (None, "length"), content is not text
+                )
         message = answer.message(course.policy, len(course.call_ids))
         own = self.close(shape, AnswerKind.of(message))
         stop = own.stop(last, text) if ended and isinstance(own, Close) and not ends_call else None
         taken = self._taken(missing, own) if missing and isinstance(own, Close) else Suffix()
         return Parsed(message, answer, text, ended, stop, own, taken)
+
+    def _with_last_call(
+        self, answer: ParsedAnswer, text: str, thinking: bool, by_itself: bool, stripped: bool
+    ) -> tuple[ParsedAnswer, str, bool]:
+        """An answer whose end may belong to its last call, or may have been taken away by the engine.
+
+        Returns:
+            the answer, the end of the call that was taken away, and whether the turn ends with the call.
+        """
+        # A token that ends a call is no end of the turn, though a policy may well stop there.
+        whole = self.parser.parse(text, thinking) if stripped else answer
+        whole, missing = self.parser.completed(text, thinking, whole, by_itself)
+        if missing or _made(whole) > _made(answer):
+            return whole, missing, True
+        return answer, "", False
 
     def _taken(self, missing: str, close: Close) -> Suffix:
         """What the engine took of the end of a call, but for what the template's end of the turn begins with."""
