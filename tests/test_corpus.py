@@ -379,3 +379,54 @@ def test_a_call_as_the_model_is_to_write_it(name):
         return
     [found] = template.parser.parse(written).calls
     assert (found.name, found.arguments, found.span) == ("add", {"a": 1, "s": "x"}, (0, len(written)))
+
+
+def opened(template: ChatTemplate, text: str) -> str:
+    """The text behind a reasoning that the generation prompt has opened, if it has."""
+    parser = template.parser
+    if not parser.opened_by(template.renderer.text([user("?")], True)):
+        return text
+    if parser.channels:
+        return f"so{parser.channels.ends[0].replace('{channel}', parser.channels.reasoning[0])}{text}"
+    return f"so\n{parser.pairs[0].close}\n\n{text}"
+
+
+def gone_on(template: ChatTemplate, text: str, reason: str | None, head: str = "") -> tuple[dict, str]:
+    """What a sampled text is read as, and the whole sequence once the call's result is there."""
+    [ids] = template.codec.encode([text + head])
+    [read] = template.parse_batch([ids], finish_reasons=[reason])
+    calls = read.message.get("tool_calls", [])
+    new = [result("3", c["id"], "add") for c in calls] or [user("?")]
+    try:
+        [follow] = template.follow_batch([[user("?"), read.message]], [new], stops=[read.stop])
+    except ChatTemplateError:
+        return read.message, "refused"
+    return read.message, template.codec.decode([[*ids, *read.ending.ids, *follow.ids]])[0]
+
+
+def test_a_complete_call_without_the_token_that_ended_its_turn(name):
+    """Engines take the stop token away: the call stays a call, and the ledger gets the token as unsampled."""
+    template = ChatTemplate(corpus_tokenizer(name), tools=[ADD])
+    written = template.call_text("add", {"a": 1, "s": "3.10"})
+    if written is None:
+        assert name in NOT_WRITTEN or "tool_calls" not in template.renderer.source
+        return
+    text, close = opened(template, written), template.close([user("?"), call({"a": 1})])
+    stop = next(stop for stop in close.main if close.heads[stop])
+    head = max(close.heads[stop], key=len)
+    message, whole = gone_on(template, text, None, head)
+    assert [c["function"] for c in message["tool_calls"]] == [{"name": "add", "arguments": {"a": 1, "s": "3.10"}}]
+    if head not in template.renderer.text([user("?"), message, result("3", "call00000", "add")], True):
+        whole = whole.replace(head, "", 1)  # written behind the last message only
+    for reason in ("stop", "tool_calls", None):
+        assert gone_on(template, text, reason) == (message, whole), reason
+    for row in template.parser.formats:
+        if row.close and written.startswith(row.open) and written.endswith(row.close):
+            cut = text.removesuffix(row.close)
+            assert gone_on(template, cut, "stop") == (message, whole), "the engine took the end of the call"
+            for reason in ("length", None):
+                read, shown = gone_on(template, cut, reason)
+                if "tool_calls" in read:  # nothing more could stand in the block
+                    assert (read, shown) == (message, whole)
+                else:
+                    assert [c["status"] for c in read["invalid_tool_calls"]] == ["unclosed"]

@@ -29,6 +29,14 @@ SEGMENTS = "<|begin|>assistant<|think|>{{ r }}<|end|><|content|>{{ c }}<|tool_ca
 SOURCES = [HERMES, CODER, GLM, INVOKE, BRACKETS, BARE, DEEPSEEK, KIMI, HARMONY, PYTHON, KEYED, TREE, SEGMENTS]
 
 
+def tool(**properties) -> list[dict]:
+    """The tool ``f`` with these parameters."""
+    return [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
+
+
+TOOLS = tool(a={"type": "integer"}, b={"type": "string"})
+
+
 def one(source: str, text: str, **options) -> ParsedCall:
     """The only call of a text."""
     answer = AnswerParser(source, **options).parse(text)
@@ -132,7 +140,7 @@ def test_a_prompt_that_opens_the_reasoning():
     ],
 )  # fmt: skip
 def test_every_format(source, text, ident):
-    call = one(source, text)
+    call = one(source, text, tools=TOOLS)
     assert (call.name, call.arguments, call.status, call.id) == ("f", {"a": 1, "b": "x"}, CallStatus.OK, ident)
     assert text.strip() == text[slice(*call.span)].strip()
     assert AnswerParser(source).parse(text).content == ""
@@ -210,27 +218,93 @@ def test_several_calls_share_their_block():
 
 
 @pytest.mark.parametrize(
-    ("raw", "value"),
+    ("raw", "schema", "value"),
     [
-        ("\n3\n", 3),
-        ("true", True),
-        ("null", None),
-        ("[1]", [1]),
-        ('"x"', '"x"'),
-        ("\n a\n\n", " a\n"),
-        ("NaN", "NaN"),
+        ("\n3\n", {"type": "integer"}, 3),
+        ("\n3\n", {"type": "string"}, "3"),
+        ("\n3\n", {}, "3"),
+        ("\n3.10\n", {"type": "string"}, "3.10"),
+        ("\n3.10\n", {"type": "number"}, 3.1),
+        ("true", {"type": "boolean"}, True),
+        ("True", {"type": "boolean"}, True),
+        ("True", {"type": "string"}, "True"),
+        ("null", {"type": ["integer", "null"]}, None),
+        ("None", {"type": ["integer", "null"]}, None),
+        ("null", {"type": "string"}, "null"),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("None", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "None"),
+        ("[1]", {"type": "array"}, [1]),
+        ("[1, None]", {"type": "array"}, [1, None]),
+        ("[1]", {"type": "string"}, "[1]"),
+        ('["a"]', {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "string"}]}, '["a"]'),
+        ("[ 2 ]", {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "string"}]}, [2]),
+        ("7", {"oneOf": [{"type": "integer"}, {"type": "string"}]}, 7),
+        ("07", {"oneOf": [{"type": "integer"}, {"type": "string"}]}, "07"),
+        ("7", {"enum": ["7", "8"]}, "7"),
+        ("8", {"enum": ["auto", 8]}, 8),
+        ("7", {"anyOf": [{"enum": [8]}, {"type": "string"}]}, "7"),
+        ("7", {"allOf": [{"$ref": "#/$defs/s"}, {"description": "a string"}]}, "7"),
+        ("7", {"$ref": "#/$defs/n"}, 7),
+        ('"x"', {"type": "string"}, '"x"'),
+        ("\n a\n\n", {"type": "string"}, " a\n"),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("1e999", {"type": "number"}, "1e999"),
+        ("three", {"type": "integer"}, "three"),
+        ("3.5", {"type": "integer"}, 3.5),
+        ('{"a": 1}', {"$ref": "#/$defs/s"}, '{"a": 1}'),
+        ("7", {"$ref": "#/$defs/loop"}, "7"),
+        ("7", True, "7"),
+        ("7", {"type": 7, "anyOf": "x"}, "7"),
     ],
 )
-def test_values_of_xml_like_calls(raw, value):
+def test_values_of_xml_like_calls(raw, schema, value):
     text = f"<tool_call>\n<function=f>\n<parameter=a>{raw}</parameter>\n</function>\n</tool_call>"
-    assert one(CODER, text).arguments == {"a": value}
+    tools = tool(a=schema)
+    loop = {"$ref": "#/$defs/loop"}
+    tools[0]["function"]["parameters"]["$defs"] = {"s": {"type": "string"}, "n": {"type": "integer"}, "loop": loop}
+    [found] = one(CODER, text, tools=tools).arguments.values()
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_value_that_its_format_marks_needs_no_schema():
+    def written(said: str, value: str) -> str:
+        return f'<x:tool_call><invoke name="f"><parameter name="a" string="{said}">{value}</parameter></invoke></x:tool_call>'
+
+    assert one(INVOKE, written("false", "3")).arguments == {"a": 3}
+    assert one(INVOKE, written("true", "3")).arguments == {"a": "3"}
+    either = tool(a={"type": ["integer", "string"]})
+    assert one(INVOKE, written("true", "3"), tools=either).arguments == {"a": "3"}
+    assert one(INVOKE, written("false", "3"), tools=either).arguments == {"a": 3}
+    assert one(INVOKE, written("false", "3.10"), tools=tool(a={"type": "string"})).arguments == {"a": "3.10"}
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"b": 1, "a": [3.10,  null]}}</tool_call>'),
+        (HERMES, '<tool_call>{"function": {"name": "f", "arguments": {"a": [3.10,  null]}}}</tool_call>'),
+        (KEYED, '<|tools_prefix|>[{"f": {"a": [3.10,  null]}}]<|tools_suffix|>'),
+        (BRACKETS, '[TOOL_CALLS]f[ARGS]{"a": [3.10,  null]}'),
+        (BARE, '{"name": "f", "parameters": {"a": [3.10,  null]}}'),
+        (HARMONY, '<|channel|>commentary to=functions.f<|message|>{"a": [3.10,  null]}<|call|>'),
+        (PYTHON, "<|tool_call_start|>[f(b=1, a=[3.10,  null] )]<|tool_call_end|>"),
+    ],
+)
+def test_a_string_without_its_quotes_is_what_was_written(source, text):
+    assert one(source, text, tools=tool(a={"type": "string"})).arguments["a"] == "[3.10,  null]"
+    assert one(source, text, tools=tool(a={"type": "array"})).arguments["a"] == [3.1, None]
+    assert one(source, text).arguments["a"] == [3.1, None]
 
 
 def test_nested_elements_become_objects_and_lists():
     m = "]<]minimax[>["
     inside = f"{m}<a>{m}<item>1{m}</item>{m}<item>{m}<b>x{m}</b>{m}</item>{m}</a>"
     text = f'{m}<tool_call>\n{m}<invoke name="f">{inside}{m}</invoke>\n{m}</tool_call>'
-    assert one(TREE, text).arguments == {"a": [1, {"b": "x"}]}
+    assert one(TREE, text).arguments == {"a": ["1", {"b": "x"}]}
+    item = {"anyOf": [{"type": "integer"}, {"type": "object"}]}
+    assert one(TREE, text, tools=tool(a={"type": "array", "items": item})).arguments == {"a": [1, {"b": "x"}]}
+    assert one(TREE, text, tools=tool(a={"type": "string"})).arguments == {"a": inside[len(m) + 3 : -len(m) - 4]}
 
 
 def test_an_answer_that_only_looks_like_a_bare_call():

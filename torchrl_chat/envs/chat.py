@@ -25,7 +25,7 @@ from torchrl_chat.envs.editing import Editing
 from torchrl_chat.envs.resetting import FreshRows
 from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.messages import Message, as_messages
-from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
+from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 from torchrl_chat.transcript import Transcript
 
 InputMode = Literal["history", "text", "tokens"]
@@ -290,10 +290,10 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
         keep = self.input_mode == "text"
         answered = list(transcripts)  # a row that had nothing left to sample stays as it is
         for i, read in zip(places, parsed, strict=True):
-            if isinstance(read.close, BridgeError):  # nothing can follow this turn; it may well be the last
+            suffix = read.ending
+            if suffix is None:  # nothing can follow this turn; it may well be the last
                 tail, text = None, read.text
             else:
-                suffix = read.close.suffix(read.stop)
                 said = template.codec.decode([ids[i].tolist()])[0] if keep and transcripts[i].open else read.text
                 tail, text = suffix.ids, said + suffix.text if keep else ""
             answered[i] = transcripts[i].sampled(

@@ -18,7 +18,7 @@ import torch
 from torchrl_chat.envs.appending import appended
 from torchrl_chat.envs.responses import ResponseError, check_row
 from torchrl_chat.messages import Message, MessageError
-from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
+from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 from torchrl_chat.templates.kinds import Roles
 from torchrl_chat.transcript import Transcript
 
@@ -184,7 +184,7 @@ class TemplateWriter:
         prompts = [before.tokens[-_OPENING_IDS:].tolist()] if template.parser.openings else None
         read = template.parse_batch([answer.ids], [before.course], [answer.finish_reason], prompts)[0]
         # A turn whose end is not known stays open: nothing can follow it, but it may well be the last.
-        close = None if isinstance(read.close, BridgeError) else read.close.suffix(read.stop).ids
+        close = None if read.ending is None else read.ending.ids
         after = before.sampled(ids, None, read.message, ended=read.ended, close=close, stop=read.stop)
         self._known.proved.add(before.course.shape)
         return ledger.then(after, after)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
@@ -17,6 +17,8 @@ from torchrl_chat.templates.reading import Parsed, Reader
 from torchrl_chat.templates.renderers_parser import RenderersParser
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
+from torchrl_chat.templates.values import PROBE_NAME
+from torchrl_chat.templates.writing import written_call
 
 
 class Rendered(NamedTuple):
@@ -91,6 +93,8 @@ class ChatTemplate:
             schema=getattr(self.tokenizer, "response_template", None),
             parse_calls=bool(tools) if parse_tool_calls is None else parse_tool_calls,
             parse_reasoning=parse_reasoning,
+            tools=tools,
+            write=self._probe_call,
         )
         self._rewriter = Rewriter(self._derivation, self.parser, self.close)
         peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
@@ -332,8 +336,23 @@ class ChatTemplate:
         """
         return self._reader.read(sampled, courses, finish_reasons, prompts)
 
+    def _probe_call(self, arguments: dict[str, Any]) -> str:
+        """A conversation that ends with a call of these arguments, as the template writes it; "" where it refuses."""
+        question: Message = {"role": "user", "content": "?"}
+        try:
+            return self.renderer.text([question, _calling(PROBE_NAME, arguments)], False)
+        except ChatTemplateError:
+            return ""
+
     def call_text(self, name: str, arguments: Mapping[str, Any]) -> str | None:
         """A tool call as the model is to write it: as the template writes it, and as :meth:`parse_batch` reads it back.
+
+        Where the template's own writing of a value cannot be read back (it leaves it out, say), it is spelled as it can.
+
+        Args:
+            name: the tool's name.
+            arguments: its arguments. Of a tool that the template was not given, those that a format writes without
+                any type count as read back if they are spelled so: whoever knows the tool's schema reads them further.
 
         Returns:
             the text, without the turn around it; ``None`` where the template has no way to write one that is read here.
@@ -343,25 +362,21 @@ class ChatTemplate:
             >>> template.call_text("add", {"a": 1})  # doctest: +SKIP
             '<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>'
         """
-        function = {"name": name, "arguments": dict(arguments)}
-        call = {"id": "call00000", "type": "function", "function": function}
+        return written_call(name, arguments, self.parser, self._turn_of_call)
+
+    def _turn_of_call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+        """What the policy writes for a turn that is one call, in each way in which it may be cut out of the template's text."""
         question: Message = {"role": "user", "content": "?"}
-        answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         try:
             before, opened = (self.renderer.text([question], generation) for generation in (False, True))
-            written = self.renderer.text([question, answer], False)
+            written = self.renderer.text([question, _calling(name, arguments)], False)
         except ChatTemplateError:
-            return None
+            return
         for start in (opened, before):
-            if not written.startswith(start):
-                continue
-            ids = self.codec.encode([written[len(start) :]])[0]
-            end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-            text = self.codec.decode([ids[:end]])[0]
-            for found in self.parser.parse(text).calls:
-                if found.name == name and found.arguments == function["arguments"]:
-                    return text[slice(*found.span)].strip()
-        return None
+            if written.startswith(start):
+                ids = self.codec.encode([written[len(start) :]])[0]
+                end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+                yield self.codec.decode([ids[:end]])[0]
 
     # ------------------------------------------------------------------ what is proved
     @property
@@ -403,6 +418,12 @@ _RESERVED = {
     "tokenize",
     "truncation",
 }
+
+
+def _calling(name: str, arguments: Mapping[str, Any]) -> Message:
+    """An answer that is one call."""
+    call = {"id": "call00000", "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _course(messages: Sequence[Message]) -> Course:

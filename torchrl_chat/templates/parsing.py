@@ -11,7 +11,7 @@ content, character for character; only the newlines that templates write around 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,11 +31,14 @@ from torchrl_chat.templates.toolcalls import (
     CallStatus,
     ParsedCall,
     Scan,
+    as_texts,
     balanced,
     json_at,
     made_call,
+    members,
     read_json,
 )
+from torchrl_chat.templates.values import USUAL, Values, manner_of
 
 __all__ = ["AnswerParser", "CallFormat", "CallStatus", "ParsedAnswer", "ParsedCall"]
 
@@ -101,6 +104,10 @@ class AnswerParser:
             asked first, and this one only where that fails. It reports no spans: they cover the whole text.
         parse_calls: false leaves every call in the content, as text.
         parse_reasoning: false leaves the reasoning in the content.
+        tools: JSON schemas of the tools: they tell the types of arguments that a format writes without any. An argument
+            of which nothing is known stays a string.
+        write: writes a call (see :func:`~torchrl_chat.templates.values.manner_of`), which shows how the template spells
+            arguments; without it a line break on either side is taken for the template's.
 
     Example:
         >>> parser = AnswerParser("{{ '<think>\\\\n' }}{{ '<tool_call>\\\\n' }}")
@@ -118,6 +125,8 @@ class AnswerParser:
         schema: dict[str, Any] | None = None,
         parse_calls: bool = True,
         parse_reasoning: bool = True,
+        tools: Sequence[Any] | None = None,
+        write: Callable[[dict[str, Any]], str] | None = None,
     ):
         text = _spoken(source, tuple(controls))
         self.pairs = pairs_of(text) if parse_reasoning else ()
@@ -129,6 +138,9 @@ class AnswerParser:
         self.schema = schema
         self.parse_calls = parse_calls
         self.openings = opening_of(self.pairs, self.channels)
+        self.values = Values(
+            tools or (), USUAL if write is None else functools.partial(manner_of, write, self._every_call)
+        )
 
     def opened_by(self, prompt: str) -> bool:
         """Whether a generation prompt ends by opening the reasoning, so that the answer begins inside it.
@@ -140,19 +152,23 @@ class AnswerParser:
         end = prompt.rstrip()
         return any(end.endswith(opening.rstrip()) for opening in self.openings)
 
-    def parse(self, text: str, opened: bool = False) -> ParsedAnswer:
+    def parse(self, text: str, opened: bool = False, values: Values | None = None) -> ParsedAnswer:
         """Take one answer apart.
 
         Args:
             text: the turn as sampled, special tokens spelled out, without the tokens that close the turn.
             opened: the generation prompt has opened the reasoning, so the text begins inside it.
+            values: reads the arguments of calls, instead of :attr:`values`.
 
         Returns:
             What was found; no text raises.
         """
         if self.schema is not None and (answer := self._by_schema(text, opened)) is not None:
             return answer
-        thoughts, pieces = self._by_channels(text, opened) if self.channels else self._by_pairs(text, opened)
+        values = values or self.values
+        thoughts, pieces = (
+            self._by_channels(text, opened, values) if self.channels else self._by_pairs(text, opened)
+        )
         calls: list[ParsedCall] = []
         content: list[str] = []
         for start, end, known in pieces:
@@ -161,7 +177,7 @@ class AnswerParser:
             elif known is not None:
                 found = [known]
             else:
-                found = self._calls(text, start, end)
+                found = self._calls(text, start, end, values)
             found = [self._checked(call) for call in found]
             calls += found
             content.append(_remainder(text, start, end, [c.span for c in found if c.status is CallStatus.OK]))
@@ -173,6 +189,37 @@ class AnswerParser:
             begin = pieces[0][0] if pieces else len(text)
             begin += next((k for k in (2, 1) if text.startswith("\n" * k, begin)), 0) if edge else 0
         return ParsedAnswer("\n".join(filter(None, content)), reasoning, tuple(calls), begin)
+
+    def completed(self, text: str, opened: bool, answer: ParsedAnswer, by_itself: bool) -> tuple[ParsedAnswer, str]:
+        """An answer with the end of its last call, where that is all that it lacks.
+
+        Engines leave out the token, or the stop string, at which they stopped. Where that was what ends a call
+        (``stop=["</tool_call>"]``, or a token that ends block and turn), the call is complete all the same.
+
+        Args:
+            text: the turn, as :meth:`parse` got it.
+            opened: as in :meth:`parse`.
+            answer: what :meth:`parse` found.
+            by_itself: whether the policy ended the turn. If not, a call that is not closed may have been going on.
+
+        Returns:
+            the answer with the call, and what was missing; ``answer`` and "" where nothing, or more than that, is.
+        """
+        last = answer.calls[-1] if answer.calls else None
+        statuses = (CallStatus.OK, CallStatus.UNCLOSED) if by_itself else (CallStatus.OK,)
+        if last is None or last.status not in statuses or last.span[1] < len(text.rstrip()):
+            return answer, ""
+        for row in self.formats:
+            first = next((c.span[0] for c in answer.calls[::-1] if text.startswith(row.open, c.span[0])), -1)
+            if not row.close or first < 0 or text.rstrip().endswith(row.close):
+                continue
+            inner = (getattr(reader, "close", "") for reader in row.readers)
+            for missing in dict.fromkeys([row.close, *(close + row.close for close in inner)]):
+                whole = self.parse(text + missing, opened)
+                if len(whole.calls) == len(answer.calls) and whole.calls[-1].status is CallStatus.OK:
+                    return whole, missing
+            break
+        return answer, ""
 
     # ------------------------------------------------------------------ reasoning
     def _by_pairs(self, text: str, opened: bool) -> tuple[list[tuple[int, int]] | None, list[Piece]]:
@@ -191,11 +238,13 @@ class AnswerParser:
         end, stop = min(ends, default=(len(text), len(text)))
         return [(start, end)], [(stop, len(text), None)]
 
-    def _by_channels(self, text: str, opened: bool) -> tuple[list[tuple[int, int]] | None, list[Piece]]:
+    def _by_channels(
+        self, text: str, opened: bool, values: Values
+    ) -> tuple[list[tuple[int, int]] | None, list[Piece]]:
         """Reasoning, content and calls of a turn in segments."""
         row = self.channels
         assert row is not None
-        scan, pos = Scan(text), 0
+        scan, pos = Scan(text, values=values), 0
         thoughts: list[tuple[int, int]] = []
         pieces: list[Piece] = []
         inside = opened
@@ -221,6 +270,7 @@ class AnswerParser:
             elif row.calls and recipient is not None and header is not None:
                 arguments, closed = text[body:end].strip(), end < len(text) or read_json(text[body:end]) is not None
                 call = made_call(recipient, arguments or "{}" if closed else arguments, (header.start(), stop))
+                call = as_texts(call, scan, functools.partial(scan.blank, body))
                 if not closed:
                     call = replace(call, arguments=arguments, status=CallStatus.UNCLOSED)
                 pieces.append((header.start(), stop, call))
@@ -239,9 +289,13 @@ class AnswerParser:
         return min(found, default=(scan.end, scan.end))
 
     # ------------------------------------------------------------------ calls
-    def _calls(self, text: str, start: int, end: int) -> list[ParsedCall]:
+    def _every_call(self, text: str, values: Values) -> list[ParsedCall]:
+        """All calls in a whole conversation, in whatever message."""
+        return self._calls(text, 0, len(text), values)
+
+    def _calls(self, text: str, start: int, end: int, values: Values) -> list[ParsedCall]:
         """The calls in one stretch of content."""
-        scan, pos, calls = Scan(text, end), start, list[ParsedCall]()
+        scan, pos, calls = Scan(text, end, values), start, list[ParsedCall]()
         while True:
             opens = [(at, i) for i, row in enumerate(self.formats) if (at := scan.find(row.open, pos)) >= 0]
             if not opens:
@@ -302,7 +356,13 @@ def _bare_call(scan: Scan, start: int) -> ParsedCall | None:
         return None
     value = found[0]
     arguments = value["parameters"] if "parameters" in value else value["arguments"]
-    return made_call(value["name"], arguments, span, value.get("id"))
+    call = made_call(value["name"], arguments, span, value.get("id"))
+
+    def place() -> int:
+        spans = members(scan, first)
+        return spans.get("parameters", spans.get("arguments", span))[0]
+
+    return as_texts(call, scan, place)
 
 
 def _remainder(text: str, start: int, end: int, spans: Sequence[tuple[int, int]]) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
-from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close
+from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Suffix
 from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
 from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
 from torchrl_chat.templates.renderers_parser import RenderersParser
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
+from torchrl_chat.templates.toolcalls import CallStatus
 
 _QUESTION = Course.of([{"role": "user", "content": "?"}])
 _A_CALL = AnswerKind(1, False)
@@ -27,6 +28,17 @@ class Parsed(NamedTuple):
     ended: bool  # whether the turn ended by itself, rather than by a length limit
     stop: int | None  # the token that ended it, if the template knows it as one
     close: Close | BridgeError  # how the template closes such a turn, or why that is not known
+    missing: Suffix = Suffix()  # the end of a call that is complete but for it: the engine took it away
+
+    @property
+    def ending(self) -> Suffix | None:
+        """What closes the turn behind what was sampled, itself not sampled; ``None`` where that is not known."""
+        if isinstance(self.close, BridgeError):
+            return None
+        suffix = self.close.suffix(self.stop)
+        if not self.missing.text:
+            return suffix
+        return Suffix(self.missing.text + suffix.text, (*self.missing.ids, *suffix.ids))
 
 
 class Reader:
@@ -96,12 +108,43 @@ class Reader:
             content = text.removesuffix(self.codec.token_text(last))
         ended = ends if reason is None else reason != "length"
         answer = self.peer.parse(prompt, ids) if self.peer is not None else None
+        missing, ends_call = "", False
         if answer is None:
             answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
+            if last != self.eos and not any(close.heads.get(stop) for close, stop in stopped):
+                answer, missing, ends_call = self._with_last_call(
+                    answer, text.removeprefix(lead), thinking, reason not in (None, "length"), content is not text
+                )
         message = answer.message(course.policy, len(course.call_ids))
         own = self.close(shape, AnswerKind.of(message))
-        stop = own.stop(last, text) if ended and isinstance(own, Close) else None
-        return Parsed(message, answer, text, ended, stop, own)
+        stop = own.stop(last, text) if ended and isinstance(own, Close) and not ends_call else None
+        taken = self._taken(missing, own) if missing and isinstance(own, Close) else Suffix()
+        return Parsed(message, answer, text, ended, stop, own, taken)
+
+    def _with_last_call(
+        self, answer: ParsedAnswer, text: str, thinking: bool, by_itself: bool, stripped: bool
+    ) -> tuple[ParsedAnswer, str, bool]:
+        """An answer whose end may belong to its last call, or may have been taken away by the engine.
+
+        Returns:
+            the answer, the end of the call that was taken away, and whether the turn ends with the call.
+        """
+        # A token that ends a call is no end of the turn, though a policy may well stop there.
+        whole = self.parser.parse(text, thinking) if stripped else answer
+        whole, missing = self.parser.completed(text, thinking, whole, by_itself)
+        if missing or _made(whole) > _made(answer):
+            return whole, missing, True
+        return answer, "", False
+
+    def _taken(self, missing: str, close: Close) -> Suffix:
+        """What the engine took of the end of a call, but for what the template's end of the turn begins with."""
+        for stop, heads in close.heads.items():  # a token that ends the turn as well
+            if heads and stop != BY_TEXT:
+                missing = missing.removesuffix(self.codec.token_text(stop))
+        if not missing:
+            return Suffix()
+        encode = self.codec.encode if self.codec.opens(missing) else self.codec.encode_continuation
+        return Suffix(missing, tuple(encode([missing])[0]))
 
     def _closes(self, shape: Roles) -> list[Close]:
         """The closes that an answer may have, before it is known what it is."""
@@ -124,3 +167,8 @@ class Reader:
             return self.parser.opened_by(self.renderer.text([{"role": "user", "content": "hi"}], True))
         except ChatTemplateError:
             return False
+
+
+def _made(answer: ParsedAnswer) -> int:
+    """How many calls were made."""
+    return sum(call.status is CallStatus.OK for call in answer.calls)

@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
+
+from torchrl_chat.templates.values import PLAIN, Values
 
 
 class CallStatus(StrEnum):
@@ -68,13 +71,17 @@ class Scan:
     """A text up to ``end``, with searches that remember their last answer.
 
     Finding the same close from each of many opens would be quadratic; a remembered answer makes it linear.
+
+    Attributes:
+        values: reads the arguments of calls that stand there as text.
     """
 
-    __slots__ = ("_seen", "end", "text")
+    __slots__ = ("_seen", "end", "text", "values")
 
-    def __init__(self, text: str, end: int | None = None):
+    def __init__(self, text: str, end: int | None = None, values: Values = PLAIN):
         self.text = text
         self.end = len(text) if end is None else end
+        self.values = values
         self._seen: dict[str, tuple[int, int]] = {}
 
     def find(self, needle: str, start: int) -> int:
@@ -146,24 +153,6 @@ def read_json(raw: str) -> Any:
     return found[0] if found and scan.blank(found[1]) == scan.end else None
 
 
-def read_value(raw: str, kind: str | None = None) -> Any:
-    """A parameter of an XML-like call: JSON where it is JSON but no string, else the text itself.
-
-    Args:
-        raw: what stands between the parameter's delimiters.
-        kind: "string" (or "true", from ``string="true"``) if the call itself says that it is text.
-
-    Example:
-        >>> read_value("3"), read_value("Paris"), read_value("3", "string")
-        (3, 'Paris', '3')
-    """
-    if kind not in ("string", "true"):
-        value = read_json(raw)
-        if (value is not None and not isinstance(value, str)) or raw.strip() == "null":
-            return value
-    return raw.removeprefix("\n").removesuffix("\n")
-
-
 def made_call(name: Any, arguments: Any, span: tuple[int, int], ident: Any = None) -> ParsedCall:
     """A call from what was read, with the status that it deserves; arguments may be JSON in a string."""
     ident = ident if isinstance(ident, str) and ident else None
@@ -176,6 +165,39 @@ def made_call(name: Any, arguments: Any, span: tuple[int, int], ident: Any = Non
         raw = arguments if isinstance(arguments, str) else json.dumps(arguments)
         return ParsedCall(name.strip(), raw, CallStatus.INVALID_JSON, span, ident)
     return ParsedCall(name.strip(), value, CallStatus.OK, span, ident)
+
+
+def members(scan: Scan, at: int) -> dict[str, tuple[int, int]]:
+    """Where each value of the JSON object at ``at`` stands."""
+    found: dict[str, tuple[int, int]] = {}
+    pos = scan.blank(at)
+    while scan.text[pos : pos + 1] in ("{", ","):
+        key = json_at(scan, scan.blank(pos + 1))
+        if key is None or not scan.holds(":", scan.blank(key[1])):
+            break
+        start = scan.blank(scan.blank(key[1]) + 1)
+        value = json_at(scan, start)
+        if value is None:
+            break
+        found[str(key[0])] = start, value[1]
+        pos = scan.blank(value[1])
+    return found
+
+
+def as_texts(call: ParsedCall, scan: Scan, place: Callable[[], int]) -> ParsedCall:
+    """A call whose parameters that are strings have what was written, where that is a number or a list without quotes.
+
+    Args:
+        call: the call.
+        scan: the text.
+        place: where the JSON object of its arguments stands; asked only if it matters.
+    """
+    bare = scan.values.bare_texts(call.name, call.arguments) if call.status is CallStatus.OK else []
+    if not bare:
+        return call
+    spans = members(scan, place())
+    texts = {key: scan.text[slice(*spans[key])] for key in bare if key in spans}
+    return replace(call, arguments={**call.arguments, **texts})
 
 
 Batch = tuple[list[ParsedCall], int, bool]

@@ -1,0 +1,303 @@
+"""What a text means where a JSON schema says what it should be: the one place in which untyped text becomes a value.
+
+Formats of tool calls that look like XML write ``<parameter=version>3.10</parameter>``: only the tool's schema tells
+whether that is a number or a string. Where it says string, the text is the value, character for character.
+
+Law of this file: whatever text and schema it is given, it raises nothing, and takes time proportional to the text.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_MAX_DEPTH = 64
+_MAX_STEPS = 20_000
+_ORDER = ("null", "boolean", "integer", "number", "array", "object")
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,3999})")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,399})(?:\.[0-9]{1,400})?(?:[eE][-+]?[0-9]{1,3})?")
+_LOOSE_INTEGER = re.compile(r"[-+]?[0-9]{1,4000}")
+_LOOSE_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][-+]?[0-9]{1,3})?")
+_TYPES: dict[str, type] = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a writer spells the values that are no strings; numbers are the same everywhere.
+
+    Attributes:
+        null: ``null`` or ``None``; ``None`` where the writer leaves a null out.
+        true: ``true`` or ``True``.
+        false: ``false`` or ``False``.
+        literals: lists and objects are written as Python literals, not as JSON.
+    """
+
+    null: str | None = "null"
+    true: str = "true"
+    false: str = "false"
+    literals: bool = False
+
+
+JSON = Spelling()
+
+
+def read(
+    text: str,
+    schema: Any,
+    root: Any = None,
+    spelling: Spelling = JSON,
+    said: str | None = None,
+) -> Any:
+    """The value that a text spells under a schema.
+
+    Where the schema takes strings only, or says nothing, that is the text itself. Of a union the other members are
+    tried first and the string takes what they cannot read; there ``null`` is null only as ``spelling`` spells it.
+
+    Args:
+        text: the text, without the delimiters around it.
+        schema: the schema of the value; ``None`` or ``{}`` says nothing.
+        root: the schema that ``$ref`` points into.
+        spelling: how the writer spells booleans, null, lists and objects.
+        said: the type that the text itself is marked with, in formats that mark it: ``"string"`` or another.
+
+    Returns:
+        A JSON value; the text where the schema cannot be met, unless it is JSON of another type.
+
+    Example:
+        >>> read("3.10", {"type": "string"}), read("3.10", {"type": "number"}), read("3.10", {})
+        ('3.10', 3.1, '3.10')
+        >>> maybe = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+        >>> read("null", maybe), read("None", maybe)
+        (None, 'None')
+        >>> read("None", maybe, spelling=Spelling("None", "True", "False"))
+    """
+    kinds = kinds_of(schema, root)
+    if kinds is None:
+        kinds = _SILENT if said in (None, "string") else _ANY
+    elif said is not None and len(kinds) > 1:
+        kinds = (kinds & _SILENT if said == "string" else kinds - _SILENT) or kinds
+    if kinds == _SILENT:
+        return text
+    strict = "string" in kinds
+    for kind in _ORDER:
+        if kind in kinds:
+            found, value = spelled(text, kind, spelling, strict)
+            if found and (not strict or admits(value, schema, root)):
+                return value
+    if not strict:
+        for kind in _ORDER[1:]:  # of a wrong type, but a value that an error can name
+            found, value = spelled(text, kind, spelling, True)
+            if found:
+                return value
+    return text
+
+
+def spelled(text: str, kind: str, spelling: Spelling = JSON, strict: bool = False) -> tuple[bool, Any]:
+    """Whether a text spells a value of a kind, and which.
+
+    Args:
+        text: the text.
+        kind: a type of JSON schema, but for ``string``.
+        spelling: how the writer spells it.
+        strict: only as ``spelling`` or JSON would; otherwise blanks around it and the words of Python are taken too.
+
+    Example:
+        >>> spelled("+3", "integer"), spelled("+3", "integer", strict=True), spelled("True", "boolean")
+        ((True, 3), (False, None), (True, True))
+    """
+    if not strict:
+        text = text.strip()
+    word = text if strict else text.lower()
+    if kind == "null":
+        return (text == spelling.null if strict else word in ("null", "none", "")), None
+    if kind == "boolean":
+        for value, known in ((True, spelling.true), (False, spelling.false)):
+            if text == known or word == str(value).lower():
+                return True, value
+    elif kind == "integer":
+        if (_INTEGER if strict else _LOOSE_INTEGER).fullmatch(text):
+            return True, int(text)
+    elif kind == "number":
+        if (_INTEGER if strict else _LOOSE_INTEGER).fullmatch(text):
+            return True, int(text)
+        if (_NUMBER if strict else _LOOSE_NUMBER).fullmatch(text) and math.isfinite(number := float(text)):
+            return True, number
+    elif kind in ("array", "object"):
+        begun = text.lstrip()[:1]
+        if begun == ("[" if kind == "array" else "{") or (begun == "(" and kind == "array" and spelling.literals):
+            value = _json(text)
+            if value is None and (spelling.literals or not strict):
+                value = literal(text)
+            if isinstance(value, _TYPES[kind]):
+                return True, value
+    return False, None
+
+
+def literal(text: str) -> Any:
+    """The JSON value that a list, tuple or dict of Python spells; ``None`` if it is none, or JSON cannot hold it.
+
+    Example:
+        >>> literal("{'a': [1, None, True], 'b': (2.5,)}")
+        {'a': [1, None, True], 'b': [2.5]}
+    """
+    text = text.strip()
+    # Without a bound on the depth, brackets could exhaust the stack of Python's own parser.
+    if text[:1] not in ("[", "{", "(") or bracket_depth(text) > 100:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a wrong escape in somebody's text
+            value = json.loads(json.dumps(ast.literal_eval(text), allow_nan=False))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be tokenized
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
+    return value
+
+
+def bracket_depth(text: str) -> int:
+    """How deep the brackets of a text nest at most (brackets in strings are counted too)."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\](){}]", text):
+        depth = depth + 1 if bracket in "[({" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _json(text: str) -> Any:
+    """The JSON value of a text; ``None`` if it is none (or ``null``), not finite, or cannot be tokenized."""
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(number)
+    return value
+
+
+# ---------------------------------------------------------------------- schemas
+def resolved(schema: Any, root: Any) -> Any:
+    """A schema with its ``$ref`` followed; ``{}``, which takes anything, for one that points nowhere in ``root``."""
+    for _ in range(16):
+        ref = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(ref, str):
+            return schema
+        found: Any = root
+        for step in ref.removeprefix("#").strip("/").split("/") if ref.startswith("#") else ["?"]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            found = found.get(key) if isinstance(found, Mapping) and step else found
+        if not isinstance(found, Mapping):
+            return {}
+        schema = {**found, **{k: v for k, v in schema.items() if k != "$ref"}}
+    return {}
+
+
+def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
+    """The types that a schema takes; ``None`` if it says nothing about them.
+
+    Example:
+        >>> sorted(kinds_of({"anyOf": [{"$ref": "#/$defs/N"}, {"const": "all"}]}, {"$defs": {"N": {"type": "number"}}}))
+        ['integer', 'number', 'string']
+    """
+    schema = resolved(schema, root)
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+        return None
+    found: list[frozenset[str]] = []
+    if names := _names(schema):
+        found.append(frozenset(names))
+    if isinstance(schema.get("enum"), Sequence):
+        found.append(frozenset(map(kind_of, schema["enum"])))
+    elif "const" in schema:
+        found.append(frozenset([kind_of(schema["const"])]))
+    for key in ("anyOf", "oneOf"):
+        if isinstance(members := schema.get(key), Sequence) and members:
+            each = [kinds_of(member, root, depth + 1) for member in members[:_MAX_DEPTH]]
+            found.append(frozenset().union(*(_SILENT if kinds is None else kinds for kinds in each)))
+    for part in schema.get("allOf") or ():
+        if (kinds := kinds_of(part, root, depth + 1)) is not None:
+            found.append(kinds)
+    if not found:  # what only an object has is no proof that it is one
+        implied = [k for key, k in (("properties", "object"), ("items", "array")) if key in schema]
+        return frozenset([*implied, "string"]) if implied else None
+    found = [kinds | {"integer"} if "number" in kinds else kinds for kinds in found]
+    return frozenset.intersection(*found) or None
+
+
+def _names(schema: Mapping[str, Any]) -> list[str]:
+    """What a schema says under ``type``, one name or several."""
+    names = schema.get("type")
+    names = [names] if isinstance(names, str) else names
+    return [name for name in names if isinstance(name, str)] if isinstance(names, Sequence) else []
+
+
+def kind_of(value: Any) -> str:
+    """The type of a JSON value, as JSON schema names it.
+
+    Example:
+        >>> kind_of(True), kind_of(1), kind_of(1.0), kind_of(None)
+        ('boolean', 'integer', 'number', 'null')
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "integer" if isinstance(value, int) else "number"
+    return next((kind for kind, cls in _TYPES.items() if isinstance(value, cls)), "object")
+
+
+def admits(value: Any, schema: Any, root: Any = None) -> bool:
+    """Whether a schema takes a value, as far as types, choices, keys and items go.
+
+    Example:
+        >>> admits([1], {"type": "array", "items": {"type": "integer"}}), admits(["a"], {"items": {"type": "integer"}})
+        (True, False)
+    """
+    return _admits(value, schema, root, [_MAX_STEPS], 0)
+
+
+def _admits(value: Any, schema: Any, root: Any, left: list[int], depth: int) -> bool:
+    schema = resolved(schema, root)
+    left[0] -= 1
+    if not isinstance(schema, Mapping):
+        return schema is not False
+    if left[0] < 0 or depth > _MAX_DEPTH:
+        return True  # whoever checks the arguments says that they are too large
+
+    def each(value: Any, part: Any) -> bool:
+        return _admits(value, part, root, left, depth + 1)
+
+    names, kind = _names(schema), kind_of(value)
+    if names and kind not in names and (kind != "integer" or "number" not in names):
+        return False
+    if "enum" in schema or "const" in schema:
+        options = schema.get("enum", [schema.get("const")])
+        if not any(kind_of(option) == kind and option == value for option in options):
+            return False
+    if not all(each(value, part) for part in schema.get("allOf") or ()):
+        return False
+    for key in ("anyOf", "oneOf"):
+        if schema.get(key) and not any(each(value, part) for part in schema[key]):
+            return False
+    if isinstance(value, dict):
+        known = schema.get("properties") or {}
+        others = schema.get("additionalProperties", True)
+        return all(key in value for key in schema.get("required") or ()) and all(
+            each(one, known.get(key, others)) for key, one in value.items()
+        )
+    if isinstance(value, list):
+        places, rest = schema.get("prefixItems") or (), schema.get("items", True)
+        return all(each(one, places[i] if i < len(places) else rest) for i, one in enumerate(value))
+    return True
+
+
+_SILENT = frozenset(["string"])
+_ANY = frozenset([*_ORDER, "string"])
