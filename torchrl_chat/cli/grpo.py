@@ -1,6 +1,7 @@
 """GRPO (Shao et al. 2024, arXiv:2402.03300) on a dataset environment, with torchrl's own parts.
 
-Collector, replay buffer, ``MCAdvantage`` and ``GRPOLoss`` are torchrl's; this file is the loop between them.
+Collector, replay buffer and ``GRPOLoss`` are torchrl's, and so is ``MCAdvantage`` but for what is mended in
+:class:`~torchrl_chat.training.ExactMCAdvantage`; this file is the loop between them.
 Left out of the textbook algorithm: the KL penalty against a reference model (on-policy batches and a
 clipped ratio hold small models well enough).
 """
@@ -8,7 +9,7 @@ clipped ratio hold small models well enough).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from torchrl.collectors.llm import LLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import EnvBase
-from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
+from torchrl.objectives.llm.grpo import GRPOLoss
 
 from torchrl_chat import columns
 from torchrl_chat.playing import play
 from torchrl_chat.policies import TransformersPolicy
+from torchrl_chat.training import ExactMCAdvantage, take_step
 from torchrl_chat.transcript import Transcript
 
 
@@ -48,19 +50,30 @@ class StepMetrics:
     step: int
     reward: float  # mean over the batch
     pass_rate: float  # share of right answers in the batch, sampled before the update
-    loss: float
-    ess: float  # effective sample size, 1.0 before the first update of a batch
+    loss: float | None  # of the optimizer steps that were taken; None where none was
+    ess: float | None  # effective sample size, 1.0 before the first update of a batch
     response_length: float  # sampled tokens a conversation, mean
+    skipped: int  # optimizer steps that were left out, since their loss or gradients were not finite
     seconds: float
 
 
-def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterator[StepMetrics]:
+def grpo(
+    env: EnvBase,
+    policy: TransformersPolicy,
+    config: GRPOConfig,
+    watch: Callable[[int, TensorDictBase], None] = lambda step, batch: None,
+) -> Iterator[StepMetrics]:
     """Train the policy's model; yields after every step.
 
     Args:
         env: a dataset environment with rewards, whose batch holds whole groups.
         policy: the policy to train, in place.
         config: the settings.
+        watch: called with the number of each step and its batch of steps, (N,), before it is learned from.
+
+    Raises:
+        ValueError: the batch is no multiple of the group size and of the minibatch.
+        NotFiniteError: several optimizer steps in a row were not finite.
     """
     rows = env.batch_size.numel()
     if rows % config.group_size or rows % config.minibatch:
@@ -72,7 +85,7 @@ def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterat
         storage=LazyStackStorage(rows),
         sampler=SamplerWithoutReplacement(),
         batch_size=config.minibatch,
-        transform=MCAdvantage(grpo_size=config.group_size),
+        transform=ExactMCAdvantage(grpo_size=config.group_size),
     )
     loss_module = GRPOLoss(
         policy,
@@ -86,7 +99,7 @@ def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterat
         env, policy=policy, dialog_turns_per_batch=rows, total_dialog_turns=rows * config.steps
     )
     try:
-        yield from _learn(collector, policy, buffer, loss_module, optimizer, config)
+        yield from _learn(collector, policy, buffer, loss_module, optimizer, config, watch)
     finally:
         collector.shutdown()
 
@@ -98,16 +111,18 @@ def _learn(
     loss_module: GRPOLoss,
     optimizer: torch.optim.Optimizer,
     config: GRPOConfig,
+    watch: Callable[[int, TensorDictBase], None],
 ) -> Iterator[StepMetrics]:
     start = time.perf_counter()
     for step, batch in enumerate(collector):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * (1 - (1 - config.final_lr_share) * step / config.steps)
         batch = batch.reshape(-1)
+        watch(step, batch)
         buffer.empty()
         buffer.extend(batch)
-        losses, sizes = [], []
-        for _ in range(config.epochs):
+        losses, sizes, skipped = [], [], 0
+        for _ in range(config.epochs if len(buffer) else 0):  # of what could not be graded nothing is in it
             for minibatch in buffer:
                 output = loss_module(minibatch.to(policy.device))
                 loss = output.loss_objective
@@ -115,18 +130,21 @@ def _learn(
                     loss = loss + output.loss_entropy
                 optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                losses.append(float(loss.detach()))
-                sizes.append(float(output.ESS))
+                patience = 5 * config.epochs  # a bad row comes back in each pass
+                if take_step(optimizer, loss, max_grad_norm=config.max_grad_norm, patience=patience):
+                    losses.append(float(loss.detach()))
+                    sizes.append(float(output.ESS))
+                else:
+                    skipped += 1
         now = time.perf_counter()
         yield StepMetrics(
             step=step,
             reward=float(batch["next", "reward"].mean()),
             pass_rate=float(batch["next", "success"].float().mean()),
-            loss=sum(losses) / len(losses),
-            ess=sum(sizes) / len(sizes),
+            loss=sum(losses) / len(losses) if losses else None,
+            ess=sum(sizes) / len(sizes) if sizes else None,
             response_length=_mean_length(batch),
+            skipped=skipped,
             seconds=now - start,
         )
         start = time.perf_counter()

@@ -56,6 +56,9 @@ class RunConfig:
     # output
     out: str | None = setting(None, "the folder of the run; default: runs/SCRIPT-DATASET-TIME")
     resume: bool = setting(False, "go on from the last checkpoint in --out, or begin where there is none")
+    checkpoint: int | None = setting(
+        None, "with --resume: the step of the checkpoint to go on from; default: the last"
+    )
     save_every: int = setting(50, "steps between checkpoints")
     keep: int = setting(2, "how many checkpoints are kept")
     eval: int = setting(256, "questions asked before and after training")
@@ -75,6 +78,11 @@ class RunConfig:
         **dict.fromkeys(("warm_steps", "eval_every", "show_every", "rollouts"), 0),
     }  # fmt: skip
     """The least value of each setting that has one."""
+
+    @property
+    def patience(self) -> int:
+        """How many optimizer steps in a row may be left out because they are not finite: a bad row comes back in each pass."""
+        return 5 * self.epochs
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""

@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
+from torchrl_chat.training.updates import take_step
 from torchrl_chat.training.view import training_view
 
 if TYPE_CHECKING:
@@ -210,4 +211,4 @@ def warm_start(
         loss = -masked_mean(scores.log_probs, scores.mask)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        take_step(optimizer, loss)
