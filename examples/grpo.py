@@ -61,7 +61,12 @@ class GRPOConfig(RunConfig):
     kl_kind: Literal["k1", "k2", "k3"] = setting("k3", "its estimator; the gradient of k1 is 0 on average")
     entropy: float = setting(0.0, "coefficient of an entropy bonus")
 
-    least = RunConfig.least | {"max_batches": 1, "overlong": 0}
+    least = (
+        RunConfig.least
+        | {"group_size": 2, "max_batches": 1}
+        | dict.fromkeys(("overlong", "clip", "clip_high", "kl", "entropy"), 0)
+    )
+    greatest = RunConfig.greatest | {"clip": 0.999}
 
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class PPOConfig(RunConfig):
     kl: float = setting(0.0, "what a token pays for its KL divergence from the model before training")
     entropy: float = setting(0.0, "coefficient of an entropy bonus")
 
+    least = RunConfig.least | dict.fromkeys(
+        ("clip", "value_clip", "value_weight", "gamma", "lam", "kl", "entropy"), 0
+    )
+    greatest = RunConfig.greatest | {"clip": 0.999, "gamma": 1, "lam": 1}
+
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model and the dataset that were asked for."""

@@ -9,7 +9,7 @@ was asked: it learns the form, and is right little more than one time in three. 
 is meant.
 
 This is examples/grpo.py without its options, and with its environment made in sight: what to copy for tools of your own.
-An interrupted run goes on with --out FOLDER --resume.
+Ctrl-C ends a run behind its step, with a checkpoint; --out FOLDER --resume goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class ToolConfig(RunConfig):
 
     dataset: Literal["python-tool"] = setting("python-tool", "the task")
     model: Literal["tiny"] = setting("tiny", "random weights, made on the spot")
+
+    least = RunConfig.least | {"group_size": 2}
 
 
 def make_env(

@@ -101,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Play, sum up, and say where the files are; the result is the exit code."""
     folder = _folder(arguments)
     _settle(arguments)
+    _compare(folder, arguments)  # what is refused anyway is refused before a model is loaded
     from torchrl_chat.cli.eval_run import DatasetRun
 
     policy = make_policy(arguments)
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             metadata={"policy": arguments.model, "dataset": arguments.dataset},
         )
         stack.callback(plan.close)
-        _remember(folder, arguments)  # only when the dataset and the model have been opened
+        _remember(folder, arguments)  # written only when the dataset and the model have been opened
         done = plan.total - len(plan.todo)
         if done:
             print(f"going on: {done} of {plan.total} answers are in {path}", file=sys.stderr)
@@ -223,8 +224,18 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"--resume {folder}: there is no run in this folder ({path} is missing).") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(_DAMAGED.format(path=path, error=error)) from None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            _DAMAGED.format(path=path, error=f"it holds a {type(settings).__name__}, not settings by name")
+        )
     return settings
+
+
+_DAMAGED = (
+    "{path} is damaged ({error}): what the evaluation was begun with is not known. Put the file back; or, if you are sure that "
+    "the settings are the same, delete it, and give them with --out."
+)
 
 
 def _settle(arguments: argparse.Namespace) -> None:
@@ -249,26 +260,35 @@ def _settle(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--backend {arguments.backend} needs --model: tiny is made on the spot for transformers.")
 
 
-def _remember(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write the settings, or compare them with those of the run that is in the folder."""
-    settings = {
+def _kept(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that are written."""
+    return {
         key: value
         for key, value in vars(arguments).items()
         if key not in ("out", "resume", "run", "command", "json")
     }
-    path = folder / "config.json"
-    if path.exists():
-        before = _settings_of(folder)
-        differs = [key for key in settings if key not in _FREE and before.get(key, settings[key]) != settings[key]]
-        if differs:
-            key = differs[0]
-            raise ValueError(
-                f"{folder} holds an evaluation with --{key.replace('_', '-')} {before[key]}, not {settings[key]}: give "
-                f"another --out, or the same settings."
-            )
+
+
+def _compare(folder: Path, arguments: argparse.Namespace) -> None:
+    """Refuse a folder that holds another evaluation."""
+    if not (folder / "config.json").exists():
+        return
+    before, settings = _settings_of(folder), _kept(arguments)
+    differs = [key for key in settings if key not in _FREE and before.get(key, settings[key]) != settings[key]]
+    if differs:
+        key = differs[0]
+        raise ValueError(
+            f"{folder} holds an evaluation with --{key.replace('_', '-')} {before[key]}, not {settings[key]}: give another --out, or "
+            "the same settings."
+        )
+
+
+def _remember(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the settings."""
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
     beside = path.with_name("config.json.part")
-    beside.write_text(json.dumps(settings, indent=2) + "\n")
+    beside.write_text(json.dumps(_kept(arguments), indent=2) + "\n")
     beside.replace(path)
 
 

@@ -8,10 +8,11 @@ clipped ratio hold small models well enough).
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -25,7 +26,6 @@ from torchrl_chat import columns
 from torchrl_chat.playing import play
 from torchrl_chat.policies import TransformersPolicy
 from torchrl_chat.training import ExactMCAdvantage, take_step
-from torchrl_chat.transcript import Transcript
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +57,13 @@ class StepMetrics:
     seconds: float
 
 
-def grpo(
-    env: EnvBase,
-    policy: TransformersPolicy,
-    config: GRPOConfig,
-    watch: Callable[[int, TensorDictBase], None] = lambda step, batch: None,
-) -> Iterator[StepMetrics]:
+def grpo(env: EnvBase, policy: TransformersPolicy, config: GRPOConfig) -> Iterator[StepMetrics]:
     """Train the policy's model; yields after every step.
 
     Args:
         env: a dataset environment with rewards, whose batch holds whole groups.
         policy: the policy to train, in place.
         config: the settings.
-        watch: called with the number of each step and its batch of steps, (N,), before it is learned from.
 
     Raises:
         ValueError: the batch is no multiple of the group size and of the minibatch.
@@ -95,11 +89,14 @@ def grpo(
         masking_strategy="sft",
     )
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    collector = LLMCollector(
-        env, policy=policy, dialog_turns_per_batch=rows, total_dialog_turns=rows * config.steps
-    )
+    with warnings.catch_warnings():
+        # That torchrl 0.15 will append an InitTracker, which this policy has no use for; the collector has no way to say so.
+        warnings.filterwarnings("ignore", "The env passed to LLMCollector is missing transforms", FutureWarning)
+        collector = LLMCollector(
+            env, policy=policy, dialog_turns_per_batch=rows, total_dialog_turns=rows * config.steps
+        )
     try:
-        yield from _learn(collector, policy, buffer, loss_module, optimizer, config, watch)
+        yield from _learn(collector, policy, buffer, loss_module, optimizer, config)
     finally:
         collector.shutdown()
 
@@ -111,14 +108,12 @@ def _learn(
     loss_module: GRPOLoss,
     optimizer: torch.optim.Optimizer,
     config: GRPOConfig,
-    watch: Callable[[int, TensorDictBase], None],
 ) -> Iterator[StepMetrics]:
     start = time.perf_counter()
     for step, batch in enumerate(collector):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * (1 - (1 - config.final_lr_share) * step / config.steps)
         batch = batch.reshape(-1)
-        watch(step, batch)
         buffer.empty()
         buffer.extend(batch)
         losses, sizes, skipped = [], [], 0
@@ -155,39 +150,25 @@ def _mean_length(batch: TensorDictBase) -> float:
     return sum(map(len, rows)) / max(1, len(rows))
 
 
-@dataclass(frozen=True)
-class Graded:
-    """One finished conversation."""
-
-    transcript: Transcript
-    reward: float
-    success: bool
-    reference: Any
-
-
-def evaluate(env: EnvBase, policy: TransformersPolicy, count: int, max_turns: int = 64) -> list[Graded]:
-    """Play ``count`` fresh conversations to their end and grade them.
+def evaluate(env: EnvBase, policy: TransformersPolicy, count: int, max_turns: int = 64) -> list[TensorDictBase]:
+    """Play ``count`` fresh conversations to their end, graded.
 
     Args:
         env: a dataset environment with rewards.
         policy: it samples as it is set to.
         count: how many conversations; whole batches are played, the rest is cut off.
         max_turns: after so many turns a dialogue that has not ended counts as it is.
+
+    Returns:
+        finished rows (see :func:`~torchrl_chat.playing.play`), batch after batch.
     """
-    graded: list[Graded] = []
-    while len(graded) < count:
-        finished = play(env, policy, max_turns=max_turns)
-        rows = finished.batch_size
-        graded += map(
-            Graded,
-            columns.read_objects(finished.get("transcript"), rows),
-            finished["reward"].flatten().tolist(),
-            finished["success"].flatten().tolist(),
-            columns.read_objects(finished.get("answer", None), rows),
-        )
-    return graded[:count]
+    batches: list[TensorDictBase] = []
+    while count > 0:
+        batches.append(play(env, policy, max_turns=max_turns).reshape(-1)[:count])
+        count -= len(batches[-1])
+    return batches
 
 
-def pass_rate(graded: list[Graded]) -> float:
-    """The share of right answers."""
-    return sum(entry.success for entry in graded) / max(1, len(graded))
+def pass_rate(graded: Sequence[TensorDictBase]) -> float:
+    """The share of right answers; NaN of none."""
+    return float(torch.cat([batch["success"].flatten() for batch in graded]).float().mean()) if graded else math.nan

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from torchrl_chat.cli import audit, eval, grade, play, serve, train, view
+from torchrl_chat.cli.options import both_spellings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     view.add_parser(commands)
     audit.add_parser(commands)
     grade.add_parser(commands)
+    for command in commands.choices.values():
+        both_spellings(command)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

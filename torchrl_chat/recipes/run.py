@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
-import transformers
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns
@@ -99,7 +98,6 @@ class Run:
             import tqdm  # noqa: F401
         except ImportError as error:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
-        transformers.utils.logging.disable_progress_bar()  # of every checkpoint's weights
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
         self.folder = Path(config.out or f"runs/{name}-{config.dataset.replace(':', '-')}-{stamp}")

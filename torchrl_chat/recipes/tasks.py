@@ -33,8 +33,11 @@ _HINT = 0.06  # the share of demonstrations with the operation that was asked fo
 
 def make_model(config: RunConfig) -> tuple[Any, Any]:
     """The model of ``--model``, in float32 on ``--device``, and its tokenizer."""
+    import transformers
+
     from torchrl_chat.cli import tiny
 
+    transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.model == "tiny":
         alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": TOOL_ALPHABET}
