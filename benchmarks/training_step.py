@@ -141,7 +141,7 @@ def ours(
         finished = play(env, policy)
         spent["collect"] = time.perf_counter() - start
         view = training_view(finished, layout="padded")
-        advantage = group_advantages(view["reward"], view["group"], episode=view["episode"])
+        advantage = group_advantages(view)
         spent["data"] = time.perf_counter() - start - spent["collect"]
         scores = sequence_log_probs(model, view, vocab_size=policy.vocab_size)
         loss, metrics = policy_loss(scores.log_probs, view["log_probs"].full, advantage, scores.mask)

@@ -9,7 +9,8 @@ fine-tuned on them (Anthony et al. 2017, arXiv:1705.08439; for language models S
 sampling fine-tuning, arXiv:2308.01825). With --restart each round begins from the weights before training, as STaR does.
 The loss is on the tokens that the policy sampled, never on what a template, a tool or a user wrote.
 
-An interrupted run goes on with --resume: the same data in the same order, nothing trained twice.
+Ctrl-C ends a run behind its step, with a checkpoint. With --resume it goes on: the same data in the same order, nothing
+trained twice.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat.playing import play
+from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
-from torchrl_chat.training import masked_mean, microbatches, sequence_log_probs, training_view
+from torchrl_chat.training import masked_mean, microbatches, sequence_log_probs, take_step, training_view
 
 
 @dataclass(kw_only=True)
@@ -73,6 +75,7 @@ def imitate(model: Any, optimizer: Any, view: TensorDictBase, config: ExpertIter
     """Supervised fine-tuning: some passes over the sequences in random minibatches."""
     view = view.select("tokens", "masks", "position_ids")
     logged: list[list[dict[str, Any]]] = []
+    skipped = 0
     for _ in range(config.epochs):
         for rows in torch.randperm(len(view)).split(config.minibatch):
             whole = view[rows]
@@ -87,9 +90,11 @@ def imitate(model: Any, optimizer: Any, view: TensorDictBase, config: ExpertIter
                 loss = -masked_mean(scores.log_probs, scores.mask, denominator=count)
                 loss.backward()
                 logged[-1].append({"loss": loss.detach()})
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-    return averaged(logged)
+            losses = [metrics["loss"] for metrics in logged[-1]]
+            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
+                logged.pop()  # not finite: it was not taken, and says nothing of the others
+                skipped += 1
+    return averaged(logged) | {"skipped": skipped}
 
 
 def main() -> None:
@@ -132,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

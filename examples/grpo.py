@@ -12,7 +12,8 @@ can also be set one by one:
     dapo     arXiv:2503.14476  mean over tokens, a wider clip upwards, groups with equal rewards resampled, overlong shaping
     dr-grpo  arXiv:2503.20783  sum over tokens divided by a constant, rewards not divided by the group's deviation
 
-An interrupted run goes on with --resume: the same data in the same order, nothing trained twice.
+Ctrl-C ends a run behind its step, with a checkpoint. With --resume it goes on: the same data in the same order, nothing
+trained twice.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat.playing import play
+from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
@@ -36,6 +38,7 @@ from torchrl_chat.training import (
     microbatches,
     policy_loss,
     sequence_log_probs,
+    take_step,
     training_view,
 )
 
@@ -58,7 +61,12 @@ class GRPOConfig(RunConfig):
     kl_kind: Literal["k1", "k2", "k3"] = setting("k3", "its estimator; the gradient of k1 is 0 on average")
     entropy: float = setting(0.0, "coefficient of an entropy bonus")
 
-    least = RunConfig.least | {"max_batches": 1, "overlong": 0}
+    least = (
+        RunConfig.least
+        | {"group_size": 2, "max_batches": 1}
+        | dict.fromkeys(("overlong", "clip", "clip_high", "kl", "entropy"), 0)
+    )
+    greatest = RunConfig.greatest | {"clip": 0.999}
 
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
@@ -151,6 +159,7 @@ def learn(
     """Some passes over a batch in random minibatches."""
     view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "reference", strict=False)
     logged: list[list[dict[str, Any]]] = []
+    skipped = 0
     for _ in range(config.epochs):
         for rows in torch.randperm(len(view)).split(config.minibatch):
             whole = view[rows]
@@ -163,9 +172,11 @@ def learn(
                 loss, metrics = loss_of(model, whole[few], whole, config, vocab_size)
                 loss.backward()
                 logged[-1].append(metrics)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-    return averaged(logged)
+            losses = [metrics["loss"] for metrics in logged[-1]]
+            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
+                logged.pop()  # not finite: it was not taken, and says nothing of the others
+                skipped += 1
+    return averaged(logged) | {"skipped": skipped}
 
 
 def average(batches: list[TensorDictBase], key: str) -> float:
@@ -207,7 +218,7 @@ def main() -> None:
 
         # 2. One sequence an episode, with a mask on what the policy sampled and the log-probs it was sampled with.
         view = training_view(finished, layout="padded", group=config.group_size)
-        view = view[trained[view["group"]]]
+        view = view[trained[view["group"].clamp(min=0)]]  # -1 has nothing to train, wherever it stands
         if reference is not None:
             scoring = {"vocab_size": vocab_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
             with torch.no_grad():
@@ -215,17 +226,12 @@ def main() -> None:
 
         # 3. How much better than its group each answer is.
         mask = view["masks"].all_assistant_mask
-        lengths, reward = mask.sum(-1), view["reward"]
+        lengths = mask.sum(-1)
         if overlong is not None:
             punished = [overlong(Episode.of("", length=length)).score for length in longest_answers(mask).tolist()]
-            reward = reward + torch.tensor(punished).reshape(reward.shape)
-        view["advantage"] = group_advantages(
-            reward,
-            view["group"],
-            episode=view["episode"],
-            valid=mask.any(-1),  # rows that could not be graded say nothing of their group
-            normalize="std" if config.normalize == "std" else None,
-        )
+            view["reward"] = view["reward"] + torch.tensor(punished).reshape(view["reward"].shape)
+        # What could not be graded is in no group, and says nothing of the others.
+        view["advantage"] = group_advantages(view, normalize="std" if config.normalize == "std" else None)
 
         # 4. Learn, and give what samples the new weights.
         metrics |= learn(model, optimizer, view.to(model.device), config, vocab_size)
@@ -234,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

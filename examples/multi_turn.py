@@ -7,6 +7,8 @@ Runs offline in seconds: a tiny model with random weights answers, so the answer
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from tensordict import TensorDictBase
 from torchrl.envs import StepCounter, Transform
@@ -30,7 +32,10 @@ class AskAgain(Transform):
 
 def main() -> None:
     """Roll out two turns and print the ledger of each conversation."""
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the answers (default 0)")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
     tokenizer = tiny_tokenizer(TEXT_ALPHABET)
     policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=12)
     questions = [{"query": "Name a colour."}, {"query": "Name a prime number, please."}]

@@ -9,7 +9,8 @@ advantage estimation (arXiv:1506.02438) goes over the sampled tokens only: what 
 reward of a conversation stands on its last sampled token; with --kl, each token pays for its distance from the model
 before training (arXiv:2203.02155).
 
-An interrupted run goes on with --resume: the same data in the same order, nothing trained twice.
+Ctrl-C ends a run behind its step, with a checkpoint. With --resume it goes on: the same data in the same order, nothing
+trained twice.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat.playing import play
+from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
@@ -31,6 +33,7 @@ from torchrl_chat.training import (
     masked_mean,
     microbatches,
     policy_loss,
+    take_step,
     token_rewards,
     training_view,
     whitened,
@@ -50,6 +53,11 @@ class PPOConfig(RunConfig):
     lam: float = setting(0.95, "weight of longer estimates in generalized advantage estimation")
     kl: float = setting(0.0, "what a token pays for its KL divergence from the model before training")
     entropy: float = setting(0.0, "coefficient of an entropy bonus")
+
+    least = RunConfig.least | dict.fromkeys(
+        ("clip", "value_clip", "value_weight", "gamma", "lam", "kl", "entropy"), 0
+    )
+    greatest = RunConfig.greatest | {"clip": 0.999, "gamma": 1, "lam": 1}
 
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
@@ -107,6 +115,7 @@ def learn(
     """Some passes over a batch in random minibatches."""
     view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target")
     logged: list[list[dict[str, Any]]] = []
+    skipped = 0
     for _ in range(config.epochs):
         for rows in torch.randperm(len(view)).split(config.minibatch):
             whole = view[rows]
@@ -120,9 +129,11 @@ def learn(
                 loss, metrics = loss_of(actor_critic, whole[few], count, config, **scoring)
                 loss.backward()
                 logged[-1].append(metrics)
-            torch.nn.utils.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
-            optimizer.step()
-    return averaged(logged)
+            losses = [metrics["loss"] for metrics in logged[-1]]
+            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
+                logged.pop()  # not finite: it was not taken, and says nothing of the others
+                skipped += 1
+    return averaged(logged) | {"skipped": skipped}
 
 
 def main() -> None:
@@ -179,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

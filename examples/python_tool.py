@@ -9,7 +9,7 @@ was asked: it learns the form, and is right little more than one time in three. 
 is meant.
 
 This is examples/grpo.py without its options, and with its environment made in sight: what to copy for tools of your own.
-An interrupted run goes on with --out FOLDER --resume.
+Ctrl-C ends a run behind its step, with a checkpoint; --out FOLDER --resume goes on.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import DatasetChatEnv, NumberVerifier, RewardTransform
 from torchrl_chat.playing import play
+from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import arithmetic_rows, ask, make_model, make_policy, warm_start
 from torchrl_chat.sandbox import Sandbox
-from torchrl_chat.training import group_advantages, microbatches, policy_loss, sequence_log_probs, training_view
+from torchrl_chat.training import (
+    group_advantages,
+    microbatches,
+    policy_loss,
+    sequence_log_probs,
+    take_step,
+    training_view,
+)
 from torchrl_chat.transforms import Budget, PythonInterpreter, UserSimulator
 
 
@@ -36,6 +44,8 @@ class ToolConfig(RunConfig):
 
     dataset: Literal["python-tool"] = setting("python-tool", "the task")
     model: Literal["tiny"] = setting("tiny", "random weights, made on the spot")
+
+    least = RunConfig.least | {"group_size": 2}
 
 
 def make_env(
@@ -57,6 +67,7 @@ def learn(model: Any, optimizer: Any, view: TensorDictBase, config: ToolConfig) 
     """Passes over a batch: each episode is one sequence, and the loss is on what the policy sampled of it."""
     view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage")
     logged: list[list[dict[str, Any]]] = []
+    skipped = 0
     for _ in range(config.epochs):
         for rows in torch.randperm(len(view)).split(config.minibatch):
             whole = view[rows]
@@ -76,9 +87,11 @@ def learn(model: Any, optimizer: Any, view: TensorDictBase, config: ToolConfig) 
                 )  # fmt: skip
                 loss.backward()
                 logged[-1].append({"loss": loss.detach()})
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-    return averaged(logged)
+            losses = [metrics["loss"] for metrics in logged[-1]]
+            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
+                logged.pop()  # not finite: it was not taken, and says nothing of the others
+                skipped += 1
+    return averaged(logged) | {"skipped": skipped}
 
 
 def main() -> None:
@@ -101,8 +114,7 @@ def main() -> None:
             set_rate(optimizer, config.rate(step))
             finished = play(env, policy, max_turns=config.max_turns)
             view = training_view(finished, layout="padded", group=config.group_size).to(model.device)
-            graded = view["masks"].all_assistant_mask.any(-1)
-            view["advantage"] = group_advantages(view["reward"], view["group"], valid=graded)
+            view["advantage"] = group_advantages(view)
             metrics = learn(model, optimizer, view, config)
             metrics |= {
                 "reward": float(finished["reward"].mean()),
@@ -113,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -9,6 +9,7 @@ model (``ModelUser``, ``EndpointUser``) where users are to be less predictable.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ def show(title: str, transcript: Transcript, tokenizer: Any) -> None:
 
 def main() -> None:
     """Roll out both kinds of user over the same questions."""
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the answers (default 0)")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
     tokenizer = tiny_tokenizer(TEXT_ALPHABET)
     policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=16)
     users = {

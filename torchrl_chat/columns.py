@@ -23,7 +23,7 @@ from tensordict import (
     is_tensor_collection,
     is_tensorclass,
 )
-from tensordict.base import _register_tensor_class
+from tensordict.base import NO_DEFAULT, _register_tensor_class
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
@@ -50,8 +50,31 @@ class Rows(LazyStackedTensorDict):
     itself, not its stack, as ``out``, and a lazy stack refuses it; ``consolidate``, and so ``ParallelEnv``, fail;
     ``torch.where``, which a rollout takes to leave finished rows as they are, does not know what to do with containers,
     nor with rows of different lengths: here a row is taken as a whole. And ``copy``, which torchrl calls before every step,
-    works without tensordict's wrappers around each row and object.
+    works without tensordict's wrappers around each row and object. A field whose rows differ in length is refused with the ways
+    in which it can be read.
     """
+
+    def _get_str(self, key: str, default: Any = NO_DEFAULT, **kwargs: Any) -> Any:
+        try:
+            return super()._get_str(key, default, **kwargs)
+        except RuntimeError as error:
+            values = [row._get_str(key, None) for row in self.tensordicts]
+            if kwargs or not all(isinstance(value, torch.Tensor) for value in values):
+                raise
+            lengths = [len(value) for value in values if value.ndim]
+            if len(set(lengths)) < 2:
+                raise
+            raise RuntimeError(  # tensordict and torchrl know this error by its first words
+                f"Failed to stack tensors within a tensordict: the rows of {key!r} have different lengths, {min(lengths)} to {max(lengths)}: they are no one tensor. A training "
+                f'view has one with training_view(..., layout="padded"); of a ragged one read .get({key!r}, as_list=True), or '
+                f".get({key!r}, as_padded_tensor=True)."
+            ) from error
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if type(found) is LazyStackedTensorDict and found.stack_dim == 0 and len(found.batch_size) == 1:
+            return stack_scalars(found.tensordicts)  # some of the rows are rows
+        return found
 
     def _clone(self, recurse: bool = True) -> Any:
         return super()._clone(recurse) if recurse else _like(self, list(map(_restructured, self.tensordicts)))

@@ -72,7 +72,8 @@ def generate(
         generator: the random state where there are no seeds; torch's global one if ``None``.
 
     Returns:
-        the sampled ids, each int64 (R,), the stop id included, and their log-probs, each float32 (R,).
+        the sampled ids, each int64 (R,), the stop id included, and their log-probs, each float32 (R,); NaN where the model's
+        logits were not finite, which an environment refuses for that row.
 
     Example:
         >>> ids, log_probs = generate(model, [torch.tensor([5, 6])], stop_ids={2}, most=[8])
@@ -101,7 +102,9 @@ def generate(
         elif noise is not None:
             token = (log_probs + noise.at(len(sampled), log_probs.shape[-1])).argmax(-1)
         else:
-            token = torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(-1)
+            # A row that the model has no number for would fail all of them; its log-probs tell of it afterwards.
+            chances = log_probs.exp().nan_to_num(1.0)
+            token = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
         sampled.append(token)
         scores.append(log_probs.gather(-1, token[:, None]).squeeze(-1))
         taken += alive

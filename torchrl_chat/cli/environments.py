@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchrl_chat.cli.arguments import whole
+from torchrl_chat.options import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
     what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")
     what.add_argument("--python-tool", action="store_true", help="run fenced Python code of answers in a sandbox")
     ends = parser.add_argument_group("when an episode ends")
-    ends.add_argument("--max-turns", type=whole(), metavar="N", help="answers")
+    ends.add_argument("--max-turns", type=whole(1), metavar="N", help="answers")
     ends.add_argument(
-        "--max-turn-tokens", type=whole(), metavar="N", help="sampled tokens of one answer; it is cut there"
+        "--max-turn-tokens", type=whole(1), metavar="N", help="sampled tokens of one answer; it is cut there"
     )
-    ends.add_argument("--max-tokens", type=whole(), metavar="N", help="sampled tokens of the episode")
-    ends.add_argument("--max-context", type=whole(), metavar="N", help="tokens of the whole conversation")
+    ends.add_argument("--max-tokens", type=whole(1), metavar="N", help="sampled tokens of the episode")
+    ends.add_argument("--max-context", type=whole(1), metavar="N", help="tokens of the whole conversation")
 
 
 def load_tokenizer(name: str, env: str) -> Any:

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torchrl_chat.cli.arguments import device, real, whole
 from torchrl_chat.cli.eval_stats import Figures
 from torchrl_chat.cli.eval_tasks import DATASETS, check_dataset, make_env, make_policy
+from torchrl_chat.options import device, number, whole
 
 DESCRIPTION = """\
 Play every row of a dataset, grade the answers as in training, and sum up: accuracy, pass@k, and how sure they are.
@@ -59,10 +59,10 @@ def add_parser(commands: Any) -> None:
     task.add_argument("--data", metavar="PATH", help="a local copy: a folder, or a JSONL, Parquet or CSV file")
     task.add_argument("--split", metavar="NAME", help="default: test, where there is one")
     task.add_argument(
-        "--limit", type=whole(), metavar="N", help="the first N rows (default: all; 1000 generated ones)"
+        "--limit", type=whole(1), metavar="N", help="the first N rows (default: all; 1000 generated ones)"
     )
     task.add_argument(
-        "--samples", type=whole(), default=1, metavar="K", help="answers to each question (default: 1)"
+        "--samples", type=whole(1), default=1, metavar="K", help="answers to each question (default: 1)"
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -83,13 +83,13 @@ def add_parser(commands: Any) -> None:
     model.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--temperature", type=real(least=0), metavar="T", help="default: 0 (greedy) for one sample, 1 for several"
+        "--temperature", type=number(least=0), metavar="T", help="default: 0 (greedy) for one sample, 1 for several"
     )
     sampling.add_argument(
-        "--max-new-tokens", type=whole(), metavar="N", help="where an answer is cut (default: 1024; tiny: 8)"
+        "--max-new-tokens", type=whole(1), metavar="N", help="where an answer is cut (default: 1024; tiny: 8)"
     )
     sampling.add_argument(
-        "--batch", type=whole(), default=32, metavar="N", help="conversations at once (default: 32)"
+        "--batch", type=whole(1), default=32, metavar="N", help="conversations at once (default: 32)"
     )
     sampling.add_argument(
         "--input-mode",
@@ -111,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = _folder(arguments)
     _settle(arguments)
     check_dataset(arguments)
+    _compare(folder, arguments)  # what is refused anyway is refused before a model is loaded
     from torchrl_chat.cli.eval_run import DatasetRun
 
     policy = make_policy(arguments)
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
             metadata={"policy": arguments.model, "dataset": arguments.dataset},
         )
         stack.callback(plan.close)
-        _remember(folder, arguments)  # only when the dataset and the model have been opened
+        _remember(folder, arguments)  # written only when the dataset and the model have been opened
         done = plan.total - len(plan.todo)
         if done:
             print(f"going on: {done} of {plan.total} answers are in {path}", file=sys.stderr)
@@ -242,8 +243,18 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"--resume {folder}: there is no run in this folder ({path} is missing).") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(_DAMAGED.format(path=path, error=error)) from None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            _DAMAGED.format(path=path, error=f"it holds a {type(settings).__name__}, not settings by name")
+        )
     return settings
+
+
+_DAMAGED = (
+    "{path} is damaged ({error}): what the evaluation was begun with is not known. Put the file back; or, if you are sure that "
+    "the settings are the same, delete it, and give them with --out."
+)
 
 
 def _settle(arguments: argparse.Namespace) -> None:
@@ -265,26 +276,35 @@ def _settle(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--backend {arguments.backend} needs --model: tiny is made on the spot for transformers.")
 
 
-def _remember(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write the settings, or compare them with those of the run that is in the folder."""
-    settings = {
+def _kept(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that are written."""
+    return {
         key: value
         for key, value in vars(arguments).items()
         if key not in ("out", "resume", "run", "command", "json")
     }
-    path = folder / "config.json"
-    if path.exists():
-        before = _settings_of(folder)
-        differs = [key for key in settings if key not in _FREE and before.get(key, settings[key]) != settings[key]]
-        if differs:
-            key = differs[0]
-            raise ValueError(
-                f"{folder} holds an evaluation with --{key.replace('_', '-')} {before[key]}, not {settings[key]}: give "
-                f"another --out, or the same settings."
-            )
+
+
+def _compare(folder: Path, arguments: argparse.Namespace) -> None:
+    """Refuse a folder that holds another evaluation."""
+    if not (folder / "config.json").exists():
+        return
+    before, settings = _settings_of(folder), _kept(arguments)
+    differs = [key for key in settings if key not in _FREE and before.get(key, settings[key]) != settings[key]]
+    if differs:
+        key = differs[0]
+        raise ValueError(
+            f"{folder} holds an evaluation with --{key.replace('_', '-')} {before[key]}, not {settings[key]}: give another --out, or "
+            "the same settings."
+        )
+
+
+def _remember(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the settings."""
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
     beside = path.with_name("config.json.part")
-    beside.write_text(json.dumps(settings, indent=2) + "\n")
+    beside.write_text(json.dumps(_kept(arguments), indent=2) + "\n")
     beside.replace(path)
 
 

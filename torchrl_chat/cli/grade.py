@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from torchrl_chat.cli.arguments import real, whole
 from torchrl_chat.cli.eval_stats import wilson
+from torchrl_chat.options import number, whole
 from torchrl_chat.rewards.tasks import TASKS
 
 DESCRIPTION = """\
@@ -74,9 +74,9 @@ def add_parser(commands: Any) -> None:
         help="print rows as well (default: the first 10 wrong)",
     )
     parser.add_argument(
-        "--deadline", type=real(above=0), default=10.0, metavar="SECONDS", help="for one grade (default: 10)"
+        "--deadline", type=number(above=0), default=10.0, metavar="SECONDS", help="for one grade (default: 10)"
     )
-    parser.add_argument("--workers", type=whole(), metavar="N", help="worker processes (default: one a core)")
+    parser.add_argument("--workers", type=whole(1), metavar="N", help="worker processes (default: one a core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the summary")
     parser.set_defaults(run=run)
 

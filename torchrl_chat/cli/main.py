@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from torchrl_chat.cli import audit, eval, grade, play, serve, train, view
-from torchrl_chat.cli.arguments import Parser
+from torchrl_chat.options import both_spellings
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
@@ -60,16 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def make_parser() -> Parser:
+def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="torchrl-chat",
         description="Token-exact chat environments for reinforcement learning of language models with TorchRL.",
     )
     parser.add_argument("--version", action="version", version=f"torchrl-chat {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, eval, serve, play, view, audit, grade):
-        command.add_parser(commands)
+    for module in (train, eval, serve, play, view, audit, grade):
+        module.add_parser(commands)
+    for command in commands.choices.values():
+        both_spellings(command)
     return parser
 
 

@@ -11,8 +11,8 @@ import webbrowser
 from collections.abc import Callable
 from typing import Any
 
-from torchrl_chat.cli.arguments import port, real, whole
 from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
+from torchrl_chat.options import number, port, whole
 
 DESCRIPTION = """\
 Play an environment by hand: its page opens in the browser, served on this machine only, and Ctrl-C ends it. The page
@@ -43,10 +43,10 @@ def add_parser(commands: Any) -> None:
         help="a model that answers, where it is asked to: tiny (random), a name or a folder",
     )
     model.add_argument(
-        "--max-new-tokens", type=whole(), default=256, metavar="N", help="of one answer (default 256)"
+        "--max-new-tokens", type=whole(1), default=256, metavar="N", help="of one answer (default 256)"
     )
     model.add_argument(
-        "--temperature", type=real(least=0), default=1.0, help="0 takes the likeliest token (default 1)"
+        "--temperature", type=number(least=0), default=1.0, help="0 takes the likeliest token (default 1)"
     )
     page = parser.add_argument_group("page")
     page.add_argument("--rollouts", metavar="PATH", help="a folder of rollout files for the viewer, or one file")

@@ -10,8 +10,8 @@ import sys
 import time
 from typing import Any
 
-from torchrl_chat.cli.arguments import port, real, whole
 from torchrl_chat.cli.environments import add_arguments, load_tokenizer, make_factory
+from torchrl_chat.options import number, port, whole
 
 DESCRIPTION = """\
 Serve an environment by OpenEnv's HTTP and WebSocket protocol: to OpenEnv's own clients, to trainers that use them, and
@@ -72,47 +72,47 @@ def add_parser(commands: Any) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-sessions",
-        type=whole(),
+        type=whole(1),
         default=int(os.environ.get("MAX_CONCURRENT_ENVS", "1024")),
         metavar="N",
         help="sessions at a time (default: $MAX_CONCURRENT_ENVS, else 1024)",
     )
     limits.add_argument(
         "--max-sessions-per-address",
-        type=whole(),
+        type=whole(1),
         metavar="N",
         help="of one client's address (default: three quarters of all)",
     )
     limits.add_argument(
         "--idle-seconds",
-        type=real(above=0),
+        type=number(above=0),
         default=3600,
         metavar="S",
         help="an unused session is closed (default 3600)",
     )
     limits.add_argument(
         "--resume-seconds",
-        type=real(above=0),
+        type=number(above=0),
         default=120,
         metavar="S",
         help="a session with ?resume=1 waits for its client (default 120)",
     )
     limits.add_argument(
-        "--step-seconds", type=real(above=0), default=600, metavar="S", help="one step (default 600)"
+        "--step-seconds", type=number(above=0), default=600, metavar="S", help="one step (default 600)"
     )
     limits.add_argument(
         "--ping-seconds",
-        type=real(least=0),
+        type=number(least=0),
         default=20,
         metavar="S",
         help="a client that answers no ping for so long is gone (default 20; 0 for no pings)",
     )
     limits.add_argument(
-        "--max-message-mb", type=real(above=0), default=16, metavar="MB", help="one message (default 16)"
+        "--max-message-mb", type=number(above=0), default=16, metavar="MB", help="one message (default 16)"
     )
-    limits.add_argument("--rate", type=real(above=0), metavar="N", help="requests a second of one connection")
+    limits.add_argument("--rate", type=number(above=0), metavar="N", help="requests a second of one connection")
     limits.add_argument(
-        "--grace", type=real(least=0), default=30, metavar="S", help="for steps at shutdown (default 30)"
+        "--grace", type=number(least=0), default=30, metavar="S", help="for steps at shutdown (default 30)"
     )
     parser.set_defaults(run=run)
 

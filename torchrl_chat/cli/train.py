@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchrl_chat.options import device, number, whole
+
 if TYPE_CHECKING:
+    from tensordict import TensorDictBase
     from torchrl.envs import EnvBase
 
-    from torchrl_chat.cli.grpo import Graded, GRPOConfig, StepMetrics
+    from torchrl_chat.cli.grpo import GRPOConfig, StepMetrics
     from torchrl_chat.policies import TransformersPolicy
 
 DESCRIPTION = """\
@@ -25,8 +30,8 @@ two CPU cores, nothing is downloaded. The real thing, on a machine with a GPU:
   torchrl-chat train --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct
 
 Written to the output folder: config.json, metrics.jsonl (one line a step), curve.png, samples.jsonl
-(graded conversations after training) and checkpoint/ (model and tokenizer). Ctrl-C ends the run and keeps
-what there is."""
+(graded conversations, before training and then after it: torchrl-chat view FOLDER shows them) and checkpoint/
+(model and tokenizer). Ctrl-C ends the run and keeps what there is; weights that are no numbers are never written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,27 +97,29 @@ def add_parser(commands: Any) -> None:
         help="tiny (default), or the name or folder of a transformers causal language model",
     )
     task.add_argument("--input-mode", choices=("tokens", "text", "history"), default="tokens")
-    task.add_argument("--device", help="default: cuda where there is one, else cpu")
+    task.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     learning = parser.add_argument_group("learning (defaults: tiny / any other model)")
 
-    def setting(flag: str, name: str, kind: type, text: str) -> None:
+    def setting(flag: str, name: str, kind: Callable[[str], Any], text: str) -> None:
         tiny, full = getattr(TINY, name), getattr(FULL, name)
         learning.add_argument(flag, dest=name, type=kind, metavar="N", help=f"{text} (default {tiny:g} / {full:g})")
 
-    setting("--steps", "steps", int, "batches to collect and learn from")
-    setting("--prompts", "prompts", int, "questions a batch")
-    setting("--group-size", "group_size", int, "answers to each question")
-    setting("--epochs", "epochs", int, "passes over each batch")
-    setting("--minibatch", "minibatch", int, "conversations an optimizer step")
-    setting("--lr", "lr", float, "learning rate at the start")
-    setting("--final-lr-share", "final_lr_share", float, "share of it at the end")
-    setting("--entropy", "entropy", float, "coefficient of the entropy bonus")
-    setting("--max-new-tokens", "max_new_tokens", int, "where an answer is cut")
-    learning.add_argument("--temperature", type=float, default=1.0, help="of sampling (default 1.0)")
+    setting("--steps", "steps", whole(1), "batches to collect and learn from")
+    setting("--prompts", "prompts", whole(1), "questions a batch")
+    setting("--group-size", "group_size", whole(2), "answers to each question")
+    setting("--epochs", "epochs", whole(1), "passes over each batch")
+    setting("--minibatch", "minibatch", whole(1), "conversations an optimizer step")
+    setting("--lr", "lr", number(above=0), "learning rate at the start")
+    setting("--final-lr-share", "final_lr_share", number(0, 1), "share of it at the end")
+    setting("--entropy", "entropy", number(0), "coefficient of the entropy bonus")
+    setting("--max-new-tokens", "max_new_tokens", whole(1), "where an answer is cut")
+    learning.add_argument("--temperature", type=number(above=0), default=1.0, help="of sampling (default 1.0)")
     learning.add_argument("--seed", type=int, default=0, help="of weights, data and sampling (default 0)")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/DATASET-TIME")
-    output.add_argument("--eval", type=int, default=256, metavar="N", help="conversations graded before and after")
+    output.add_argument(
+        "--eval", type=whole(1), default=256, metavar="N", help="conversations graded before and after"
+    )
     output.add_argument("--no-checkpoint", action="store_true", help="do not save the model")
 
 
@@ -120,13 +127,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, report, and say where the files are."""
     try:
         import matplotlib  # noqa: F401
-        from tqdm import tqdm
+        import tqdm  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: pip install 'torchrl_chat[train]'.") from error
     import torch
+    import transformers
 
     from torchrl_chat.cli.grpo import evaluate, grpo, pass_rate
+    from torchrl_chat.recipes.progress import Progress
+    from torchrl_chat.rollouts import plain
 
+    transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     torch.manual_seed(arguments.seed)
     config = grpo_config(arguments)
     policy = make_policy(arguments)
@@ -141,34 +152,37 @@ def run(arguments: argparse.Namespace) -> int:
 
     history: list[StepMetrics] = []
     before = after = float("nan")
-    graded: list[Graded] = []
+    graded: list[TensorDictBase] = []
+    samples = folder / "samples.jsonl"
     interrupted = False
     try:
-        before = pass_rate(evaluate(judge, policy, arguments.eval))
+        graded = evaluate(judge, policy, arguments.eval)
+        before = pass_rate(graded)
+        write_samples(samples, graded, policy.tokenizer, 0)
         print(f"pass rate before training: {before:.3f}")
-        with (folder / "metrics.jsonl").open("w") as log, tqdm(total=config.steps, unit="step") as bar:
+        with (folder / "metrics.jsonl").open("w") as log, Progress("train", config.steps) as progress:
             for metrics in grpo(env, policy, config):
                 history.append(metrics)
-                log.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+                log.write(json.dumps(plain(dataclasses.asdict(metrics))) + "\n")
                 log.flush()
-                bar.set_postfix_str(f"reward {metrics.reward:.3f}, pass rate {metrics.pass_rate:.3f}")
-                bar.update()
+                progress.add({"reward": metrics.reward, "pass rate": metrics.pass_rate})
     except KeyboardInterrupt:
         interrupted = True
         print(f"interrupted after {len(history)} of {config.steps} steps; keeping what there is")
     # What cannot be had again comes first: a second Ctrl-C only costs the last evaluation.
     if not arguments.no_checkpoint:
-        policy.model.save_pretrained(folder / "checkpoint")
-        policy.tokenizer.save_pretrained(folder / "checkpoint")
+        save_checkpoint(folder / "checkpoint", policy)
     draw_curve(folder / "curve.png", history, before, after)
     try:
         graded = evaluate(judge, policy, arguments.eval)
         after = pass_rate(graded)
+        write_samples(samples, graded, policy.tokenizer, len(history))
     except KeyboardInterrupt:
         interrupted = True
-    write_samples(folder / "samples.jsonl", graded)
     draw_curve(folder / "curve.png", history, before, after)
     show_samples(graded)
+    if skipped := sum(metrics.skipped for metrics in history):
+        print(f"{skipped} optimizer steps were left out: their loss or gradients were not finite")
     print(f"pass rate after training: {after:.3f} (before: {before:.3f}); files in {folder}/")
     return 130 if interrupted else 0
 
@@ -241,27 +255,35 @@ def make_env(arguments: argparse.Namespace, policy: TransformersPolicy, seed: in
     return env
 
 
-def write_samples(path: Path, graded: list[Graded]) -> None:
-    """One JSON object a conversation."""
-    with path.open("w") as file:
-        for entry in graded:
-            row = {
-                "messages": list(entry.transcript.messages),
-                "reference": entry.reference,
-                "reward": entry.reward,
-                "success": entry.success,
-                "sampled_tokens": entry.transcript.num_sampled,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def save_checkpoint(path: Path, policy: TransformersPolicy) -> None:
+    """Write model and tokenizer, in the place of those of an earlier run; as a whole or not at all."""
+    from torchrl_chat.recipes.checkpoints import save_model
+
+    fresh = path.with_name(f".{path.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed here
+    save_model(fresh, policy.model, policy.tokenizer)
+    shutil.rmtree(path, ignore_errors=True)
+    fresh.rename(path)
 
 
-def show_samples(graded: list[Graded]) -> None:
+def write_samples(path: Path, graded: Sequence[TensorDictBase], tokenizer: Any, step: int) -> None:
+    """A rollout file (docs/rollouts.md), an episode a line, in the place of the one that was there."""
+    from torchrl_chat.rollouts import write_rollouts
+
+    for i, batch in enumerate(graded):
+        write_rollouts(path, batch, tokenizer, append=i > 0, metadata={"policy": "train", "step": step})
+
+
+def show_samples(graded: Sequence[TensorDictBase]) -> None:
     """A few conversations, each from another question, for the terminal."""
-    questions = {str(entry.transcript.messages[:-1]): entry for entry in graded}
+    from torchrl_chat.rollouts import episodes
+
+    found = [episode for batch in graded for episode in episodes(batch, tokens=False)]
+    questions = {str(episode["messages"][:-1]): episode for episode in found}
     print("\nsample conversations:")
-    for entry in list(questions.values())[:6]:
-        turns = " | ".join(f"{m['role']}: {str(m['content'])[:200]!r}" for m in entry.transcript.messages)
-        print(f"  [{'right' if entry.success else 'wrong'}, reward {entry.reward:g}] {turns}")
+    for episode in list(questions.values())[:6]:
+        turns = " | ".join(f"{m['role']}: {str(m['content'])[:200]!r}" for m in episode["messages"])
+        print(f"  [{'right' if episode['success'] else 'wrong'}, reward {episode['reward']:g}] {turns}")
 
 
 def draw_curve(path: Path, history: list[StepMetrics], before: float, after: float) -> None:

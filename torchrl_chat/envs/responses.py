@@ -18,6 +18,8 @@ from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates import ChatTemplate
 from torchrl_chat.transcript import Transcript
 
+_ROUNDING = 1e-3  # how far above 0 a log-prob may be: the float32 rounding of logits that are as large as 1e4
+
 
 class ResponseError(ValueError):
     """A policy's response cannot enter the ledger; the text names the row, the key and the value."""
@@ -75,19 +77,61 @@ def _check_fulls(
 def read_log_probs(
     td: TensorDictBase, ids: Sequence[torch.Tensor], batch_size: torch.Size
 ) -> list[torch.Tensor | None]:
-    """The log-probs of the sampled ids, from ``("log_probs", "response")``; ``None`` where absent."""
+    """The log-probs of the sampled ids, from ``("log_probs", "response")``; ``None`` where absent.
+
+    Raises:
+        ResponseError: for the first row of which :func:`bad_log_probs` has something to say.
+    """
     rows = read_field(td.get("log_probs", None), "response", batch_size)
     if rows is None:
         return [None] * len(ids)
     present = [row if isinstance(row, torch.Tensor) else None for row in rows]
     moved = iter(_to_cpu([row.detach().float() for row in present if row is not None]))
     log_probs = [None if row is None else next(moved) for row in present]
-    for i, (row, sampled) in enumerate(zip(log_probs, ids, strict=True)):
-        if row is not None and len(row) != len(sampled):
-            raise ResponseError(
-                f"row {i}: ('log_probs', 'response') has {len(row)} values for {len(sampled)} sampled ids."
-            )
+    for i, reason in enumerate(bad_log_probs(log_probs, ids)):
+        if reason is not None:
+            raise ResponseError(f"row {i}: {reason}")
     return log_probs
+
+
+def bad_log_probs(log_probs: Sequence[torch.Tensor | None], ids: Sequence[torch.Tensor]) -> list[str | None]:
+    """What is wrong with the log-probs of each row.
+
+    A sampled token had a probability above 0 and of at most 1. A log-prob that says something else (NaN, an infinity, above
+    0) would be the ratio of a loss, and one of them makes every weight NaN.
+
+    Args:
+        log_probs: float (R,) each, on the CPU; ``None`` where the policy reported none.
+        ids: the sampled ids, int64 (R,) each.
+
+    Returns:
+        for each row the reason, or ``None`` where nothing is wrong.
+
+    Example:
+        >>> bad_log_probs([torch.tensor([-0.5]), torch.tensor([float("nan")])], [torch.tensor([7])] * 2)[0] is None
+        True
+    """
+    found: list[str | None] = [
+        f"('log_probs', 'response') has {len(row)} values for {len(sampled)} sampled ids."
+        if row is not None and len(row) != len(sampled)
+        else None
+        for row, sampled in zip(log_probs, ids, strict=True)
+    ]
+    rows = [i for i, row in enumerate(log_probs) if row is not None and len(row) and found[i] is None]
+    if not rows:
+        return found
+    flat = torch.cat([row for row in log_probs if row is not None]).numpy()  # numpy: as for the ids
+    if float(flat.min()) > -float("inf") and float(flat.max()) <= _ROUNDING:  # both are NaN where one value is
+        return found
+    for i in rows:
+        for place, value in enumerate(log_probs[i].tolist()):  # type: ignore[union-attr]
+            if not -float("inf") < value <= _ROUNDING:
+                found[i] = (
+                    f"('log_probs', 'response') has {value:g} at position {place}, for the id {int(ids[i][place])}: the "
+                    "log-prob of a sampled token is a finite number, and at most 0."
+                )
+                break
+    return found
 
 
 def read_finish_reasons(td: TensorDictBase, batch_size: torch.Size) -> list[str | None]:

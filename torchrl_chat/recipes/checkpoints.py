@@ -2,14 +2,18 @@
 
 A checkpoint is a folder ``step-000120`` with the model and its tokenizer, as transformers reads them, and
 ``state.pt``: optimizer, environment, random states, and whatever else the run needs to go on as if nothing had
-happened. It is written under another name, brought to the disk, and then renamed.
+happened. It is written under another name, brought to the disk, and then renamed. ``files.json`` has the size and the
+CRC-32 of each of its files, so that one that a disk has damaged is found out when it is read. Weights that are no numbers
+are never written.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_chat.training.updates import NotFiniteError, not_finite
+
 _STATE = "state.pt"
+_FILES = "files.json"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not what was written; the text names the file."""
 
 
 def random_states() -> dict[str, Any]:
@@ -51,8 +62,10 @@ def save_model(
         state: what ``torch.save`` takes; none is written if ``None``.
 
     Raises:
+        NotFiniteError: a weight, or a number of the state, is NaN or infinite: nothing is written.
         OSError: the folder exists and is not empty, or cannot be written.
     """
+    check_finite(model, state)
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
@@ -62,6 +75,8 @@ def save_model(
     tokenizer.save_pretrained(partial)
     if state is not None:
         torch.save(dict(state), partial / _STATE)
+    files = {file.relative_to(partial).as_posix(): _summed(file) for file in partial.rglob("*") if file.is_file()}
+    (partial / _FILES).write_text(json.dumps(files, indent=2) + "\n")
     for file in partial.rglob("*"):
         to_disk(file)
     to_disk(partial)
@@ -69,9 +84,74 @@ def save_model(
     to_disk(target.parent)
 
 
+def check_finite(model: Any, state: Mapping[str, Any] | None = None) -> None:
+    """Refuse weights, and tensors of a state, that are NaN or infinite.
+
+    Args:
+        model: its parameters are looked at. (Buffers are not weights: some models keep a mask of infinities there.)
+        state: what is written beside it.
+
+    Raises:
+        NotFiniteError: naming the first such tensor.
+    """
+    found = not_finite(dict(model.named_parameters())) or not_finite(state or {})
+    if found is not None:
+        raise NotFiniteError(
+            f"{found} holds a NaN or an infinity: no checkpoint is written, and those that are there stay. Go on from the last of "
+            "them with a lower learning rate, and look at the rewards and log-probs of the last batches."
+        )
+
+
+def check_files(path: str | os.PathLike[str]) -> None:
+    """Compare the files of a checkpoint with what was written.
+
+    A checkpoint without ``files.json``, from before there was one, has its files read as far as that is possible.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, has another length or another content.
+    """
+    folder = Path(path)
+    try:
+        written = json.loads((folder / _FILES).read_text())
+    except FileNotFoundError:
+        written = {}
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {_FILES} cannot be read ({error}).") from error
+    for name, (size, checksum) in written.items():
+        try:
+            found = _summed(folder / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} cannot be read ({error}).") from error
+        if found[0] != size:
+            raise DamagedCheckpoint(
+                f"{folder} is damaged: {name} has {found[0]:,} bytes, of {size:,} that were written."
+            )
+        if found[1] != checksum:
+            raise DamagedCheckpoint(f"{folder} is damaged: the content of {name} is not what was written.")
+
+
+def _summed(path: Path) -> list[int]:
+    """Length and CRC-32 of a file."""
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            checksum, size = zlib.crc32(piece, checksum), size + len(piece)
+    return [size, checksum]
+
+
 def load_weights(path: str | os.PathLike[str], model: Any) -> None:
-    """Give a model the weights of a folder that :func:`save_model` wrote, in place, in the model's own dtype."""
-    stored = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype)
+    """Give a model the weights of a folder that :func:`save_model` wrote, in place, in the model's own dtype.
+
+    Raises:
+        DamagedCheckpoint: they cannot be read, or are not finite; the model is as it was.
+    """
+    try:
+        stored = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype)
+    except Exception as error:  # of whatever format the weights are
+        raise DamagedCheckpoint(f"{path} is damaged: its weights cannot be read ({error}).") from error
+    found = not_finite(dict(stored.named_parameters()))
+    if found is not None:
+        raise DamagedCheckpoint(f"{path} is damaged: its weight {found} holds a NaN or an infinity.")
     model.load_state_dict(stored.state_dict())
 
 
@@ -110,8 +190,15 @@ def save_checkpoint(
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state of a checkpoint. It is a pickle: load only what you trust."""
-    return torch.load(Path(path) / _STATE, map_location="cpu", weights_only=False)
+    """The state of a checkpoint. It is a pickle: load only what you trust.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    try:
+        return torch.load(Path(path) / _STATE, map_location="cpu", weights_only=False)
+    except Exception as error:  # a pickle that was cut may raise anything
+        raise DamagedCheckpoint(f"{path} is damaged: {_STATE} cannot be read ({error}).") from error
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:

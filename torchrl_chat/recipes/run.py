@@ -1,5 +1,7 @@
 """The life of a training run: its folder, progress, metrics, samples and checkpoints, and how it goes on after a kill.
 
+Ctrl-C ends it behind the step that it is in, with a checkpoint.
+
 Law of this file: a step counts when a checkpoint behind it is on the disk. What was written of later steps (metrics, rollouts,
 lists of trained episodes) is cut off when the run is resumed, and these steps are done again, on the same data.
 """
@@ -12,17 +14,19 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
-import transformers
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.recipes.checkpoints import (
+    DamagedCheckpoint,
+    check_files,
     checkpoints,
     load_state,
     load_weights,
@@ -32,13 +36,15 @@ from torchrl_chat.recipes.checkpoints import (
     set_random_states,
     to_disk,
 )
+from torchrl_chat.recipes.interrupts import EXIT, Interrupted, Interrupts
+from torchrl_chat.recipes.progress import Progress
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.seeds import EPOCH, PLACE, ROW
 
 # What may be another when a run is resumed: none of it has a part in what is sampled and learned. (Where the learning rate
 # falls towards the last step, --steps has: the rest of the run then follows the new number.)
 _FREE = {
-    "out", "resume", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
+    "out", "resume", "checkpoint", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
     "logger",
 }  # fmt: skip
 
@@ -55,8 +61,8 @@ class Run:
     - ``checkpoints/step-...``: model and tokenizer as transformers reads them, and the state;
     - ``result.json``: the pass rates before and after.
 
-    With ``config.resume`` the last checkpoint is loaded here, into the objects that are given: whatever is random stands
-    behind the making of the run.
+    With ``config.resume`` the last checkpoint (or that of ``config.checkpoint``) is loaded here, into the objects that are given:
+    whatever is random stands behind the making of the run. Nothing is cut off before all of it was read.
 
     Args:
         config: the settings.
@@ -71,12 +77,15 @@ class Run:
         folder: where everything is.
         step: how many steps are done.
         resumed: whether a checkpoint was loaded.
+        skipped: how many optimizer steps were left out because they were not finite.
 
     Raises:
         ImportError: tqdm is not installed.
         FileExistsError: the folder holds a run, and the settings do not say to resume it.
         BlockingIOError: another process is at this run.
-        ValueError: the run was begun with other settings.
+        ValueError: the run was begun with other settings; or its books (config.json, metrics.jsonl ...) are not as they were
+            written, or there is no such checkpoint.
+        DamagedCheckpoint: the checkpoint cannot be read; the text names one that can.
 
     Example:
         >>> run = Run(config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env})
@@ -89,7 +98,6 @@ class Run:
             import tqdm  # noqa: F401
         except ImportError as error:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
-        transformers.utils.logging.disable_progress_bar()  # of every checkpoint's weights
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
         self.folder = Path(config.out or f"runs/{name}-{config.dataset.replace(':', '-')}-{stamp}")
@@ -99,8 +107,9 @@ class Run:
             key: self.folder / f"{key}.jsonl" for key in ("metrics", "trained", "evaluations", "rollouts")
         }
         self._logger: Any = None
-        self._bar: Any = None
-        self.step = 0
+        self._figures: dict[str, float] = {}
+        self._saved: int | None = None
+        self.step = self.skipped = 0
         try:
             self.resumed = self._resume()
         except BaseException:
@@ -119,44 +128,104 @@ class Run:
         if written.exists():
             if not self.config.resume:
                 raise FileExistsError(f"{self.folder} holds a run: go on with --resume, or choose another --out.")
-            begun = json.loads(written.read_text())
+            begun = _settings(written)
             # A run that was begun before there was a setting had its default.
             begun = {field.name: field.default for field in dataclasses.fields(self.config)} | begun
             other = {key for key in settings if key not in _FREE and begun[key] != settings[key]}
             if other:
                 changes = ", ".join(f"{key}={begun[key]!r}, now {settings[key]!r}" for key in sorted(other))
                 raise ValueError(f"{self.folder} was begun with {changes}. Resume with the same settings.")
+        state = self._restored()
         partial = written.with_suffix(".partial")
         partial.write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(partial, written)
-        found = checkpoints(self.folder / "checkpoints")
-        state = load_state(found[-1]) if found else None
         for key, path in self._files.items():
             path.touch()
             size = 0 if state is None else state["sizes"][key]
             if path.stat().st_size > size:
                 os.truncate(path, size)
-        if state is None:
-            return False
-        load_weights(found[-1], self.model)
+        return state is not None
+
+    def _restored(self) -> dict[str, Any] | None:
+        """The state of the checkpoint that is gone on from, its contents where they belong; none where there is no checkpoint."""
+        found = checkpoints(self.folder / "checkpoints")
+        wanted = self.config.checkpoint
+        if wanted is not None:
+            if not self.config.resume:
+                raise ValueError(
+                    f"--checkpoint {wanted} says from where a run goes on: it needs --resume and --out."
+                )
+            later = [path for path in found if int(path.name[5:]) > wanted]
+            found = found[: len(found) - len(later)]
+            if not found or int(found[-1].name[5:]) != wanted:
+                there = ", ".join(path.name[5:].lstrip("0") or "0" for path in found + later) or "none"
+                raise ValueError(f"{self.folder} has no checkpoint of step {wanted}: there are {there}.")
+        if not found:
+            return None
+        path = found[-1]
+        try:
+            check_files(path)
+            state = load_state(path)
+            self._check_books(path, state["sizes"])
+            load_weights(path, self.model)
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{error} {self._way_out(found[:-1])}") from error
         for key, value in self.state.items():
             value.load_state_dict(state["state"][key])
         set_random_states(state["random"])
-        self.step = state["step"]
-        return True
+        self.step = self._saved = state["step"]
+        self.skipped = state.get("skipped", 0)
+        if wanted is not None:
+            for old in later:  # they are not of the run that goes on from here
+                os.rename(old, _free_name(old))
+        return state
+
+    def _way_out(self, others: Sequence[Path]) -> str:
+        """What to do where a checkpoint cannot be read."""
+        for path in reversed(others):
+            try:
+                check_files(path)
+                load_state(path)
+            except DamagedCheckpoint:
+                continue
+            step = int(path.name[5:])
+            return f"The one of step {step} is whole: give --checkpoint {step} beside --resume to go on from it."
+        return "No other one is whole: begin anew, with another --out."
+
+    def _check_books(self, checkpoint: Path, sizes: Mapping[str, int]) -> None:
+        """Refuse files that lack lines which were there when the checkpoint was written."""
+        for key in ("metrics", "trained", "evaluations"):  # of rollouts some may have been deleted, for their size
+            path, size = self._files[key], sizes[key]
+            there = path.stat().st_size if path.exists() else 0
+            if there < size:
+                raise ValueError(
+                    f"{path} has {there:,} bytes, and had {size:,} when {checkpoint.name} was written: lines are missing. Put the "
+                    "file back, or begin anew with another --out."
+                )
+        path = self._files["evaluations"]
+        written = path.read_bytes()[: sizes["evaluations"]] if path.exists() else b""
+        for number, line in enumerate(written.splitlines(), 1):
+            _evaluation(path, number, line)
 
     def save(self) -> Path:
-        """Write a checkpoint now."""
+        """Write a checkpoint now.
+
+        Raises:
+            NotFiniteError: a weight, or a number of the optimizer, is NaN or infinite; the checkpoints that are there stay.
+        """
         for path in self._files.values():
             to_disk(path)
         state = {
             "step": self.step,
             "state": {key: value.state_dict() for key, value in self.state.items()},
             "random": random_states(),
+            "skipped": self.skipped,
             "sizes": {key: path.stat().st_size for key, path in self._files.items()},
         }
         folder = self.folder / "checkpoints"
-        return save_checkpoint(folder, self.step, self.model, self.tokenizer, state, keep=self.config.keep)
+        path = save_checkpoint(folder, self.step, self.model, self.tokenizer, state, keep=self.config.keep)
+        self._saved = self.step
+        return path
 
     # ------------------------------------------------------------------ the steps
     def steps(self, evaluate: Callable[[], TensorDictBase]) -> Iterator[int]:
@@ -165,33 +234,74 @@ class Run:
         A checkpoint is written behind each step that is due, behind the last one, and before the first one, so that what
         came before it (a warm start) need not be done again. At the end the result is written and shown.
 
+        The first Ctrl-C ends the run behind the step that is going on, with a checkpoint; the second at once, without one. An
+        evaluation is broken off, and made up for when the run is resumed.
+
         Args:
             evaluate: asks the questions of the evaluation, and returns the finished conversations.
-        """
-        from tqdm import tqdm
 
+        Raises:
+            SystemExit: with the code 130, behind Ctrl-C and the checkpoint.
+        """
         config = self.config
-        if not self.resumed:
-            self._evaluate(evaluate)
-            self.save()
-        with tqdm(total=config.steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5) as self._bar:
-            while self.step < config.steps:
-                self._start = time.perf_counter()
-                yield self.step
-                self.step += 1
-                self._bar.update()
-                last = self.step == config.steps
-                if last or (config.eval_every and self.step % config.eval_every == 0):
-                    self._evaluate(evaluate, aloud=last)
-                if last or self.step % config.save_every == 0:
+        notice = "Ctrl-C: a checkpoint is written behind this step; once more ends the run at once, without it."
+        with Interrupts(notice) as interrupts, Progress(self.name, config.steps, done=self.step) as progress:
+            try:
+                if self._due() and self.step not in self._evaluated():
+                    with interrupts.at_once():
+                        self._evaluate(evaluate, aloud=self.step == config.steps)
+                if not self.resumed:
                     self.save()
-        first, *_, last_line = [json.loads(line) for line in self._files["evaluations"].read_text().splitlines()]
-        result = {"before": first["pass_rate"], "after": last_line["pass_rate"], "steps": self.step}
+                while self.step < config.steps:
+                    interrupts.stop_if_asked()
+                    self._start = time.perf_counter()
+                    yield self.step
+                    self.step += 1
+                    progress.add(self._figures)
+                    if self._due():
+                        with interrupts.at_once():
+                            self._evaluate(evaluate, aloud=self.step == config.steps)
+                    if self.step == config.steps or self.step % config.save_every == 0:
+                        self.save()
+            except Interrupted:
+                self._interrupted()
+        first, *others = self._evaluations()
+        result = {
+            "before": first["pass_rate"],
+            "after": [first, *others][-1]["pass_rate"],
+            "steps": self.step,
+            "skipped": self.skipped,
+        }
         (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         print(
             f"pass rate after training: {result['after']:.3f} (before: {result['before']:.3f}); files in {self.folder}/"
         )
+        if self.skipped:
+            print(f"{self.skipped} optimizer steps were left out: their loss or gradients were not finite")
         self.close()
+
+    def _due(self) -> bool:
+        """Whether there is an evaluation where the run stands."""
+        every = self.config.eval_every
+        return self.step in (0, self.config.steps) or bool(every and self.step % every == 0)
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        path = self._files["evaluations"]
+        return [_evaluation(path, number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1)]
+
+    def _evaluated(self) -> set[int]:
+        return {entry["step"] for entry in self._evaluations()}
+
+    def _interrupted(self) -> NoReturn:
+        """End the run between two steps."""
+        if self._saved != self.step:
+            self.save()
+        print(
+            f"interrupted behind {self.step} of {self.config.steps} steps, with a checkpoint; --out {self.folder} --resume goes on",
+            file=sys.stderr,
+        )
+        self.close()
+        raise SystemExit(EXIT)
 
     def close(self) -> None:
         """Let others at the folder."""
@@ -228,9 +338,8 @@ class Run:
         self._write("trained", {"step": step, "episodes": [] if trained is None else episodes(trained)})
         if finished is not None:
             self._show(finished[: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
-        if self._bar is not None:
-            kept = ("pass_rate", "reward", "loss")
-            self._bar.set_postfix({key: f"{metrics[key]:.3f}" for key in kept if key in metrics}, refresh=False)
+        self._figures = {key: metrics[key] for key in ("pass_rate", "reward", "loss") if key in metrics}
+        self.skipped += int(metrics.get("skipped", 0))
         for key, value in metrics.items():
             self._scalar(key, value)
 
@@ -255,8 +364,10 @@ class Run:
         tqdm.write(text)
 
     def _write(self, key: str, line: Mapping[str, Any]) -> None:
+        from torchrl_chat.rollouts import plain
+
         with open(self._files[key], "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(plain(line)) + "\n")  # a number that is not finite is null
 
     def reference(self) -> Any:
         """A frozen copy of the model as it was before the first step; a resumed run finds it in its folder."""
@@ -267,6 +378,44 @@ class Run:
         model = copy.deepcopy(self.model).requires_grad_(False)
         load_weights(path, model)
         return model
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings that a run was begun with."""
+    try:
+        begun = json.loads(path.read_bytes())
+        if not isinstance(begun, dict):
+            raise ValueError(f"it holds a {type(begun).__name__}, not settings by name")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): what the run was begun with cannot be compared. Put the file back; or, if you are sure "
+            "that the settings are the same, delete it: it is written anew."
+        ) from None
+    return begun
+
+
+def _evaluation(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """A line of evaluations.jsonl."""
+    try:
+        entry = json.loads(line)
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry[key], (int, float)) for key in ("step", "pass_rate")
+        ):
+            raise ValueError("its 'step' and 'pass_rate' are not numbers")
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}, line {number} is damaged ({error!r}): the result of the run is made of it. Put the file back, or begin anew "
+            "with another --out."
+        ) from None
+    return entry
+
+
+def _free_name(path: Path) -> Path:
+    """A name beside a checkpoint under which it is kept, and not taken for one."""
+    number = 0
+    while (name := path.with_name(f"{path.name}.aside{number or ''}")).exists():
+        number += 1
+    return name
 
 
 def episodes(td: TensorDictBase) -> list[list[int]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
+
+from torchrl_chat.options import device
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -56,6 +59,9 @@ class RunConfig:
     # output
     out: str | None = setting(None, "the folder of the run; default: runs/SCRIPT-DATASET-TIME")
     resume: bool = setting(False, "go on from the last checkpoint in --out, or begin where there is none")
+    checkpoint: int | None = setting(
+        None, "with --resume: the step of the checkpoint to go on from; default: the last"
+    )
     save_every: int = setting(50, "steps between checkpoints")
     keep: int = setting(2, "how many checkpoints are kept")
     eval: int = setting(256, "questions asked before and after training")
@@ -64,7 +70,7 @@ class RunConfig:
     rollouts: int = setting(16, "conversations of each step that are written to rollouts.jsonl")
     logger: str = setting("", "a logger of torchrl beside metrics.jsonl: csv, tensorboard, wandb, mlflow")
 
-    least: ClassVar[dict[str, int]] = {
+    least: ClassVar[dict[str, float]] = {
         **dict.fromkeys(
             (
                 "steps", "prompts", "group_size", "max_new_tokens", "max_turns", "epochs", "minibatch", "max_tokens",
@@ -72,9 +78,22 @@ class RunConfig:
             ),
             1,
         ),
-        **dict.fromkeys(("warm_steps", "eval_every", "show_every", "rollouts"), 0),
+        **dict.fromkeys(
+            ("warm_steps", "eval_every", "show_every", "rollouts", "checkpoint", "vllm_memory", "final_lr_share"), 0
+        ),
     }  # fmt: skip
     """The least value of each setting that has one."""
+
+    positive: ClassVar[frozenset[str]] = frozenset({"lr", "max_grad_norm", "temperature"})
+    """Settings that are more than 0."""
+
+    greatest: ClassVar[dict[str, float]] = {"vllm_memory": 1}
+    """The greatest value of each setting that has one; settings that are no whole numbers are finite anyway."""
+
+    @property
+    def patience(self) -> int:
+        """How many optimizer steps in a row may be left out because they are not finite: a bad row comes back in each pass."""
+        return 5 * self.epochs
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -112,7 +131,7 @@ def parse(
         arguments: the words of the command line; those of this process if ``None``.
 
     Raises:
-        SystemExit: an argument is unknown, or none of the choices; the text says which.
+        SystemExit: an argument is unknown, none of the choices, or a number that can mean nothing; the text says which.
 
     Example:
         >>> parse(RunConfig, None, arguments=["--seed", "3"]).seed
@@ -125,9 +144,33 @@ def parse(
     asked, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
     parser.set_defaults(**defaults(asked))
     config = kind(**vars(parser.parse_args(words)))
-    for name, least in kind.least.items():
-        if getattr(config, name) < least:
-            parser.error(f"--{name} is {getattr(config, name)}: expected at least {least}.")
-    if config.temperature <= 0:
-        parser.error(f"--temperature is {config.temperature}: expected more than 0, a policy that explores.")
+    for name, value in vars(config).items():
+        if (wrong := _wrong(kind, name, value)) is not None:
+            parser.error(f"--{name} is {value}: {wrong}.")
+    if config.device is not None:
+        try:
+            device(config.device)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--device: {error}.")
+    if config.resume and config.out is None:
+        parser.error("--resume goes on with the run in a folder: give it with --out.")
+    if config.checkpoint is not None and not config.resume:
+        parser.error(
+            f"--checkpoint {config.checkpoint} says from where a run goes on: give --resume and --out, too."
+        )
     return config
+
+
+def _wrong(kind: type[RunConfig], name: str, value: Any) -> str | None:
+    """What is expected of a number that cannot be a setting; ``None`` where nothing is wrong."""
+    if not isinstance(value, (int, float)):
+        return None
+    if not math.isfinite(value):
+        return "expected a finite number"
+    if name in kind.positive and value <= 0:
+        return "expected more than 0" + (", a policy that explores" if name == "temperature" else "")
+    if value < kind.least.get(name, -math.inf):
+        return f"expected at least {kind.least[name]:g}"
+    if value > kind.greatest.get(name, math.inf):
+        return f"expected at most {kind.greatest[name]:g}"
+    return None

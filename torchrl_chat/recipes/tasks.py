@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
+from torchrl_chat.training.updates import take_step
 from torchrl_chat.training.view import training_view
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ _HINT = 0.06  # the share of demonstrations with the operation that was asked fo
 
 def make_model(config: RunConfig) -> tuple[Any, Any]:
     """The model of ``--model``, in float32 on ``--device``, and its tokenizer."""
+    import transformers
+
     from torchrl_chat.cli import tiny
 
+    transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.model == "tiny":
         alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": TOOL_ALPHABET}
@@ -210,4 +214,4 @@ def warm_start(
         loss = -masked_mean(scores.log_probs, scores.mask)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        take_step(optimizer, loss)

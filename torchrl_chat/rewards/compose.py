@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from torchrl_chat.rewards.verdict import Episode, Level, Verdict, arguments, as_verdict, level_of
+from torchrl_chat.rewards.worker import Reason
 
 Grade: TypeAlias = Callable[[Any, Sequence[Episode]], list[Verdict]]
 """Grades episodes with a component: ``grade(verifier, episodes)``."""
@@ -250,4 +251,9 @@ def _parts(names: Sequence[str], row: Sequence[Verdict]) -> dict[str, float]:
 
 
 def _failure(names: Sequence[str], row: Sequence[Verdict]) -> str | None:
-    return next((f"{v.failure} (in {name})" for name, v in zip(names, row, strict=True) if v.failure), None)
+    for name, verdict in zip(names, row, strict=True):
+        if verdict.failure:
+            reason = Reason(f"{verdict.failure} (in {name})")
+            reason.traceback = getattr(verdict.failure, "traceback", "")
+            return reason
+    return None

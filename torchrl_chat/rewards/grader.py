@@ -18,6 +18,7 @@ from torchrl_chat._loop import LoopThread
 from torchrl_chat.rewards.compose import Composition, as_verifier
 from torchrl_chat.rewards.pool import Outcome, VerifierPool
 from torchrl_chat.rewards.verdict import Episode, Verdict, arguments, as_verdict, level_of
+from torchrl_chat.rewards.worker import Reason
 
 
 class Grader:
@@ -200,7 +201,7 @@ def _tried(verifier: Any, call: tuple[Any, ...]) -> Outcome:
     try:
         return Outcome(verifier(*call), None)
     except _COSTS_ITS_ROW as error:  # whatever a verifier raises, the other rows are not lost
-        return Outcome(None, f"error: {type(error).__name__}: {error}")
+        return Outcome(None, Reason.of(error))
 
 
 async def _contained(awaitable: Any) -> Outcome:
@@ -208,7 +209,7 @@ async def _contained(awaitable: Any) -> Outcome:
     try:
         return Outcome(await awaitable, None)
     except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-        return Outcome(None, f"error: {type(error).__name__}: {error}")
+        return Outcome(None, Reason.of(error))
 
 
 async def _all_of(outcomes: list[Outcome], deadline: float) -> list[Outcome]:
@@ -227,7 +228,7 @@ async def _all_of(outcomes: list[Outcome], deadline: float) -> list[Outcome]:
                 raise
             return Outcome(None, f"error: {type(error).__name__}: {error}")
         except Exception as error:
-            return Outcome(None, f"error: {type(error).__name__}: {error}")
+            return Outcome(None, Reason.of(error))
 
     return list(await asyncio.gather(*map(one, outcomes)))
 

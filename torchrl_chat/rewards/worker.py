@@ -39,6 +39,22 @@ START = 120.0
 """Seconds for the import of the verifier."""
 
 
+class Reason(str):
+    """Why a grade failed, and the traceback of what was raised; a string like any other to whoever does not ask for it."""
+
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, *, most: int | None = None) -> Reason:
+        """Of an error: its class and its text, of which ``most`` characters are kept."""
+        import traceback  # needed where something went wrong, not in each worker
+
+        reason = cls(f"error: {type(error).__name__}: {str(error)[:most]}")
+        with contextlib.suppress(Exception):  # an error that cannot be spelled, or no memory for it
+            reason.traceback = "".join(traceback.format_exception(error, limit=-20))[-8000:]
+        return reason
+
+
 def frame(payload: bytes) -> bytes:
     """The payload with its length before it."""
     return SIZE.pack(len(payload)) + payload
@@ -218,9 +234,9 @@ def _grade(verifier: Any, arguments: memoryview) -> bytes:
             raise ValueError(f"the verdict has {len(reply):,} bytes, of {MAX_REPLY:,} that are allowed")
         return reply
     except MemoryError:
-        reason = "memory: the grade needed more than a worker may have"
+        reason: str = "memory: the grade needed more than a worker may have"
     except BaseException as error:  # SystemExit is a failure of the grade as well
-        reason = f"error: {type(error).__name__}: {str(error)[:500]}"
+        reason = Reason.of(error, most=500)
     return pickle.dumps((False, reason))
 
 

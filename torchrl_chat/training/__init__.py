@@ -1,14 +1,21 @@
 """What stands between finished episodes and an optimizer: the training view, log-probs, advantages, losses.
 
-Plain functions of tensors (N, T) with a mask; torchrl's own losses take the view as it is.
+Plain functions of tensors (N, T) with a mask; torchrl's own losses take the view as it is. ``ExactGRPOLoss`` and
+``ExactMCAdvantage`` are torchrl's with a defect less each, imported (with torchrl's objectives) when they are asked for.
 """
+
+from typing import Any
 
 from torchrl_chat.training.advantages import gae, group_advantages, token_rewards, whitened
 from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss
 from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs
+from torchrl_chat.training.updates import NotFiniteError, take_step
 from torchrl_chat.training.view import training_view
 
 __all__ = [
+    "ExactGRPOLoss",
+    "ExactMCAdvantage",
+    "NotFiniteError",
     "Scores",
     "gae",
     "group_advantages",
@@ -17,7 +24,16 @@ __all__ = [
     "microbatches",
     "policy_loss",
     "sequence_log_probs",
+    "take_step",
     "token_rewards",
     "training_view",
     "whitened",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ExactGRPOLoss", "ExactMCAdvantage"):
+        from torchrl_chat.training import grpo
+
+        return getattr(grpo, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat import columns
 
 
 def group_advantages(
-    reward: torch.Tensor,
-    group: torch.Tensor,
+    reward: torch.Tensor | TensorDictBase,
+    group: torch.Tensor | None = None,
     *,
     episode: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
@@ -24,13 +27,15 @@ def group_advantages(
     ``leave_one_out=True`` the mean is that of the other episodes of the group (RLOO, arXiv:2402.14740).
 
     Args:
-        reward: one number a row, float (N, ...), N numbers in all.
-        group: int64 (N,), which rows belong together.
+        reward: a training view, which has all of what follows: its ``"reward"``, ``"group"``, ``"episode"``, and which of its
+            sequences have a token to train. Or one number a row, float (N, ...), N numbers in all.
+        group: int64 (N,), which rows belong together. A negative one says that the row belongs to nobody, as a training view
+            does of an episode that failed (its grade, say): it gets 0, and has no say in what the others get.
 
     Keyword Args:
         episode: int64 (N,), the episode of each row, as in a training view: an episode of several sequences counts
             once. Each row is its own episode if ``None``.
-        valid: bool (N, ...), rows that count; the others get 0. All if ``None``.
+        valid: bool (N, ...), rows that count; the others get 0. All of a group if ``None``.
         normalize: see above.
         leave_one_out: see above.
         eps: the least standard deviation (sample standard deviation, as in torchrl's ``MCAdvantage``).
@@ -39,12 +44,18 @@ def group_advantages(
         The advantages, in the shape of ``reward``. 0 where a group has one valid episode: nothing compares with it.
 
     Raises:
+        KeyError: the view has no reward or no group.
+        TypeError: there is neither a view nor a group.
         ValueError: the shapes disagree, or a valid reward is not finite.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([0, 0, 1, 1]), normalize=None)
         tensor([ 0.5000, -0.5000,  1.0000, -1.0000])
     """
+    if isinstance(reward, TensorDictBase):
+        reward, group, episode, valid = _of_view(reward, group, episode, valid)
+    elif group is None:
+        raise TypeError("group_advantages needs a training view, or rewards and their groups.")
     count = len(reward)
     if normalize not in ("std", None):
         raise ValueError(f"normalize={normalize!r}: expected 'std' or None.")
@@ -52,7 +63,8 @@ def group_advantages(
         if value is not None and value.numel() != count:
             raise ValueError(f"{name} has the shape {tuple(value.shape)}: expected one value for {count} rows.")
     values = reward.reshape(count).float()
-    counts = torch.ones(count, device=values.device) if valid is None else valid.reshape(count).float()
+    belongs = group.reshape(count) >= 0
+    counts = (belongs if valid is None else belongs & valid.reshape(count).to(belongs.device)).to(values)
     if bool((~values.isfinite() & (counts > 0)).any()):
         row = int((~values.isfinite() & (counts > 0)).nonzero()[0])
         raise ValueError(f"the reward of row {row} is {float(values[row])}: not finite.")
@@ -82,6 +94,37 @@ def group_advantages(
     if normalize == "std":
         centred = centred / variance.sqrt().clamp(min=eps)
     return torch.where((size > 1) & (counts > 0), centred, 0.0).reshape(reward.shape)
+
+
+def _of_view(
+    view: TensorDictBase,
+    group: torch.Tensor | None,
+    episode: torch.Tensor | None,
+    valid: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What a training view says of its rows; what is given besides goes before it."""
+    found = view.get("group", None) if group is None else group
+    reward = view.get("reward", None)
+    for name, value, how in (
+        ("reward", reward, "a RewardTransform writes it"),
+        ("group", found, "training_view(group=...)"),
+    ):
+        if value is None:
+            raise KeyError(f"the view has no {name!r} ({how}): got the keys {sorted(map(str, view.keys()))}.")
+    if valid is None:
+        valid = _trained(view, len(reward)).to(found.device)
+    return reward, found, view.get("episode", None) if episode is None else episode, valid
+
+
+def _trained(view: TensorDictBase, count: int) -> torch.Tensor:
+    """Which sequences of a view have a token to train, bool (N,)."""
+    owners = view.get("sequence_ids", None)
+    if owners is not None:
+        trained = torch.zeros(count, dtype=torch.bool, device=owners.device)
+        trained[owners[view.get("masks").all_assistant_mask.bool()]] = True
+        return trained
+    rows = columns.read_field(view.get("masks"), "all_assistant_mask", view.batch_size)
+    return torch.tensor([bool(row.any()) for row in rows or ()], dtype=torch.bool)
 
 
 def token_rewards(reward: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -193,13 +236,14 @@ def whitened(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> tor
         eps: the least standard deviation (sample standard deviation).
 
     Returns:
-        float (N, T), 0 where the mask is false. 0 throughout where it has one token: nothing compares with it.
+        float (N, T), 0 where the mask is false. 0 throughout where it has one token: nothing compares with it. What is not
+        finite stays what it is, and has no part in the mean and the deviation of the others.
 
     Example:
         >>> whitened(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
-    chosen = values[mask]
+    chosen = values[mask & values.isfinite()]
     if len(chosen) < 2:
-        return torch.zeros_like(values)
+        return torch.where(mask & ~values.isfinite(), values, 0.0)
     return torch.where(mask, (values - chosen.mean()) / chosen.std().clamp(min=eps), 0.0)

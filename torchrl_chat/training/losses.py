@@ -78,9 +78,9 @@ def policy_loss(
             (arXiv:2503.14476).
         dual_clip: where the advantage is negative, a token's loss is at most ``-dual_clip * A`` (arXiv:1912.09729), > 1.
         aggregation: ``"token"`` takes the mean over all tokens (DAPO), ``"sequence"`` the mean over the sequences of
-            the mean over their tokens (GRPO, arXiv:2402.03300; sequences without tokens do not count),
-            ``"constant"`` the sum over tokens divided by ``constant`` times the number of sequences (Dr. GRPO,
-            arXiv:2503.20783).
+            the mean over their tokens (GRPO, arXiv:2402.03300), ``"constant"`` the sum over tokens divided by ``constant``
+            times the number of sequences (Dr. GRPO, arXiv:2503.20783). Sequences without tokens under the mask, such as
+            those of an episode that failed, do not count.
         constant: for ``"constant"``, the longest response there may be.
         denominator: what is divided by instead of the number of tokens (``"token"``) or of sequences (the others):
             that of the whole batch, where it is split and gradients are accumulated.
@@ -197,7 +197,7 @@ def _aggregated(
     else:
         index = sequences if sequences.shape == mask.shape else sequences.reshape(-1, 1).expand_as(mask)
     if constant is not None:
-        count = index[index >= 0].unique().numel() if denominator is None else denominator
+        count = max(1, index[mask].unique().numel()) if denominator is None else denominator
         return loss.sum() / (constant * count)
     size = int(index.max()) + 1
     flat = index.clamp(min=0).flatten()

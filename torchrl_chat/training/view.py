@@ -17,6 +17,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl_chat import columns
 from torchrl_chat.training import layouts
 from torchrl_chat.training.episodes import Episodes
+from torchrl_chat.training.failures import failed_rows
 from torchrl_chat.training.layouts import Flat, Layout, Side
 from torchrl_chat.transcript import Branch, Transcript
 
@@ -65,7 +66,8 @@ def training_view(
         - ``("masks", "all_assistant_mask")``: bool, true on the tokens that are trained;
         - ``("masks", "all_attention_mask")``: bool, false on padding;
         - ``("log_probs", "full")``: float32, 0 where the policy did not sample or reported none;
-        - ``"episode"``: int64 (N,), the episode that a sequence comes from, and ``"group"``: int64 (N,);
+        - ``"episode"``: int64 (N,), the episode that a sequence comes from, and ``"group"``: int64 (N,), -1 where the
+          episode failed;
         - ``"episode_digest"``: int64 (N,), a number made of all that the episode's sequences hold, which tells it from the
           episodes of other views; and ``"episode_sequence"``: int64 (N, 2), which of them the row is, from 0, and
           how many there are. They are for whoever finds rows of several views, in a replay buffer say;
@@ -82,8 +84,9 @@ def training_view(
         sequence's number 0..N-1 by which the columns of length N are indexed, -1 on padding; and ``"cu_seqlens"``
         int32, where each sequence begins in the flattened rows, a row's padding being one of them, and their end.
 
-    Where a row's grade failed and :class:`~torchrl_chat.RewardTransform` masks it (``"graded"`` is false, with a
-    reason under ``"grade_failure"``), the assistant mask of its sequences is false throughout, and their reward is 0.
+    An episode that failed (see :func:`~torchrl_chat.training.failures.failed_rows`: no grade came, and
+    :class:`~torchrl_chat.RewardTransform` masks it; or it ended with an error) moves nobody: the assistant mask of its sequences
+    is false throughout, their reward is 0 and their group -1.
 
     Raises:
         KeyError: there is no ``"transcript"``.
@@ -103,8 +106,8 @@ def training_view(
     every = [sequence for sequences in branches for sequence in sequences]
     kept = {key: found.column(key, episodes) for key in found.keys()}
     device, count = found.device, len(every)
-    ungraded = _ungraded(kept, count)
-    masks = [torch.zeros_like(s.mask) if i in ungraded else s.mask for i, s in enumerate(every)]
+    failed = failed_rows(kept, count)
+    masks = [torch.zeros_like(s.mask) if bad else s.mask for s, bad in zip(every, failed, strict=True)]
     flat = Flat.of([s.tokens for s in every], masks, [s.log_probs for s in every]).to(device)
     if layout == "ragged":
         laid = layouts.ragged(flat, device)
@@ -121,7 +124,8 @@ def training_view(
     view.set("scored", torch.tensor([found.transcripts[i].scored for i in episodes], device=device))
     groups = _groups(kept, group, episodes, len(branches))
     if groups is not None:
-        view.set("group", torch.tensor(groups, device=device))
+        alone = [-1 if bad else number for number, bad in zip(groups, failed, strict=True)]
+        view.set("group", torch.tensor(alone, device=device))
     for key, value in kept.items():
         if key not in _OWN:
             view.set(key, value)
@@ -132,9 +136,10 @@ def training_view(
         sums = torch.stack([reward.sum() for reward in rewards])[episodes].to(device)
         view.set("reward", sums.reshape(kept["reward"].shape))
         view.set("turn_reward", _turns([s.mask for s in every], episodes, rewards).to(device))
-    for key in ("reward", "turn_reward") if ungraded else ():
+    lost = torch.tensor([i for i, bad in enumerate(failed) if bad], dtype=torch.int64, device=device)
+    for key in ("reward", "turn_reward") if len(lost) else ():
         if key in view.keys():
-            view.set(key, view.get(key).index_fill(0, torch.tensor(sorted(ungraded), device=device), 0.0))
+            view.set(key, view.get(key).index_fill(0, lost, 0.0))
     return view
 
 
@@ -163,14 +168,6 @@ def _digest(sequences: Sequence[Branch]) -> int:
         for field in sequence:
             digest.update(field.numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
-
-
-def _ungraded(kept: dict[str, Any], count: int) -> set[int]:
-    """The sequences that are left out of training because their episode's grade failed."""
-    if "graded" not in kept or "grade_failure" not in kept:
-        return set()
-    failed = columns.read_objects(kept["grade_failure"], torch.Size([count]))
-    return {i for i, fine in enumerate(kept["graded"].flatten().tolist()) if not fine and failed[i]}
 
 
 def _groups(kept: dict[str, Any], group: str | int | None, episodes: list[int], total: int) -> list[int] | None:

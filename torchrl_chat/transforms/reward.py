@@ -15,6 +15,11 @@ from torchrl_chat.rewards import Episode, Grader, Verdict, Verifier
 from torchrl_chat.transcript import Transcript
 
 _NOT_ASKED = Verdict(0.0, None, False)
+_ENOUGH = 8  # grades: so many must have failed in a row before a verifier is taken for broken
+
+
+class VerifierError(RuntimeError):
+    """A verifier fails for everything that it is asked; the text has the traceback of its first failure."""
 
 
 class RewardTransform(Transform):
@@ -49,10 +54,14 @@ class RewardTransform(Transform):
             escapes a bad grade under ``"mask"``. The last grade of an episode counts.
         group_key: the entry that tells which rows answer the same question, for verifiers of groups.
         row_keys: entries that verifiers of episodes see as ``episode.row``.
+        patience: a verifier that fails for every row of so many batches running is broken, and training on nothing is no use: the
+            run is stopped. (With few rows a batch it takes eight grades.) ``None`` goes on for ever.
         failure_score, deadline, workers, memory_limit, isolate: as for :class:`~torchrl_chat.rewards.Grader`.
 
     Raises:
         KeyError: at the step: an entry is not there.
+        VerifierError: at the step: no grade came for ``patience`` batches.
+        ValueError: an option is unknown or out of range.
 
     Example:
         >>> env = DatasetChatEnv(dataset=rows, tokenizer=tokenizer, num_envs=2)
@@ -69,8 +78,11 @@ class RewardTransform(Transform):
         on_failure: Literal["score", "mask"] = "score",
         group_key: NestedKey = "query",
         row_keys: Sequence[str] = (),
+        patience: int | None = 3,
         **grading: Any,
     ):
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience={patience}: expected at least 1 batch, or None.")
         if when not in (None, "turn", "done"):
             raise ValueError(f"when={when!r}: expected 'turn' or 'done'.")
         if on_failure not in ("score", "mask"):
@@ -88,6 +100,9 @@ class RewardTransform(Transform):
         self.on_failure = on_failure
         self.group_key = group_key
         self.row_keys = tuple(row_keys)
+        self.patience = patience
+        self._failed_batches = self._failed_grades = 0  # running
+        self._first_failure = ""
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch, device = next_tensordict.batch_size, next_tensordict.device
@@ -96,7 +111,9 @@ class RewardTransform(Transform):
             done = next_tensordict.get("done").reshape(*batch, -1).any(-1).flatten().tolist()
             rows = [row for row in rows if done[row]]
         verdicts = [_NOT_ASKED] * batch.numel()
-        for row, verdict in zip(rows, self._grade(tensordict, next_tensordict, rows), strict=True):
+        found = self._grade(tensordict, next_tensordict, rows)
+        self._stop_if_broken(found)
+        for row, verdict in zip(rows, found, strict=True):
             verdicts[row] = verdict
 
         def column(values: list[Any], dtype: torch.dtype, tail: int) -> torch.Tensor:
@@ -117,7 +134,7 @@ class RewardTransform(Transform):
         for row in rows:
             graded[row] = verdicts[row].failure is None or self.on_failure == "score"
         next_tensordict.set("graded", column(graded, torch.bool, 2))
-        failures = [verdict.failure or "" for verdict in verdicts]
+        failures = [str(verdict.failure or "") for verdict in verdicts]
         next_tensordict.set("grade_failure", columns.objects(failures, batch, device))
         if parts := self.grader.components:
             values = {
@@ -133,6 +150,25 @@ class RewardTransform(Transform):
                 before = next_tensordict.get(key, None)
                 next_tensordict.set(key, answered if before is None else before | answered)
         return next_tensordict
+
+    def _stop_if_broken(self, verdicts: Sequence[Verdict]) -> None:
+        """Count the batches running in which every grade failed."""
+        if self.patience is None or not verdicts:
+            return
+        failures = [verdict.failure for verdict in verdicts if verdict.failure is not None]
+        if len(failures) < len(verdicts):
+            self._failed_batches = self._failed_grades = 0
+            return
+        if not self._failed_batches:
+            self._first_failure = getattr(failures[0], "traceback", "") or failures[0]
+        self._failed_batches += 1
+        self._failed_grades += len(failures)
+        if self._failed_batches >= self.patience and self._failed_grades >= _ENOUGH:
+            batches, self._failed_batches, self._failed_grades = self._failed_batches, 0, 0
+            raise VerifierError(
+                f"no grade came for {batches} batches running: {_name_of(self.grader.verifier)} fails whatever it is asked. "
+                f"RewardTransform(patience=None) goes on all the same. Its first failure:\n{self._first_failure.rstrip()}"
+            )
 
     def _grade(self, root: TensorDictBase, following: TensorDictBase, rows: list[int]) -> list[Verdict]:
         """The verdicts of some rows."""
@@ -185,6 +221,10 @@ class RewardTransform(Transform):
         if parts := self.grader.components:
             reward_spec["reward_parts"] = Composite({name: number() for name in parts}, shape=shape, device=device)
         return reward_spec
+
+
+def _name_of(verifier: Any) -> str:
+    return getattr(verifier, "__qualname__", None) or type(verifier).__name__
 
 
 def _episode(transcript: Transcript, reference: Any, row: dict[str, Any]) -> Episode:

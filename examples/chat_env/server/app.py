@@ -31,7 +31,9 @@ def make() -> Any:
 
 
 def main() -> int:
-    """Serve to everybody: a token is required, or ``--no-auth``."""
+    """Serve to everybody: a token is required, or ``--no-auth``. All settings come from the environment; ``--help`` tells them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_known_args()
     return serve.run(arguments_of("0.0.0.0"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ Answerer = Callable[[list[int]], tuple[list[int], list[float]]]
 """A policy for the page: prompt ids -> sampled ids and their log-probs."""
 
 _MAX_FILES = 1000
+_FIRST_LINE = 1 << 20  # bytes of a file's first line that are read to see what it holds
 
 
 class _Refused(Exception):
@@ -141,7 +143,7 @@ class _Page:
         return _json({"tokens": tokens, "log_probs": log_probs})
 
     async def files(self, request: Request) -> Response:
-        """The rollout files of the folder, newest first."""
+        """The rollout files of the folder, newest first; without the metrics and the like of a training run."""
         found = await asyncio.to_thread(self._files)
         return _json({"files": found[:_MAX_FILES], "left_out": max(0, len(found) - _MAX_FILES)})
 
@@ -180,7 +182,7 @@ class _Page:
         for path in [self._only] if self._only is not None else self._root.rglob("*.jsonl"):
             name = path.relative_to(self._root)
             try:
-                if self._shown(name) is None:
+                if self._shown(name) is None or (self._only is None and not _holds_episodes(path)):
                     continue
                 stat = path.stat()
             except OSError:
@@ -218,6 +220,19 @@ def _place(rollouts: str | os.PathLike[str] | None) -> tuple[Path | None, Path |
     if path.is_file():
         return path.parent, path
     raise ValueError(f"there is no rollout file or folder {os.fspath(rollouts)}.")
+
+
+def _holds_episodes(path: Path) -> bool:
+    """Whether a file may be one of rollouts: not the metrics, evaluations and so on that lie beside them in a run's folder."""
+    with path.open("rb") as file:
+        first = file.readline(_FIRST_LINE)
+    if not first.strip():
+        return False
+    try:
+        line = json.loads(first)
+    except ValueError:  # longer than what was read, or broken: the page says which
+        return True
+    return isinstance(line, dict) and "messages" in line
 
 
 def _asset(fixed: str | None = None) -> Handler:

@@ -1,0 +1,93 @@
+"""Values of the command line, refused where they are read if they can mean nothing; and one spelling of options as good as another."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number from ``least`` to ``most``, both of them included, as a ``type`` of argparse.
+
+    Example:
+        >>> whole(1)("8")
+        8
+    """
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small: expected at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large: expected at most {most}")
+        return value
+
+    return read
+
+
+port = whole(0, 65535)
+"""The type of ``--port``; 0 is a free one."""
+
+
+def number(
+    least: float = -math.inf, most: float = math.inf, *, above: float | None = None
+) -> Callable[[str], float]:
+    """A finite number from ``least`` to ``most``, or one that is more than ``above``, as a ``type`` of argparse.
+
+    Example:
+        >>> number(above=0)("1e-3")
+        0.001
+    """
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text}: expected more than {above:g}")
+        if not least <= value <= most:
+            wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {wanted}")
+        return value
+
+    return read
+
+
+def device(text: str) -> str:
+    """The name of a device that torch knows and this machine has, as a ``type`` of argparse.
+
+    Example:
+        >>> device("cpu")
+        'cpu'
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=torch.device(text))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine: {reason[:200]}") from None
+    return text
+
+
+def both_spellings(parser: argparse.ArgumentParser) -> None:
+    """Take every option with underscores in the place of its hyphens, too; the help shows one spelling.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> _ = parser.add_argument("--max-new-tokens", type=int)
+        >>> both_spellings(parser)
+        >>> parser.parse_args(["--max_new_tokens", "3"]).max_new_tokens
+        3
+    """
+    known = parser._option_string_actions  # there is no public way to add one that the help does not show
+    for name, action in list(known.items()):
+        if name.startswith("--"):
+            known.setdefault("--" + name[2:].replace("-", "_"), action)
