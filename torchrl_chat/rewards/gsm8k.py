@@ -29,6 +29,7 @@ _STARTS_WITH_NUMBER = re.compile(
 )
 _STATES = re.compile(r"[=≈:]|\\approx")
 _MARK_INSIDE = re.compile(r"<answer>|\\(?:boxed|fbox)(?![a-zA-Z])")
+_HEAD = 80  # characters of a line that tell whether it is a heading
 _BELOW_HEADING = 1000  # characters that are looked at for the answer of a heading
 # Without a digit, and yet an answer: it takes back the one before it.
 _SPELLED = re.compile(
@@ -101,14 +102,14 @@ def _behind_hashes(response: str, match: re.Match[str]) -> tuple[bool, str] | No
     line = match["line"].strip()
     if not line.strip("*_: "):
         return True, _next_line(response, match.end(), with_digit=False)
-    heading = HEADING.match(line)
+    heading = HEADING.match(line[:_HEAD])
     text = line[heading.end() :] if heading else line
     names = _NAMES_ANSWER.search(text) is not None and not _CHECKS.search(text)
     if _MARK_INSIDE.search(line) or (heading and not names):
         return None
     if not _DIGIT.search(text):
         return (True, _next_line(response, match.end(), with_digit=True)) if names else (True, text)
-    if names or _STARTS_WITH_NUMBER.match(text) or not response[match.end() : match.end() + 200].strip():
+    if names or _STARTS_WITH_NUMBER.match(text[:_HEAD]) or not response[match.end() : match.end() + 200].strip():
         return True, text
     return (False, text) if _STATES.search(text) else None
 

@@ -238,7 +238,7 @@ def find_marked(text: str, which: Literal["first", "last"] = "last") -> Mark | N
     if "####" in text:
         line_start = text.rstrip().rfind("\n") + 1
         line = _LAST_LINE.match(text, line_start + len(text[line_start:]) - len(text[line_start:].lstrip()))
-        heading = line and (HEADING.match(line["text"]) or (found and not _FORMULA.search(line["text"])))
+        heading = line and (HEADING.match(line["text"][:80]) or (found and not _FORMULA.search(line["text"])))
         if line and line["text"].strip() and not heading and not any(mark.start > line.start() for mark in found):
             found.append(Mark(line["text"].strip(), "hashes", line.start(), line.end()))
     if not found:
@@ -252,21 +252,20 @@ def find_marked(text: str, which: Literal["first", "last"] = "last") -> Mark | N
 
 
 def _box_marks(text: str) -> list[Mark]:
-    marks: list[Mark] = []
+    lists: list[list[Box]] = []
     for box in boxes(text):
-        between = text[marks[-1].end : box.start] if marks else ""
-        content = box.content.strip()
-        if (
-            between
-            and len(between) <= _JOINT_REACH
-            and _JOINT.fullmatch(_LAYOUT.sub(" ", between))
-            and not _REVISION.search(between)
-        ):
-            before = marks.pop()
-            parts = before.parts if content in before.parts else (*before.parts, content)
-            marks.append(Mark(", ".join(parts), "box", before.start, box.end, parts))
+        between = text[lists[-1][-1].end : box.start] if lists else ""
+        joint = between and len(between) <= _JOINT_REACH and _JOINT.fullmatch(_LAYOUT.sub(" ", between))
+        if joint and not _REVISION.search(between):
+            lists[-1].append(box)
         else:
-            marks.append(Mark(content, "box", box.start, box.end, (content,)))
+            lists.append([box])
+    marks = []
+    for found in lists:
+        parts = tuple(box.content.strip() for box in found)
+        if len(set(parts)) == 1:
+            parts = parts[:1]
+        marks.append(Mark(", ".join(parts), "box", found[0].start, found[-1].end, parts))
     return marks
 
 
@@ -399,7 +398,10 @@ def tidy(text: str) -> str:
         text = envelope[envelope.lastindex or 0].strip()
         if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
             text = text[:-1].rstrip()
-    text = alone(text)
+    end = len(text)
+    while text.endswith(_SPACES, 0, end):
+        end -= 2 if text.endswith(_SPACES[:5], 0, end) else 1
+    text = alone(text[:end])
     if text.endswith("%"):  # Math-Verify does not read 5\,\%
         head = text.removesuffix("%").removesuffix("\\")
         while head.endswith(_SPACES):

@@ -222,7 +222,7 @@ def _marked(mark: Mark, text: str) -> _Answer:
     parts = [part if len(part) > MAX_LENGTH else tidy(part) for part in mark.parts or (mark.text,)]
     if mark.kind == "box" and _PERCENT_BEHIND.match(text, mark.end) and not parts[-1].endswith("%"):
         parts[-1] = tidy(parts[-1] + "\\%")
-    if len(parts) > 1:  # \boxed{\frac12}, or \boxed{0.5}: one answer, said twice
+    if 1 < len(parts) <= _MANY:  # \boxed{\frac12}, or \boxed{0.5}: one answer, said twice
         kept: list[str] = []
         for part in parts:
             if not any(equal_numbers(part, other, 0) or same_text(part, other) for other in kept):
@@ -239,6 +239,7 @@ def _reference(reference: Any) -> _Answer:
 
 
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}\s+[a-zA-Z]{2,}(?![^{]*\})")
+_MANY = 20  # boxes of a list whose contents are compared with one another
 _BOX = re.compile(r"\\++(?:boxed|fbox)(?![a-zA-Z])")
 
 

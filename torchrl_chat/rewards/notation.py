@@ -82,7 +82,7 @@ _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREES = r"\s*+\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ(?![a-zA-Z]))"
 _OF_DEGREES = re.compile(
     rf"(?P<number>(?<![\d.])\d++(?:\.\d++)?|(?<![a-zA-Z\\])[a-zA-Z]|\\(?:alpha|beta|gamma|theta|phi|varphi)){_DEGREES}"
-    rf"|(?P<sum>\((?:[^()]*+)\)){_DEGREES}|{_DEGREES}"
+    rf"|(?P<sum>\((?:[^()]*+)\)){_DEGREES}|(?<!\s){_DEGREES}"
 )
 
 
@@ -105,8 +105,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"\\(?:textdollar|dollar|pounds|textsterling|euro|texteuro|yen|rupee)(?![a-zA-Z])\s*+(?:\{\})?"), r"\\$"),
     (re.compile(_WORDS + r"\{\s*+(?:\\?\$|US\\?\$|USD|EUR|GBP|INR)\s*+\}"), r"\\$"),
     # What only changes the look.
-    (re.compile(r"\s*+\\checkmark(?![a-zA-Z])"), ""),
-    (re.compile(r"(?:\\[,;:! ]|\\q?quad(?![a-zA-Z])|\s)++\Z"), ""),
+    (re.compile(r"\\checkmark(?![a-zA-Z])"), ""),
     (re.compile(r"\\(?:text)?color\s*+\{[^{}]*+\}"), ""),
     (re.compile(r"\\(?:underline|boldsymbol|bm|hbox\s*+(?=\{\s*+[\d.-]))(?![a-zA-Z])\s*+(?=\{)"), ""),
     (re.compile(r"\{\s*+([+-])\s*+\}(?=\s*+[\d\\(.])"), r"\1"),
