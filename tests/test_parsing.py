@@ -330,6 +330,49 @@ def test_calls_inside_the_reasoning_are_reasoning():
     assert AnswerParser(HERMES).parse(text).calls == ()
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>",
+        "<|channel|>analysis to=functions.f <|constrain|>json<|message|>",
+        "<|channel|>analysis to=f<|message|>",
+        "<|channel|>final to=functions.f<|message|>",
+        "<|channel|>commentary json to=functions.f<|message|>",
+        "<|channel|>commentary <|constrain|>json to=functions.f<|message|>",
+        "<|start|>assistant to=functions.f<|channel|>analysis code<|message|>",
+        " to=functions.f<|channel|>analysis<|message|>",
+        " to=functions.f<|message|>",
+    ],
+)
+@pytest.mark.parametrize("before", ["", "<|channel|>analysis<|message|>R<|end|>"])
+def test_a_call_on_any_channel_is_a_call(header, before):
+    if before and not header.startswith("<|start|>"):
+        header = "<|start|>assistant" + header
+    answer = AnswerParser(HARMONY).parse(before + header + '{"a": 1}<|call|>')
+    assert [(c.name, c.arguments, c.status) for c in answer.calls] == [("f", {"a": 1}, CallStatus.OK)]
+    assert (answer.content, answer.reasoning) == ("", "R" if before else None)
+    for body in ("{oops", "print(1)", '"x"'):
+        answer = AnswerParser(HARMONY).parse(before + header + body + "<|call|>")
+        assert [(c.name, c.arguments, c.status.value) for c in answer.calls] == [("f", body, "invalid_json")]
+        assert body in answer.content
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary to=functions.f <|constrain|>json",
+        "<|start|>assistant<|channel|>analysis to=functions.f code",
+        " to=functions.f<|channel|>commentary ",
+    ],
+)
+def test_a_call_whose_header_does_not_end_is_visible(header):
+    text = header + '{"a": 1}<|call|>'
+    answer = AnswerParser(HARMONY).parse("<|channel|>analysis<|message|>R<|end|>" + text)
+    assert [(c.name, c.status.value) for c in answer.calls] == [("f", "invalid_json")]
+    assert text in answer.content
+    assert AnswerParser(HARMONY).parse("Set to=functions.f<|end|>").calls == ()
+
+
 def test_a_response_template_is_asked_first():
     schema = {
         "start_anchor": "<|im_start|>assistant\n",

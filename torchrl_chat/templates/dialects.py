@@ -116,13 +116,14 @@ class Channels:
 
     Attributes:
         marks: a template that writes all of these speaks so.
-        header: matches a segment's header. Its groups, where it has them: ``channel``, the recipients ``to``
-            and ``to2``, and ``block``, which begins a call block and so stays with the body.
+        header: matches a segment's header. Its groups, where it has them: ``channel``, the recipients ``to``,
+            ``to2`` and ``to3``, and ``block``, which begins a call block and so stays with the body.
         ends: what ends a segment; ``{channel}`` stands for its channel.
         fence: what begins the next header, and so ends a segment too.
         reasoning: channels and recipients whose segments are reasoning; the first is the one that a prompt opens.
-        calls: a segment with a recipient is a call, its body the arguments as JSON.
+        calls: a segment with a recipient is a call, whatever its channel, its body the arguments as JSON.
         tail: may stand behind the last segment.
+        broken: matches a header that names a function to call, but does not end as headers do; its group is ``name``.
     """
 
     marks: tuple[str, ...]
@@ -132,6 +133,7 @@ class Channels:
     reasoning: tuple[str, ...]
     calls: bool = False
     tail: str = ""
+    broken: re.Pattern[str] | None = None
 
 
 _TO = r"[ ]{{0,4}}to=(?:functions\.)?(?P<{}>[^<\s]{{1,200}})"
@@ -140,13 +142,17 @@ CHANNELS = (
         marks=("<|channel|>", "<|message|>", "analysis"),
         header=re.compile(
             rf"(?:<\|start\|>assistant)?(?:{_TO.format('to')})?[ ]{{0,4}}"
-            rf"(?:<\|channel\|>(?P<channel>\w{{1,40}})(?:{_TO.format('to2')})?[^<\n]{{0,40}})?"
-            r"(?:<\|constrain\|>[^<\n]{0,40})?<\|message\|>"
+            rf"(?:<\|channel\|>(?P<channel>\w{{1,40}})(?:[^<\n]{{0,40}}?{_TO.format('to2')})?[^<\n]{{0,40}})?"
+            rf"(?:<\|constrain\|>(?:[^<\n]{{0,40}}?{_TO.format('to3')})?[^<\n]{{0,40}})?<\|message\|>"
         ),
         ends=("<|end|>", "<|call|>", "<|return|>"),
         fence="<|start|>",
         reasoning=("analysis",),
         calls=True,
+        broken=re.compile(
+            r"(?:<\|start\|>assistant|<\|channel\|>|(?= {0,4}to=))[^<]{0,60}?(?:<\|(?:channel|constrain)\|>[^<]{0,60}?){0,2}"
+            r"to=functions\.(?P<name>[\w.-]{1,200})"
+        ),
     ),
     Channels(
         marks=("assistant to=self<|message|>",),

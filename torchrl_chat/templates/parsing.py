@@ -251,29 +251,39 @@ class AnswerParser:
         while pos < len(text) or inside:
             header = None if inside else row.header.match(text, scan.blank(pos))
             if header is None and not inside:
+                if row.broken and (begun := row.broken.match(text, scan.blank(pos))):
+                    end, stop = self._segment_end(scan, row, begun.end(), None)
+                    status = CallStatus.INVALID_JSON if end < len(text) else CallStatus.UNCLOSED
+                    pieces.append(
+                        (pos, stop, ParsedCall(begun["name"], text[begun.end() : end], status, (pos, stop)))
+                    )
+                    pos = stop
+                    continue
                 if row.tail and scan.holds(row.tail, scan.blank(pos)):
                     pos = scan.blank(pos) + len(row.tail)
                 pieces.append((pos, len(text), None))
                 break
             groups = header.groupdict() if header else {}
-            recipient = groups.get("to") or groups.get("to2")
+            recipient = groups.get("to") or groups.get("to2") or groups.get("to3")
             channel = row.reasoning[0] if inside else groups.get("channel")
             body = header.end() if header else 0
             inside = False
             if groups.get("block"):
                 assert header is not None
-                pieces.append((header.start("block"), len(text), None))
+                end = len(text.rstrip())
+                whole = not row.tail or not scan.holds(row.tail, end - len(row.tail))
+                pieces.append((header.start("block"), len(text) if whole else end - len(row.tail), None))
                 break
             end, stop = self._segment_end(scan, row, body, channel)
-            if channel in row.reasoning or recipient in row.reasoning:
-                thoughts.append((body, end))
-            elif row.calls and recipient is not None and header is not None:
+            if row.calls and recipient is not None and recipient not in row.reasoning and header is not None:
                 arguments, closed = text[body:end].strip(), end < len(text) or read_json(text[body:end]) is not None
                 call = made_call(recipient, arguments or "{}" if closed else arguments, (header.start(), stop))
                 call = as_texts(call, scan, functools.partial(scan.blank, body))
                 if not closed:
                     call = replace(call, arguments=arguments, status=CallStatus.UNCLOSED)
                 pieces.append((header.start(), stop, call))
+            elif channel in row.reasoning or recipient in row.reasoning:
+                thoughts.append((body, end))
             else:
                 pieces.append((body, end, None))
             pos = stop

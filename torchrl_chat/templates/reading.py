@@ -111,7 +111,7 @@ class Reader:
         missing, ends_call = "", False
         if answer is None:
             answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
-            if last != self.eos and not any(close.heads.get(stop) for close, stop in stopped):
+            if last != self.eos and not any(_ends_turn(close, stop, text) for close, stop in stopped):
                 answer, missing, ends_call = self._with_last_call(
                     answer, text.removeprefix(lead), thinking, reason not in (None, "length"), content is not text
                 )
@@ -132,7 +132,8 @@ class Reader:
         # A token that ends a call is no end of the turn, though a policy may well stop there.
         whole = self.parser.parse(text, thinking) if stripped else answer
         whole, missing = self.parser.completed(text, thinking, whole, by_itself)
-        if missing or _made(whole) > _made(answer):
+        made, before = _made(whole), _made(answer)
+        if missing or made > before or (made == before > 0 and len(whole.content) <= len(answer.content)):
             return whole, missing, True
         return answer, "", False
 
@@ -172,3 +173,9 @@ class Reader:
 def _made(answer: ParsedAnswer) -> int:
     """How many calls were made."""
     return sum(call.status is CallStatus.OK for call in answer.calls)
+
+
+def _ends_turn(close: Close, stop: int, text: str) -> bool:
+    """Whether a token that the template writes at the end of a turn ends this one, and not a call in it."""
+    heads = close.heads.get(stop, ())
+    return bool(heads) and (stop in close.main or text.endswith(heads))

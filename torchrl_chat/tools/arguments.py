@@ -1,8 +1,8 @@
 """The arguments of a tool call against the tool's JSON schema: checked, and mended where only one reading is possible.
 
-Models write ``"3"`` for 3, and formats that do not mark types (XML-like calls) cannot tell the string ``3`` from the
-number. So a value that does not fit is read again as what the schema asks for: a string as the number, boolean, list or
-object that it spells, and anything but ``null`` as the string that spells it. A value that fits is never changed.
+Models write ``"3"`` for 3, and a template that was not told the tools reads every untyped argument as a string. So a value
+that does not fit is read again as what the schema asks for: a string as the number, boolean, list or object that it
+spells, and an integer or a boolean as the string that spells it. A value that fits is never changed.
 
 Law of this file: whatever JSON it is given, it raises only :class:`ArgumentsError`, in time proportional to the value
 times the schema, and says for every fault where it is, what was expected and what was found. Keywords that it does not
@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torchrl_chat.schemas import spelled
 
 _MAX_FAULTS = 5  # more help nobody, and each costs tokens
 _MAX_STEPS = 200_000
 _MAX_DEPTH = 64
-_INTEGER = re.compile(r"[-+]?[0-9]{1,4000}")
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][-+]?[0-9]{1,3})?")
 _KINDS: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -276,32 +274,14 @@ def _mended(value: Any, kinds: Sequence[str]) -> tuple[bool, Any]:
     for kind in kinds:
         if kind == "integer" and isinstance(value, float) and value.is_integer():
             return True, int(value)
-        if isinstance(value, str):
-            text = value.strip()
-            if kind == "integer" and _INTEGER.fullmatch(text):
-                return True, int(text)
-            if kind == "number" and _NUMBER.fullmatch(text) and math.isfinite(number := float(text)):
-                return True, int(text) if _INTEGER.fullmatch(text) else number
-            if kind == "boolean" and text.lower() in ("true", "false"):
-                return True, text.lower() == "true"
-            if (
-                kind in ("array", "object")
-                and text[:1] in ("[", "{")
-                and isinstance(read := _read(text), list if kind == "array" else dict)
-            ):
+        if isinstance(value, str) and kind != "string":
+            found, read = spelled(value, kind)
+            if found:
                 return True, read
-            if kind == "null" and text.lower() in ("null", "none", ""):
-                return True, None
-        if kind == "string" and isinstance(value, (bool, int, float, list, dict)):
+        # Of a float, a list or an object it is not known how it was spelled: 3.10 has become 3.1.
+        if kind == "string" and isinstance(value, (bool, int)):
             return True, _json(value)
     return False, value
-
-
-def _read(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _same(one: Any, other: Any) -> bool:
