@@ -162,7 +162,8 @@ def install(environment: Environment, folder: Path) -> str:
         run(python, "-m", "pip", "uninstall", "-q", "-y", *environment.removed)
     # Once for all: where PYTHONDONTWRITEBYTECODE is set, every process would compile anew what it imports.
     compiled = [python, "-m", "compileall", "-q", "-j", "0", "-x", r"[\\/]tests?[\\/]", site_packages(folder)]
-    subprocess.run(compiled, check=False, stdout=subprocess.DEVNULL)  # some packages ship files for other Pythons
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(compiled, check=False, **quiet)  # some packages ship files for other Pythons
     return by
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import hypothesis
 import pytest
 
 SHARED = Path(os.environ.get("TORCHRL_CHAT_SHARED", "../shared")).resolve()
@@ -43,6 +44,12 @@ CORPUS = (
     "ax_deepseek_v2",
 )
 
+
+# An example takes as long as the machine is busy; pytest-timeout ends what hangs. (vLLM's environment has hypothesis, too.)
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 # What the tests of today's day draw: named in every run, and given again to repeat one.
 DAY = os.environ.setdefault("TORCHRL_CHAT_DAY", datetime.datetime.now(datetime.UTC).date().isoformat())

@@ -250,7 +250,7 @@ class TestFailures:
         def script(body, number):
             row = row_of(body)
             if row == 2:
-                time.sleep(3)
+                time.sleep(5)
             return {
                 1: (400, b'{"error": {"message": "too rude"}}'),
                 3: (200, b"<html>"),
@@ -258,11 +258,11 @@ class TestFailures:
             }.get(row, str(row))
 
         endpoint.script = script
-        finished = play(env_of(mode, 6, tokenizer), policy_of(tokenizer=tokenizer, deadline=0.7))
+        finished = play(env_of(mode, 6, tokenizer), policy_of(tokenizer=tokenizer, deadline=1.5))
         rows = list(episodes(finished, tokenizer))
         assert [row["stop"] for row in rows] == ["answered", "error", "error", "error", "error", "answered"]
         assert "too rude" in rows[1]["error"]
-        assert rows[2]["error"] == "TimeoutError: no reply within 0.7 s, with all tries"
+        assert rows[2]["error"] == "TimeoutError: no reply within 1.5 s, with all tries"
         assert "no choice" in rows[4]["error"]
         assert [row["success"] for row in rows] == [True, False, False, False, False, True]
         for ledger, row in zip(ledgers(finished), rows, strict=True):

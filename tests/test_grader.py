@@ -75,7 +75,7 @@ class TestGrader:
         assert grader.failures == {"error": 1}
 
     def test_in_workers(self):
-        with Grader(Hanging(), deadline=0.5, workers=2) as grader, pytest.warns(RuntimeWarning, match="4 of 7"):
+        with Grader(Hanging(), deadline=2.0, workers=2) as grader, pytest.warns(RuntimeWarning, match="4 of 7"):
             verdicts = grader.grade(episodes("7", "hang", "raise", "8", "easy", "nonsense", "broken"))
         assert scores(verdicts) == [1.0, 0.0, 0.0, 0.0, 0.25, 0.0, 0.0]
         reasons = [v.failure and v.failure.split(":")[0] for v in verdicts]
@@ -235,7 +235,7 @@ class TestCompositions:
 
     def test_a_failed_component_fails_the_sum(self):
         reward = WeightedSum({"right": NumberVerifier(), "hang": Hanging()})
-        grader = Grader(reward, deadline=0.3, workers=1, failure_score=-2.0)
+        grader = Grader(reward, deadline=1.5, workers=1, failure_score=-2.0)
         with grader, pytest.warns(RuntimeWarning, match="1 of 2"):
             good, bad = grader.grade(episodes("7", "hang"))
         assert (good.score, good.failure) == (2.0, None)

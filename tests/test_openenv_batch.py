@@ -200,12 +200,12 @@ def test_several_servers(make, server):
         ("fatal", r"SessionLost: .*out of order"),
         ("garbage", "SessionLost"),
         ("wrong", "SessionLost"),
-        ("sleep:1", r"RequestTimeout: no reply to 'step' within 0.3 s"),
+        ("sleep:5", r"RequestTimeout: no reply to 'step' within 1.5 s"),
         ('reward:"much"', r"OpenEnvError: the server's reward is 'much'"),
     ],
 )
 def test_one_row_fails(make, server, mode, word, reason):
-    env = make(3, mode, step_timeout=0.3)
+    env = make(3, mode, step_timeout=1.5)
     td = play(env, env.reset(), ["abc", "abc", "abc"])
     with pytest.warns(RuntimeWarning, match="1 of 3 sessions failed"):
         td = env.step(respond(env, env.step_mdp(td), ["de", word, "fg"]))
@@ -301,12 +301,12 @@ def test_an_outage_is_no_row_failure(make):
 
 def test_a_full_server_is_waited_for(make):
     with StubServer(capacity=2) as server:
-        env = make(3, url=server.url, connect_timeout=0.5)
+        env = make(3, url=server.url, connect_timeout=2.0)
         with pytest.warns(RuntimeWarning, match="1 of 3 sessions failed"):
             td = env.reset()
         [full] = [text for text in strings(td, "env_failure") if text]
         assert "CAPACITY_REACHED" in full
-        other = make(2, url=server.url, connect_timeout=5.0)
+        other = make(2, url=server.url, connect_timeout=60.0)
         timer = threading.Timer(0.3, env.base_env.close)
         timer.start()
         assert strings(other.reset(), "env_failure") == ["", ""]
@@ -518,8 +518,8 @@ def test_a_user_on_top(make, mode):
 
 
 def test_training_leaves_out_what_failed_without_the_policy(make):
-    env = make(3, step_timeout=0.2, on_refusal="end", adapter=text_adapter("message", "message", _no_questions))
-    following = play(env, env.reset(), ["abc", "sleep:1", "?"])["next"]
+    env = make(3, step_timeout=1.5, on_refusal="end", adapter=text_adapter("message", "message", _no_questions))
+    following = play(env, env.reset(), ["abc", "sleep:5", "?"])["next"]
     assert following["graded"].flatten().tolist() == [True, False, True]  # a bad answer is the policy's own
     assert "RequestTimeout" in strings(following, "grade_failure")[1]
     rows = training_view(following)

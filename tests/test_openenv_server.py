@@ -329,21 +329,22 @@ def hanging(seconds):
 
 
 def test_a_hung_step_keeps_no_idle_session():
-    with live(hanging(4), limits=Limits(step_seconds=0.2, idle_seconds=0.5)) as server:
+    with live(hanging(8), limits=Limits(step_seconds=0.5, idle_seconds=1.0)) as server:
         sockets = [connect(server, ping_interval=None) for _ in range(4)]
         for ws in sockets:
             ask(ws, "reset")
         ask(sockets[0], "step", HELLO)
         reply = ask(sockets[0], "step", HELLO)
-        assert "takes longer than 0.2 s" in reply["data"]["message"]
+        assert "takes longer than 0.5 s" in reply["data"]["message"]
         assert server.app.state.sessions._workers.stuck == 1
-        assert wait_for(lambda: len(server.sessions) == 0, 3)  # before the step has come to its end
+        assert wait_for(lambda: len(server.sessions) == 0)
+        assert server.app.state.sessions._workers.stuck == 1  # before the step has come to its end
         for ws in sockets:
             ws.close()
 
 
 def test_hung_steps_of_some_cost_nobody_else_anything():
-    with live(hanging(3), limits=Limits(step_seconds=0.2), workers=2) as server:
+    with live(hanging(5), limits=Limits(step_seconds=0.5), workers=2) as server:
         for _ in range(6):  # three times as many as there are workers
             with connect(server) as ws:
                 ask(ws, "reset")
@@ -403,7 +404,7 @@ def test_a_session_that_nobody_resumes_is_closed():
         with connect(server, "?resume=1") as ws:
             ask(ws, "reset")
         assert len(server.sessions) == 1
-        assert wait_for(lambda: len(server.sessions) == 0, 5)
+        assert wait_for(lambda: len(server.sessions) == 0)
 
 
 def test_a_thousand_abrupt_disconnects_leak_no_session(caplog):
@@ -465,19 +466,18 @@ def test_a_slow_step_holds_up_nobody_else():
 
 
 def test_a_step_that_takes_too_long_is_an_error_and_reset_mends_it():
-    pause = [1.0]
+    go_on = threading.Event()
 
     def slow(action, observation):
-        time.sleep(pause[0])
-        return 1.0
+        return float(go_on.wait(300))
 
-    limits = Limits(step_seconds=0.2)
+    limits = Limits(step_seconds=0.7)
     with live(lambda: ChatEnvironment(TEMPLATE, rubric=slow), limits=limits) as server, connect(server) as ws:
         ask(ws, "reset")
         assert "longer than" in ask(ws, "step", HELLO)["data"]["message"]
         assert "still running" in ask(ws, "reset")["data"]["message"]
-        pause[0] = 0.0
-        time.sleep(1.2)
+        go_on.set()
+        assert wait_for(lambda: server.app.state.sessions._workers.stuck == 0)
         assert "reset the session" in ask(ws, "step", HELLO)["data"]["message"]
         assert ask(ws, "reset")["type"] == "observation"
         assert ask(ws, "step", HELLO)["data"]["reward"] == 1.0
@@ -520,7 +520,7 @@ def test_foreign_web_pages_are_refused():
 def test_requests_are_limited_a_connection():
     with live(limits=Limits(requests_per_second=5)) as server:
         with connect(server) as ws, connect(server) as other:
-            replies = [ask(ws, "reset") for _ in range(20)]
+            replies = [ask(ws, "reset") for _ in range(60)]
             codes = {reply["data"].get("code") for reply in replies}
             assert codes == {None, "RATE_LIMITED"}
             assert ask(other, "reset")["type"] == "observation"

@@ -358,7 +358,7 @@ class TestToolbox:
         async def slow():
             await asyncio.sleep(60)
 
-        toolbox = closing([add, fail, refuse, slow], deadline=0.2, call_format="<call>")
+        toolbox = closing([add, fail, refuse, slow], deadline=1.5, call_format="<call>")
         message = {
             "role": "assistant",
             "content": "",
@@ -383,7 +383,7 @@ class TestToolbox:
         assert [result.content for result in results[1:4]] == [
             "Error: KeyError: 'k'",
             "Error: not today",
-            "Error: slow did not finish within 0.2 s and was stopped.",
+            "Error: slow did not finish within 1.5 s and was stopped.",
         ]
         assert results[4].content.startswith(
             "Error: there is no tool 'sub'; did you mean 'sum'? The tools are: sum,"
@@ -464,7 +464,7 @@ class TestToolbox:
             with lock:
                 busy[0] -= 1
 
-        toolbox = closing([work], workers=3, deadline=0.5)
+        toolbox = closing([work], workers=3, deadline=30)
         results = toolbox.run_batch([[call("work")]] * 30)
         assert {row[0].status for row in results} == {ToolStatus.OK}
         assert busy == [0, 3]
@@ -475,7 +475,7 @@ class TestToolbox:
         def hang():
             gate.wait()
 
-        toolbox = closing([hang, add], deadline=0.3, workers=2, max_stuck=3)
+        toolbox = closing([hang, add], deadline=1.0, workers=2, max_stuck=3)
         with pytest.warns(RuntimeWarning, match="'hang' did not end within its deadline"):
             results = toolbox.run_batch([[call("hang")], [call("sum", a=1)], [call("hang")], [call("sum", a=2)]])
         assert [row[0].still_running for row in results] == [True, False, True, False]
@@ -522,7 +522,7 @@ class TestToolbox:
         async def block():
             gate.wait()
 
-        toolbox = closing([block, later], deadline=0.3)
+        toolbox = closing([block, later], deadline=1.0)
         with pytest.warns(RuntimeWarning, match="'block'"):
             results = toolbox.run_batch([[call("block")], [call("later")]])
         assert results[0][0].still_running
@@ -583,7 +583,7 @@ class TestToolbox:
     def test_a_conversation_waits_for_its_own_hung_call_only(self, closing):
         gate = threading.Event()
 
-        @tool(per_conversation=True, deadline=0.2)
+        @tool(per_conversation=True, deadline=1.0)
         def session(hang: bool, conversation: int) -> str:
             if hang:
                 gate.wait(10)

@@ -260,17 +260,17 @@ class TestEndpointUser:
             if last == "refused":
                 return 400, b'{"error": {"message": "too rude"}}'
             if last == "slow":
-                time.sleep(3)
+                time.sleep(5)
             return {"nothing": None, "thinks": "<think>hm", "think": "<think>hm</think> ok"}.get(last, "fine")
 
         endpoint.script = script
-        env = env_of("text", 6, EndpointUser("m", endpoint.url, deadline=0.7, retries=0))
+        env = env_of("text", 6, EndpointUser("m", endpoint.url, deadline=1.5, retries=0))
         answers = ["x", "refused", "slow", "nothing", "thinks", "think"]
         with pytest.warns(RuntimeWarning, match="4 of 6 simulated users failed"):
             following = respond(env, begin(env), answers)["next"]
         reasons = following["user_failure"]
         assert "too rude" in reasons[1]
-        assert reasons[2] == "timeout: no reply within 0.7 s, with all tries"
+        assert reasons[2] == "timeout: no reply within 1.5 s, with all tries"
         assert "returned no text" in reasons[3]
         assert "said nothing" in reasons[4]
         assert [row[2:] for row in said(following)] == [["fine"], [], [], [], [], ["ok"]]
