@@ -107,7 +107,11 @@ def main() -> None:
     policy, sync = make_policy(config, model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     run = Run(
-        config, "expert-iteration", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env}
+        config,
+        "expert-iteration",
+        model=model,
+        tokenizer=tokenizer,
+        state={"optimizer": optimizer, "env": env, "judge": judge},
     )
     if not run.resumed:
         warm_start(config, model, optimizer, tokenizer)

@@ -194,7 +194,9 @@ def main() -> None:
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     policy, sync = make_policy(config, model, tokenizer)
-    run = Run(config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env})
+    run = Run(
+        config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env, "judge": judge}
+    )
     if not run.resumed:
         warm_start(config, model, optimizer, tokenizer)
     sync()

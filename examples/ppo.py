@@ -146,7 +146,7 @@ def main() -> None:
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
     policy, sync = make_policy(config, model, tokenizer)
     optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    state = {"optimizer": optimizer, "env": env} | actor_critic.value_parts()
+    state = {"optimizer": optimizer, "env": env, "judge": judge} | actor_critic.value_parts()
     run = Run(config, "ppo", model=model, tokenizer=tokenizer, state=state)
     if not run.resumed:
         warm_start(config, model, optimizer, tokenizer)

@@ -236,7 +236,7 @@ class RayEpisodeCollector:
 
     # ------------------------------------------------------------------ the run
     def state_dict(self) -> dict[str, Any]:
-        """Where the run is: the episodes, and which batches are not delivered. No more than a few numbers."""
+        """Where the run is: the episodes, and which batches are not delivered; a few numbers, and rows that were generated."""
         return {
             "episodes": self._episodes,
             "rows": self._rows,
