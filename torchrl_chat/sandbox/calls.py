@@ -286,7 +286,7 @@ def _checked(message: dict[str, Any] | None, token: str, limit: int, begun: bool
     if status == "not_run":
         fits = not begun
     else:
-        fits = begun and (status == "ok" and code == 0 or status in ("error", "exit") and 0 < code <= 255)
+        fits = begun and ((status == "ok" and code == 0) or (status in ("error", "exit") and 0 < code <= 255))
     if not fits:
         return None
     return {

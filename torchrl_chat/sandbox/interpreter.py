@@ -20,7 +20,6 @@ import tempfile
 import threading
 import traceback
 import types
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torchrl_chat.sandbox import wire
@@ -54,7 +53,7 @@ def serve(channel: socket.socket, settings: Settings) -> NoReturn:
             reply = {"status": "not_run", "exit": 1, "error": text, "value": None}
         else:
             if request["kind"] == "shell":
-                reply = _shell(request["code"], settings.output, lambda: channel.sendall(begun))
+                reply = _shell(request["code"], settings.output, channel, begun)
             else:
                 channel.sendall(begun)
                 name = "main.py" if request["last"] else f"cell_{calls}.py"
@@ -182,14 +181,14 @@ def _describe(error: BaseException, name: str) -> str:
         return f"{type(error).__name__} (its traceback cannot be shown: {type(second).__name__})"
 
 
-def _shell(command: str, limit: int, begun: Callable[[], None]) -> _Reply:
+def _shell(command: str, limit: int, channel: socket.socket, begun: bytes) -> _Reply:
     """Run a command by the shell, with the same standard streams."""
     try:
         shell = subprocess.Popen(["/bin/sh", "-c", command])
     except (OSError, ValueError) as error:
         text = wire.cut(f"{type(error).__name__}: {error}", limit)
         return {"status": "not_run", "exit": 127, "error": text, "value": None}
-    begun()
+    channel.sendall(begun)
     with shell:
         code = shell.wait()
     text = (

@@ -121,14 +121,14 @@ class Memory:
 
     def exceeded(self) -> bool:
         """Whether they have more than that."""
-        seen = {}
+        seen: dict[str, dict[str, str]] = {}
         for name in self._processes.names():
             with contextlib.suppress(*ENDED):
                 seen.update([self._seen(name)])
         if self._looks % _ROUNDS == 0 or self._mappings > self._limit:
             self._mappings = sum(self._mapped(task, sizes) for task, sizes in seen.items()) * _MAPPING
         self._looks += 1
-        if sum(map(_all_told, seen.values())) + self._mappings <= self._limit:
+        if sum(_all_told(sizes) for sizes in seen.values()) + self._mappings <= self._limit:
             return False
         return sum(self._share(task, sizes) for task, sizes in seen.items()) + self._mappings > self._limit
 
