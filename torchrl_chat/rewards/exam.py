@@ -39,9 +39,9 @@ _VALUES: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "Decimal": ("decimal", lambda x: (str(x),)),
     "Fraction": ("fractions", lambda x: (x.numerator, x.denominator)),
     "timedelta": ("datetime", lambda x: (x.days, x.seconds, x.microseconds)),
-    "datetime": ("datetime", lambda x: (*x.timetuple()[:6], x.microsecond)),
-    "date": ("datetime", lambda x: (x.year, x.month, x.day)),
-    "time": ("datetime", lambda x: (x.hour, x.minute, x.second, x.microsecond)),
+    "datetime": ("datetime", lambda x: (x.isoformat(),)),
+    "date": ("datetime", lambda x: (x.isoformat(),)),
+    "time": ("datetime", lambda x: (x.isoformat(),)),
 }
 
 
@@ -231,11 +231,11 @@ class Peer:
         """Carry an operation out, and send its result with what it made of the arguments."""
         try:
             op = message["op"]
-            if self._judge and op not in ("call", "next"):
+            if self._judge and op not in ("call", "iter", "next"):
                 raise TypeError(f"{op}: not to be had")
             target, *rest = self._load(message, [])
+            objects = self._loaded  # before it asks in its turn
             result = _OPS[op](target, *rest)
-            objects = self._loaded
             changed = [x for x in objects if type(x) in _MUTABLE.values() or type(x) in self.classes.values()]
             nodes, roots, _ = self._dump((result, *changed), {id(x): i for i, x in enumerate(objects)})
         except BaseException as error:
@@ -365,7 +365,8 @@ class Peer:
                 tag, *rest = nodes[at]
                 if tag == "v":
                     module, _ = _VALUES[rest[0]]
-                    made = getattr(importlib.import_module(module), rest[0])(*map(get, rest[1]))
+                    kind = getattr(importlib.import_module(module), rest[0])
+                    made = getattr(kind, "fromisoformat", kind)(*map(get, rest[1]))
                 else:
                     made = {"t": tuple, "S": frozenset}[tag](map(get, rest[0]))
                 objects[at] = made
