@@ -7,6 +7,9 @@ files, listeners, a victim process, mounts, the host's name. Run by root, the su
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
+import json
 import os
 import platform
 import select
@@ -239,6 +242,127 @@ ATTACKS = {
     "closes all descriptors": "os.closerange(0, 1000)",
     "breaks the interpreter": "import builtins, json\njson.dumps = builtins.repr = builtins.isinstance = sys.stdout = None\nos._exit = lambda *a: None\n1",
     "crashes the interpreter": "ctypes.string_at(0)",
+    # what a filter cannot see
+    "locks files of the machine": "import fcntl, json, struct\nlock = struct.pack('hhqqi', fcntl.F_RDLCK, 0, 0, 0, 0)\n"
+    "for path in (json.__file__, os.path.realpath(sys.executable), sys.prefix + '/lib', '/etc/passwd', '/dev/null', '/'):\n"
+    "    fd = os.open(path, os.O_RDONLY)\n"
+    "    for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX): attempt(path, fcntl.flock, fd, kind | fcntl.LOCK_NB)\n"
+    "    for command in (6, 7, 37, 38): attempt((path, command), fcntl.fcntl, fd, command, lock)",
+    "locks a file of the machine behind another": "import fcntl, json\nhost, own, at = os.open(json.__file__, os.O_RDONLY), os.open('own', os.O_RDWR | os.O_CREAT), 200\n"
+    "def swap():\n    while True: os.dup2(own, at); os.dup2(host, at)\nfor _ in range(2): threading.Thread(target=swap, daemon=True).start()\n"
+    "os.dup2(own, at)\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end:\n"
+    "    for take in (lambda: fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB), lambda: fcntl.lockf(at, fcntl.LOCK_SH | fcntl.LOCK_NB)):\n"
+    "        try: take()\n        except OSError: pass\n"
+    "print('BREACH') if 'lock:' in lines(f'/proc/self/fdinfo/{host}') else None",
+    "two processes with one table of descriptors": f"attempt('clone', call, {220 if ARM else 56}, 0x400 | 17, 0, 0, 0, 0)",
+    "leases, news and signals of descriptors": "import fcntl, json\nfd = os.open(json.__file__, os.O_RDONLY)\nr, w = os.pipe()\n"
+    "attempt('lease', fcntl.fcntl, fd, 1024, fcntl.F_RDLCK)\nattempt('news', fcntl.fcntl, os.open('/usr', os.O_RDONLY), 1026, 0x80000002)\n"
+    "for fd in (r, w, 1):\n    attempt('owner', fcntl.fcntl, fd, 8, os.getpid())\n    attempt('signal', fcntl.fcntl, fd, 10, int(signal.SIGCONT))",
+    "timers that send any signal": "box = ctypes.create_string_buffer(8)\n"
+    + raw("timer_create", 222, 107, 1, "None", "box")
+    + "\n"
+    + raw("timer_create", 222, 107, 0, "bytes([0] * 8 + [18, 0, 0, 0]) + bytes(52)", "box"),
+    "sockets without end": "made = []\nr, w = os.pipe()\nfor _ in range(6):\n    if os.fork() == 0:\n        try:\n            while True: made.append(socket.socketpair())\n"
+    "        except OSError: pass\n        os.write(w, b'%d\\n' % len(made)); time.sleep(30)\n"
+    "text = b''\nwhile text.count(b'\\n') < 6: text += os.read(r, 100)\ntotal = sum(map(int, text.split()))\n"
+    "print('BREACH' if total > 160 else 'pairs', total)",
+    "sockets that hide in each other": "a, b = socket.socketpair()\nn = 0\ntry:\n    while n < 1000:\n        c, d = socket.socketpair()\n"
+    "        socket.send_fds(a, [b'x'], [c.fileno(), d.fileno()]); c.close(); d.close(); n += 1\nexcept OSError as e: print(e)\n"
+    "print('BREACH') if n > 160 else print(n)",
+}
+
+_EXIT = 93 if ARM else 60  # the system call that ends one thread
+HIDES = f"""
+def hide(size):
+    # A process whose first thread ends; another one takes the memory.
+    def work():
+        time.sleep(0.1)
+        x = b'x' * size
+        time.sleep(30)
+    threading.Thread(target=work).start()
+    libc.syscall({_EXIT}, 0)
+"""
+_UNREADABLE = f"""
+import shutil
+shutil.copy(os.path.realpath(sys.executable), 'p'); os.chmod('p', 0o111)
+code = '''
+import ctypes, threading, time
+def work():
+    time.sleep(0.1); x = b'x' * (45 << 20); time.sleep(30)
+threading.Thread(target=work).start(); ctypes.CDLL(None).syscall({_EXIT}, 0)
+'''
+for _ in range(6): subprocess.Popen(['./p', '-I', '-S', '-c', code], env={{'PYTHONHOME': sys.base_prefix}})
+"""
+
+# Each takes more than a sandbox of 64 MiB may (with what interpreters bring along, 112), and at most 0.4 GB.
+HOARDS = {
+    "first threads that have ended": "for _ in range(6):\n    if os.fork() == 0: hide(50 << 20)\n",
+    "first threads that have ended, in daemons": "for _ in range(6):\n    if os.fork() == 0:\n        os.setsid()\n"
+    "        if os.fork(): os._exit(0)\n        hide(50 << 20)\n",
+    "first threads that ended when the memory was there": "for _ in range(6):\n    if os.fork() == 0:\n        x = b'x' * (50 << 20)\n"
+    f"        threading.Thread(target=time.sleep, args=(30,)).start(); libc.syscall({_EXIT}, 0)\n",
+    "all but the last of many threads have ended": "threading.stack_size(1 << 18)\nfor _ in range(6):\n    if os.fork() == 0:\n"
+    f"        for _ in range(3): threading.Thread(target=lambda: (time.sleep(0.1), libc.syscall({_EXIT}, 0))).start()\n        hide(45 << 20)\n",
+    "first threads that have ended, in programs that nobody may read": _UNREADABLE,
+    "the first thread of the interpreter itself": "threading.Thread(target=lambda: (time.sleep(0.1), [os.fork() or hide(45 << 20) for _ in range(6)],"
+    f" time.sleep(30))).start()\nlibc.syscall({_EXIT}, 0)\n",
+    "names like the kernel's own words": "for i in range(6):\n    if os.fork() == 0:\n"
+    "        for name in (b'\\nVmRSS:\\t0 kB', b'x) Z 1 1 1 1'): libc.prctl(15, name)\n        hide(50 << 20)\n",
+    "processes that take turns": "for i in range(6):\n    if os.fork() == 0:\n        time.sleep(0.1 * i)\n        while True:\n"
+    "            x = b'x' * (50 << 20); time.sleep(0.5); del x; time.sleep(0.01)\n",
+    "page tables of pages that are all the same": "libc.mmap.restype = ctypes.c_void_p\n"
+    "libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]\n"
+    "for i in range(14000):\n    ctypes.c_char.from_address(libc.mmap((1 << 40) + (i << 30), 4096, 1, 0x100022, -1, 0)).value\n",
+    "mappings": "import mmap\nfor _ in range(9):\n    if os.fork() == 0:\n"
+    "        m = [mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=1 + i % 2) for i in range(14000)]; time.sleep(30)\n",
+}
+
+WAKES = f"""
+CREATE, SET, CLONE = {(107, 110, 220) if ARM else (222, 223, 56)}
+def count():
+    # Counts for as long as it runs, in a file, so that a later call can read it.
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    fd, n = os.open('/tmp/count', os.O_RDWR | os.O_CREAT), 0
+    while True:
+        n += 1; os.pwrite(fd, b'%020d' % n, 0); time.sleep(0.001)
+def counted():
+    try: return int(lines('/tmp/count') or 0)
+    except OSError: return 0
+def dying(prepare, size=120 << 20):
+    # A parent with so much memory that it is still on its way out when everything else is stopped, and its child.
+    r, w = os.pipe()
+    if os.fork() == 0:
+        prepare()
+        x = b'x' * size
+        os.read(r, 1); os._exit(0)
+    while not counted(): time.sleep(0.01)
+    time.sleep(0.3)
+    os.write(w, b'x')
+"""
+# What shall go on between two calls of a session.
+SLEEPERS = {
+    "a thread": "threading.Thread(target=count, daemon=True).start()",
+    "an alarm": "signal.signal(signal.SIGALRM, lambda *_: None)\n"
+    "if os.fork() == 0: signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05); count()",
+    "a POSIX timer": "if os.fork() == 0:\n    box = ctypes.create_string_buffer(8)\n"
+    "    event = (ctypes.c_int * 16)(0, 0, signal.SIGCONT, 0)\n    libc.syscall(CREATE, 1, event, box)\n"
+    "    spec = (ctypes.c_long * 4)(0, 20000000, 0, 20000000)\n    libc.syscall(SET, ctypes.c_int.from_buffer(box), 0, spec, None)\n    count()",
+    "a signal when the caller reads": "import fcntl\nif os.fork() == 0:\n"
+    "    try: fcntl.fcntl(1, 8, os.getpid()); fcntl.fcntl(1, 10, int(signal.SIGCONT)); fcntl.fcntl(1, 4, 0x2000)\n"
+    "    except OSError: pass\n    count()\ntime.sleep(0.2)\nprint('x' * 60000)",
+    "an orphaned process group": "def prepare():\n    if os.fork() == 0: os.setpgid(0, 0); count()\ndying(prepare)",
+    "a parent's death": "def prepare():\n    if os.fork() == 0: libc.prctl(1, int(signal.SIGCONT)); count()\ndying(prepare)",
+    "a child's death": "r, w = os.pipe()\nif os.fork() == 0:\n"
+    "    if libc.syscall(CLONE, int(signal.SIGCONT), 0, 0, 0, 0) == 0:\n        x = b'x' * (120 << 20); os.read(r, 1); os._exit(0)\n    count()\n"
+    "while not counted(): time.sleep(0.01)\ntime.sleep(0.3)\nos.write(w, b'x')",
+    "processes that continue each other": "for _ in range(4):\n    if os.fork() == 0:\n        while True:\n"
+    "            try: os.kill(-1, signal.SIGCONT)\n            except OSError: pass\nif os.fork() == 0: count()\ntime.sleep(0.3)",
+    "processes that continue each other by name": "for _ in range(4):\n    if os.fork() == 0:\n        time.sleep(0.1)\n"
+    "        others = [int(p) for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())]\n        while True:\n"
+    "            for p in others:\n                try: os.kill(p, signal.SIGCONT)\n                except OSError: pass\n"
+    "if os.fork() == 0: count()\ntime.sleep(0.3)",
+    "a parent that waits for a program to start": "if os.fork() == 0: count()\nif os.fork() == 0:\n"
+    "    while True: subprocess.run([sys.executable, '-c', ''])\ntime.sleep(0.2)",
 }
 
 ENDS = {
@@ -346,6 +470,18 @@ def box(world, request):
     box.close()
 
 
+@pytest.fixture(scope="module", params=["namespaces", "bubblewrap"])
+def small(request):
+    """One with little memory, so that an attack needs little to take more."""
+    box = Sandbox(request.param, deadline=20, memory=64 << 20, scratch=32 << 20)
+    try:
+        box.start()
+    except SandboxError as error:
+        pytest.skip(f"no isolation here: {error}")
+    yield box
+    box.close()
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_contained(world, box, name):
     deadline = 1.5 if "timeout" in ENDS.get(name, ()) else None
@@ -361,8 +497,120 @@ def test_contained(world, box, name):
     assert world.look() == world.before, shown
 
 
+@pytest.mark.parametrize("name", HOARDS)
+def test_memory_that_hides_is_counted(small, name):
+    result = small.run(PRELUDE + HIDES + HOARDS[name] + "time.sleep(8)\nprint('BREACH')")
+    assert result.status == "memory", (name, result)
+    assert small.run("6 * 7").value == "42"
+
+
+@pytest.fixture(scope="module")
+def slept(box):
+    """Of each sleeper: the first call, and one after a pause in which all of them should have stood still."""
+    code = "\nwhile not counted(): time.sleep(0.01)\ncounted()"
+    sessions = {name: box.session() for name in SLEEPERS}
+    first = {name: sessions[name].run(PRELUDE + WAKES + SLEEPERS[name] + code) for name in SLEEPERS}
+    time.sleep(1.0)
+    then = {}
+    for name, session in sessions.items():
+        then[name] = session.run("before = counted(); time.sleep(0.5); before, counted() - before")
+        session.reset()
+    return {name: (first[name], then[name]) for name in SLEEPERS}
+
+
+@pytest.mark.parametrize("name", SLEEPERS)
+def test_a_session_stands_still(slept, name):
+    """Whatever tries to go on between two calls gets a fraction of what it gets in a call, or ends the session."""
+    first, then = slept[name]
+    assert first.status == "ok", first
+    if then.notice:
+        assert "started anew" in then.notice
+        return
+    assert then.status == "ok", then
+    before, running = map(int, then.value.strip("()").split(","))
+    assert running > 0, "what should go on is not there"
+    assert before - int(first.value) < running, (first, then)  # at least twice the time, less than once the work
+
+
+def test_memory_is_counted_between_the_calls(small):
+    """Processes that will not stand still, and take memory meanwhile, are ended, or have come to rest below the limit."""
+    code = """
+for _ in range(5):
+    if os.fork() == 0:
+        x = []
+        while True:
+            try: os.kill(-1, signal.SIGCONT)
+            except OSError: pass
+            if len(x) < 40 and os.path.exists('/tmp/go'): x.append(b'x' * (1 << 20))
+time.sleep(0.5)
+open('/tmp/go', 'w').close()
+"""
+    held = """
+import os
+total = 0
+for pid in filter(str.isdigit, os.listdir('/proc')):
+    try: total += int(open(f'/proc/{pid}/statm').read().split()[1]) - int(open(f'/proc/{pid}/statm').read().split()[2])
+    except OSError: pass
+total * 4096
+"""
+    with small.session() as session:
+        assert session.run(PRELUDE + code).status == "ok"
+        time.sleep(2)
+        after = session.run(held)
+        assert after.status == "memory" or int(after.value) < (64 + 48 + 16) << 20, after
+
+
+def test_a_lock_is_refused_on_the_host_and_had_in_the_scratch_folder(box):
+    """Told by the host's own lock, while the session is there."""
+    ours = os.path.realpath(json.__file__)
+    with box.session() as session:
+        tried = session.run(
+            "import fcntl, json\nf, own = open(json.__file__), open('own', 'w')\nfcntl.flock(own, fcntl.LOCK_EX)\n"
+            "fcntl.lockf(own, fcntl.LOCK_EX)\ntry: fcntl.flock(f, fcntl.LOCK_SH)\nexcept OSError as e: print(e.errno)\njson.__file__"
+        )
+        assert (tried.stdout, tried.value) == (f"{errno.ENOLCK}\n", repr(ours)), tried
+        with open(ours) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        child = (
+            "import os\nif os.fork() == 0:\n    try: fcntl.lockf(open('own', 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+            "    except OSError as e: print(e.errno, flush=True)\n    os._exit(0)\nos.wait() and None"
+        )
+        assert session.run(child).stdout == f"{errno.EAGAIN}\n"
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_databases_and_event_loops_work(box, threads):
+    """What needs locks on files of the scratch folder, and a pair of sockets."""
+    code = (
+        f"import asyncio, sqlite3, threading, time\nfor _ in range({threads}): threading.Thread(target=time.sleep, args=(0.5,)).start()\n"
+        "a, b = sqlite3.connect('x.db'), sqlite3.connect('x.db')\na.execute('create table t (x)'); a.execute('insert into t values (1)'); a.commit()\n"
+        "async def f(): return b.execute('select x from t').fetchall()\nasyncio.run(f())"
+    )
+    assert box.run(code).value == "[(1,)]"
+
+
+def test_a_machine_with_a_listener_of_its_own():
+    """There can be no second one: what would have been asked is refused, and all else runs."""
+    code = (
+        "import os\nfrom torchrl_chat.sandbox import Sandbox, SandboxError, filters, kernel\n"
+        "kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)\nkernel.set_filter(filters.refusing([]), listen=True)\n"
+        "try:\n    with Sandbox() as box:\n"
+        "        print(box.run(\"import fcntl; fcntl.flock(open('own', 'w'), fcntl.LOCK_EX)\").error.splitlines()[-1])\n"
+        "        print(box.run('import socket; socket.socketpair()').error.splitlines()[-1], box.run('6 * 7').value)\n"
+        "except SandboxError as error: print('no isolation here:', error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if "no isolation here" in ran.stdout:
+        pytest.skip(ran.stdout)
+    assert ran.stdout.splitlines() == [
+        "OSError: [Errno 37] No locks available",
+        "OSError: [Errno 24] Too many open files 42",
+    ], ran
+
+
 def test_there_are_enough_of_them():
     assert len(ATTACKS) >= 40
+    assert len(HOARDS) + len(SLEEPERS) >= 20
 
 
 def test_the_traps_spring(world):
@@ -486,7 +734,7 @@ def test_all_of_it_as_an_ordinary_user():
         [sys.executable, "-c", AS_NOBODY, os.pathsep.join(needed), *command],
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=900,
         cwd=Path(__file__).parents[1],
     )
     if "cannot become nobody" in ran.stderr:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
+import math
 import os
 import re
 import secrets
@@ -18,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from torchrl_chat.rewards import exam
 from torchrl_chat.rewards.verdict import Verdict
 
 
@@ -30,6 +33,8 @@ class RunResult(NamedTuple):
     """What it wrote to its standard output, also where it was stopped."""
     error: str = ""
     """What it wrote to its standard error, or why it was stopped."""
+    ran: bool = True
+    """Whether it was begun at all: what never ran (no room, too long) is no wrong answer, but a failed grade."""
 
 
 Runner = Callable[[str, float], RunResult]
@@ -56,11 +61,17 @@ class CodeVerifier:
     Called, it grades in a thread and returns an awaitable, so that a :class:`~torchrl_chat.rewards.Grader` has several
     programs running at once: twice as many as there are cores, in all of the process. :meth:`grade` waits.
 
-    A program that passes its tests says so with a code that is made when they have passed, from a key that is bound to a hash
-    object: code which ends the process early, or prints what it finds in the variables of its callers, passes none.
-    A grade is no proof against an attacker for all that. Not prevented: an answer of a class whose ``__eq__`` is always
-    true passes ``assert f(2) == 4``; code that looks for the tests, in its callers' frames or in the program's
-    text, can answer to just these; and code that knows this file can use the hash object. Read what is graded best.
+    The tests run in a process that the answer is not in (see :mod:`torchrl_chat.rewards.exam`): its functions are called
+    over a pipe, and give plain data, which the tests' own process compares. So an answer that leaves the process early,
+    replaces builtins, modules or exceptions, prints what passing programs print, or returns objects that equal everything
+    passes none. What is compared as text, ``{"inputs", "outputs"}``, is compared here.
+
+    What a test asks of an *object* of the answer's own class (attributes, items, length, truth, equality with another one) is
+    what the answer says, as is what it gives for a name that the tests use and nobody else defines. An answer that knows
+    the expected values passes; its process cannot look into the one with the tests where the kernel has Landlock (Linux 5.13)
+    and the runner allows it, as :class:`~torchrl_chat.sandbox.Sandbox` does. Elsewhere it may find the tests in there, and
+    make up a share (``partial``), but not a whole. A list that a function changes in place is changed; arguments and results
+    are copies otherwise.
 
     Args:
         runner: runs a program: ``runner(program, deadline) -> RunResult``. It has to isolate it, to kill it at the
@@ -130,7 +141,10 @@ class CodeVerifier:
     def _graded(self, response: str, reference: Mapping[str, Any], seconds: float) -> Verdict:
         code = extract_code(response)
         count = self._pairs if _is_pairs(reference) else self._tests
-        passed, total = count(code, reference, seconds)
+        try:
+            passed, total = count(code, reference, seconds)
+        except _NotRun as error:
+            return Verdict(0.0, code if code.strip() else None, False, {}, f"error: {error}")
         correct = passed == total
         score = passed / total if self.partial else float(correct)
         return Verdict(score, code if code.strip() else None, correct, {"tests_passed": passed / total})
@@ -138,10 +152,16 @@ class CodeVerifier:
     def _tests(self, code: str, reference: Mapping[str, Any], seconds: float) -> tuple[int, int]:
         sources, tests = assemble(code, reference)
         key = secrets.token_bytes(16)
-        program = _TESTS.format(sources=sources, tests=tests, key=key)
-        lines = set(self._run(program, seconds).output.split("\n"))
-        codes = (hashlib.blake2b(b"%d" % i, key=key, digest_size=16).hexdigest() for i in range(len(tests)))
-        return sum(code in lines for code in codes), len(tests)
+        trusted, entry = _trusted(reference)
+        arguments = (sources, trusted, tests, entry, math.ceil(seconds) + 1)
+        program = _TESTS.format(source=inspect.getsource(exam), arguments=arguments, key=key)
+        result = self._run(program, seconds)
+        lines = set(result.output.split("\n"))
+        if _code(key, b"none") in lines:
+            raise _NotRun(f"there was no process for the answer: {result.error.strip()[-300:]}")
+        passed = sum(_code(key, b"%d" % i) in lines for i in range(len(tests)))
+        # The judge ends with 0 if all have passed, and only then: what else says so is made up.
+        return passed if bool(result.ok) == (passed == len(tests)) else 0, len(tests)
 
     def _pairs(self, code: str, reference: Mapping[str, Any], seconds: float) -> tuple[int, int]:
         inputs, outputs = _texts(reference, "inputs"), _texts(reference, "outputs")
@@ -164,30 +184,28 @@ class CodeVerifier:
         result = self.runner(program, deadline)
         if not (isinstance(getattr(result, "output", None), str) and hasattr(result, "ok")):
             raise TypeError(f"the runner returned {result!r:.80}: expected a RunResult(ok, output, error).")
+        if not getattr(result, "ran", True):
+            raise _NotRun(f"the program was not run: {getattr(result, 'error', '')}")
         return result
 
 
+class _NotRun(Exception):
+    """The runner could not run a program, whatever is in it."""
+
+
 # The code and the tests are texts in the program, each compiled by itself: a syntax error in one is not one of the
-# program, and ``from __future__`` may open any of them. The module is registered because dataclasses look theirs up.
+# program, and ``from __future__`` may open any of them.
 _TESTS = """\
-import hashlib, sys, types
-def run(seal, write, flush):
-    module = sys.modules["solution"] = types.ModuleType("solution")
-    for source in {sources!r}:
-        exec(compile(source, "solution.py", "exec"), module.__dict__)
-    for i, test in enumerate({tests!r}):
-        try:
-            exec(compile(test, "test.py", "exec"), module.__dict__)
-        except BaseException as error:
-            sys.stderr.write("test %d: %s: %s\\n" % (i, type(error).__name__, error))
-        else:
-            code = seal.copy()
-            code.update(b"%d" % i)
-            write("\\n%s\\n" % code.hexdigest())
-            flush()
-            del code
-run(hashlib.blake2b(key={key!r}, digest_size=16), sys.stdout.write, sys.stdout.flush)
+import hashlib
+program = compile({source!r}, "exam.py", "exec", optimize=2)
+exec(program)
+examine(program, *{arguments!r}, hashlib.blake2b(key={key!r}, digest_size=16))
 """
+
+
+def _code(key: bytes, what: bytes) -> str:
+    return hashlib.blake2b(what, key=key, digest_size=16).hexdigest()
+
 
 # The input is put in both places where programs look for it: sys.stdin and file descriptor 0.
 _MAIN = """\
@@ -251,14 +269,25 @@ def assemble(code: str, reference: Mapping[str, Any]) -> tuple[list[str], list[s
         return [source for source in sources if source], [f"{reference['test']}\n\ncheck({name})\n"]
     if isinstance(reference, Mapping) and "test_list" in reference:
         tests = _texts(reference, "test_list")
-        setup = reference.get("test_setup_code") or reference.get("test_imports") or ""
-        setup = setup if isinstance(setup, str) else "\n".join(setup)
+        setup = _set_up(reference)
         return [source for source in (setup, code) if source], tests
     keys = sorted(map(str, reference)) if isinstance(reference, Mapping) else type(reference).__name__
     raise ValueError(
         f"the reference has no tests of a known kind: expected 'test' and 'entry_point', 'test_list', or 'inputs' and "
         f"'outputs'; got {keys}."
     )
+
+
+def _trusted(reference: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """What of the sources is the reference's own, and the name of what it tests, if it says it."""
+    if "test" in reference and "entry_point" in reference:
+        return [str(reference.get("prompt") or "")], str(reference["entry_point"])
+    return [_set_up(reference)], None
+
+
+def _set_up(reference: Mapping[str, Any]) -> str:
+    setup = reference.get("test_setup_code") or reference.get("test_imports") or ""
+    return setup if isinstance(setup, str) else "\n".join(setup)
 
 
 # Possessive, so that no line is gone over twice.

@@ -47,6 +47,8 @@ class Call:
         self.ended = 0.0
         self.done = False
         self.alive = True  # whether the sandbox can be used again
+        self.begun = False  # whether the code itself has
+        self.failure: str | None = None  # why there is no sandbox
         self.reply: dict[str, Any] | None = None
         self.end: dict[str, Any] | None = None
         self.verdict: Status | None = None
@@ -157,13 +159,17 @@ class Call:
     def _take(self, message: dict[str, Any] | None) -> None:
         if not self.process.ready:  # until then only our own code has run there
             if message is None or not message.get("ready"):
-                raise SandboxError(f"the sandbox cannot be built: {(message or {}).get('failure')}")
+                self.failure = str((message or {}).get("failure"))
+                self._kill("crash")
+                return
             self.process.ready = True
             self.began = time.monotonic()
-        elif self.reply is None and _is_reply(message, self._token):
-            self.reply = message
+        elif message is not None and message.get("begun") is True and message.get("token") == self._token:
+            self.begun = True
+        elif self.reply is None and (reply := _checked(message, self._token, self.limit, self.begun)):
+            self.reply = reply
             if not self.last:
-                self._finish(True)
+                self._finish(not self._unsent)
         elif not self.last:
             self._kill("crash")
 
@@ -194,10 +200,14 @@ class Call:
         """
         out, err = (bytes(self._texts[fd]) for fd in self._texts)
         if self.began is None:
-            reason = (self.end or {}).get("failure") or "it ended, or took too long, before it was ready"
+            reason = self.failure or (self.end or {}).get("failure")
+            reason = reason or "it ended, or took too long, before it was ready"
             raise SandboxError(f"the sandbox cannot be built: {reason}")
         status, error, code = self._outcome()
-        value = self.reply.get("value") if self.reply and self.verdict is None else None
+        if not self.begun and status != "not_run":
+            status, code = "not_run", None
+            error = f"It was not run; its code or its input may be too long. {error}".rstrip()
+        value = self.reply["value"] if self.reply and status == "ok" else None
         lost = session and not self.alive
         if lost:
             error = f"{error} The session's variables are lost.".lstrip()
@@ -205,8 +215,8 @@ class Call:
             status=status,
             stdout=out.decode("utf-8", "replace"),
             stderr=err.decode("utf-8", "replace"),
-            value=None if value is None else _clean(value),
-            error=_clean(error),
+            value=value,
+            error=error,
             seconds=self.ended - self.began,
             truncated=any(count > self.limit for count in self._counts.values()),
             exit_status=code,
@@ -217,6 +227,8 @@ class Call:
         end = self.end or {}
         if end.get("stopped") == "memory":
             return "memory", "Memory limit: its processes together took more memory than they may have.", None
+        if end.get("stopped") == "awake":
+            return "crash", "Crash: it went on between the calls of its session, and was stopped.", None
         if end.get("stopped") == "cpu":
             return (
                 "cpu",
@@ -231,6 +243,8 @@ class Call:
             return "crash", "Crash: it broke the interpreter's channel and was stopped.", None
         if self.reply is not None:
             reply = self.reply
+            if reply["status"] == "not_run":
+                return "not_run", f"It was not run: {reply['error']}", None
             return reply["status"], reply["error"], reply["exit"]
         if "signal" in end:
             return "crash", f"Crash: the interpreter was ended by signal {end['signal']}.", None
@@ -255,15 +269,32 @@ def _received(sock: socket.socket) -> bytes | None:
     return b""
 
 
-def _is_reply(message: dict[str, Any] | None, token: str) -> bool:
-    return (
-        message is not None
-        and message.get("token") == token
-        and message.get("status") in ("ok", "error", "exit")
-        and isinstance(message.get("error"), str)
-        and isinstance(message.get("exit"), int)
-        and isinstance(message.get("value"), (str, type(None)))
-    )
+def _checked(message: dict[str, Any] | None, token: str, limit: int, begun: bool) -> dict[str, Any] | None:
+    """A reply in its bounds, whatever the other side made of it; ``None`` if it is none.
+
+    Args:
+        message: what was said.
+        token: that of the call.
+        limit: characters that its texts may have.
+        begun: whether the code has; what has begun was run.
+    """
+    if message is None or message.get("token") != token:
+        return None
+    status, error, value, code = (message.get(name) for name in ("status", "error", "value", "exit"))
+    if type(code) is not int or not isinstance(error, str) or not isinstance(value, (str, type(None))):
+        return None
+    if status == "not_run":
+        fits = not begun
+    else:
+        fits = begun and ((status == "ok" and code == 0) or (status in ("error", "exit") and 0 < code <= 255))
+    if not fits:
+        return None
+    return {
+        "status": status,
+        "exit": code,
+        "error": _clean(wire.cut(error, limit)) if status != "ok" else "",
+        "value": None if value is None else _clean(wire.cut(value, limit)),
+    }
 
 
 def _clean(text: str) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import resource
 
 from torchrl_chat.sandbox import jail, kernel
+from torchrl_chat.sandbox.filters import sandbox_filter
 from torchrl_chat.sandbox.settings import Settings, step
 
 
-def confine(settings: Settings, root: bool, program: bytes) -> None:
+def confine(settings: Settings, root: bool, program: bytes) -> int:
     """Give up all rights, in a sandbox's own namespaces; there is no way back.
 
     The user namespace made here owns nothing but itself: the mounts and the other namespaces belong to the one above,
@@ -21,6 +23,10 @@ def confine(settings: Settings, root: bool, program: bytes) -> None:
         settings: the limits.
         root: this process is real root, and becomes nobody.
         program: the seccomp filter.
+
+    Returns:
+        the descriptor at which the keeper answers for calls that wait (see :mod:`~torchrl_chat.sandbox.gate`); -1 where the
+        machine has a listener of its own already, and there can be no second one: such calls are refused then.
 
     Raises:
         Missing: the kernel refused.
@@ -44,7 +50,12 @@ def confine(settings: Settings, root: bool, program: bytes) -> None:
             kernel.landlock(version, ["/tmp", *devices])
     limit(settings)
     with step("seccomp", "The kernel has to be built with CONFIG_SECCOMP_FILTER."):
-        kernel.set_filter(program)
+        try:
+            return kernel.set_filter(program, listen=True)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        return kernel.set_filter(sandbox_filter(gate=False))
 
 
 def limit(settings: Settings) -> None:

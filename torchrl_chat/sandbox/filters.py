@@ -11,10 +11,11 @@ import struct
 from collections.abc import Iterable
 
 from torchrl_chat.sandbox import kernel
+from torchrl_chat.sandbox.gate import FCNTL_LOCKS
 from torchrl_chat.sandbox.syscalls import ALLOWED, AUDIT_ARCH, LAST, NUMBERS
 
 _LOAD, _EQUAL, _GREATER, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_ALLOW, _ASK, _ERRNO, _KILL = 0x7FFF0000, 0x7FC00000, 0x00050000, 0x80000000
 _NUMBER, _ARCH = 0, 4  # offsets in what the kernel shows to a filter
 _X32 = 0x40000000  # x86's third set of numbers
 
@@ -23,8 +24,12 @@ _NAMESPACES = (
 )
 # isatty and the size of a terminal, bytes to read, close-on-exec, blocking; none that a device driver would answer.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451, 0x5421)
+# Descriptors, their flags, who holds a lock, the size of a pipe, seals. Not: a signal when something can be read (it may be one
+# that continues a session that stands still), leases (they hold up the host's writers), news of a folder.
+_FCNTLS = (0, 1, 2, 3, 4, 5, 36, 1030, 1031, 1032, 1034)
 # Death signal, thread names; to read: dumpable, capabilities, no-new-privileges; names of memory areas.
 _PRCTLS = (1, 2, 3, 15, 16, 21, 23, 39, 0x53564D41)
+_CLONE_FILES, _CLONE_THREAD = 0x400, 0x10000
 _AF_UNIX = 1
 _MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
 _PRIO_PROCESS = 0
@@ -45,9 +50,9 @@ def _fail(error: int) -> bytes:
 _PASS = _op(_RETURN, _ALLOW)
 
 
-def _one_of(index: int, values: Iterable[int], error: int) -> bytes:
+def _one_of(index: int, values: Iterable[int], otherwise: bytes, then: bytes = _PASS) -> bytes:
     """The rule that an argument is one of ``values``."""
-    return _argument(index) + b"".join(_op(_EQUAL, v, 0, 1) + _PASS for v in values) + _fail(error)
+    return _argument(index) + b"".join(_op(_EQUAL, v, 0, 1) + then for v in values) + otherwise
 
 
 def _head() -> bytes:
@@ -66,36 +71,51 @@ def _rule(name: str, rule: bytes) -> bytes:
     return _op(_EQUAL, NUMBERS[name], 0, len(rule) // 8) + rule
 
 
-def sandbox_filter() -> bytes:
+def sandbox_filter(gate: bool = True) -> bytes:
     """The filter for code in a sandbox.
 
     It may use files, memory, threads, processes, signals and pipes. Refused are, among others, sockets (but for a pair
     of connected ones), namespaces, mounts, changes of user, ptrace and the memory of other processes, System V and
-    POSIX shared objects, keys, BPF, io_uring, userfaultfd, performance counters, limits and priorities of other processes, and
-    memory that no limit counts: memory files, and anonymous memory that is mapped to be shared.
+    POSIX shared objects, keys, BPF, io_uring, userfaultfd, performance counters, limits and priorities of other processes,
+    timers and descriptors that send a signal of one's choice, leases, and memory that no limit counts: memory files, and
+    anonymous memory that is mapped to be shared.
+
+    Args:
+        gate: whether somebody answers for the calls of :data:`~torchrl_chat.sandbox.gate.ASKED`, which are refused otherwise:
+            locks on files, and pairs of sockets.
     """
+    ask, no_locks, no_sockets = _op(_RETURN, _ASK), _fail(errno.ENOLCK), _fail(errno.EMFILE)
     rules = {
-        "clone": _argument(0) + _op(_ANY_BIT, _NAMESPACES, 0, 1) + _fail(errno.EPERM) + _PASS,
+        "clone": _argument(0)
+        + _op(_ANY_BIT, _NAMESPACES, 0, 1)
+        + _fail(errno.EPERM)
+        # Two processes with one table of descriptors: the gate could not tell what is behind one of them.
+        + _op(_ANY_BIT, _CLONE_FILES, 0, 2)
+        + _op(_ANY_BIT, _CLONE_THREAD, 1, 0)
+        + _fail(errno.EPERM)
+        + _PASS,
         "clone3": _fail(
             errno.ENOSYS
         ),  # its flags lie in memory, out of a filter's sight; C libraries fall back to clone
         "memfd_create": _fail(errno.ENOSYS),
-        "ioctl": _one_of(1, _IOCTLS, errno.ENOTTY),
-        "prctl": _one_of(0, _PRCTLS, errno.EPERM),
+        "ioctl": _one_of(1, _IOCTLS, _fail(errno.ENOTTY)),
+        "prctl": _one_of(0, _PRCTLS, _fail(errno.EPERM)),
         # Of another process, and the one that watches over the limits is of the same user.
-        "prlimit64": _one_of(0, (0,), errno.EPERM),
-        "sched_setaffinity": _one_of(0, (0,), errno.EPERM),
+        "prlimit64": _one_of(0, (0,), _fail(errno.EPERM)),
+        "sched_setaffinity": _one_of(0, (0,), _fail(errno.EPERM)),
         "setpriority": _argument(0)
         + _op(_EQUAL, _PRIO_PROCESS, 1, 0)
         + _fail(errno.EPERM)
-        + _one_of(1, (0,), errno.EPERM),
+        + _one_of(1, (0,), _fail(errno.EPERM)),
         # Such memory stays when nobody maps it any more, where no count of a process's memory shows it.
         "mmap": _argument(3)
         + _op(_ANY_BIT, _MAP_ANONYMOUS, 0, 2)
         + _op(_ANY_BIT, _MAP_SHARED, 0, 1)
         + _fail(errno.EPERM)
         + _PASS,
-        "socketpair": _one_of(0, (_AF_UNIX,), errno.EAFNOSUPPORT),
+        "flock": ask if gate else no_locks,
+        "fcntl": _one_of(1, _FCNTLS, b"") + _one_of(1, FCNTL_LOCKS, _fail(errno.EPERM), ask if gate else no_locks),
+        "socketpair": _one_of(0, (_AF_UNIX,), _fail(errno.EAFNOSUPPORT), ask if gate else no_sockets),
     }
     for name in ("setxattr", "lsetxattr", "fsetxattr"):
         rules[name] = _fail(

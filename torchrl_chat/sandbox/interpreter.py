@@ -44,16 +44,24 @@ def serve(channel: socket.socket, settings: Settings) -> NoReturn:
     calls = 0
     while (request := wire.receive(channel)) is not None:
         calls += 1
-        _prepare(outputs, request, settings)
-        if request["kind"] == "shell":
-            reply = _shell(request["code"], settings.output)
+        token = {"token": request["token"]}
+        try:
+            _prepare(outputs, request, settings)
+            begun = wire.frame({"begun": True, **token})
+        except BaseException as error:  # a full disk, no memory, or earlier code that broke what is needed
+            text = wire.cut(f"{type(error).__name__}: {error}", settings.output)
+            reply = {"status": "not_run", "exit": 1, "error": text, "value": None}
         else:
-            name = "main.py" if request["last"] else f"cell_{calls}.py"
-            reply = _python(request["code"], name, main.__dict__, settings.output, request["last"])
+            if request["kind"] == "shell":
+                reply = _shell(request["code"], settings.output, channel, begun)
+            else:
+                channel.sendall(begun)
+                name = "main.py" if request["last"] else f"cell_{calls}.py"
+                reply = _python(request["code"], name, main.__dict__, settings.output, request["last"])
         _flush()
         if os.getpid() != me:
             os._exit(0)  # the code forked, and this is the copy: it must not answer too
-        channel.sendall(wire.frame({**reply, "token": request["token"]}))
+        channel.sendall(wire.frame({**reply, **token}))
         if request["last"]:
             os._exit(0)
     os._exit(0)
@@ -113,20 +121,20 @@ _input = builtins.input
 
 def _python(code: str, name: str, scope: dict[str, Any], limit: int, last: bool) -> _Reply:
     """Run a program; the value of a last expression is kept as its text."""
-    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     value = None
     try:
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         tree = ast.parse(code, name)
         tail = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec", dont_inherit=True), scope)
         if isinstance(tail, ast.Expr):
             result = _value(compile(ast.Expression(tail.value), name, "eval", dont_inherit=True), scope)
             value = None if result is None else repr(result)
-        reply = {"status": "ok", "exit": 0, "error": "", "value": value and _cut(value, limit)}
+        reply = {"status": "ok", "exit": 0, "error": "", "value": value and wire.cut(value, limit)}
     except SystemExit as leaving:
         reply = _leave(leaving.code)
     except BaseException as error:
-        reply = {"status": "error", "exit": 1, "error": _cut(_describe(error, name), limit), "value": None}
+        reply = {"status": "error", "exit": 1, "error": wire.cut(_describe(error, name), limit), "value": None}
     if last:
         _wind_up()
     return reply
@@ -173,29 +181,21 @@ def _describe(error: BaseException, name: str) -> str:
         return f"{type(error).__name__} (its traceback cannot be shown: {type(second).__name__})"
 
 
-def _shell(command: str, limit: int) -> _Reply:
+def _shell(command: str, limit: int, channel: socket.socket, begun: bytes) -> _Reply:
     """Run a command by the shell, with the same standard streams."""
     try:
-        code = subprocess.run(["/bin/sh", "-c", command], check=False).returncode
+        shell = subprocess.Popen(["/bin/sh", "-c", command])
     except (OSError, ValueError) as error:
-        return {
-            "status": "error",
-            "exit": 127,
-            "error": _cut(f"{type(error).__name__}: {error}", limit),
-            "value": None,
-        }
+        text = wire.cut(f"{type(error).__name__}: {error}", limit)
+        return {"status": "not_run", "exit": 127, "error": text, "value": None}
+    channel.sendall(begun)
+    with shell:
+        code = shell.wait()
     text = (
         f"The command ended with exit status {code}." if code > 0 else f"The command was ended by signal {-code}."
     )
-    return {"status": "exit" if code else "ok", "exit": code, "error": text if code else "", "value": None}
-
-
-def _cut(text: str, limit: int) -> str:
-    """The text; where it is too long, its two ends, as a traceback tells most in its last line."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+    exit_status = code if code >= 0 else 128 - code
+    return {"status": "exit" if code else "ok", "exit": exit_status, "error": text if code else "", "value": None}
 
 
 def _flush() -> None:

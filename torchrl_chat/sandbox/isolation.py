@@ -61,6 +61,7 @@ class Isolation:
                 "shared memory": "an IPC namespace; System V and POSIX queues refused",
                 "hostname and cgroup": "namespaces",
                 "system calls": "seccomp: a list of what is allowed",
+                "locks": "on files of the scratch folder only",
                 "Landlock": f"version {landlock}" if landlock else "absent: this kernel has none",
                 **limits,
             },

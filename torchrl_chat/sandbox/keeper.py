@@ -1,8 +1,9 @@
 """The keeper: the first process of a sandbox. It runs no foreign code; it watches over those that do.
 
 As process 1 of the PID namespace it takes what daemons leave behind, and when it ends, the kernel ends everything in
-there. It counts the memory and the processor time of all processes together, which limits per process do not, stops
-everything between the calls of a session, and says how the interpreter ended, over a socket that only it has.
+there. It counts the memory and the processor time of all processes together, which limits per process do not, answers for
+the calls that a filter cannot judge, stops everything between the calls of a session, and says how the interpreter ended,
+over a socket that only it has.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import select
 import signal
 import socket
+import time
 from typing import Any, NoReturn
 
 from torchrl_chat.sandbox import jail, wire
 from torchrl_chat.sandbox.confine import confine, limit
+from torchrl_chat.sandbox.gate import Gate
+from torchrl_chat.sandbox.meter import Clock, Memory, Processes
 from torchrl_chat.sandbox.settings import Settings
 
 _TICK = 0.04  # seconds between two looks at the sums
+_CALM = 0.25  # seconds between them while everything stands still
+_AWAKE = 0.5  # seconds of processor time that a session may take between its calls, before it is ended
 _OWN = 48 << 20  # bytes that interpreters bring along and share
-_PAGE = resource.getpagesize()
-_HERTZ = os.sysconf("SC_CLK_TCK")
 
 
 def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None:
@@ -45,27 +48,28 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
             every = jail.new_sandbox(settings)
         elif isolated:
             every = jail.own_mounts(settings)  # bwrap's have no limit on files, and show more of the machine
-        go, ready = os.pipe()
+        start, there = socket.socketpair()
         pid = os.fork()
     except OSError as error:
         _say(status, failure=str(error))
         return
     if pid == 0:
         status.detach()
-        os.close(ready)
+        start.close()
         if every >= 0:
             os.close(every)
-        _start(settings, root, program, go)
-    for fd in (1, 2, 3, go):
+        _start(settings, root, program, there)
+    there.close()
+    for fd in (1, 2, 3):
         os.close(fd)
     if isolated:
         if os.getpid() != 1:  # what is sent to all processes must not leave the namespace
             _say(status, failure="the keeper is not the first process of a PID namespace")
             return
         _drop(root)
-    os.write(ready, b"g")
-    os.close(ready)
-    _watch(status, pid, settings, _Processes(every) if isolated else None)
+    with contextlib.suppress(OSError):  # it has ended: the watch will say so
+        start.send(b"g")
+    _watch(status, pid, settings, start, Processes(every) if isolated else None)
 
 
 def _drop(root: bool) -> None:
@@ -79,13 +83,12 @@ def _drop(root: bool) -> None:
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
 
 
-def _start(settings: Settings, root: bool, program: bytes, go: int) -> NoReturn:
+def _start(settings: Settings, root: bool, program: bytes, there: socket.socket) -> NoReturn:
     """In the forked process: give everything up, and run the interpreter."""
     try:
         os.setsid()
-        if not os.read(go, 1):
+        if not there.recv(1):
             return  # type: ignore[misc]  # the keeper has gone; the finally below ends this process
-        os.close(go)
         os.close(4)
         channel = socket.socket(fileno=3)
         from torchrl_chat.sandbox.interpreter import serve
@@ -95,13 +98,17 @@ def _start(settings: Settings, root: bool, program: bytes, go: int) -> NoReturn:
                 _end_with_parent()
                 limit(settings)
             else:
-                confine(settings, root, program)
+                listener = confine(settings, root, program)
+                if listener >= 0:
+                    socket.send_fds(there, [b"l"], [listener])
+                    os.close(listener)
+            there.close()
         except OSError as error:
             channel.sendall(wire.frame({"ready": False, "failure": str(error)}))
         else:
             serve(channel, settings)
     finally:
-        os._exit(0)
+        os._exit(1)
 
 
 def _end_with_parent() -> None:
@@ -116,21 +123,35 @@ def _say(status: socket.socket, **message: Any) -> None:
         status.send(json.dumps(message).encode())
 
 
-def _watch(status: socket.socket, pid: int, settings: Settings, processes: _Processes | None) -> None:
+def _watch(
+    status: socket.socket, pid: int, settings: Settings, start: socket.socket, processes: Processes | None
+) -> None:
     """Obey the caller until the interpreter ends or has to; without isolation there are no processes to count."""
     bell, ring = os.pipe()
     os.set_blocking(ring, False)
     signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     poll = select.poll()
-    poll.register(status, select.POLLIN)
-    poll.register(bell, select.POLLIN)
-    running, before, end, isolated = False, 0.0, None, processes is not None
-    clock = _Clock(processes) if processes is not None else None
+    for end_of in (status.fileno(), bell, start.fileno()):
+        poll.register(end_of, select.POLLIN)
+    isolated, gate, end = processes is not None, None, None
+    watch = _Watch(settings, processes, pid) if processes is not None else None
     while end is None:
-        ready = dict(poll.poll(_TICK * 1000 if running and isolated else None))
+        ready = dict(poll.poll(None if watch is None else watch.wait()))
         if bell in ready:
             os.read(bell, 4096)
+        if start.fileno() in ready:  # the filter is in force; nothing foreign has run yet
+            _, fds, _, _ = socket.recv_fds(start, 1, 1)
+            poll.unregister(start)
+            start.close()
+            if fds and processes is not None:
+                gate = Gate(fds[0], processes)
+                poll.register(gate.listener, select.POLLIN)
+        if gate is not None and (asked := ready.get(gate.listener)):
+            if asked & select.POLLIN:
+                gate.answer()
+            else:  # nobody is left who could ask
+                poll.unregister(gate.listener)
         if status.fileno() in ready:
             try:
                 orders = status.recv(16)
@@ -138,24 +159,77 @@ def _watch(status: socket.socket, pid: int, settings: Settings, processes: _Proc
                 orders = b""
             if not orders:
                 break
-            if orders == wire.RUN:
-                running, before = True, clock.seconds() if clock is not None else 0.0
-                _signal(signal.SIGCONT, pid, isolated)
-            else:
-                running = False
-                _signal(signal.SIGSTOP, pid, isolated)
+            running = orders == wire.RUN
+            _signal(signal.SIGCONT if running else signal.SIGSTOP, pid, isolated)
+            if gate is not None and running:
+                gate.locks = 0
+            if watch is not None:
+                watch.order(running)
         end = _reap(pid)
-        if end is None and running and processes is not None and clock is not None:
-            if settings.cpu is not None and clock.seconds() - before > settings.cpu:
-                end = {"stopped": "cpu"}
-            elif _memory(processes, settings.memory + _OWN):
-                end = {"stopped": "memory"}
+        if end is None and watch is not None:
+            end = watch.look()
     _signal(signal.SIGKILL, pid, isolated)
     with contextlib.suppress(ChildProcessError):
         while True:  # say so only when all have gone
             os.waitpid(-1, 0)
     if end is not None:
         _say(status, **end)
+
+
+class _Watch:
+    """Looks at the sums from the first call on: often while one runs, and now and then while everything stands still.
+
+    What has been stopped may be continued by another process that was on its way out, or was faster. So between calls
+    everything is stopped again at every look, and ended where that does not help.
+    """
+
+    def __init__(self, settings: Settings, processes: Processes, pid: int):
+        self._settings = settings
+        self._pid = pid
+        self._clock = Clock(processes)
+        self._memory = Memory(processes, settings.memory + _OWN)
+        self._running: bool | None = None  # None before the first call, when only our own code has run
+        self._due = self._pause = 0.0
+        self._since: float | None = None  # the clock when a call began, or at the first look after it
+        self._last = 0.0
+
+    def wait(self) -> float | None:
+        """Milliseconds until the next look."""
+        return None if self._running is None else max(0.0, self._due - time.monotonic()) * 1000
+
+    def order(self, running: bool) -> None:
+        """A call begins, or has ended."""
+        self._running, self._pause, self._since = running, _TICK, None
+        if running and self._settings.cpu is not None:
+            self._since = self._clock.seconds()
+        self._due = time.monotonic() + _TICK
+
+    def look(self) -> dict[str, Any] | None:
+        """If it is time, see whether all is as it should be; else how the sandbox has to end."""
+        if self._running is None or time.monotonic() < self._due:
+            return None
+        end: dict[str, Any] | None = None
+        if not self._running:
+            _signal(signal.SIGSTOP, self._pid, True)
+        now = self._clock.seconds()
+        if self._memory.exceeded():
+            end = {"stopped": "memory"}
+        elif self._running:
+            if (
+                self._since is not None
+                and self._settings.cpu is not None
+                and now - self._since > self._settings.cpu
+            ):
+                end = {"stopped": "cpu"}
+        elif self._since is None:
+            self._since = now
+        elif now - self._since > _AWAKE:
+            end = {"stopped": "awake"}
+        else:
+            self._pause = _TICK if now > self._last else min(2 * self._pause, _CALM)
+        self._last = now
+        self._due = time.monotonic() + self._pause
+        return end
 
 
 def _signal(number: int, pid: int, isolated: bool) -> None:
@@ -180,80 +254,3 @@ def _reap(pid: int) -> dict[str, Any] | None:
         if gone == pid:
             code = os.waitstatus_to_exitcode(status)
             end = {"exit": code} if code >= 0 else {"signal": -code}
-
-
-# What reading about a process raises that has just ended. Anything else ends the keeper, and the sandbox with it: limits
-# that cannot be looked after do not hold.
-_ENDED = (FileNotFoundError, ProcessLookupError, ValueError, IndexError)
-
-
-class _Processes:
-    """What the kernel tells of the sandbox's processes, the keeper's own left out.
-
-    Args:
-        proc: a descriptor of a /proc that hides none of them.
-    """
-
-    def __init__(self, proc: int) -> None:
-        self._proc = proc
-
-    def names(self) -> list[str]:
-        """Their numbers, as names."""
-        return [name for name in os.listdir(self._proc) if name.isdigit() and name != "1"]
-
-    def read(self, name: str, file: str) -> str:
-        """A file of one of them."""
-        with open(f"{name}/{file}", opener=lambda path, flags: os.open(path, flags, dir_fd=self._proc)) as opened:
-            return opened.read()
-
-
-class _Clock:
-    """Processor time of all processes of the sandbox, those that have ended among them.
-
-    A parent's own figures have the time of the children that it waited for. Of children that nobody waits for they have
-    none: their last figures are kept here. Those that were never seen, because they lived for less than a tick, are missed.
-    """
-
-    def __init__(self, processes: _Processes) -> None:
-        self._processes = processes
-        self._last: dict[str, int] = {}
-        self._ended = 0
-
-    def seconds(self) -> float:
-        """So far."""
-        waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
-        own, all_told, last = 0, 0, {}
-        for name in self._processes.names():
-            with contextlib.suppress(*_ENDED):
-                times = list(map(int, self._processes.read(name, "stat").rpartition(")")[2].split()[11:15]))
-                last[name] = times[0] + times[1]
-                own += last[name]
-                all_told += sum(times)
-        for name, ticks in self._last.items():
-            if last.get(name, -1) < ticks:  # it has ended, or its number belongs to another one now
-                self._ended += ticks
-        self._last = last
-        seen = (own + self._ended) / _HERTZ
-        return max(waited_for.ru_utime + waited_for.ru_stime + all_told / _HERTZ, seen)
-
-
-def _memory(processes: _Processes, limit: int) -> bool:
-    """Whether all processes together have more than ``limit`` bytes; pages that they share count once."""
-    resident: dict[str, int] = {}
-    for name in processes.names():
-        with contextlib.suppress(*_ENDED):
-            resident[name] = int(processes.read(name, "statm").split()[1]) * _PAGE
-    if sum(resident.values()) <= limit:
-        return False
-    return sum(_share(processes, name, size) for name, size in resident.items()) > limit
-
-
-def _share(processes: _Processes, name: str, resident: int) -> int:
-    """A process's part of the memory that it has, in bytes: all of it, where it does not let that be read."""
-    try:
-        for line in processes.read(name, "smaps_rollup").splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    except (PermissionError, *_ENDED):
-        pass
-    return resident

@@ -20,10 +20,11 @@ MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 MNT_DETACH = 2
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 4, 22, 24, 28
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 4, 24, 28
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
 _SECUREBITS = 0x2F  # a user id of 0 means nothing, a change of it neither, and all that for good
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_SET_FILTER, _NEW_LISTENER = 1, 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -105,11 +106,20 @@ def clear_capabilities() -> None:
     _syscall("capset", header, bytes(24))
 
 
-def set_filter(program: bytes) -> None:
-    """Install a seccomp filter, for this process and all that it starts; needs no-new-privileges."""
+def set_filter(program: bytes, listen: bool = False) -> int:
+    """Install a seccomp filter, for this process and all that it starts; needs no-new-privileges.
+
+    Args:
+        program: the filter.
+        listen: whether some of its calls wait for an answer, see :mod:`~torchrl_chat.sandbox.gate`.
+
+    Returns:
+        the descriptor to answer at; -1 without ``listen``.
+    """
     code = ctypes.create_string_buffer(program, len(program))
     fprog = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
-    _checked(_libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), fprog, ctypes.c_ulong(0), ctypes.c_ulong(0)), "seccomp")
+    fd = _syscall("seccomp", _SET_FILTER, _NEW_LISTENER if listen else 0, fprog)
+    return fd if listen else -1
 
 
 def landlock_version() -> int:

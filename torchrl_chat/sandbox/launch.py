@@ -41,7 +41,7 @@ class Process:
         self.open = True
 
     def unused(self) -> bool:
-        """Whether it is there, for one that nothing has run in yet: its keeper speaks only when it ends."""
+        """Whether it is there, for one in which nothing runs now: its keeper speaks only when it ends."""
         try:
             self.status.recv(1, socket.MSG_PEEK)
         except BlockingIOError:

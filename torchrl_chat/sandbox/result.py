@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Status: TypeAlias = Literal["ok", "error", "exit", "timeout", "cpu", "memory", "output", "crash"]
+Status: TypeAlias = Literal["ok", "error", "exit", "timeout", "cpu", "memory", "output", "crash", "not_run"]
 """How a call ended.
 
 ===========  ================================================================
@@ -17,6 +17,7 @@ Status: TypeAlias = Literal["ok", "error", "exit", "timeout", "cpu", "memory", "
 ``memory``   it was killed for the memory of its processes together
 ``output``   it was killed because it never stopped writing
 ``crash``    its interpreter was ended by a signal, or ended without a word
+``not_run``  not one line of it ran: the disk was full, or its input or itself too long for the sandbox
 ===========  ================================================================
 """
 
@@ -44,7 +45,8 @@ class Result:
     truncated: bool = False
     """Whether some of what it wrote is not here. A value that is too long is cut, with a note where."""
     exit_status: int | None = None
-    """The exit status, as a shell would see it; ``None`` where the process was killed."""
+    """The exit status, 0 to 255, as a shell would see it (128 and the signal, for a command that one ended); ``None`` where
+    the process was killed or never ran."""
     notice: str = ""
     """In a session: that variables of earlier calls were lost."""
     state_lost: bool = False
@@ -54,6 +56,11 @@ class Result:
     def ok(self) -> bool:
         """Whether it ended by itself, with exit status 0."""
         return self.status == "ok"
+
+    @property
+    def ran(self) -> bool:
+        """Whether it was begun at all; what was not is no wrong program."""
+        return self.status != "not_run"
 
     @property
     def output(self) -> str:

@@ -10,6 +10,7 @@ import socket
 import struct
 from typing import Any
 
+_NOTE = 64  # characters that a note of what was cut may have
 SIZE = struct.Struct("!I")  # how long a frame is
 ORDER = struct.Struct(
     "!cQ"
@@ -47,3 +48,18 @@ def _exactly(sock: socket.socket, size: int) -> bytearray | None:
 def most(output: int) -> int:
     """The longest reply that an interpreter may send: its two texts, each character as two escapes at the worst."""
     return 2 * 12 * output + (64 << 10)
+
+
+def cut(text: str, limit: int) -> str:
+    """The text; where it is too long, its two ends, as a traceback tells most in its last line.
+
+    Both sides cut with this: what has been cut once is left as it is.
+
+    Args:
+        text: any text.
+        limit: how many characters are kept; the note between them comes on top.
+    """
+    if len(text) <= limit + _NOTE:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[len(text) - half :]}"
