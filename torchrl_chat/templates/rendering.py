@@ -129,12 +129,20 @@ class Renderer:
         """Whether the template reads a tool call's arguments as a JSON string only."""
         return not self._shows_call({"q": _PROBE}) and self._shows_call(json.dumps({"q": _PROBE}))
 
-    def _shows_call(self, arguments: Any) -> bool:
+    @functools.cached_property
+    def wants_bare_calls(self) -> bool:
+        """Whether the template writes a call only where the message has no content at all, not even an empty one."""
+        arguments = json.dumps({"q": _PROBE}) if self.wants_argument_strings else {"q": _PROBE}
+        return not self._shows_call(arguments, ("",)) and self._shows_call(arguments, (None,))
+
+    def _shows_call(self, arguments: Any, contents: Sequence[str | None] = ("", None)) -> bool:
         call = {"id": "abcdefgh0", "type": "function", "function": {"name": "lookup", "arguments": arguments}}
-        for content in ("", None):
-            asked = {"role": "user", "content": "hi"}
-            messages: list[Message] = [asked, {"role": "assistant", "content": content, "tool_calls": [call]}]
-            if _PROBE in self._tried([self._adapt_content(message) for message in messages]):
+        asked = self._adapt_content({"role": "user", "content": "hi"})
+        for content in contents:
+            said: Message = {"role": "assistant", "tool_calls": [call]}
+            if content is not None:
+                said = self._adapt_content({**said, "content": content})
+            if _PROBE in self._tried([asked, said]):
                 return True
         return False
 
@@ -142,14 +150,27 @@ class Renderer:
         return [self._adapt(message) for message in messages]
 
     def _adapt(self, message: Message) -> Message:
-        message = self._adapt_content(message)
-        calls = message.get("tool_calls")
+        """The message in the form that the template reads.
+
+        ``null`` is no value: OpenAI's wire form writes it for a content that is not there beside calls, and many
+        templates read a content without asking. Calls that are not there must not be there as an empty list, which
+        templates that ask for the key alone take for a call.
+        """
+        if "tool_calls" not in message:
+            return self._adapt_content(message)
+        calls = message["tool_calls"]
         if not calls:
-            return message
+            return self._adapt_content({key: value for key, value in message.items() if key != "tool_calls"})
+        if not message.get("content") and self.wants_bare_calls:
+            message = {key: value for key, value in message.items() if key != "content"}
+        else:
+            message = self._adapt_content(message)
         return {**message, "tool_calls": [self._adapt_call(call) for call in calls]}
 
     def _adapt_content(self, message: Message) -> Message:
         content = message.get("content")
+        if content is None:
+            message, content = {**message, "content": ""}, ""
         if isinstance(content, str):
             return _in_parts(message) if self.wants_parts else message
         if isinstance(content, (list, tuple)) and not self.reads_parts and _only_text(content):
