@@ -85,7 +85,7 @@ def check_message(message: Any, where: str = "message") -> Message:
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
         for i, part in enumerate(content):
             _check_part(part, f"{where} (role {role!r}): part {i} of its 'content'")
-        return {**message, "content": content_text(message)}
+        return {**message, "content": content_text(dict(message))}
     raise MessageError(
         f"{where} (role {role!r}) has a 'content' of type {type(content).__name__}: expected a string "
         f"or a list of text parts."
