@@ -38,7 +38,9 @@ class ChatTemplate:
         tokenizer: a Hugging Face tokenizer, fast or slow; or a processor, for conversations of text: its tokenizer
             makes the ids, its chat template (or else its tokenizer's) the text.
         chat_template: Jinja source to use instead of ``tokenizer.chat_template``, or the name of one of several
-            templates that it has. Of those, ``tool_use`` is used where there are ``tools``, else ``default``.
+            templates that it has. Of those, ``tool_use`` is used where there are ``tools``, else ``default``. For
+            base models, whose tokenizers bring none, there are ``"plain"`` and ``"r1-zero"``
+            (:data:`~torchrl_chat.templates.named.NAMED`).
         tools: JSON schemas of tools, handed to the template with every conversation, local references (``$ref``) written
             out.
         parse_reasoning: whether reasoning that the template's own delimiters set off (``<think>``) becomes

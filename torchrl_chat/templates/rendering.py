@@ -19,6 +19,7 @@ from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import MARK, TokenCodec
 from torchrl_chat.templates.looks import Looks, looks_of
+from torchrl_chat.templates.named import NAMED, named_template
 
 _PROBE = "Qz7probe7zQ"
 # Who may spell the template's own control strings (<think>, <tool_call>): special tokens, nobody.
@@ -37,7 +38,7 @@ class Renderer:
             where it has none. :attr:`tokenizer` is the processor's tokenizer.
         codec: its codec; its special tokens decide which contents need guarding.
         chat_template: Jinja source used instead of ``tokenizer.chat_template``, or the name of one of
-            its templates (``"tool_use"``).
+            its templates (``"tool_use"``), or of one for base models (:data:`~torchrl_chat.templates.named.NAMED`).
         tools: JSON schemas handed to the template with every conversation.
         template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
         guard: whether look-alikes of control tokens in contents are marked as text at all.
@@ -329,17 +330,20 @@ def _source(tokenizer: Any, chat_template: str | None, with_tools: bool) -> str:
             )
     if chat_template in named:
         return named[chat_template]
+    if chat_template in NAMED:
+        return named_template(chat_template, tokenizer_of(tokenizer))
     if chat_template is not None and "{" not in chat_template:
         raise ChatTemplateError(
             f"chat_template is {chat_template!r}: no Jinja source, and the tokenizer has no template of that name "
-            f"(it has {sorted(named) or 'no named ones'})."
+            f"(it has {sorted(named) or 'no named ones'}); for base models there are {', '.join(map(repr, NAMED))}."
         )
     source = chat_template or own
     if not source:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ChatTemplateError(
             f"tokenizer {name!r} has no chat template: set tokenizer.chat_template, or pass "
-            f"chat_template=... with the Jinja source that the model was trained with."
+            f"chat_template=... with the Jinja source that the model was trained with. For a base model, trained with "
+            f"none, there are {' and '.join(f'chat_template={one!r}' for one in NAMED)}."
         )
     return source
 
