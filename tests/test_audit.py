@@ -35,7 +35,18 @@ NAMES = [
     "empty_answers",
     "depth",
 ]
-KEYS = {"schema", "tokenizer", "template", "parsing", "stop_tokens", "capabilities", "history", "drift", "proved"}
+KEYS = {
+    "schema",
+    "tokenizer",
+    "template",
+    "parsing",
+    "stop_tokens",
+    "capabilities",
+    "history",
+    "drift",
+    "warnings",
+    "proved",
+}
 WITH_TOOLS = "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}" + CHATML
 THINKING = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + (
     "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
@@ -120,7 +131,13 @@ class TestFindings:
     def test_history(self):
         report = audited(THINKING)
         rewrites = {entry.turn: entry.rewrites for entry in report.history}
-        assert rewrites == {"user": False, "user after system": False, "tool": False, "reasoning": True}
+        assert rewrites == {
+            "user": False,
+            "user after system": False,
+            "tool": False,
+            "reasoning and tool": None,
+            "reasoning": True,
+        }
         reasoning = report.history[-1]
         assert "The user asks" in reasoning.before
         assert "The user asks" not in reasoning.after

@@ -1,11 +1,14 @@
 """What a message is, and the checks that a conversation passes before anything renders it.
 
 A message is a plain dict, ``{"role": str, "content": str, ...}``, exactly as chat templates and
-OpenAI-style APIs know it: nothing is wrapped, so nothing has to be unwrapped. The content may also be
-a list of parts (``[{"type": "text", "text": ...}]``), or ``None`` beside ``tool_calls``.
+OpenAI-style APIs know it: nothing is wrapped, so nothing has to be unwrapped. The content may be given as
+a list of text parts (``[{"type": "text", "text": ...}]``), which is the text of them all, or as ``None``
+beside ``tool_calls``.
 
 Law of this file: a conversation that passes :func:`as_messages` can be handed to any template; one
-that does not is refused with the key and the position that are wrong.
+that does not is refused with the key and the position that are wrong. A part that is no text (an image, a
+sound) is refused: its pixels would not travel in the ledger, and templates write a lone pad token for it, or
+its Python ``repr``.
 """
 
 from __future__ import annotations
@@ -30,13 +33,16 @@ def as_messages(value: Any, *, role: str = "user", where: str = "messages") -> l
         where: how error messages name this value, e.g. ``"query of row 3"``.
 
     Returns:
-        A new list with the messages, each checked.
+        A new list with the messages, each checked; a content of text parts is their text.
 
     Raises:
-        MessageError: a role or content is missing or of the wrong type, or there is no message.
+        MessageError: a role or content is missing or of the wrong type, a part of a content is no text, or there
+            is no message.
 
     Example:
         >>> as_messages("2 + 2?")
+        [{'role': 'user', 'content': '2 + 2?'}]
+        >>> as_messages({"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]})
         [{'role': 'user', 'content': '2 + 2?'}]
     """
     if isinstance(value, str):
@@ -54,10 +60,10 @@ def as_messages(value: Any, *, role: str = "user", where: str = "messages") -> l
 
 
 def check_message(message: Any, where: str = "message") -> Message:
-    """The message itself, as a dict, if a template can render it.
+    """The message itself, as a dict, if a template can render it; a content of text parts is their text.
 
     Raises:
-        MessageError: naming ``where`` and the offending key.
+        MessageError: naming ``where`` and the offending key, or part of the content.
     """
     if not isinstance(message, Mapping):
         raise MessageError(f"{where} is a {type(message).__name__}, not a message dict.")
@@ -71,23 +77,30 @@ def check_message(message: Any, where: str = "message") -> Message:
             return dict(message)
     if content is None:
         raise MessageError(
-            f"{where} (role {role!r}) has no 'content': give a string (it may be empty), a list of "
+            f"{where} (role {role!r}) has no 'content': give a string (it may be empty), a list of text "
             f"parts, or 'tool_calls'."
         )
     if isinstance(content, str):
         return dict(message)
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
         for i, part in enumerate(content):
-            if part.get("type", "text") == "text" and not isinstance(part.get("text"), str):
-                raise MessageError(
-                    f"{where} (role {role!r}): part {i} of its 'content' has the 'text' {part.get('text')!r:.40}: "
-                    f"expected a string."
-                )
-        return dict(message)
+            _check_part(part, f"{where} (role {role!r}): part {i} of its 'content'")
+        return {**message, "content": content_text(dict(message))}
     raise MessageError(
         f"{where} (role {role!r}) has a 'content' of type {type(content).__name__}: expected a string "
-        f"or a list of parts."
+        f"or a list of text parts."
     )
+
+
+def _check_part(part: Mapping[str, Any], which: str) -> None:
+    kind = part.get("type", "text")
+    if kind != "text":
+        raise MessageError(
+            f"{which} is of type {kind!r}, with {sorted(map(str, part.keys() - {'type'}))}: only text parts "
+            f'{{"type": "text", "text": ...}} reach the model here. Leave it out, or say in words what it shows.'
+        )
+    if not isinstance(part.get("text"), str):
+        raise MessageError(f"{which} has the 'text' {part.get('text')!r:.40}: expected a string.")
 
 
 def _check_calls(calls: Any, where: str) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_chat.schema_references import pointed_to
+
 _MAX_DEPTH = 64
 _MAX_STEPS = 20_000
 _ORDER = ("null", "boolean", "integer", "number", "array", "object")
@@ -194,10 +196,7 @@ def resolved(schema: Any, root: Any) -> Any:
         ref = schema.get("$ref") if isinstance(schema, Mapping) else None
         if not isinstance(ref, str):
             return schema
-        found: Any = root
-        for step in ref.removeprefix("#").strip("/").split("/") if ref.startswith("#") else ["?"]:
-            key = step.replace("~1", "/").replace("~0", "~")
-            found = found.get(key) if isinstance(found, Mapping) and step else found
+        found = pointed_to(root, ref)
         if not isinstance(found, Mapping):
             return {}
         schema = {**found, **{k: v for k, v in schema.items() if k != "$ref"}}

@@ -40,7 +40,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("tokenizer", metavar="TOKENIZER_OR_FOLDER", help="a local folder, or a name on the hub")
-    parser.add_argument("--template", type=Path, metavar="FILE", help="a Jinja file, instead of its own template")
+    parser.add_argument(
+        "--template",
+        type=Path,
+        metavar="FILE_OR_NAME",
+        help="a Jinja file instead of its own template, or one for base models: plain, r1-zero",
+    )
     parser.add_argument(
         "--tools", type=Path, metavar="FILE", help="tool schemas, a JSON list (default: a small tool)"
     )
@@ -59,8 +64,11 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit, print the report, and say by the exit code whether user turns are proved."""
-    source = _read(arguments.template) if arguments.template else None
-    if source is not None and "{" not in source:
+    from torchrl_chat.templates.named import NAMED
+
+    named = str(arguments.template) in NAMED and not arguments.template.is_file()
+    source = str(arguments.template) if named else _read(arguments.template) if arguments.template else None
+    if source is not None and not named and "{" not in source:
         raise ValueError(
             f"--template {arguments.template} is no Jinja template: it has no {{{{ ... }}}} and no {{% ... %}}."
         )

@@ -84,6 +84,9 @@ def lines(report: Report, style: Style, all_tails: bool = False) -> Iterator[str
     """
     yield style.paint(style.plain(report.tokenizer), "bold")
     yield from _facts(report, style)
+    for warning in report.warnings:
+        head, *rest = style.field("warning", warning)
+        yield from (head.replace("warning", style.paint("warning", "yellow"), 1), *rest)
     proved = sum(finding.status is Status.PROVED for finding in report.capabilities)
     yield from _section(f"capabilities: {proved} of {len(report.capabilities)} proved", style)
     seen: dict[Any, str] = {}

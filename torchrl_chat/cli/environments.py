@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
         metavar="NAME",
         help=f"tiny (one token a character), or a tokenizer's name or folder (default: {tokenizer})",
     )
-    what.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja chat template instead of its own")
+    what.add_argument(
+        "--chat-template",
+        metavar="FILE_OR_NAME",
+        help="a Jinja chat template instead of its own, or one for base models: plain, r1-zero",
+    )
     what.add_argument("--data", metavar="PATH", help="a local copy of the dataset: a folder or a JSONL file")
     what.add_argument("--system-prompt", metavar="TEXT", help="default: the environment's own")
     what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")
@@ -55,6 +59,17 @@ def load_tokenizer(name: str, env: str) -> Any:
     return pretrained.load_tokenizer(name)
 
 
+def template_of(given: str) -> str:
+    """The chat template of a command line: the source in a file, or the name of a template for base models.
+
+    Raises:
+        OSError: neither a file nor a name.
+    """
+    from torchrl_chat.templates.named import NAMED
+
+    return given if given in NAMED and not Path(given).is_file() else Path(given).read_text(encoding="utf-8")
+
+
 def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[], Any], str]:
     """What makes the environment of a session, and the environment's name.
 
@@ -67,7 +82,7 @@ def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callabl
 
     template = {}
     if arguments.chat_template is not None:
-        template["chat_template"] = arguments.chat_template.read_text(encoding="utf-8")
+        template["chat_template"] = template_of(arguments.chat_template)
     factory, name = factory_of(
         arguments.env,
         tokenizer,

@@ -10,7 +10,9 @@ model by its name.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,11 @@ from torchrl_chat.templates.rendering import ChatTemplateError
 from torchrl_chat.templates.samples import Sample, errors, line, sample, shared
 
 DEPTH = 16
+# The forms that special tokens have and words have not; "[INST]" is a word of some templates and a token of others.
+_TOKEN_LIKE = re.compile(
+    r"<\|[^|<>\s]{1,60}\|>|<｜[^｜<>\s]{1,60}｜>|</?s>|<(?:bos|eos|pad|sop|eop|start_of_turn|end_of_turn)>|\[gMASK\]"
+)
+_TAG = re.compile(r"[<\[]\S{1,60}[>\]]")
 
 
 class BrokenTemplateError(ChatTemplateError):
@@ -80,6 +87,7 @@ class _Audit:
         """All of it."""
         parser, codec = self.template.parser, self.template.codec
         capabilities = tuple(self._capabilities())
+        self._sample_reasoned_call()
         name = getattr(self.template.tokenizer, "name_or_path", "") or type(self.template.tokenizer).__name__
         stops = tuple(r.Token(i, codec.token_text(i)) for i in sorted(_tried(lambda: self.template.stop_ids, ())))
         reasons = {finding.name: finding.reason or "" for finding in capabilities}
@@ -98,6 +106,7 @@ class _Audit:
             stop_tokens=stops,
             capabilities=capabilities,
             history=tuple(rewrites(self.template, self.samples)),
+            warnings=tuple(self._missing_tokens()),
             drift=tuple(
                 entry
                 for turn, key in turns.items()
@@ -119,6 +128,29 @@ class _Audit:
             generation_prompt=prompt,
             opens_reasoning=bool(prompt) and self.template.parser.opened_by(prompt or ""),
         )
+
+    def _missing_tokens(self) -> Iterator[str]:
+        """Warnings of what looks like a special token where the template writes it, and is none for the tokenizer."""
+        calls, result = probes.calling(self.tools, 1), probes.result(self.tools)
+        texts = [
+            _tried(functools.partial(template.renderer.text, conversation, True), "")
+            for template in (self.template, self.equipped)
+            for conversation in ([SYSTEM, USER, ANSWER, NEXT], [USER, ANSWER, NEXT], [USER, calls, result])
+        ]
+        found = {match.group(): None for text in texts for match in _TOKEN_LIKE.finditer(text)}
+        close = _tried(lambda: self.template.close([USER, ANSWER]), None)
+        if close is not None and close.by_text and _TAG.fullmatch(close.body.strip()):
+            found[close.body.strip()] = None
+        codec = self.template.codec
+        for token in found:
+            [ids] = codec.encode_continuation([token])
+            if token not in codec.controls and len(ids) > 1:
+                pieces = " ".join(repr(codec.token_text(i)) for i in ids[:8]) + " ..." * (len(ids) > 8)
+                yield (
+                    f"the template writes {token!r}, a special token that the tokenizer does not have: it becomes "
+                    f"{len(ids)} tokens of text ({pieces}), which a user or a tool can write too. This is the "
+                    f"template of another tokenizer, or the tokenizer lacks tokens that its model was trained with."
+                )
 
     # ------------------------------------------------------------------ capabilities
     def _capabilities(self) -> Iterator[r.Finding]:
@@ -287,6 +319,13 @@ class _Audit:
             note = "the template leaves out reasoning_content; the ledger keeps it as sampled"
             return replace(finding, note=note)
         return finding
+
+    def _sample_reasoned_call(self) -> None:
+        """A call behind reasoning, where the template writes both: what history policy ``"template"`` must follow."""
+        answer = {**probes.calling(self.tools, 1), "reasoning_content": REASONING}
+        turn = _tried(lambda: sample(self.template, [USER], answer, [probes.result(self.tools)]), None)
+        if turn is not None and REASONING in self.template.codec.decode([turn.ids])[0]:
+            self.samples["reasoned_call"] = turn
 
     # ------------------------------------------------------------------ depth
     def _depth(self) -> r.Finding:

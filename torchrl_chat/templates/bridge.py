@@ -18,6 +18,7 @@ that names what the template does instead.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,17 @@ class Tail:
         ending = self.text[self.cut : self.end]
         if not self.cut:
             return Tail(text, self.resume, self.body, 0, self.limit) if text.startswith(ending) else None
-        at = text.find(ending or self.text[self.cut : self.limit])
+        # With what opens the next message, if that is constant: a later message may end as this turn does.
+        at = text.find(self.text[self.cut : self.limit])
+        at = text.find(ending) if at < 0 and ending else at
         if at < 0:
             return None
         shift = at - self.cut
-        resume = {stop: place + shift for stop, place in self.resume.items() if place > self.cut}
+        resume = {}
+        for stop, place in self.resume.items():
+            # The token that closes the call stands in front of the cut; what is between them is the template's.
+            if place > self.cut or text[place + shift : at] == self.text[place : self.cut]:
+                resume[stop] = place + shift
         return Tail(text, resume, self.body, at, self.limit + shift)
 
 
@@ -97,7 +104,8 @@ class Close:
         stops: for each token that may end the turn, what surely comes behind it (``"\\n"`` in ChatML).
         cut: what surely comes behind a turn that was cut by a limit, the stop token included.
         heads: for each stop token, the texts by which the template ends a turn that ended with it: up to and
-            with the stop token, or what stands in its place once a message follows; behind the end of a call.
+            with the stop token, or what stands in its place once a message follows; behind the end of a call. Empty
+            for a token that closes the call itself.
     """
 
     lead: str
@@ -232,13 +240,26 @@ class Derivation:
         except BridgeError:
             plain = None
         if plain is not None and plain.text and tail.text.endswith(plain.text):
-            cut = len(tail.text) - len(plain.text)
+            behind = len(tail.text) - len(plain.text)
             for stop, place in plain.resume.items():
-                resume.setdefault(stop, cut + place)
-            return Tail(tail.text, resume, plain.body, cut, tail.limit)
-        end = max(resume.values(), default=0)
-        closing = next((self.codec.control_texts[stop] for stop, place in resume.items() if place == end), "")
-        return Tail(tail.text, resume, "", end - len(closing), tail.limit)
+                resume.setdefault(stop, behind + place)
+            cut, body = self._in_front_of_end(before, tail.text, behind), plain.body
+        else:
+            end = max(resume.values(), default=0)
+            closing = next((self.codec.control_texts[stop] for stop, place in resume.items() if place == end), "")
+            cut, body = end - len(closing), ""
+        for token in self.codec.control_tokens(tail.text, 0, cut):
+            if resume.get(stop := self.codec.controls[token.group()], cut + 1) <= cut:
+                resume[stop] = token.end()  # of several in the call, the last one closes it
+        return Tail(tail.text, resume, body, cut, tail.limit)
+
+    def _in_front_of_end(self, before: Sequence[Message], text: str, cut: int) -> int:
+        """The cut, in front of a token that ends turns: a template may write it behind a call alone, not behind words."""
+        tokens = list(self.codec.control_tokens(text, 0, cut))
+        if tokens and not text[tokens[-1].end() : cut].strip():
+            ends = (self.renderer.tokenizer.eos_token, self._closer(before))
+            return tokens[-1].start() if tokens[-1].group() in ends else cut
+        return cut
 
     def _counterpart(self, before: Sequence[Message], body: str, stop: str, text: str, limit: int) -> int:
         """Where a turn goes on that ended with a token which the template writes only behind the last message.
@@ -315,13 +336,18 @@ def endings(answer: Message, sentinel: str) -> Iterator[Message]:
 
 
 def call_with(call: Any, sentinel: str) -> Any:
-    """A tool call whose argument is the sentinel."""
+    """A tool call whose last argument is the sentinel."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return call
     arguments = function.get("arguments")
-    key = next(reversed(arguments), "value") if isinstance(arguments, Mapping) else "value"
-    return {**call, "function": {**function, "arguments": {key: sentinel}}}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    others = dict(arguments) if isinstance(arguments, Mapping) else {}
+    return {**call, "function": {**function, "arguments": {**others, next(reversed(others), "value"): sentinel}}}
 
 
 def check_written(text: str, new: Sequence[Message]) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.bridge import BridgeError
+from torchrl_chat.templates.kinds import ARGUMENTS
 
 if TYPE_CHECKING:
     from torchrl_chat.templates.chat_template import ChatTemplate
@@ -38,7 +39,7 @@ def _result(number: int) -> Message:
 
 
 def _calls(count: int) -> Message:
-    function = {"name": "lookup", "arguments": {"q": "it"}}
+    function = {"name": "lookup", "arguments": dict(ARGUMENTS)}
     calls = [{"id": f"call0000{i}", "type": "function", "function": function} for i in range(count)]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 

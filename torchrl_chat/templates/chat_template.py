@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, as_messages
+from torchrl_chat.schema_references import tool_written_out
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation
 from torchrl_chat.templates.capabilities import CAPABILITIES, refusal
@@ -39,8 +40,11 @@ class ChatTemplate:
         tokenizer: a Hugging Face tokenizer, fast or slow; or a processor, for conversations of text: its tokenizer
             makes the ids, its chat template (or else its tokenizer's) the text.
         chat_template: Jinja source to use instead of ``tokenizer.chat_template``, or the name of one of several
-            templates that it has. Of those, ``tool_use`` is used where there are ``tools``, else ``default``.
-        tools: JSON schemas of tools, handed to the template with every conversation.
+            templates that it has. Of those, ``tool_use`` is used where there are ``tools``, else ``default``. For
+            base models, whose tokenizers bring none, there are ``"plain"`` and ``"r1-zero"``
+            (:data:`~torchrl_chat.templates.named.NAMED`).
+        tools: JSON schemas of tools, handed to the template with every conversation, local references (``$ref``) written
+            out.
         parse_reasoning: whether reasoning that the template's own delimiters set off (``<think>``) becomes
             ``reasoning_content`` of the parsed message, instead of a part of its content.
         parse_tool_calls: whether calls in the template's own format become ``tool_calls`` of the parsed
@@ -84,6 +88,7 @@ class ChatTemplate:
     ):
         self.tokenizer = tokenizer_of(tokenizer)
         self.codec = codec_of(self.tokenizer)
+        tools = [tool_written_out(tool) for tool in tools] if tools else tools
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
         self._derivation = Derivation(self.renderer, self.codec)
         self._follower = Follower(self.renderer, self._derivation)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message
+
+ARGUMENTS: Mapping[str, Any] = {"q": "it", "limit": 3, "exact": True, "tags": ["a", "b"], "share": 0.5}
+"""Arguments of a call that is tried: several, of several types, which templates write in several ways."""
 
 _FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
 
@@ -130,7 +133,7 @@ class AnswerKind(NamedTuple):
         if not self.calls:
             return {"role": policy, "content": "an answer"}
         calls = [
-            {"id": f"abcdefgh{i}", "type": "function", "function": {"name": "lookup", "arguments": {"q": "it"}}}
+            {"id": f"abcdefgh{i}", "type": "function", "function": {"name": "lookup", "arguments": dict(ARGUMENTS)}}
             for i in range(self.calls)
         ]
         return {"role": policy, "content": "let me see" if self.said else "", "tool_calls": calls}

@@ -14,9 +14,10 @@ TURNS = {
     "user": "user_turns",
     "user after system": "user_turns_after_system",
     "tool": "tool_turn",
+    "reasoning and tool": "reasoned_call",
     "reasoning": "reasoning_content",
 }
-"""The kinds of turn, and the capability whose sample shows each."""
+"""The kinds of turn, and the name of the sample that shows each."""
 
 
 def rewrites(template: ChatTemplate, samples: Mapping[str, Sample]) -> Iterator[Rewrite]:
@@ -24,7 +25,7 @@ def rewrites(template: ChatTemplate, samples: Mapping[str, Sample]) -> Iterator[
 
     Args:
         template: the template.
-        samples: sampled turns, by the name of their capability.
+        samples: sampled turns, by their names.
     """
     for kind, name in TURNS.items():
         if name in samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,18 +22,33 @@ TOOL: dict[str, Any] = {
         "description": "Says how high a place is.",
         "parameters": {
             "type": "object",
-            "properties": {"place": {"type": "string", "description": "Name of the place."}},
+            "properties": {
+                "place": {"type": "string", "description": "Name of the place."},
+                "digits": {"type": "integer", "description": "How many digits to give."},
+                "feet": {"type": "boolean", "description": "Whether to give feet instead of metres."},
+                "sources": {"type": "array", "items": {"type": "string"}, "description": "Where to look."},
+            },
             "required": ["place"],
         },
     },
 }
+_BY_TYPE: dict[Any, Any] = {
+    "integer": 3,
+    "number": 0.5,
+    "boolean": True,
+    "array": ["atlas", "survey"],
+    "object": {"unit": "m"},
+}
 
 
 def calling(tools: Sequence[Any], count: int) -> Message:
-    """An answer with structured calls of the first tool."""
-    parameters = tools[0]["function"].get("parameters") or {}
-    argument = next(iter(parameters.get("properties") or {"place": None}))
-    function = {"name": tool_name(tools), "arguments": {argument: PLACE}}
+    """An answer with structured calls of the first tool, with every argument that it has."""
+    properties = (tools[0]["function"].get("parameters") or {}).get("properties") or {"place": None}
+    arguments: dict[str, Any] = {}
+    for name, schema in properties.items():
+        kind = schema.get("type") if isinstance(schema, dict) else None
+        arguments[name] = _BY_TYPE.get(kind, PLACE) if arguments and isinstance(kind, str) else PLACE
+    function = {"name": tool_name(tools), "arguments": arguments}
     calls = [{"id": call_id(i), "type": "function", "function": function} for i in range(count)]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
@@ -56,5 +72,5 @@ def tool_name(tools: Sequence[Any]) -> str:
 def plain_call(answer: Message) -> str:
     """A call as text, in a form that many models write."""
     function = answer["tool_calls"][0]["function"]
-    [(key, value)] = function["arguments"].items()
-    return f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {{"{key}": "{value}"}}}}\n</tool_call>'
+    arguments = json.dumps(function["arguments"])
+    return f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>'

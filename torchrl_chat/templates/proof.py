@@ -86,7 +86,7 @@ class Prover:
             stops[stop] = self._suffix(stop, afters)
         cut = [text[tail.cut :] for tail, text in zip(tails, certain, strict=True)]
         heads = {
-            stop: tuple({t.text[t.cut : t.resume[stop]]: None for t in tails if t.resume.get(stop, -1) > t.cut})
+            stop: tuple({t.text[t.cut : t.resume[stop]]: None for t in tails if t.resume.get(stop, -1) > 0})
             for stop in stops
         }
         main = tuple({self._main(tail): None for tail in tails if tail.resume})
@@ -96,6 +96,9 @@ class Prover:
     def _behind(self, last: str, stop: int, tail: Tail) -> str:
         """What follows a stop token where no message does."""
         text = tail.body if stop == BY_TEXT else self.codec.control_texts[stop]
+        place = tail.resume.get(stop, 0)
+        if 0 < place <= tail.cut and last.startswith(tail.text[:place]):  # the token closes the call
+            return last[place:]
         at = last.find(text, min(tail.cut, len(last)))
         return last[at + len(text) :] if at >= 0 else ""
 

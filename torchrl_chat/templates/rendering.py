@@ -19,6 +19,7 @@ from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import MARK, TokenCodec
 from torchrl_chat.templates.looks import Looks, looks_of
+from torchrl_chat.templates.named import NAMED, named_template
 
 _PROBE = "Qz7probe7zQ"
 # Who may spell the template's own control strings (<think>, <tool_call>): special tokens, nobody.
@@ -37,7 +38,7 @@ class Renderer:
             where it has none. :attr:`tokenizer` is the processor's tokenizer.
         codec: its codec; its special tokens decide which contents need guarding.
         chat_template: Jinja source used instead of ``tokenizer.chat_template``, or the name of one of
-            its templates (``"tool_use"``).
+            its templates (``"tool_use"``), or of one for base models (:data:`~torchrl_chat.templates.named.NAMED`).
         tools: JSON schemas handed to the template with every conversation.
         template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
         guard: whether look-alikes of control tokens in contents are marked as text at all.
@@ -129,12 +130,20 @@ class Renderer:
         """Whether the template reads a tool call's arguments as a JSON string only."""
         return not self._shows_call({"q": _PROBE}) and self._shows_call(json.dumps({"q": _PROBE}))
 
-    def _shows_call(self, arguments: Any) -> bool:
+    @functools.cached_property
+    def wants_bare_calls(self) -> bool:
+        """Whether the template writes a call only where the message has no content at all, not even an empty one."""
+        arguments = json.dumps({"q": _PROBE}) if self.wants_argument_strings else {"q": _PROBE}
+        return not self._shows_call(arguments, ("",)) and self._shows_call(arguments, (None,))
+
+    def _shows_call(self, arguments: Any, contents: Sequence[str | None] = ("", None)) -> bool:
         call = {"id": "abcdefgh0", "type": "function", "function": {"name": "lookup", "arguments": arguments}}
-        for content in ("", None):
-            asked = {"role": "user", "content": "hi"}
-            messages: list[Message] = [asked, {"role": "assistant", "content": content, "tool_calls": [call]}]
-            if _PROBE in self._tried([self._adapt_content(message) for message in messages]):
+        asked = self._adapt_content({"role": "user", "content": "hi"})
+        for content in contents:
+            said: Message = {"role": "assistant", "tool_calls": [call]}
+            if content is not None:
+                said = self._adapt_content({**said, "content": content})
+            if _PROBE in self._tried([asked, said]):
                 return True
         return False
 
@@ -142,14 +151,27 @@ class Renderer:
         return [self._adapt(message) for message in messages]
 
     def _adapt(self, message: Message) -> Message:
-        message = self._adapt_content(message)
-        calls = message.get("tool_calls")
+        """The message in the form that the template reads.
+
+        ``null`` is no value: OpenAI's wire form writes it for a content that is not there beside calls, and many
+        templates read a content without asking. Calls that are not there must not be there as an empty list, which
+        templates that ask for the key alone take for a call.
+        """
+        if "tool_calls" not in message:
+            return self._adapt_content(message)
+        calls = message["tool_calls"]
         if not calls:
-            return message
+            return self._adapt_content({key: value for key, value in message.items() if key != "tool_calls"})
+        if not message.get("content") and self.wants_bare_calls:
+            message = {key: value for key, value in message.items() if key != "content"}
+        else:
+            message = self._adapt_content(message)
         return {**message, "tool_calls": [self._adapt_call(call) for call in calls]}
 
     def _adapt_content(self, message: Message) -> Message:
         content = message.get("content")
+        if content is None:
+            message, content = {**message, "content": ""}, ""
         if isinstance(content, str):
             return _in_parts(message) if self.wants_parts else message
         if isinstance(content, (list, tuple)) and not self.reads_parts and _only_text(content):
@@ -308,17 +330,20 @@ def _source(tokenizer: Any, chat_template: str | None, with_tools: bool) -> str:
             )
     if chat_template in named:
         return named[chat_template]
+    if chat_template in NAMED:
+        return named_template(chat_template, tokenizer_of(tokenizer))
     if chat_template is not None and "{" not in chat_template:
         raise ChatTemplateError(
             f"chat_template is {chat_template!r}: no Jinja source, and the tokenizer has no template of that name "
-            f"(it has {sorted(named) or 'no named ones'})."
+            f"(it has {sorted(named) or 'no named ones'}); for base models there are {', '.join(map(repr, NAMED))}."
         )
     source = chat_template or own
     if not source:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ChatTemplateError(
             f"tokenizer {name!r} has no chat template: set tokenizer.chat_template, or pass "
-            f"chat_template=... with the Jinja source that the model was trained with."
+            f"chat_template=... with the Jinja source that the model was trained with. For a base model, trained with "
+            f"none, there are {' and '.join(f'chat_template={one!r}' for one in NAMED)}."
         )
     return source
 

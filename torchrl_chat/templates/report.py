@@ -189,6 +189,8 @@ class Report:
     capabilities: tuple[Finding, ...]
     history: tuple[Rewrite, ...]
     drift: tuple[Drift, ...]
+    warnings: tuple[str, ...] = ()
+    """What is proved all the same, and is hardly meant: special tokens that the tokenizer does not have."""
 
     @property
     def proved(self) -> bool:

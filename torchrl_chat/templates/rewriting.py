@@ -4,7 +4,8 @@ Under the history policy ``"template"`` the model is to see what its template wr
 conversation. Where that differs from what it saw so far, the tokens of the past are put together anew: the
 template's text in between, and of each earlier answer the ids that were sampled, minus what the template
 leaves out. How the template writes an answer is seen with sentinels in its reasoning, its content and its
-last tool call.
+last tool call; of the calls, only where they end, for they stay as they were sampled, however the template
+spells them.
 
 Law of this file: a sampled id that stays is the id that was sampled; nothing sampled is tokenized again.
 """
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, shared_prefix, unused
 from torchrl_chat.templates.codec import unmarked
-from torchrl_chat.templates.parsing import AnswerParser
+from torchrl_chat.templates.parsing import AnswerParser, CallStatus
 from torchrl_chat.templates.proof import unescaped
 from torchrl_chat.templates.rendering import ChatTemplateError
 
@@ -50,10 +51,18 @@ class _Answer(NamedTuple):
     """How the template writes one answer: marked text in front of it, and what stays of it."""
 
     before: str
-    keeps_reasoning: bool
+    words: str  # from its reasoning or content on, what was said put in
+    front: str  # what stands between these and its last call's last argument
     opens_with: str  # what comes first: its reasoning, its content or a call
+    calls: bool
+    keeps_reasoning: bool
     keeps_stop: bool  # whether the token that ended it still ends it
     edit: _Edit  # what becomes of the content
+    end: str  # what the token that ended it stands for
+
+
+_CALLS = "\0"  # stands for the calls of an answer, however they are spelled
+_LONGEST_OPENING = 64  # more than any template writes in front of a call's own words
 
 
 class Rewriter:
@@ -97,9 +106,11 @@ class Rewriter:
         Raises:
             BridgeError: the template changes the words of an earlier answer.
         """
-        written, real = self._written(spans, messages, new, agp)
+        written, rest, real = self._written(spans, messages, new, agp)
         out: list[int] = []
         moved: list[Span] = []
+        got: list[str] = []
+        wanted: list[str] = []
         position = 0
         stop: int | None = None
         for span, answer in zip(spans, written, strict=True):
@@ -111,7 +122,8 @@ class Rewriter:
             seen, said, before = self.codec.decode([unsampled, core, between])
             seen = seen.removesuffix(span.lost)
             message = messages[span.message]
-            begin = 0 if answer.keeps_reasoning else self._content_at(said, seen)
+            content_at, call_at = self._places(said, seen) if _parted(message) else (0, len(said))
+            begin = 0 if answer.keeps_reasoning else content_at
             if answer.opens_with == "call":
                 answer = answer._replace(before=self._in_front_of_call(answer.before, said[begin:]))
                 between = self._between(answer.before, stop, not moved)
@@ -128,29 +140,49 @@ class Rewriter:
                 between = unsampled
             elif answer.keeps_reasoning and (shared := _overlap(unmarked(answer.before), said)):
                 between = self._between(answer.before[:-shared], stop, not moved)
-            pieces = pieces + end * answer.keeps_stop
+            kept, ended = pieces, end * answer.keeps_stop
             start = len(out) + len(between)
-            out += [*between, *pieces]
+            out += [*between, *kept, *ended]
             stop = span.stop if answer.keeps_stop else None
             moved.append(Span(span.message, start, len(out), stop, lost))
             position = span.end
+            wanted += [answer.before, self._in_front_of_calls(answer, said[call_at:]), answer.end]
+            front, words, token = self.codec.decode([between, kept, ended])
+            if answer.calls:  # the calls stay as they were sampled, to the end
+                front = front[: len(front) - max(begin + len(lost) - call_at, 0)]
+                words = words[: max(len(words) - len(said) + call_at, 0)] + _CALLS
+                token = answer.end if answer.keeps_stop else ""
+            got += [front, words, token]
         if out == list(ids[:position]):
             return None
-        # Blanks aside it must be the template's own text, or the pieces were put together wrongly.
-        got, wanted = (_unspaced(unescaped(text)) for text in (self.codec.decode([out])[0], real))
-        agree = len(shared_prefix([got, wanted]))
-        if len(got) - agree > len(_unspaced(self.codec.token_text(out[-1]))):
-            raise BridgeError(
-                f"the past cannot be put together as the chat template writes it: {got[agree - 30 : agree + 30]!r} stands "
-                f"where it writes {wanted[agree - 30 : agree + 30]!r}."
-            )
+        tolerance = len(_unspaced(token if written[-1].calls else self.codec.token_text(out[-1])))
+        self._check("".join(got), unmarked("".join([*wanted, rest])), real, tolerance)
         return Rewritten(out, tuple(moved))
+
+    @staticmethod
+    def _check(got: str, wanted: str, real: str, tolerance: int) -> None:
+        """Blanks and the spelling of calls aside, what was put together must be the template's own text."""
+        first, *others = _unspaced(wanted).split(_CALLS)
+        real, at = _unspaced(real), len(first)
+        agrees = real.startswith(first)
+        for text in others:
+            found = real.find(text, at)
+            agrees, at = agrees and found >= 0, max(found + len(text), at)
+        if not agrees or not real.endswith((first, *others)[-1]):
+            raise BridgeError("what the chat template writes beside a call depends on the arguments of the call.")
+        got, wanted = _unspaced(unescaped(got)), _unspaced(unescaped(wanted))
+        agree = len(shared_prefix([got, wanted]))
+        if len(got) - agree > tolerance:
+            raise BridgeError(
+                f"the past cannot be put together as the chat template writes it: {got[max(agree - 30, 0) : agree + 30]!r} "
+                f"stands where it writes {wanted[max(agree - 30, 0) : agree + 30]!r}."
+            )
 
     # ------------------------------------------------------------------ what the template writes
     def _written(
         self, spans: Sequence[Span], messages: Sequence[Message], new: Sequence[Message], agp: bool
-    ) -> tuple[list[_Answer], str]:
-        """How the template writes each sampled answer, and its text of the whole conversation."""
+    ) -> tuple[list[_Answer], str, str]:
+        """How the template writes each sampled answer; the text behind the last one; its text of the whole conversation."""
         guarded, _ = self.renderer.guard([*messages, *new])
         probe = [dict(message) for message in guarded]
         fields: dict[str, tuple[int, str, str]] = {}  # sentinel -> answer, what it is, what was said
@@ -165,32 +197,60 @@ class Rewriter:
                 # A call without a text stays without one: templates write the two differently.
                 fields[f"{stem}c{i}C"] = (i, "content", message.get("content") or "")
                 message["content"] = f"{stem}c{i}C"
-            if message.get("tool_calls"):
-                fields[f"{stem}t{i}T"] = (i, "call", "")
-                message["tool_calls"] = [
-                    *message["tool_calls"][:-1],
-                    call_with(message["tool_calls"][-1], f"{stem}t{i}T"),
-                ]
         try:
-            text, real = self.renderer.text(probe, agp), self.renderer.text(guarded, agp)
+            real, words = self.renderer.text(guarded, agp), self.renderer.text(probe, agp)
+            # With the real calls, nothing but the words differs.
+            edits = self._edits(words, real, self._found(words, fields))
+            text = words
+            for i, span in enumerate(spans):
+                if calls := probe[span.message].get("tool_calls"):
+                    fields[f"{stem}t{i}T"] = (i, "call", "")
+                    probe[span.message]["tool_calls"] = [*calls[:-1], call_with(calls[-1], f"{stem}t{i}T")]
+                    text = ""
+            text = text or self.renderer.text(probe, agp)
         except ChatTemplateError as error:
             raise BridgeError(str(error)) from error
-        found = [(m.start(), m.end(), fields[m.group()]) for m in re.finditer("|".join(fields), text)]
-        edits = self._edits(text, real, found)
+        found = self._found(text, fields)
         answers, start = [], 0
         for i, span in enumerate(spans):
-            mine = [(at, end, kind) for at, end, (owner, kind, _) in found if owner == i]
-            kinds = [kind for _, _, kind in mine]
+            mine = [(at, end, kind, said) for at, end, (owner, kind, said) in found if owner == i]
+            kinds = [kind for _, _, kind, _ in mine]
+            message = messages[span.message]
             if "content" not in kinds and "call" not in kinds:
-                raise BridgeError(
-                    f"the chat template drops an earlier answer: {messages[span.message]['content']!r:.80}."
+                raise BridgeError(f"the chat template drops an earlier answer: {message['content']!r:.80}.")
+            thought = any(message.get(key) is not None for key in _REASONING)
+            edit = edits.get(i, _EDITS[0])
+            before, inside, pos = text[start : mine[0][0]], "", mine[0][0]
+            front = ""
+            for at, end, kind, said in mine:
+                if kind == "call":
+                    front = text[pos:at]
+                else:
+                    inside += text[pos:at] + (edit(said) if kind == "content" else said)
+                pos = end
+            skipped, length, keeps_stop = self._close_length(text[pos:], span, messages)
+            answers.append(
+                _Answer(
+                    before,
+                    inside,
+                    front,
+                    kinds[0],
+                    "call" in kinds,
+                    not thought or "reasoning" in kinds,
+                    keeps_stop,
+                    edit,
+                    text[pos + skipped : pos + length],
                 )
-            thought = any(messages[span.message].get(key) is not None for key in _REASONING)
-            before, start = text[start : mine[0][0]], mine[-1][1]
-            length, keeps_stop = self._close_length(text[start:], span, messages)
-            answers.append(_Answer(before, not thought or "reasoning" in kinds, kinds[0], keeps_stop, edits[i]))
-            start += length
-        return answers, unmarked(real)
+            )
+            start = pos + length
+        return answers, text[start:], unmarked(real)
+
+    @staticmethod
+    def _found(text: str, fields: dict[str, tuple[int, str, str]]) -> list[tuple[int, int, tuple[int, str, str]]]:
+        """Where the sentinels stand, in order."""
+        if not fields:
+            return []
+        return [(m.start(), m.end(), fields[m.group()]) for m in re.finditer("|".join(fields), text)]
 
     @staticmethod
     def _edits(text: str, real: str, found: Sequence[tuple[int, int, tuple[int, str, str]]]) -> dict[int, _Edit]:
@@ -200,7 +260,7 @@ class Rewriter:
         for k, (_, end, (owner, kind, said)) in enumerate(found):
             literal = text[end : found[k + 1][0] if k + 1 < len(found) else len(text)]
             edit = next((e for e in _EDITS if real.startswith(e(said) + literal, pos)), None)
-            if edit is None and (kind == "call" or not said):
+            if edit is None and not said:
                 pos = real.find(literal, pos) + len(literal)
                 continue
             if edit is None:
@@ -211,20 +271,27 @@ class Rewriter:
             if kind == "content":
                 edits[owner] = edit
             pos += len(edit(said)) + len(literal)
-        return {owner: edits.get(owner, _EDITS[0]) for _, _, (owner, _, _) in found}
+        return edits
 
-    def _close_length(self, text: str, span: Span, messages: Sequence[Message]) -> tuple[int, bool]:
-        """How much of the text behind an answer its own stop token covers, and whether that token stays."""
-        if span.stop is None:
-            return 0, True
-        close = self.close(messages[: span.message + 1])
-        stop = close.body if span.stop == BY_TEXT else self.codec.control_texts[span.stop]
+    def _close_length(self, text: str, span: Span, messages: Sequence[Message]) -> tuple[int, int, bool]:
+        """Of the text behind an answer: what closes its calls, what its own stop token covers too, and whether that stays."""
         calls = messages[span.message].get("tool_calls")  # behind a call stand its own closing words first
+        if span.stop is None and not calls:
+            return 0, 0, True
+        close = self.close(messages[: span.message + 1])
+        if span.stop is None:  # what ends the turn was not sampled: it follows
+            places = [at for heads in close.heads.values() for head in heads if (at := text.find(head)) >= 0]
+            at = min(places, default=0)
+            return at, at, True
+        stop = close.body if span.stop == BY_TEXT else self.codec.control_texts[span.stop]
         for head in close.heads.get(span.stop, ()):
+            if calls and not head:  # the token closes the call itself
+                at = text.find(stop)
+                return (at + len(stop), at + len(stop), True) if at >= 0 else (0, 0, False)
             at = text.find(head) if calls else 0
             if at >= 0 and text.startswith(head, at) and head.endswith(stop):
-                return at + len(head), True
-        return 0, False
+                return at, at + len(head), True
+        return 0, 0, False
 
     # ------------------------------------------------------------------ pieces
     def _pieces(
@@ -271,14 +338,48 @@ class Rewriter:
     def _in_front_of_call(self, before: str, call: str) -> str:
         """The text in front of an answer that begins with a call, without the call's own first words."""
         at = before.rfind(self._header) if self._header else -1
-        start = at + len(self._header) if at >= 0 else 0
-        places = (before.rfind(call[:k], start) for k in range(min(len(call), 32), 2, -1))
-        found = next((place for place in places if place >= 0), start)
+        # Behind the answer's own opening the first call is the first; without one the text of others stands there too.
+        place = (
+            self._call_in(before, call, at + len(self._header)) if at >= 0 else self._call_in(before, call, None)
+        )
+        found = place if place >= 0 else max(at, 0) + len(self._header) * (at >= 0)
         return before[:found] if found else before
 
-    def _content_at(self, said: str, seen: str) -> int:
-        """Where an answer's content begins in its sampled text, behind its reasoning."""
-        return self.parser.parse(said, self.parser.opened_by(seen[-200:])).start
+    def _in_front_of_calls(self, answer: _Answer, calls: str) -> str:
+        """The words of an answer as the template writes them, and :data:`_CALLS` in place of its calls."""
+        if not answer.calls:
+            return answer.words
+        if answer.opens_with == "call":  # what stands in front of it is cut off already
+            return _CALLS
+        place = self._call_in(answer.front, calls, 0)
+        return answer.words + answer.front[: place if place >= 0 else None] + _CALLS
+
+    @staticmethod
+    def _call_in(text: str, call: str, start: int | None) -> int:
+        """Where the template's text holds the first words of a sampled call, or as many of them as it does; or -1.
+
+        Args:
+            text: the template's text.
+            call: the text of the call, and what follows it.
+            start: where its first place is looked for; ``None`` for its last place.
+        """
+        for words in dict.fromkeys((call, call.lstrip())):
+            for k in range(min(len(words), _LONGEST_OPENING), 2, -1):
+                at = text.rfind(words[:k]) if start is None else text.find(words[:k], start)
+                if at >= 0:
+                    return at
+        return -1
+
+    def _places(self, said: str, seen: str) -> tuple[int, int]:
+        """Where an answer's content begins in its sampled text, behind its reasoning, and where its first call does."""
+        parsed = self.parser.parse(said, self.parser.opened_by(seen[-200:]))
+        calls = [call.span[0] for call in parsed.calls if call.status is CallStatus.OK]
+        return parsed.start, min(calls, default=len(said))
+
+
+def _parted(message: Message) -> bool:
+    """Whether an answer has more than a content."""
+    return bool(message.get("tool_calls")) or any(message.get(key) is not None for key in _REASONING)
 
 
 def _overlap(text: str, said: str) -> int:

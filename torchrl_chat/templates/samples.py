@@ -90,10 +90,9 @@ def sample(
         sampled = template.codec.encode_continuation([core + end], after=after)[0]
         begun = template.codec.encode_continuation([core], after=after)[0] if core else []
         last = sampled[-1:] if stop is not None and stop != BY_TEXT else sampled[len(begun) :]
+        last = last if end or last == [stop] else []  # what closes a call ends the turn, and is part of the call
         exact = template.extend(prompt + sampled, messages, following, ended=None if ended else False)
-        tried.append(
-            Sample(messages, following, prompt + sampled, len(prompt), core, last if end else [], close, exact)
-        )
+        tried.append(Sample(messages, following, prompt + sampled, len(prompt), core, last, close, exact))
     return min(tried, key=lambda turn: len(turn.exact))
 
 
@@ -110,7 +109,7 @@ def _parted(template: ChatTemplate, close: Close, text: str, stop: int | None, w
         return text, end
     ended = text[: at + len(token or end)]
     core = close.without_end(ended, stop, token)
-    if token and core.rstrip().endswith(token):  # some write it twice behind the last turn
+    if token and core != ended and core.rstrip().endswith(token):  # some write it twice behind the last turn
         return _parted(template, close, core.rstrip(), stop, whole)
     return core, ended[len(core) :]
 

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
+from torchrl_chat.schema_references import written_out
 from torchrl_chat.tools.arguments import described, fit
 from torchrl_chat.tools.shapes import Shape, shape_of
 
@@ -47,7 +48,8 @@ class ToolBase:
     @property
     def schema(self) -> dict[str, Any]:
         """The tool in the form that chat templates and OpenAI-style APIs take: ``template_kwargs={"tools": [schema]}``."""
-        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        parameters = written_out(self.parameters)  # templates know no $ref
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
 
     @property
@@ -59,10 +61,11 @@ class ToolBase:
             >>> Tool(add).signature
             'add(a: integer, b?: integer)'
         """
-        required = self.parameters.get("required") or ()
+        parameters = written_out(self.parameters)
+        required = parameters.get("required") or ()
         parts = [
             f"{key}{'' if key in required else '?'}: {described(schema)}"
-            for key, schema in (self.parameters.get("properties") or {}).items()
+            for key, schema in (parameters.get("properties") or {}).items()
         ]
         return f"{self.name}({', '.join(parts)})"
 
@@ -72,7 +75,7 @@ class ToolBase:
         Raises:
             ArgumentsError: they do not fit.
         """
-        return fit(dict(arguments), self.parameters)
+        return fit(dict(arguments), written_out(self.parameters))
 
     def call(self, arguments: dict[str, Any], conversation: Hashable = None, deadline: float | None = None) -> Any:
         """Run the tool.

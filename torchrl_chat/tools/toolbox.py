@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torchrl_chat.messages import Message
+from torchrl_chat.schema_references import written_out
 from torchrl_chat.tools.arguments import ArgumentsError
 from torchrl_chat.tools.function import Tool, ToolBase, checked_deadline, header_name
 from torchrl_chat.tools.results import (
@@ -293,7 +294,9 @@ class Toolbox:
         if self.call_format is not None:
             return self.call_format
         tool = tool or next(iter(self.tools.values()), None)
-        written = write_call(tool.name, example_arguments(tool.parameters)) if write_call and tool else None
+        written = (
+            write_call(tool.name, example_arguments(written_out(tool.parameters))) if write_call and tool else None
+        )
         return written or _CALL_FORMAT
 
     async def _all(self, runner: Runner, chains: list[list[_Job]]) -> None:
