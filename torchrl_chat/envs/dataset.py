@@ -14,12 +14,11 @@ from torchrl_chat.envs.chat import ChatEnv, InputMode
 from torchrl_chat.envs.dataloaders import LoaderEpisodes
 from torchrl_chat.envs.loading import RowPrimer, dataset_episodes
 from torchrl_chat.envs.ray_episodes import RayEpisodes
-from torchrl_chat.envs.resetting import FreshRows
-from torchrl_chat.envs.stepping import FlatStepping
+from torchrl_chat.envs.transforming import TransformedChatEnv
 from torchrl_chat.seeds import EPISODE_KEYS
 
 
-class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
+class DatasetChatEnv(TransformedChatEnv):
     """:class:`ChatEnv` with a primer that draws a row of a dataset for every conversation.
 
     The columns of the dataset become entries of the TensorDict, ``data_key`` (``"query"``) being the

@@ -12,6 +12,7 @@ from torchrl_chat.envs.chat import InputMode
 from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.rewards import Episode, Grader, Verdict
 from torchrl_chat.rewards.reasoning_gym import ReasoningGymVerifier, load_task, task_rows
+from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.reward import RewardTransform
 
 
@@ -26,7 +27,7 @@ class ReasoningGymEnv(DatasetChatEnv):
         size: how many rows are generated before they repeat.
         seed: the seed of the rows and of their order.
         task_kwargs: settings of the generator, e.g. ``{"min_terms": 2, "max_terms": 2}``.
-        max_steps: the number of turns after which the dialogue is truncated.
+        max_steps: as for :class:`~torchrl_chat.envs.TaskEnv`.
         compute_reward: whether rewards are computed.
         deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
 
@@ -55,7 +56,7 @@ class ReasoningGymEnv(DatasetChatEnv):
         template_kwargs: dict[str, Any] | None = None,
         input_mode: InputMode = "history",
         system_prompt: str | None = None,
-        max_steps: int = 1,
+        max_steps: int | None = None,
         compute_reward: bool = True,
         deadline: float = 10.0,
         workers: int | None = None,
@@ -78,12 +79,14 @@ class ReasoningGymEnv(DatasetChatEnv):
             input_mode=input_mode,
             system_prompt=system_prompt,
         )
-        if max_steps:
-            self.append_transform(StepCounter(max_steps=max_steps))
+        if max_steps is None:
+            self._grow(EndOfDialogue())
+        elif max_steps:
+            self._grow(StepCounter(max_steps=max_steps))
         grader = Grader(ReasoningGymVerifier(task, settings), deadline=deadline, workers=workers)
         self.__dict__["_grader"], self.__dict__["_size"] = grader, size
         if compute_reward:
-            self.append_transform(RewardTransform(grader, reference_key="index"))
+            self._grow(RewardTransform(grader, reference_key="index"))
 
     def score(self, predictions: Sequence[str], indices: Sequence[int] | None = None) -> list[Verdict]:
         """Grade answers offline, as the environment would.

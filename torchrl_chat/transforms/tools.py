@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase
@@ -19,7 +20,7 @@ from torchrl_chat.tools.python import PythonTool, fenced_code
 from torchrl_chat.tools.results import ToolStatus
 from torchrl_chat.tools.toolbox import Toolbox
 from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.home import alike, chat_env
+from torchrl_chat.transforms.home import alike, chat_env, check_inside
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
 _NOT_CLOSED = (
@@ -45,8 +46,13 @@ class ToolExecutor(Transform):
     Structured calls are answered by the first executor of an environment, so all their tools belong in one toolbox; a
     :class:`PythonInterpreter` for fenced code may stand behind it. The keys count for all executors together.
 
-    Put it behind rewards that may end the dialogue and in front of :class:`~torchrl_chat.transforms.Budget`, whose
-    ``max_tool_calls`` it keeps to: what is called beyond is not run.
+    A call is no answer: a :class:`~torchrl_chat.RewardTransform` in the same environment neither ends the dialogue with it
+    nor grades it, and a :class:`~torchrl_chat.UserSimulator` leaves it alone, wherever they stand. Put it in front of
+    :class:`~torchrl_chat.transforms.Budget`, whose ``max_tool_calls`` it keeps to: what is called beyond is not run.
+
+    **Turns that a limit cut.** A call that stands there whole is run, though the turn behind it was cut by its length: all
+    of it was sampled, and what would have followed changes nothing about it. A call that the cut has broken is answered
+    with what is wrong with it, as any call that cannot be read; nothing of it is run.
 
     Args:
         toolbox: a :class:`~torchrl_chat.tools.Toolbox`, or the tools for one. What its tools cannot do without is started
@@ -69,9 +75,20 @@ class ToolExecutor(Transform):
         self.fallback_role = fallback_role
         self._keys: dict[int, str] = {}  # to know what is over: no turn depends on it
         self._written: dict[str, str | None] = {}  # a call of each tool, as the template writes it
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_keys": {}, "_written": {}}
+
+    def clone(self) -> Self:
+        """A copy that knows of no conversation."""
+        copied = super().clone()
+        copied._keys, copied._written = {}, {}
+        return copied
+
+    def replies_to(self, message: Message) -> bool:
+        """Whether this message of the policy calls something, well-formed or not."""
+        return bool(message.get("tool_calls") or message.get("invalid_tool_calls"))
 
     def close(self) -> None:
         """End what the tools hold: sessions, processes, connections. They start anew at the next step."""
@@ -82,6 +99,7 @@ class ToolExecutor(Transform):
         batch, device = tensordict_reset.batch_size, tensordict_reset.device
         count = batch.numel()
         self.toolbox.start()
+        self._check_place()
         reset = tensordict.get("_reset", None)
         chosen = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
         if self._is_first:
@@ -149,6 +167,32 @@ class ToolExecutor(Transform):
             done_spec["truncated"] = done_spec["done"].clone()
         return done_spec
 
+    def _check_place(self) -> None:
+        """Warn where the policy is not told of the tools; refuse to stand around an environment that ends without them.
+
+        Raises:
+            ValueError: the transform wraps an environment whose own transforms end its dialogues.
+        """
+        check_inside(self)
+        if self._warned or not (missing := self._unknown()):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self).__name__}: the environment's template is not told of {', '.join(missing)}, so that no answer is "
+            f"read as a call of it: ChatEnv(template_kwargs={{'tools': toolbox.schemas}}), with a tokenizer.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _unknown(self) -> list[str]:
+        """The tools that the environment's template does not have, where it was not asked to read calls regardless."""
+        env = chat_env(self)
+        if env.template is not None and env.template_kwargs.get("parse_tool_calls"):
+            return []
+        given = env.template_kwargs.get("tools") or () if env.template is not None else ()
+        known = {_name(schema) for schema in given}
+        return [name for name in map(_name, self.toolbox.schemas) if name not in known]
+
     @property
     def _is_first(self) -> bool:
         """Whether no other executor stands in front: conversations have one key, whoever keeps something for them."""
@@ -212,13 +256,20 @@ class ToolExecutor(Transform):
         over = [self._keys[row] for row in keys if row in self._keys]
         if over:
             self.toolbox.end(*over)
-        self._keys.update(keys)
+        self._keys = {**self._keys, **keys}
 
     def _write(self, td: TensorDictBase, counts: list[int], errors: list[int], failures: list[str]) -> None:
         batch, device = td.batch_size, td.device
         for key, values in (("tool_calls", counts), ("tool_errors", errors)):
             td.set(key, torch.tensor(values, dtype=torch.int64, device=device).reshape(*batch, 1))
         td.set("tool_failure", columns.objects(failures, batch, device))
+
+
+def _name(schema: Any) -> str:
+    """The name of a tool, from its schema as chat templates take it, or from the function itself."""
+    if not isinstance(schema, Mapping):
+        return getattr(schema, "__name__", "")
+    return str(schema.get("function", schema).get("name", ""))
 
 
 class _Turn:
@@ -290,6 +341,13 @@ class PythonInterpreter(ToolExecutor):
         super().__init__(toolbox, fallback_role=fallback_role)
         self.fenced = fenced
         self.role = role
+
+    def replies_to(self, message: Message) -> bool:
+        """Whether this message of the policy calls something, or has a block of code that is run."""
+        return super().replies_to(message) or (self.fenced and bool(fenced_code(content_text(message))))
+
+    def _unknown(self) -> list[str]:
+        return [] if self.fenced else super()._unknown()
 
     def _calls(self, transcript: Transcript, limit: int | None) -> _Turn | None:
         turn = super()._calls(transcript, limit)
