@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CALLS_TEMPLATE as TOOLS
 from conftest import bpe_tokenizer, respond
 from tensordict import TensorDict
 from torchrl.envs import StepCounter, Transform, TransformedEnv
 from torchrl.envs.llm.transforms import PolicyVersion
 from torchrl.envs.utils import check_env_specs
+from torchrl.modules.llm.policies import Tokens
 
 import torchrl_chat
 from torchrl_chat import (
@@ -40,16 +42,6 @@ from torchrl_chat.envs.transforming import TransformedChatEnv
 from torchrl_chat.rewards import grades
 from torchrl_chat.transforms import EndOfDialogue, ModelUser, PythonInterpreter, StopReason
 
-# ChatML whose calls are those of Hermes: small, and with everything that tools need.
-TOOLS = (
-    "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
-    '<tool_call>{"name": <name>, "arguments": <arguments>}</tool_call><|im_end|>\n{% endif %}'
-    "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "{%- for c in m.tool_calls or [] %}\n<tool_call>\n"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
-    "<|im_end|>\n{% endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CALL = '<tool_call>\n{"name": "twice", "arguments": {"number": 4}}\n</tool_call>'
 ROWS = [{"query": "2 * 4?", "answer": "8"}, {"query": "4 + 4?", "answer": "8"}, {"query": "9 - 1?", "answer": "8"}]
 
@@ -223,6 +215,23 @@ class TestOrders:
         finished = play(env, lambda td: respond(env, td, [CALL, "8", CALL]))
         assert finished["reward"].flatten().tolist() == [1.0, 0.0, 1.0]
         assert finished["terminated"].all()
+
+    @pytest.mark.parametrize("order", ["TS", "ST"])
+    def test_several_executors(self, mode, order):
+        """Each call goes to the one that has the tool, whichever stands in front; a call of none is answered once."""
+        env, _ = dataset_env(mode, tools=(twice, same_sum))
+        make = {"T": lambda: ToolExecutor([twice]), "S": lambda: ToolExecutor([same_sum])}
+        for name in order:
+            env = env.append_transform(make[name]())
+        both = CALL + '\n<tool_call>\n{"name": "same_sum", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+        stepped = env.step(respond(env, env.reset(), [both, CALL.replace("twice", "thrice"), "8"]))["next"]
+        replies = [[m["content"] for m in t.messages if m["role"] == "tool"] for t in ledgers(stepped)]
+        assert replies[0] == ["8", "3"]
+        assert len(replies[1]) == 1
+        assert "thrice" in replies[1][0]
+        assert replies[2] == []
+        assert stepped["tool_calls"].flatten().tolist() == [2, 1, 0]
+        assert stepped["tool_errors"].flatten().tolist() == [0, 1, 0]
 
     def test_fenced_code_is_a_call_of_the_interpreter(self):
         message = {"role": "assistant", "content": "```python\nprint(8)\n```"}
@@ -423,7 +432,10 @@ class TestAppending:
             pickle.loads(pickle.dumps(one))
         elif use == "stepped":
             given = () if isinstance(env, DatasetChatEnv) else (TensorDict(query=["a"], batch_size=(1,)),)
-            td = respond(env, env.reset(*given), ["8"])
+            shaped = (
+                env if hasattr(env, "base_env") else type("E", (), {"base_env": env, "batch_size": env.batch_size})
+            )
+            td = respond(shaped, env.reset(*given), ["8"])
             td["marks"] = columns.objects([""], torch.Size([1]), None)
             one.step(td)
         last = one.append_transform(Mark("b")) if use == "chained" else one if use == "kept" else None
@@ -599,9 +611,8 @@ class TestCutTurns:
         env = env.append_transform(ToolExecutor(toolbox))
         text = CALL if length == "whole" else CALL + "\n" + CALL[:-15]
         td = respond(env, env.reset(), [text])
-        stop = env.base_env.tokenizer.eos_token_id
-        ids = [row[row != stop] for row in columns.read_field(td["tokens"], "response", td.batch_size)]
-        td["tokens"] = columns.ragged(type(td["tokens"]), "response", ids, td.batch_size, None)
+        ids = [torch.tensor(row) for row in env.base_env.template.codec.encode([text])]
+        td["tokens"] = columns.ragged(Tokens, "response", ids, td.batch_size, None)
         td["finish_reason"] = columns.objects(["length"], td.batch_size, None)
         stepped = env.step(td)["next"]
         [ledger] = ledgers(stepped)

@@ -35,7 +35,7 @@ class DatasetChatEnv(TransformedChatEnv):
         seed: of the order of rows, which is another one in each epoch, and of the episodes. Random if ``None``.
         group_repeats: whether all repeats of a row are in the same batch: the batch size is then
             ``num_envs * repeats``, each row standing ``repeats`` times in a row.
-        tokenizer, device, template_kwargs, input_mode, data_key, system_prompt: as for :class:`ChatEnv`.
+        tokenizer, device, template_kwargs, input_mode, data_key, system_prompt, errors: as for :class:`ChatEnv`.
         apply_template: accepted for torchrl's sake; the template is applied wherever there is a tokenizer.
         collate_fn: rows to columns, a list of dicts to a dict of lists.
         primers: specs of the columns, if they are not to be inferred from the first row.
@@ -93,6 +93,7 @@ class DatasetChatEnv(TransformedChatEnv):
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
         shard: tuple[int, int] = (0, 1),
+        errors: Literal["row", "raise"] = "row",
     ):
         self._build(
             functools.partial(
@@ -118,6 +119,7 @@ class DatasetChatEnv(TransformedChatEnv):
             input_mode=input_mode,
             data_key=data_key,
             system_prompt=system_prompt,
+            errors=errors,
         )
 
     @classmethod
@@ -138,6 +140,7 @@ class DatasetChatEnv(TransformedChatEnv):
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
         seed: int | None = None,
+        errors: Literal["row", "raise"] = "row",
     ) -> DatasetChatEnv:
         """The environment over an existing dataloader.
 
@@ -168,6 +171,7 @@ class DatasetChatEnv(TransformedChatEnv):
             input_mode=input_mode,
             data_key=data_key,
             system_prompt=system_prompt,
+            errors=errors,
         )
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchrl.envs import StepCounter
@@ -60,6 +60,7 @@ class ReasoningGymEnv(DatasetChatEnv):
         compute_reward: bool = True,
         deadline: float = 10.0,
         workers: int | None = None,
+        errors: Literal["row", "raise"] = "row",
     ):
         if seed is None:
             seed = int(torch.randint(2**31, ()))
@@ -78,6 +79,7 @@ class ReasoningGymEnv(DatasetChatEnv):
             template_kwargs=template_kwargs,
             input_mode=input_mode,
             system_prompt=system_prompt,
+            errors=errors,
         )
         if max_steps is None:
             self._grow(EndOfDialogue())

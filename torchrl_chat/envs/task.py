@@ -74,6 +74,7 @@ class TaskEnv(DatasetChatEnv):
         on_failure: Literal["score", "mask"] = "score",
         deadline: float = 10.0,
         workers: int | None = None,
+        errors: Literal["row", "raise"] = "row",
         **options: Any,
     ):
         verifier = self._verifier(verifier, options)
@@ -103,6 +104,7 @@ class TaskEnv(DatasetChatEnv):
             system_prompt=system_prompt,
             ray_backend=ray_backend,
             dataloader_actor_name=dataloader_actor_name,
+            errors=errors,
         )
         self.__dict__["_source"] = (dataset, name, split)
         self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)

@@ -83,7 +83,8 @@ def training_view(
         int32, where each sequence begins in the flattened rows, a row's padding being one of them, and their end.
 
     Where a row's grade failed and :class:`~torchrl_chat.RewardTransform` masks it (``"graded"`` is false, with a
-    reason under ``"grade_failure"``), the assistant mask of its sequences is false throughout, and their reward is 0.
+    reason under ``"grade_failure"``), or the row itself failed (``"env_failure"``), the assistant mask of its sequences is
+    false throughout, and their reward is 0.
 
     Raises:
         KeyError: there is no ``"transcript"``.
@@ -166,10 +167,12 @@ def _digest(sequences: Sequence[Branch]) -> int:
 
 
 def _ungraded(kept: dict[str, Any], count: int) -> set[int]:
-    """The sequences that are left out of training because their episode's grade failed."""
+    """The sequences that are left out of training because their episode's grade failed, or the episode itself."""
+    size = torch.Size([count])
     if "graded" not in kept or "grade_failure" not in kept:
-        return set()
-    failed = columns.read_objects(kept["grade_failure"], torch.Size([count]))
+        failed = columns.read_objects(kept["env_failure"], size) if "env_failure" in kept else ()
+        return {i for i, why in enumerate(failed) if why}
+    failed = columns.read_objects(kept["grade_failure"], size)
     return {i for i, fine in enumerate(kept["graded"].flatten().tolist()) if not fine and failed[i]}
 
 

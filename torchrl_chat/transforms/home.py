@@ -15,12 +15,16 @@ Two more methods are called by the environments of this package, see :mod:`torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
+from tensordict import TensorDictBase
 from torchrl.envs import Compose, Transform
 
 from torchrl_chat.messages import Message
+from torchrl_chat.seeds import ROW, row_names
+from torchrl_chat.transforms.stop import StopReason
 
 _T = TypeVar("_T", bound=Transform)
 
@@ -69,6 +73,27 @@ def alike(transform: _T, kind: type[_T]) -> list[_T]:
 def is_replied_to(transform: Transform, message: Message) -> bool:
     """Whether a transform of the same environment answers this message of the policy, so that it is no answer itself."""
     return any(other.replies_to(message) for other in beside(transform) if hasattr(other, "replies_to"))
+
+
+def tell_failures(td: TensorDictBase, root: TensorDictBase, failures: Sequence[str]) -> list[str]:
+    """The failures of rows with the row of the dataset in each; ``"stop_reason"`` becomes ``ERROR`` in rows that have none.
+
+    Args:
+        td: what the step has written.
+        root: what it started from.
+        failures: why each row failed, empty where it did not.
+    """
+    if not any(failures):
+        return list(failures)
+    reasons = td.get("stop_reason", None)
+    if reasons is not None:
+        failed = torch.tensor([bool(why) for why in failures], device=reasons.device).reshape(reasons.shape)
+        running = reasons == StopReason.RUNNING
+        td.set("stop_reason", torch.where(failed & running, int(StopReason.ERROR), reasons))
+    if root.get(ROW, None) is None:
+        return list(failures)
+    names = row_names(root, len(failures))
+    return [f"{why} ({name})" if why else "" for why, name in zip(failures, names, strict=True)]
 
 
 def check_inside(transform: Transform) -> None:

@@ -17,10 +17,10 @@ from torchrl_chat.messages import Message, content_text
 from torchrl_chat.sandbox import Sandbox
 from torchrl_chat.tools.function import header_name
 from torchrl_chat.tools.python import PythonTool, fenced_code
-from torchrl_chat.tools.results import ToolStatus
+from torchrl_chat.tools.results import ToolResult, ToolStatus
 from torchrl_chat.tools.toolbox import Toolbox
 from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.home import alike, chat_env, check_inside
+from torchrl_chat.transforms.home import alike, chat_env, check_inside, tell_failures
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
 _NOT_CLOSED = (
@@ -43,8 +43,8 @@ class ToolExecutor(Transform):
     - ``"conversation"``: str (\\*B,), a key drawn at the reset, under which tools that keep state keep it. A conversation
       that is branched in two shares that state; it ends when the environment resets the row.
 
-    Structured calls are answered by the first executor of an environment, so all their tools belong in one toolbox; a
-    :class:`PythonInterpreter` for fenced code may stand behind it. The keys count for all executors together.
+    Several executors in one environment, a :class:`PythonInterpreter` among them, may stand in any order: each call is run
+    by the first of them that has its tool. The keys count for all executors together.
 
     A call is no answer: a :class:`~torchrl_chat.RewardTransform` in the same environment neither ends the dialogue with it
     nor grades it, and a :class:`~torchrl_chat.UserSimulator` leaves it alone, wherever they stand. Put it in front of
@@ -126,7 +126,7 @@ class ToolExecutor(Transform):
             None if finished or not going or transcript.ended is None else self._calls(transcript, limit)
             for transcript, finished, going, limit in zip(transcripts, over, goes, limits, strict=True)
         ]
-        results = self.toolbox.run_batch([_allowed(row) for row in calls], keys, self._write_call)
+        results = self._run(calls, keys)
         answers: list[list[Message] | None] = [None] * len(keys)
         counts, errors = [0] * len(keys), [0] * len(keys)
         for i, (row, found) in enumerate(zip(calls, results, strict=True)):
@@ -136,6 +136,7 @@ class ToolExecutor(Transform):
             errors[i] = row.count - sum(result.status is ToolStatus.OK for result in found)
             answers[i] = row.answer([result.message for result in found])
         following, failures = self._append(next_tensordict, transcripts, answers)
+        failures = tell_failures(following, tensordict, failures)
         if not all(goes) and tensordict.get("tool_failure", None) is not None:  # the others stay as they are
             before = columns.read_objects(tensordict.get("tool_failure"), batch)
             failures = [new if going else old for new, going, old in zip(failures, goes, before, strict=True)]
@@ -220,6 +221,28 @@ class ToolExecutor(Transform):
         allowed = called if limit is None else called[:limit]
         return _Turn({**message, "tool_calls": allowed}, called[len(allowed) :], len(called) + len(malformed))
 
+    def _run(self, calls: Sequence[_Turn | None], keys: Sequence[str]) -> list[list[ToolResult]]:
+        """The answers to all calls of the turns, each from the executor that has the tool; from this one, where none has."""
+        executors = [self, *(other for other in alike(self, ToolExecutor) if other is not self)]
+        if len(executors) == 1:
+            return self.toolbox.run_batch([_allowed(row) for row in calls], keys, self._write_call)
+        found: list[dict[int, ToolResult]] = [{} for _ in calls]
+        for executor in executors:
+            own: list[list[int]] = []
+            parts: list[Message | None] = []
+            for row in calls:
+                every = [] if row is None else row.calls()
+                places = [k for k, (call, _) in enumerate(every) if _owner(call, executors, row) is executor]
+                own.append(places)
+                well, malformed = ([every[k][0] for k in places if every[k][1] is wrong] for wrong in (False, True))
+                message: Message = {"role": "assistant", "tool_calls": well, "invalid_tool_calls": malformed}
+                parts.append(message if places else None)
+            for at, places, results in zip(
+                found, own, executor.toolbox.run_batch(parts, keys, self._write_call), strict=True
+            ):
+                at.update(zip(places, results, strict=True))
+        return [[at[k] for k in sorted(at)] for at in found]
+
     def _write_call(self, name: str, arguments: dict[str, Any]) -> str | None:
         """A call as the environment's template writes it."""
         template = chat_env(self).template
@@ -280,6 +303,11 @@ class _Turn:
         self.refused = refused
         self.count = count
 
+    def calls(self) -> list[tuple[Any, bool]]:
+        """The calls that are answered, each with whether it is malformed: well-formed ones first."""
+        well = [(call, False) for call in self.message.get("tool_calls") or ()]
+        return well + [(call, True) for call in self.message.get("invalid_tool_calls") or ()]
+
     def answer(self, messages: list[Message]) -> list[Message]:
         """The messages that follow: the results in the order of the calls, well-formed ones first."""
         well = len(self.message.get("tool_calls") or ())
@@ -293,6 +321,15 @@ class _Turn:
             for call in self.refused
         ]
         return [*messages[:well], *late, *messages[well:]]
+
+
+def _owner(call: Any, executors: Sequence[ToolExecutor], turn: _Turn | None) -> ToolExecutor:
+    """The executor that answers a call: the first that has its tool, else the one that has read the turn."""
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if isinstance(turn, _Fenced) or not isinstance(name, str):
+        return executors[0]
+    return next((executor for executor in executors if name in executor.toolbox.tools), executors[0])
 
 
 def _allowed(turn: _Turn | None) -> Message | None:

@@ -22,7 +22,7 @@ from torchrl_chat._loop import LoopThread
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message, content_text
 from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.home import chat_env, check_inside, is_replied_to
+from torchrl_chat.transforms.home import chat_env, check_inside, is_replied_to, tell_failures
 
 
 class _Reply(NamedTuple):
@@ -205,7 +205,9 @@ class UserSimulator(Transform):
             next_tensordict = env.append_messages(next_tensordict, lines, errors=errors)
             for i, error in errors.items():
                 replies[i] = _Reply(failure=f"error: {type(error).__name__}: {error}")
-        self._warn([(i, replies[i].failure) for i in asked if replies[i].failure], len(asked))
+        told = [replies[i].failure if i in replies else "" for i in range(len(transcripts))]
+        told = tell_failures(next_tensordict, tensordict, told)
+        self._warn([(i, why) for i, why in enumerate(told) if why], len(asked))
 
         ends = [i in replies and replies[i].ends for i in range(len(transcripts))]
         cut = [i in replies and (replies[i].limit or bool(replies[i].failure)) for i in range(len(transcripts))]
@@ -221,7 +223,7 @@ class UserSimulator(Transform):
         failures = [""] * len(transcripts) if known is None else columns.read_objects(known, batch)
         for i, ran in enumerate(stepped):
             if ran:
-                failures[i] = replies[i].failure if i in replies else ""
+                failures[i] = told[i]
         self._write(next_tensordict, counts, failures)
         return next_tensordict
 
