@@ -376,6 +376,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             ended = self._integers(list(map(bool, told))).bool()
             following.set("truncated", ended)
             following.set("done", ended.clone())
+            following.set("terminated", torch.zeros_like(ended))
         return following
 
     def _answers(
