@@ -383,8 +383,8 @@ class TestTraining:
         stepped = env.step(answered(env, later(env), **faulty(env, "beyond")[0]))
         [_, failed, fine] = episodes(stepped)
         assert failed["stop"] == "error"
-        assert failed["error"].startswith("dataset row 4")
-        assert fine["error"] is None
+        assert failed["env_failure"].startswith("dataset row 4")
+        assert fine["env_failure"] is None
 
     def test_a_collector_goes_on(self):
         from torchrl.collectors.llm import LLMCollector
