@@ -128,8 +128,8 @@ def ours(
         seed=0,
         device=device,
     )
-    env.append_transform(StepCounter(max_steps=1))
-    env.append_transform(RewardTransform(Grader(right)))
+    env = env.append_transform(StepCounter(max_steps=1))
+    env = env.append_transform(RewardTransform(Grader(right)))
     policy = TransformersPolicy(model, tokenizer, max_new_tokens=length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     clock.wrap(policy, "generate")
@@ -183,8 +183,8 @@ def torchrls(
     env = TorchRLDatasetChatEnv.from_dataloader(
         batches, repeats=GROUP, batch_size=rows, tokenizer=tokenizer, input_mode="history", device=device
     )
-    env.append_transform(StepCounter(max_steps=1))
-    env.append_transform(WordReward())
+    env = env.append_transform(StepCounter(max_steps=1))
+    env = env.append_transform(WordReward())
     sampling = {"max_new_tokens": length, "do_sample": True}
     policy = TransformersWrapper(
         model, tokenizer=tokenizer, input_mode="history", generate_kwargs=sampling, pad_output=False

@@ -40,8 +40,8 @@ def main() -> None:
     policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=12)
     questions = [{"query": "Name a colour."}, {"query": "Name a prime number, please."}]
     env = DatasetChatEnv(dataset=questions, shuffle=False, tokenizer=tokenizer, input_mode="text", num_envs=2)
-    env.append_transform(StepCounter(max_steps=2))
-    env.append_transform(AskAgain("Another one?"))
+    env = env.append_transform(StepCounter(max_steps=2))
+    env = env.append_transform(AskAgain("Another one?"))
 
     rollout = env.rollout(2, policy)
     for transcript in rollout[:, -1]["next", "transcript"]:

@@ -56,10 +56,12 @@ def make_env(
         dataset=config.data or arithmetic_rows(4096, seed), tokenizer=tokenizer, input_mode="tokens",
         num_envs=prompts, repeats=group, group_repeats=True, seed=seed,
     )  # fmt: skip
-    env.append_transform(PythonInterpreter(box))
-    env.append_transform(UserSimulator([]))  # it has nothing to say: an answer without a program is the last one
-    env.append_transform(Budget(max_turns=2, max_turn_tokens=config.max_new_tokens))
-    env.append_transform(RewardTransform(NumberVerifier(surrounded=0.0), end_on_answer=False))
+    env = env.append_transform(PythonInterpreter(box))
+    env = env.append_transform(
+        UserSimulator([])
+    )  # it has nothing to say: an answer without a program is the last one
+    env = env.append_transform(Budget(max_turns=2, max_turn_tokens=config.max_new_tokens))
+    env = env.append_transform(RewardTransform(NumberVerifier(surrounded=0.0), end_on_answer=False))
     return env
 
 

@@ -54,9 +54,9 @@ def make(mode: str = "tokens", *, graded: bool = False, **options: Any) -> Datas
     settings = {"dataset": ROWS, "tokenizer": bpe_tokenizer(), "input_mode": mode, "seed": 3, **options}
     env = DatasetChatEnv(**settings)
     if graded:
-        env.append_transform(RewardTransform(RegexMatch(r"[02468]$")))
-    env.append_transform(AddThinkingPrompt(unsure, role="user", random_prompt=True))
-    env.append_transform(UserSimulator(user))
+        env = env.append_transform(RewardTransform(RegexMatch(r"[02468]$")))
+    env = env.append_transform(AddThinkingPrompt(unsure, role="user", random_prompt=True))
+    env = env.append_transform(UserSimulator(user))
     return env.append_transform(Budget(max_turns=4, max_tokens=40))
 
 

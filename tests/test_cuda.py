@@ -185,8 +185,8 @@ class TestTraining:
             dataset=last_digit_rows(64), tokenizer=tokenizer, input_mode="tokens",
             num_envs=16, repeats=4, batch_size_dl=4, seed=0, device=CUDA,
         )  # fmt: skip
-        env.append_transform(StepCounter(max_steps=1))
-        env.append_transform(RewardTransform(NumberVerifier()))
+        env = env.append_transform(StepCounter(max_steps=1))
+        env = env.append_transform(RewardTransform(NumberVerifier()))
         act = TransformersPolicy(tiny_model(len(tokenizer)).to(CUDA), tokenizer, max_new_tokens=4)
         batch = next(iter(LLMCollector(env, policy=act, dialog_turns_per_batch=16, total_dialog_turns=-1)))
         assert batch.device == CUDA

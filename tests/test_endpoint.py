@@ -38,9 +38,9 @@ def env_of(mode: str, count: int, tokenizer: Any = None, turns: int = 1, **kwarg
     env = DatasetChatEnv(
         dataset=dataset, tokenizer=tokenizer, input_mode=mode, num_envs=count, shuffle=False, **kwargs
     )
-    env.append_transform(RewardTransform(NumberVerifier()))
+    env = env.append_transform(RewardTransform(NumberVerifier()))
     if turns > 1:
-        env.append_transform(UserSimulator(lambda messages: "again", turns=99))
+        env = env.append_transform(UserSimulator(lambda messages: "again", turns=99))
     return env.append_transform(Budget(max_turns=turns))
 
 

@@ -157,9 +157,9 @@ def numbers(rows: int, samples: int, mode: str = "tokens", turns: int = 1):
         dataset = [{"query": f"question {i}", "answer": str(i)} for i in range(rows)]
         env = DatasetChatEnv(dataset=dataset, tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=count,
                              shuffle=False, repeats=samples, seed=1)  # fmt: skip
-        env.append_transform(RewardTransform(NumberVerifier()))
+        env = env.append_transform(RewardTransform(NumberVerifier()))
         if turns > 1:
-            env.append_transform(UserSimulator(lambda messages: "again", turns=99))
+            env = env.append_transform(UserSimulator(lambda messages: "again", turns=99))
         return env.append_transform(Budget(max_turns=turns))
 
     return make

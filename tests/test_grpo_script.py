@@ -73,7 +73,9 @@ def test_1_factory(reasoning):
     env = pickle.loads(pickle.dumps(factory))()
     assert env.base_env.input_mode == "history"
     assert env.batch_size == (ENVS,)
-    assert env.append_transform(PolicyVersion()) is env
+    versioned = env.append_transform(PolicyVersion())
+    assert type(versioned) is type(env)
+    assert versioned.base_env is env.base_env
 
 
 def test_2_reset(reasoning):

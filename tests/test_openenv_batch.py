@@ -508,7 +508,7 @@ def test_grpo(server):
 
 def test_a_user_on_top(make, mode):
     env = make(2, mode, adapter=Adapter(lambda seen: None, PARROT.to_action), data_key="query")
-    env.append_transform(UserSimulator(["And?", "Well?"]))
+    env = env.append_transform(UserSimulator(["And?", "Well?"]))
     td = env.reset(TensorDict(query=["a", "b"], batch_size=(2,)))
     td = play(env, td, ["x", "stop"])
     assert conversation(td["next"], 0) == ["a", "x", "And?"]

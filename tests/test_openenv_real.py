@@ -591,8 +591,8 @@ def test_grpo_is_the_same_over_a_server(ours):
         return DatasetChatEnv(tokenizer=tiny_tokenizer(), input_mode="tokens", **options)
 
     local = dataset()
-    local.append_transform(StepCounter(max_steps=1))
-    local.append_transform(RewardTransform(NumberVerifier()))
+    local = local.append_transform(StepCounter(max_steps=1))
+    local = local.append_transform(RewardTransform(NumberVerifier()))
     expected, weights = train(local)
 
     remote = OpenEnvChatEnv(

@@ -484,7 +484,7 @@ def test_what_cannot_be_graded_makes_no_group_differ(tmp_path):
         repeats=4,
         group_repeats=True,
     )
-    env.append_transform(RewardTransform(verifier, on_failure="mask", isolate=False, workers=1))
+    env = env.append_transform(RewardTransform(verifier, on_failure="mask", isolate=False, workers=1))
     with pytest.warns(RuntimeWarning, match="7 of 12 grades failed"):
         finished, trained = module.collect(env, policy, settings)
     assert finished[0]["graded"].sum() == 5
@@ -507,8 +507,8 @@ def half_graded(settings, tokenizer, fails: str | None):
         dataset=last_digit_rows(seed=0), tokenizer=tokenizer, input_mode="tokens", num_envs=settings.prompts,
         repeats=settings.group_size, group_repeats=True, seed=0,
     )  # fmt: skip
-    env.append_transform(StepCounter(max_steps=1))
-    env.append_transform(RewardTransform(verifier, on_failure="mask", isolate=False, workers=1))
+    env = env.append_transform(StepCounter(max_steps=1))
+    env = env.append_transform(RewardTransform(verifier, on_failure="mask", isolate=False, workers=1))
     return env
 
 

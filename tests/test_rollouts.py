@@ -88,8 +88,8 @@ def chat(mode: str, count: int, turns: int = 4, **kwargs) -> DatasetChatEnv:
     env = DatasetChatEnv(
         dataset=dataset, tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=count, shuffle=False, seed=1, **kwargs
     )
-    env.append_transform(RewardTransform(NumberVerifier()))
-    env.append_transform(UserSimulator(lambda messages: "again", turns=99))
+    env = env.append_transform(RewardTransform(NumberVerifier()))
+    env = env.append_transform(UserSimulator(lambda messages: "again", turns=99))
     return env.append_transform(Budget(max_turns=turns))
 
 
@@ -135,9 +135,11 @@ class TestPlay:
             dataset=[{"query": "?", "answer": ""}], tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=3, seed=1
         )
         paid = WeightedSum({"long": lambda response, _: len(response) / 8, "there": lambda *_: 0.5})
-        env.append_transform(RewardTransform(paid, end_on_answer=False, when="turn", isolate=False, workers=1))
-        env.append_transform(UserSimulator(lambda messages: "again", turns=99))
-        env.append_transform(Budget(max_turns=3))
+        env = env.append_transform(
+            RewardTransform(paid, end_on_answer=False, when="turn", isolate=False, workers=1)
+        )
+        env = env.append_transform(UserSimulator(lambda messages: "again", turns=99))
+        env = env.append_transform(Budget(max_turns=3))
 
         def script(fails=lambda turn, row: False):
             return Script(env, lambda turn, row: words[row][turn], fails)

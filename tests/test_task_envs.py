@@ -330,7 +330,7 @@ class TestRowsThatAreNotStepped:
             dataset=GSM, tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=2, max_steps=4,
             verifier=lambda response, _: Verdict(1.0, response if "stop" in response else None, True),
         )  # fmt: skip
-        env.append_transform(Ask())
+        env = env.append_transform(Ask())
         turns = iter([["stop", "go on with it"], ["x", "and on"], ["x", "stop"]])
 
         def policy(td):

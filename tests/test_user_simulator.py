@@ -533,7 +533,7 @@ class TestTogether:
             reasons.append([StopReason(r).name for r in td["next", "stop_reason"].flatten().tolist()])
             rewards += td["next", "reward"].flatten() * going.flatten()
             following, td = td["next"], env.step_mdp(td)
-        assert reasons[0] == ["RUNNING", "RUNNING", "TRUNCATED", "RUNNING"]
+        assert reasons[0] == ["RUNNING", "RUNNING", "ERROR", "RUNNING"]
         assert reasons[1][0] == reasons[1][1] == "ANSWERED"
         assert reasons[1][3] == "RUNNING"
         assert reasons[2][3] == "MAX_TURNS"

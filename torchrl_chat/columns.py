@@ -10,7 +10,7 @@ The unchecked constructors (``_new_unsafe``, ``_from_tensordict``) are used on p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -265,6 +265,18 @@ def shallow(value: Any) -> Any:
     container = object.__new__(type(value))
     container.__dict__.update(_tensordict=copied, _non_tensordict=dict(value._non_tensordict))
     return container
+
+
+def narrowed(value: Any, fields: Collection[str]) -> Any:
+    """A copy of a container with these fields only, in each row; tensors and objects are the same."""
+    copied = shallow(value)
+    rows = [bare(copied)]
+    while any(isinstance(row, LazyStackedTensorDict) for row in rows):
+        rows = [inner for row in rows for inner in row.tensordicts]
+    for row in rows:
+        for key in [key for key in row.keys() if key not in fields]:
+            del row._tensordict[key]
+    return copied
 
 
 def _restructured(value: Any) -> Any:

@@ -46,6 +46,7 @@ def as_messages(value: Any, *, role: str = "user", where: str = "messages") -> l
         [{'role': 'user', 'content': '2 + 2?'}]
     """
     if isinstance(value, str):
+        _check_text(value, where)
         return [{"role": role, "content": value}]
     if isinstance(value, Mapping):
         return [check_message(value, where)]
@@ -81,6 +82,7 @@ def check_message(message: Any, where: str = "message") -> Message:
             f"parts, or 'tool_calls'."
         )
     if isinstance(content, str):
+        _check_text(content, f"{where} (role {role!r})")
         return dict(message)
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
         for i, part in enumerate(content):
@@ -101,6 +103,31 @@ def _check_part(part: Mapping[str, Any], which: str) -> None:
         )
     if not isinstance(part.get("text"), str):
         raise MessageError(f"{which} has the 'text' {part.get('text')!r:.40}: expected a string.")
+    _check_text(part["text"], which)
+
+
+def half_character(text: str) -> int | None:
+    """The position of the first half of a surrogate pair: Python keeps it in a string, and no tokenizer can read it.
+
+    Example:
+        >>> half_character("ab\\ud83d"), half_character("\\U0001f600")
+        (2, None)
+    """
+    if text.isascii():
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _check_text(text: str, where: str) -> None:
+    at = half_character(text)
+    if at is not None:
+        raise MessageError(
+            f"{where} has half a surrogate pair, {text[at]!a}, at position {at}: no text that can be encoded."
+        )
 
 
 def _check_calls(calls: Any, where: str) -> None:

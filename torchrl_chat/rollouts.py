@@ -89,7 +89,8 @@ def episodes(
 
     held = td.get("reward_parts", None)
     parts = {} if held is None else {str(key): number(("reward_parts", key)) for key in held.keys()}
-    read_columns = {key: read(key) for key in ("query", "answer", "grade_failure", "finish_reason", "policy_error")}
+    told = ("query", "answer", "grade_failure", "finish_reason", "policy_error", "env_failure")
+    read_columns = {key: read(key) for key in told}
     numbers = {key: number(key) for key in ("reward", "success", "stop_reason", "prompt_differs", *EPISODE_KEYS)}
     flags = {key: _flags(td, key, len(transcripts)) for key in ("done", "terminated")}
     for i, transcript in enumerate(transcripts):
@@ -109,6 +110,7 @@ def episodes(
             "finish_reason": of["finish_reason"],
             "cut": transcript.ended is False,
             "error": of["policy_error"] or None,
+            "env_failure": of["env_failure"] or None,
             "prompt_differs": of["prompt_differs"],
             "turns": transcript.turns,
             "sampled_tokens": transcript.total_sampled,

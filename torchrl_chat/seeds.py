@@ -59,3 +59,22 @@ def turn_seeds(
     # Answers and branches only ever grow in number: no two turns of an episode have the same sum.
     turns = [len(transcript.spans) + len(transcript.branches) for transcript in transcripts]
     return [mixed(seed, purpose, turn) for seed, turn in zip(column.flatten().tolist(), turns, strict=True)]
+
+
+def row_names(tensordict: TensorDictBase, count: int) -> list[str]:
+    """What messages call each row: by its number in the dataset where that is known, else in the batch.
+
+    Args:
+        tensordict: with ``"episode_row"`` or without it.
+        count: how many rows there are.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> row_names(TensorDict(episode_row=torch.tensor([7]), batch_size=(1,)), 1)
+        ['dataset row 7']
+    """
+    column = tensordict.get(ROW, None)
+    if column is None:
+        return [f"row {i}" for i in range(count)]
+    return [f"dataset row {number}" for number in column.flatten().tolist()]

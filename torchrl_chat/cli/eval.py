@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torchrl_chat._endpoint import HIDDEN, shown_url
 from torchrl_chat.cli.eval_stats import Figures
 from torchrl_chat.cli.eval_tasks import DATASETS, check_dataset, make_env, make_policy
 from torchrl_chat.options import device, number, whole
@@ -232,6 +233,12 @@ def _folder(arguments: argparse.Namespace) -> Path:
         if arguments.out not in (None, folder):
             raise ValueError(f"--resume {folder} and --out {arguments.out} are two folders: give one.")
         for key, value in _settings_of(folder).items():
+            if key == "endpoint" and value is not None and HIDDEN in value:
+                if shown_url(arguments.endpoint) != value:
+                    raise ValueError(
+                        f"--resume {folder}: the password of {value} is not kept: give --endpoint again."
+                    )
+                continue
             setattr(arguments, key, value)
     return folder
 
@@ -271,18 +278,19 @@ def _settle(arguments: argparse.Namespace) -> None:
             f"--samples {arguments.samples} at --temperature 0 asks for the same answer again: raise it."
         )
     if arguments.endpoint is not None and arguments.backend != "endpoint":
-        raise ValueError(f"--endpoint {arguments.endpoint} needs --backend endpoint.")
+        raise ValueError(f"--endpoint {shown_url(arguments.endpoint)} needs --backend endpoint.")
     if arguments.model == "tiny" and arguments.backend != "transformers":
         raise ValueError(f"--backend {arguments.backend} needs --model: tiny is made on the spot for transformers.")
 
 
 def _kept(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that are written."""
-    return {
+    """The settings that are written; of an address, not what it holds of a password."""
+    settings = {
         key: value
         for key, value in vars(arguments).items()
         if key not in ("out", "resume", "run", "command", "json")
     }
+    return {**settings, "endpoint": shown_url(arguments.endpoint)}
 
 
 def _compare(folder: Path, arguments: argparse.Namespace) -> None:

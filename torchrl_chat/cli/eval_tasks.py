@@ -70,8 +70,8 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
     if kind == "digits":
         shared.setdefault("dataset", last_digit_rows(size, seed=arguments.seed))
         env = envs.DatasetChatEnv(**shared)
-        env.append_transform(StepCounter(max_steps=1))
-        env.append_transform(RewardTransform(NumberVerifier()))
+        env = env.append_transform(StepCounter(max_steps=1))
+        env = env.append_transform(RewardTransform(NumberVerifier()))
         return env
     if kind == "countdown" and arguments.data is None:
         shared["size"] = size

@@ -250,8 +250,8 @@ def make_env(arguments: argparse.Namespace, policy: TransformersPolicy, seed: in
     if kind != "digits":
         raise ValueError(f"--dataset is {arguments.dataset!r}: expected digits, gsm8k or reasoning-gym:TASK.")
     env = DatasetChatEnv(dataset=arguments.data or last_digit_rows(seed=seed), **shared)
-    env.append_transform(StepCounter(max_steps=1))
-    env.append_transform(RewardTransform(NumberVerifier()))
+    env = env.append_transform(StepCounter(max_steps=1))
+    env = env.append_transform(RewardTransform(NumberVerifier()))
     return env
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+from torchrl_chat.envs.responses import by_row
 from torchrl_chat.messages import Message
 from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
 from torchrl_chat.transcript import Transcript
@@ -15,7 +16,7 @@ def appended(
     new: Sequence[list[Message] | None],
     template: ChatTemplate | None,
     history_policy: Literal["keep", "template"],
-    errors: dict[int, ChatTemplateError] | None = None,
+    errors: dict[int, Exception] | None = None,
 ) -> list[Transcript]:
     """The conversations with their new messages and the generation prompt.
 
@@ -35,32 +36,52 @@ def appended(
         for i, messages in added.items():
             results[i] = results[i].appended([], messages)
         return results
-    found: dict[int, ChatTemplateError] = {}
+    found: dict[int, Exception] = {}
     for i, messages in added.items():
         try:
             _check_answered(i, results[i])
             if history_policy == "template":
                 results[i] = _rewritten(results[i], messages, template)
-        except ChatTemplateError as error:
+        except Exception as error:  # a rewritten past is rendered and tokenized
             if errors is None:
                 raise
             found[i] = error
     places = [i for i in added if i not in found]
-    failed: dict[int, ChatTemplateError] = {}
-    follows = template.follow_batch(
-        [results[i].messages for i in places],
-        [added[i] for i in places],
-        courses=[results[i].course for i in places],
-        stops=[results[i].stop for i in places],
-        errors=None if errors is None else failed,
-    )
+    failed: dict[int, Exception] = {}
+
+    def follow_all(some: Sequence[int], refused: dict[int, ChatTemplateError] | None) -> list[Any]:
+        chosen = [places[k] for k in some]
+        return template.follow_batch(
+            [results[i].messages for i in chosen],
+            [added[i] for i in chosen],
+            courses=[results[i].course for i in chosen],
+            stops=[results[i].stop for i in chosen],
+            errors=refused,
+        )
+
+    if errors is None:
+        follows = follow_all(range(len(places)), None)
+    else:
+        refused: dict[int, ChatTemplateError] = {}
+        try:
+            follows = follow_all(range(len(places)), refused)
+        except Exception:  # in one of the rows: a tokenizer stumbles over anything but text
+            refused = {}
+            follows = by_row(lambda some: follow_all(some, None), len(places), failed.__setitem__)
+        failed.update(refused)
     for k, (i, follow) in enumerate(zip(places, follows, strict=True)):
         if k in failed:
             found[i], results[i] = failed[k], transcripts[i]
             continue
         transcript, ids, text = results[i], follow.ids, follow.text
         if not transcript.closed:  # another environment left the turn open, or the past was written anew
-            suffix = template.close(transcript.messages).suffix(transcript.stop)
+            try:
+                suffix = template.close(transcript.messages).suffix(transcript.stop)
+            except ChatTemplateError as error:
+                if errors is None:
+                    raise
+                found[i], results[i] = error, transcripts[i]
+                continue
             ids, text = [*suffix.ids, *ids], suffix.text + text
         results[i] = transcript.appended(ids, added[i], text)
     if errors is not None:

@@ -8,12 +8,13 @@ another environment of the same configuration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase, set_list_to_stack
-from torchrl.data import Composite, NonTensor
+from torchrl.data import Bounded, Categorical, Composite, NonTensor
 from torchrl.data.llm import History
 from torchrl.envs import EnvBase
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
@@ -24,16 +25,20 @@ from torchrl_chat.envs.appending import appended
 from torchrl_chat.envs.editing import Editing
 from torchrl_chat.envs.resetting import FreshRows
 from torchrl_chat.envs.stepping import FlatStepping
-from torchrl_chat.messages import Message, as_messages
+from torchrl_chat.envs.transforming import Appending, TransformedChatEnv, as_transform
+from torchrl_chat.messages import Message, MessageError, as_messages
+from torchrl_chat.seeds import row_names
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 from torchrl_chat.transcript import Transcript
+from torchrl_chat.transforms.stop import StopReason
 
 InputMode = Literal["history", "text", "tokens"]
 _NOT_CARRIED = {"_reset", "next", "done", "terminated", "truncated"}
 _MODES = ("history", "text", "tokens")
+_NO_CONVERSATION = "(no conversation)"
 
 
-class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
+class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
     """A batch of conversations, token-exact over turns.
 
     Reset takes the first user message of each row (or a whole list of messages) from ``data_key`` and
@@ -58,7 +63,16 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
     - ``("tokens", "prompt")``: int64 (T,);
     - ``("masks", "all_assistant_mask")``: bool (T,), true exactly on sampled tokens;
     - ``("log_probs", "prompt")``: float32 (T,), 0 where not sampled (or not reported by the policy);
-    - ``"transcript"``: the ledger itself, with the messages.
+    - ``"transcript"``: the ledger itself, with the messages;
+    - ``"env_failure"``: str (\\*B,), why a row failed; empty elsewhere;
+    - ``"stop_reason"``: int64 (\\*B, 1), a :class:`~torchrl_chat.StopReason`: ``ERROR`` in a row that failed.
+
+    **A row that fails** ends alone, truncated: its question is none or the chat template refuses it (then its first step ends
+    it, whatever the policy said), or the policy's answer is empty, no text that can be encoded, out of the vocabulary, or
+    has another number of log-probs. Its ledger stays as it was before, ``"env_failure"`` names the row of the dataset and
+    what is wrong, a warning is issued once a batch, and :func:`~torchrl_chat.training_view` trains nothing of it. What
+    is wrong with all rows alike is raised: a missing column, a prompt that the policy made itself, a system prompt that
+    the template refuses.
 
     Keyword Args:
         input_mode: what the policy reads and writes.
@@ -77,6 +91,7 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
             :attr:`Transcript.sequences <torchrl_chat.transcript.Transcript.sequences>`).
         on_prompt_mismatch: what to do when a policy reports a prompt other than the ledger's:
             ``"raise"``, or ``"adopt"`` what the policy saw.
+        errors: what becomes of a row that fails: ``"row"`` ends it, ``"raise"`` raises its error.
 
     Raises:
         ValueError: an unknown ``input_mode``, an empty batch size, or no tokenizer where one is needed.
@@ -117,11 +132,14 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
         device: torch.device | str | None = None,
         history_policy: Literal["keep", "template"] = "keep",
         on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
+        errors: Literal["row", "raise"] = "row",
     ):
         if input_mode not in _MODES:
             raise ValueError(f"input_mode is {input_mode!r}: expected one of {', '.join(map(repr, _MODES))}.")
         if on_prompt_mismatch not in ("raise", "adopt"):
             raise ValueError(f"on_prompt_mismatch is {on_prompt_mismatch!r}: expected 'raise' or 'adopt'.")
+        if errors not in ("row", "raise"):
+            raise ValueError(f"errors is {errors!r}: expected 'row' or 'raise'.")
         if history_policy not in ("keep", "template"):
             raise ValueError(f"history_policy is {history_policy!r}: expected 'keep' or 'template'.")
         size = torch.Size(
@@ -145,6 +163,7 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
         self.policy_role = policy_role
         self.history_policy = history_policy
         self.on_prompt_mismatch = on_prompt_mismatch
+        self.errors = errors
         if data_key is not None:
             self.data_key = data_key
         self.template = ChatTemplate(tokenizer, **self.template_kwargs) if tokenizer is not None else None
@@ -169,10 +188,15 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
             observation["history"] = specs.history_spec("prompt", batch)
             action = specs.history_spec("response", batch)
         observation["transcript"] = NonTensor(shape=batch, example_data=Transcript.start([], ()))
+        one = (*batch, 1)
+        observation["env_failure"] = NonTensor(shape=batch, example_data="")
+        observation["stop_reason"] = Bounded(0, len(StopReason) - 1, shape=one, dtype=torch.int64)
+        ends = {key: Categorical(2, shape=one, dtype=torch.bool) for key in ("done", "terminated", "truncated")}
         query = NonTensor(shape=batch, example_data="a question")
         self.full_observation_spec = _composite(observation, batch, device)
         self.full_action_spec = _composite({self.input_mode: action}, batch, device)
         self.full_state_spec = _composite({self.data_key: query}, batch, device)
+        self.full_done_spec = _composite(ends, batch, device)
         # Rewards come from transforms: a blank environment has none.
         self.full_reward_spec = Composite(shape=batch, device=device)
 
@@ -183,6 +207,19 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
 
         return DatasetChatEnv.from_dataloader(dataloader, **kwargs)
 
+    def append_transform(self, transform: Any) -> TransformedChatEnv:
+        """A new environment: this one with a transform. This one stays as it was.
+
+        Args:
+            transform: a transform, or a function from TensorDicts to TensorDicts.
+
+        Example:
+            >>> env = ChatEnv(tokenizer=tokenizer, batch_size=(1,))
+            >>> env = env.append_transform(Budget(max_turns=2))
+        """
+        added = as_transform(transform)
+        return self._handed(TransformedChatEnv(self, added), added)
+
     def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
         """A short random response a row."""
         action = self.full_action_spec.rand()
@@ -192,30 +229,107 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
 
     # ------------------------------------------------------------------ reset
     def _reset(self, tensordict: TensorDictBase | None, **_: Any) -> TensorDictBase:
+        self._warn_of_lost()
         queries = self._queries(tensordict)
-        chosen = self._reset_rows(tensordict)
-        conversations = [
-            self._conversation(queries[i], i) for i in range(len(queries)) if chosen is None or chosen[i]
-        ]
-        if self.template is None:
-            started = [Transcript.start([], messages, policy=self.policy_role) for messages in conversations]
-        else:
-            rendered = self.template.render_batch(conversations)
-            keep = self.input_mode == "text"
-            started = [
-                Transcript.start(prompt.ids, messages, prompt.text if keep else None, self.policy_role)
-                for prompt, messages in zip(rendered, conversations, strict=True)
-            ]
-        if chosen is not None:
-            # torchrl keeps the other rows as they were; they only need something of the right form here.
-            fresh, filler = iter(started), started[0]
-            started = [next(fresh) if wanted else filler for wanted in chosen]
-        td = self._observe(started)
+        wanted = self._reset_rows(tensordict)
+        chosen = [i for i in range(len(queries)) if wanted is None or wanted[i]]
+        conversations: dict[int, list[Message]] = {}
+        faults: responses.Faults = {}
+        for i in chosen:
+            try:
+                conversations[i] = self._conversation(queries[i], i)
+            except MessageError as error:
+                faults[i] = error
+        td = self._begun(tensordict, conversations, faults)
+        if faults and self.errors == "raise":
+            raise faults[min(faults)]
+        if len(faults) == len(chosen):
+            self._check_template(faults[min(faults)])
+        told = self._told(td, faults, len(chosen))
+        td.set("env_failure", columns.objects(told, self.batch_size, self.device))
+        reasons = [StopReason.ERROR if why else StopReason.RUNNING for why in told]
+        td.set("stop_reason", self._integers(reasons))
+        return td
+
+    def _begun(
+        self,
+        tensordict: TensorDictBase | None,
+        conversations: dict[int, list[Message]],
+        faults: responses.Faults,
+    ) -> TensorDict:
+        """The observation of conversations that begin, beside the other columns of the rows.
+
+        Args:
+            tensordict: what the reset was given.
+            conversations: the messages of the rows that begin.
+            faults: takes the errors of rows that cannot be rendered. Those, and all without messages, hold something of
+                the right form: torchrl keeps the rows that are not reset as they were.
+        """
+        places = list(conversations)
+        rendered: list[Any] = [None] * len(places)
+        if self.template is not None:
+            template = self.template
+            rendered = responses.by_row(
+                lambda some: template.render_batch([conversations[places[k]] for k in some]),
+                len(places),
+                lambda k, error: faults.setdefault(places[k], error),
+            )
+        started = {
+            i: self._started(conversations[i], prompt)
+            for i, prompt in zip(places, rendered, strict=True)
+            if i not in faults
+        }
+        rows = self.batch_size.numel()
+        if len(started) < rows:
+            filler = next(iter(started.values()), None) or self._nothing()
+            started = {i: started.get(i) or (self._nothing() if i in faults else filler) for i in range(rows)}
+        td = self._observe([started[i] for i in range(rows)])
         # The other columns of the row (an answer to grade against, ...) stay beside the conversation.
         for key, column in () if tensordict is None else tensordict.items():
             if key not in _NOT_CARRIED and key not in td.keys():
                 td.set(key, column)
         return td
+
+    def _started(self, messages: list[Message], prompt: Any) -> Transcript:
+        """The ledger of a conversation that begins with a rendered prompt (``None`` without a tokenizer)."""
+        if prompt is None:
+            return Transcript.start([], messages, policy=self.policy_role)
+        text = prompt.text if self.input_mode == "text" else None
+        return Transcript.start(prompt.ids, messages, text, self.policy_role)
+
+    def _nothing(self) -> Transcript:
+        """What stands in a row that has no conversation."""
+        messages = as_messages(_NO_CONVERSATION, role=self.user_role)
+        prompt = None if self.template is None else self.template.render_batch([messages])[0]
+        return self._started(messages, prompt)
+
+    def _check_template(self, error: Exception) -> None:
+        """Raise the error if it is no single row's: no conversation can be begun here, with this system prompt."""
+        if self.template is not None:
+            try:
+                self.template.render_batch([self._conversation(_NO_CONVERSATION, 0)])
+            except Exception:
+                raise error from None
+
+    def _told(self, td: TensorDictBase, faults: Mapping[int, Exception], asked: int) -> list[str]:
+        """Why each row failed, by its name in the dataset; with a warning for the batch."""
+        told = [""] * self.batch_size.numel()
+        if not faults:
+            return told
+        names = row_names(td, len(told))
+        for i, error in faults.items():
+            said = str(error).removeprefix(f"row {i}: ")
+            told[i] = f"{names[i]}: {type(error).__name__}: {said}"
+        first = min(faults)
+        warnings.warn(
+            f"{len(faults)} of {asked} rows failed and are truncated. The first, row {first} of the batch, {told[first]}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return told
+
+    def _integers(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device).reshape(*self.batch_size, 1)
 
     def _queries(self, tensordict: TensorDictBase | None) -> list[Any]:
         column = None if tensordict is None else tensordict.get(self.data_key, None)
@@ -245,67 +359,126 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
 
     # ------------------------------------------------------------------ step
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        goes = columns.stepped(tensordict)  # torchrl's way to leave some rows (finished ones) as they are
+        faults: responses.Faults = {}
+        answered = self._answers(tensordict, goes, faults)
+        following = self._observe(answered)
+        known = self._failed(tensordict)
+        new = {i: error for i, error in faults.items() if goes[i] and not known[i]}
+        told = [old or why for old, why in zip(known, self._told(tensordict, new, sum(goes)), strict=True)]
+        following.set("env_failure", columns.objects(told, self.batch_size, self.device))
+        reasons = [StopReason.ERROR if why else StopReason.RUNNING for why in told]
+        if not all(goes) and (said := tensordict.get("stop_reason", None)) is not None:
+            kept = said.flatten().tolist()
+            reasons = [reason if going else old for reason, going, old in zip(reasons, goes, kept, strict=True)]
+        following.set("stop_reason", self._integers(reasons))
+        if any(told):
+            ended = self._integers(list(map(bool, told))).bool()
+            following.set("truncated", ended)
+            following.set("done", ended.clone())
+            following.set("terminated", torch.zeros_like(ended))
+        return following
+
+    def _answers(
+        self, tensordict: TensorDictBase, goes: Sequence[bool], faults: responses.Faults
+    ) -> list[Transcript]:
+        """The ledgers with what the policy answered; those of rows that are not stepped, or have a fault, as they were.
+
+        Args:
+            tensordict: what the policy wrote.
+            goes: which rows are stepped.
+            faults: takes what is wrong with single rows.
+
+        Raises:
+            ResponseError: the whole is wrong; or, with ``errors="raise"``, the first row that has a fault.
+        """
         written = self._written(tensordict)
-        held = self._with_foreign_messages(tensordict, written)
+        held = self._with_foreign_messages(tensordict, written, faults)
         if self.input_mode == "text":
             responses.check_texts(tensordict, held, self.batch_size)
         if self.template is None:
-            answered = self._answered_without_tokens(tensordict, held)
+            answered = self._answered_without_tokens(tensordict, held, faults)
         else:
             adopt = self.on_prompt_mismatch == "adopt"
             held = responses.check_prompts(tensordict, held, written, self.batch_size, adopt)
-            answered = self._answered(tensordict, held, self.template)
-        stepped = tensordict.get("_step", None)  # torchrl's way to leave some rows (finished ones) as they are
-        if stepped is not None:
-            chosen = stepped.reshape(len(held), -1).any(-1).tolist()
-            answered = [new if step else old for new, old, step in zip(answered, held, chosen, strict=True)]
-        return self._observe(answered)
+            answered = self._answered(tensordict, held, self.template, goes, faults)
+        if self.errors == "raise" and (wrong := [i for i in sorted(faults) if goes[i]]):
+            raise faults[wrong[0]]
+        failed = self._failed(tensordict)
+        return [
+            new if going and i not in faults and not failed[i] else old
+            for i, (new, old, going) in enumerate(zip(answered, held, goes, strict=True))
+        ]
+
+    def _failed(self, tensordict: TensorDictBase) -> list[str]:
+        """Which rows have failed before, by the reason that stands in the root; empty elsewhere."""
+        column = tensordict.get("env_failure", None)
+        return [""] * self.batch_size.numel() if column is None else columns.read_objects(column, self.batch_size)
 
     def _answered(
-        self, td: TensorDictBase, transcripts: list[Transcript], template: ChatTemplate
+        self,
+        td: TensorDictBase,
+        transcripts: list[Transcript],
+        template: ChatTemplate,
+        goes: Sequence[bool],
+        faults: responses.Faults,
     ) -> list[Transcript]:
-        ids = responses.read_tokens(td, transcripts, self.batch_size)
+        ids = responses.read_tokens(td, transcripts, self.batch_size, faults)
         if ids is None:
-            ids = responses.tokenize(self._read_texts(td, transcripts), transcripts, template)
+            ids = responses.tokenize(self._read_texts(td, transcripts, faults), transcripts, template, faults)
         limits = responses.read_limits(td, self.batch_size)
-        responses.check_ids(ids, template.codec.vocab_size, limits)
-        log_probs = responses.read_log_probs(td, ids, self.batch_size)
+        responses.check_ids(ids, template.codec.vocab_size, limits, faults)
+        log_probs = responses.read_log_probs(td, ids, self.batch_size, faults)
         reasons = responses.read_finish_reasons(td, self.batch_size)
-        places = list(range(len(ids)))
         if limits is not None:
             ids, log_probs, reasons = responses.cut(limits, ids, log_probs, reasons)
-            places = [i for i in places if limits[i] > 0]
+        places = [
+            i for i, going in enumerate(goes) if going and i not in faults and (limits is None or limits[i] > 0)
+        ]
         # An open turn is read as a whole: its words, begun by the environment, and what the policy sampled behind them.
         heads = [
             transcripts[i].tokens[transcripts[i].open :].tolist() if transcripts[i].open else [] for i in places
         ]
-        parsed = template.parse_batch(
-            [head + ids[i].tolist() for i, head in zip(places, heads, strict=True)],
-            [transcripts[i].course for i in places],
-            [reasons[i] for i in places],
-            [transcripts[i].tokens[: transcripts[i].open][-12:].tolist() for i in places]
-            if template.parser.openings
-            else None,
-        )
+        openings = bool(template.parser.openings)
+
+        def parse(some: Sequence[int]) -> list[Any]:
+            return template.parse_batch(
+                [heads[k] + ids[places[k]].tolist() for k in some],
+                [transcripts[places[k]].course for k in some],
+                [reasons[places[k]] for k in some],
+                [transcripts[places[k]].tokens[: transcripts[places[k]].open][-12:].tolist() for k in some]
+                if openings
+                else None,
+            )
+
+        parsed = responses.by_row(parse, len(places), lambda k, error: faults.setdefault(places[k], error))
         keep = self.input_mode == "text"
         answered = list(transcripts)  # a row that had nothing left to sample stays as it is
         for i, read in zip(places, parsed, strict=True):
-            suffix = read.ending
-            if suffix is None:  # nothing can follow this turn; it may well be the last
-                tail, text = None, read.text
-            else:
-                said = template.codec.decode([ids[i].tolist()])[0] if keep and transcripts[i].open else read.text
-                tail, text = suffix.ids, said + suffix.text if keep else ""
+            if read is None:
+                continue
+            try:
+                suffix = read.ending
+                if suffix is None:  # nothing can follow this turn; it may well be the last
+                    tail, text = None, read.text
+                else:
+                    said = (
+                        template.codec.decode([ids[i].tolist()])[0] if keep and transcripts[i].open else read.text
+                    )
+                    tail, text = suffix.ids, said + suffix.text if keep else ""
+            except ChatTemplateError as error:
+                faults[i] = error
+                continue
             answered[i] = transcripts[i].sampled(
                 ids[i], log_probs[i], read.message, ended=read.ended, close=tail, text=text, stop=read.stop
             )
         return answered
 
-    def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[str]:
+    def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript], faults: responses.Faults) -> list[str]:
         if self.input_mode == "text":
-            texts = responses.read_text(td, list(map(self._text, transcripts)), self.batch_size)
+            texts = responses.read_text(td, list(map(self._text, transcripts)), self.batch_size, faults)
         elif self.input_mode == "history":
-            texts = responses.read_history(td, transcripts, self.batch_size, self.policy_role)
+            texts = responses.read_history(td, transcripts, self.batch_size, self.policy_role, faults)
         else:
             texts = None
         if texts is None:
@@ -315,11 +488,13 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
             )
         return texts
 
-    def _answered_without_tokens(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[Transcript]:
+    def _answered_without_tokens(
+        self, td: TensorDictBase, transcripts: list[Transcript], faults: responses.Faults
+    ) -> list[Transcript]:
         none = torch.empty(0, dtype=torch.int64)
         return [
             transcript.sampled(none, None, {"role": self.policy_role, "content": text}, ended=True)
-            for transcript, text in zip(transcripts, self._read_texts(td, transcripts), strict=True)
+            for transcript, text in zip(transcripts, self._read_texts(td, transcripts, faults), strict=True)
         ]
 
     # ------------------------------------------------------------------ new messages
@@ -327,7 +502,7 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
         self,
         tensordict: TensorDictBase,
         messages: Sequence[Any],
-        errors: dict[int, ChatTemplateError] | None = None,
+        errors: dict[int, Exception] | None = None,
     ) -> TensorDictBase:
         """Append messages to conversations: their tokens and the generation prompt follow.
 
@@ -336,24 +511,28 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
                 under ``"next"``, or that after ``step_mdp``. It is not changed.
             messages: for each row (in row-major order) a string (a user message), a message, a list of
                 messages, or ``None`` to leave the row as it is.
-            errors: takes the errors of the rows whose continuation cannot be proved exact, by row; those rows are left
-                as they are, and the others go on.
+            errors: takes the errors of the rows whose messages are malformed or whose continuation cannot be proved exact,
+                by row; those rows are left as they are, and the others go on.
 
         Returns:
             A shallow copy of the TensorDict with the new prompts.
 
         Raises:
             ValueError: the number of rows is wrong.
-            MessageError: a message is malformed.
+            MessageError: without ``errors``: a message is malformed.
             BridgeError: without ``errors``: a template's continuation cannot be proved exact.
         """
         rows = self.batch_size.numel()
         if isinstance(messages, str) or len(messages) != rows:
             raise ValueError(f"append_messages needs an entry for each of the {rows} rows, got {messages!r:.60}.")
-        new = [
-            None if value is None else as_messages(value, role=self.user_role, where=f"messages[{i}]")
-            for i, value in enumerate(messages)
-        ]
+        new: list[list[Message] | None] = [None] * rows
+        for i, value in enumerate(messages):
+            try:
+                new[i] = None if value is None else as_messages(value, role=self.user_role, where=f"messages[{i}]")
+            except MessageError as error:
+                if errors is None:
+                    raise
+                errors[i] = error
         transcripts = self._appended(self._transcripts(tensordict), new, errors)
         return columns.replaced(tensordict, self._observe(transcripts))
 
@@ -361,7 +540,7 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
         self,
         transcripts: list[Transcript],
         new: Sequence[list[Message] | None],
-        errors: dict[int, ChatTemplateError] | None = None,
+        errors: dict[int, Exception] | None = None,
     ) -> list[Transcript]:
         return appended(transcripts, new, self.template, self.history_policy, errors)
 
@@ -386,7 +565,9 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
                 )
         return transcripts
 
-    def _with_foreign_messages(self, td: TensorDictBase, transcripts: list[Transcript]) -> list[Transcript]:
+    def _with_foreign_messages(
+        self, td: TensorDictBase, transcripts: list[Transcript], faults: responses.Faults | None = None
+    ) -> list[Transcript]:
         """Take up messages that a transform wrote into ``("history", "prompt")``, behind the ledger's back."""
         if self.input_mode != "history":
             return transcripts
@@ -404,7 +585,7 @@ class ChatEnv(Editing, FreshRows, FlatStepping, EnvBase):
                     f"row {i}: ('history', 'prompt') has {count} messages, the ledger {known}: a conversation "
                     f"is append-only."
                 )
-        return self._appended(list(transcripts), new) if any(new) else transcripts
+        return self._appended(list(transcripts), new, faults) if any(new) else transcripts
 
     def _observe(self, transcripts: list[Transcript]) -> TensorDict:
         """The columns that show these transcripts to a policy."""

@@ -14,12 +14,11 @@ from torchrl_chat.envs.chat import ChatEnv, InputMode
 from torchrl_chat.envs.dataloaders import LoaderEpisodes
 from torchrl_chat.envs.loading import RowPrimer, dataset_episodes
 from torchrl_chat.envs.ray_episodes import RayEpisodes
-from torchrl_chat.envs.resetting import FreshRows
-from torchrl_chat.envs.stepping import FlatStepping
+from torchrl_chat.envs.transforming import TransformedChatEnv
 from torchrl_chat.seeds import EPISODE_KEYS
 
 
-class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
+class DatasetChatEnv(TransformedChatEnv):
     """:class:`ChatEnv` with a primer that draws a row of a dataset for every conversation.
 
     The columns of the dataset become entries of the TensorDict, ``data_key`` (``"query"``) being the
@@ -39,7 +38,7 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
         group_repeats: whether all repeats of a row are in the same batch: the batch size is then
             ``num_envs * repeats``, each row standing ``repeats`` times in a row.
         tokenizer, device, template_kwargs, input_mode, data_key, system_prompt, history_policy, on_prompt_mismatch,
-            system_role, user_role, policy_role: as for :class:`ChatEnv`.
+            system_role, user_role, policy_role, errors: as for :class:`ChatEnv`.
         apply_template: accepted for torchrl's sake; the template is applied wherever there is a tokenizer.
         collate_fn: rows to columns, a list of dicts to a dict of lists.
         primers: specs of the columns, if they are not to be inferred from the first row.
@@ -103,6 +102,7 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
         system_role: str = "system",
         user_role: str = "user",
         policy_role: str = "assistant",
+        errors: Literal["row", "raise"] = "row",
     ):
         self._build(
             functools.partial(
@@ -133,6 +133,7 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
             system_role=system_role,
             user_role=user_role,
             policy_role=policy_role,
+            errors=errors,
         )
 
     @classmethod
@@ -158,6 +159,7 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
         system_role: str = "system",
         user_role: str = "user",
         policy_role: str = "assistant",
+        errors: Literal["row", "raise"] = "row",
     ) -> DatasetChatEnv:
         """The environment over an existing dataloader.
 
@@ -193,6 +195,7 @@ class DatasetChatEnv(FreshRows, FlatStepping, TransformedEnv):
             system_role=system_role,
             user_role=user_role,
             policy_role=policy_role,
+            errors=errors,
         )
         return self
 

@@ -13,6 +13,7 @@ from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.envs.rows import GeneratedRows
 from torchrl_chat.rewards import Episode, Grader, Verdict
 from torchrl_chat.rewards.reasoning_gym import ReasoningGymVerifier, task_rows
+from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.reward import RewardTransform
 
 
@@ -32,7 +33,7 @@ class ReasoningGymEnv(DatasetChatEnv):
         size: how many rows are generated before they repeat.
         seed: the seed of the rows and of their order.
         task_kwargs: settings of the generator, e.g. ``{"min_terms": 2, "max_terms": 2}``.
-        max_steps: the number of turns after which the dialogue is truncated.
+        max_steps: as for :class:`~torchrl_chat.envs.TaskEnv`.
         compute_reward: whether rewards are computed.
         floors: whether an empty answer gets what the task's scorer gives it: 0.01 to 0.05 in twelve tasks, else 0.
         deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
@@ -67,11 +68,12 @@ class ReasoningGymEnv(DatasetChatEnv):
         system_role: str = "system",
         user_role: str = "user",
         policy_role: str = "assistant",
-        max_steps: int = 1,
+        max_steps: int | None = None,
         compute_reward: bool = True,
         floors: bool = True,
         deadline: float = 10.0,
         workers: int | None = None,
+        errors: Literal["row", "raise"] = "row",
     ):
         if seed is None:
             seed = int(torch.randint(2**31, ()))
@@ -95,13 +97,16 @@ class ReasoningGymEnv(DatasetChatEnv):
             system_role=system_role,
             user_role=user_role,
             policy_role=policy_role,
+            errors=errors,
         )
-        if max_steps:
-            self.append_transform(StepCounter(max_steps=max_steps))
+        if max_steps is None:
+            self._grow(EndOfDialogue())
+        elif max_steps:
+            self._grow(StepCounter(max_steps=max_steps))
         grader = Grader(ReasoningGymVerifier(task, settings, floors=floors), deadline=deadline, workers=workers)
         self.__dict__["_grader"], self.__dict__["_rows"] = grader, rows
         if compute_reward:
-            self.append_transform(RewardTransform(grader, reference_key="entry"))
+            self._grow(RewardTransform(grader, reference_key="entry"))
 
     def score(self, predictions: Sequence[str], indices: Sequence[int] | None = None) -> list[Verdict]:
         """Grade answers offline, as the environment would.

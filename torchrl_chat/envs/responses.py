@@ -2,11 +2,14 @@
 
 Law of this file: sampled ids win. Where a policy hands ids, its text and its ``History`` are views of
 them and are not read; where it hands none, its text is tokenized once, here, and never again.
+
+Functions with an argument ``faults`` put what is wrong with one row's answer there, by row, and go on with the others; what
+is wrong with the whole (a column that is missing, padded, or of another conversation) is raised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +17,15 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.columns import read_field
-from torchrl_chat.messages import Message, content_text
+from torchrl_chat.messages import Message, content_text, half_character
 from torchrl_chat.templates import ChatTemplate
 from torchrl_chat.transcript import Transcript
 
 _ROUNDING = 1e-3  # how far above 0 a log-prob may be: the float32 rounding of logits that are as large as 1e4
+Faults = dict[int, Exception]
+"""What is wrong with the answers of single rows, by row."""
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class ResponseError(ValueError):
@@ -26,9 +33,9 @@ class ResponseError(ValueError):
 
 
 def read_tokens(
-    td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size
+    td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size, faults: Faults
 ) -> list[torch.Tensor] | None:
-    """The sampled ids of each row, from ``("tokens", "response")`` or ``("tokens", "full")``."""
+    """The sampled ids of each row, from ``("tokens", "response")`` or ``("tokens", "full")``; none where there is a fault."""
     tokens = td.get("tokens", None)
     if tokens is None:
         return None
@@ -40,15 +47,18 @@ def read_tokens(
         )
     rows = read_field(tokens, "response", batch_size)
     if rows is not None:
-        ids = _to_cpu([_as_ids(value, i, ("tokens", "response")) for i, value in enumerate(rows)])
-        _check_fulls(tokens, ids, transcripts, batch_size)
+        ids = _to_cpu([_as_ids(value, i, ("tokens", "response"), faults) for i, value in enumerate(rows)])
+        _check_fulls(tokens, ids, transcripts, batch_size, faults)
         return ids
     rows = read_field(tokens, "full", batch_size)
     if rows is None:
         return None
-    fulls = _to_cpu([_as_ids(value, i, ("tokens", "full")) for i, value in enumerate(rows)])
+    fulls = _to_cpu([_as_ids(value, i, ("tokens", "full"), faults) for i, value in enumerate(rows)])
     responses = []
     for i, (full, transcript) in enumerate(zip(fulls, transcripts, strict=True)):
+        if i in faults:
+            responses.append(_NOTHING)
+            continue
         if not torch.equal(full[: len(transcript)], transcript.tokens):
             raise ResponseError(
                 f"row {i}: ('tokens', 'full') does not start with the prompt; "
@@ -59,12 +69,16 @@ def read_tokens(
 
 
 def _check_fulls(
-    tokens: Any, ids: Sequence[torch.Tensor], transcripts: Sequence[Transcript], batch_size: torch.Size
+    tokens: Any,
+    ids: Sequence[torch.Tensor],
+    transcripts: Sequence[Transcript],
+    batch_size: torch.Size,
+    faults: Faults,
 ) -> None:
     """``("tokens", "full")`` beside a response must be the prompt and that response: losses read it."""
     fulls = read_field(tokens, "full", batch_size)
     for i, full in enumerate(fulls or ()):
-        if not isinstance(full, torch.Tensor):
+        if not isinstance(full, torch.Tensor) or i in faults:
             continue
         prompt, row = len(transcripts[i]), ids[i]
         if len(full) != prompt + len(row) or not torch.equal(full[prompt:].cpu(), row):
@@ -75,12 +89,11 @@ def _check_fulls(
 
 
 def read_log_probs(
-    td: TensorDictBase, ids: Sequence[torch.Tensor], batch_size: torch.Size
+    td: TensorDictBase, ids: Sequence[torch.Tensor], batch_size: torch.Size, faults: Faults
 ) -> list[torch.Tensor | None]:
     """The log-probs of the sampled ids, from ``("log_probs", "response")``; ``None`` where absent.
 
-    Raises:
-        ResponseError: for the first row of which :func:`bad_log_probs` has something to say.
+    A row of which :func:`bad_log_probs` has something to say has a fault, and none.
     """
     rows = read_field(td.get("log_probs", None), "response", batch_size)
     if rows is None:
@@ -89,8 +102,9 @@ def read_log_probs(
     moved = iter(_to_cpu([row.detach().float() for row in present if row is not None]))
     log_probs = [None if row is None else next(moved) for row in present]
     for i, reason in enumerate(bad_log_probs(log_probs, ids)):
-        if reason is not None:
-            raise ResponseError(f"row {i}: {reason}")
+        if reason is not None and i not in faults:
+            faults[i] = ResponseError(f"row {i}: {reason}")
+            log_probs[i] = None
     return log_probs
 
 
@@ -142,34 +156,44 @@ def read_finish_reasons(td: TensorDictBase, batch_size: torch.Size) -> list[str 
     return columns.read_objects(column, batch_size)
 
 
-def read_text(td: TensorDictBase, prompts: Sequence[str], batch_size: torch.Size) -> list[str] | None:
-    """The response text of each row, from ``("text", "response")`` or ``("text", "full")``.
+def read_text(
+    td: TensorDictBase, prompts: Sequence[str], batch_size: torch.Size, faults: Faults
+) -> list[str] | None:
+    """The response text of each row, from ``("text", "response")`` or ``("text", "full")``; empty where there is a fault.
 
     Args:
         td: what the policy wrote.
         prompts: the text that each row's policy was shown.
         batch_size: the environment's.
+        faults: takes what is wrong with single rows.
     """
     text = td.get("text", None)
     rows = read_field(text, "response", batch_size)
     if rows is not None:
-        return [_as_text(value, i, ("text", "response")) for i, value in enumerate(rows)]
+        return [_as_text(value, i, ("text", "response"), faults) for i, value in enumerate(rows)]
     rows = read_field(text, "full", batch_size)
     if rows is None:
         return None
     responses = []
     for i, (value, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        full = _as_text(value, i, ("text", "full"))
+        full = _as_text(value, i, ("text", "full"), faults)
+        if i in faults:
+            responses.append("")
+            continue
         if not full.startswith(prompt):
             raise ResponseError(
                 f"row {i}: ('text', 'full') does not start with the prompt: {full[:60]!r} against {prompt[:60]!r}."
             )
-        responses.append(full[len(prompt) :])
+        responses.append(_as_text(full[len(prompt) :], i, ("text", "full"), faults))
     return responses
 
 
 def read_history(
-    td: TensorDictBase, transcripts: Sequence[Transcript], batch_size: torch.Size, policy_role: str
+    td: TensorDictBase,
+    transcripts: Sequence[Transcript],
+    batch_size: torch.Size,
+    policy_role: str,
+    faults: Faults,
 ) -> list[str] | None:
     """The response of each row, from ``("history", "response")`` or the last of ``("history", "full")``."""
     history = td.get("history", None)
@@ -179,6 +203,9 @@ def read_history(
             continue
         responses = []
         for i, (row, transcript) in enumerate(zip(rows, transcripts, strict=True)):
+            if row is None:
+                responses.append(_as_text(None, i, ("history", key), faults))
+                continue
             messages = history_messages(row, 0)
             expected = 1 if key == "response" else len(transcript.messages) + 1
             if len(messages) != expected or messages[-1]["role"] != policy_role:
@@ -186,7 +213,7 @@ def read_history(
                     f"row {i}: ('history', {key!r}) has the roles {[m['role'] for m in messages]}: expected "
                     f"{expected} message(s), the last of role {policy_role!r}."
                 )
-            responses.append(_as_text(messages[-1]["content"], i, ("history", key)))
+            responses.append(_as_text(messages[-1]["content"], i, ("history", key), faults))
         return responses
     return None
 
@@ -224,11 +251,43 @@ def history_messages(row: Any, start: int) -> list[Message]:
     return [{"role": entry.get("role").data, "content": entry.get("content").data} for entry in entries]
 
 
-def tokenize(texts: Sequence[str], transcripts: Sequence[Transcript], template: ChatTemplate) -> list[torch.Tensor]:
+def tokenize(
+    texts: Sequence[str], transcripts: Sequence[Transcript], template: ChatTemplate, faults: Faults
+) -> list[torch.Tensor]:
     """The ids of responses that came as text: tokenized once, as a continuation of their prompts."""
-    after = [int(transcript.tokens[-1]) for transcript in transcripts]
-    encoded = template.codec.encode_continuation(list(texts), after)
-    return [torch.tensor(ids, dtype=torch.int64) for ids in encoded]
+    places = [i for i in range(len(texts)) if i not in faults]
+    after = [int(transcripts[i].tokens[-1]) for i in places]
+
+    def encode(some: Sequence[int]) -> list[list[int]]:
+        return template.codec.encode_continuation([texts[places[k]] for k in some], [after[k] for k in some])
+
+    encoded = by_row(encode, len(places), lambda k, error: faults.setdefault(places[k], error))
+    ids = [_NOTHING] * len(texts)
+    for i, row in zip(places, encoded, strict=True):
+        ids[i] = _NOTHING if row is None else torch.tensor(row, dtype=torch.int64)
+    return ids
+
+
+def by_row(
+    work: Callable[[Sequence[int]], list[Any]], count: int, failed: Callable[[int, Exception], Any]
+) -> list[Any]:
+    """What a function returns for a batch; where it raises, for each row by itself.
+
+    Args:
+        work: takes the numbers of some rows, and returns as many results.
+        count: how many rows there are.
+        failed: is told of a row whose own call raises, and of the error; its result is ``None``.
+    """
+    try:
+        return work(range(count))
+    except Exception:  # whatever a template or a tokenizer stumbles over in one row, the others are not lost
+        results: list[Any] = [None] * count
+        for k in range(count):
+            try:
+                [results[k]] = work([k])
+            except Exception as error:
+                failed(k, error)
+        return results
 
 
 def read_limits(td: TensorDictBase, batch_size: torch.Size) -> list[int] | None:
@@ -252,24 +311,40 @@ def cut(
     )
 
 
-def check_ids(ids: Sequence[torch.Tensor], vocab_size: int, limits: Sequence[int] | None = None) -> None:
+def check_ids(
+    ids: Sequence[torch.Tensor],
+    vocab_size: int,
+    limits: Sequence[int] | None = None,
+    faults: Faults | None = None,
+) -> None:
     """Refuse empty responses (but where nothing may be sampled) and ids that the tokenizer does not have.
 
+    Args:
+        ids: the sampled ids of each row.
+        vocab_size: how many ids there are.
+        limits: how many tokens each row may sample, where that is limited.
+        faults: takes what is wrong with single rows; those that stand in it already are not looked at.
+
     Raises:
-        ResponseError: naming the first such row.
+        ResponseError: without ``faults``: naming the first such row.
     """
+    found: Faults = {} if faults is None else faults
     for i, row in enumerate(ids):
-        if not len(row) and (limits is None or limits[i] > 0):
-            raise ResponseError(
+        if not len(row) and i not in found and (limits is None or limits[i] > 0):
+            found[i] = ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
-    if not any(map(len, ids)):
-        return
-    flat = torch.cat(list(ids)).numpy()  # numpy: no thread pool to wake for a few thousand ids
-    if int(flat.min()) >= 0 and int(flat.max()) < vocab_size:
-        return
-    for i, row in enumerate(ids):
-        check_row(row.tolist(), vocab_size, i)
+    if any(map(len, ids)):
+        flat = torch.cat(list(ids)).numpy()  # numpy: no thread pool to wake for a few thousand ids
+        if int(flat.min()) < 0 or int(flat.max()) >= vocab_size:
+            for i, row in enumerate(ids):
+                try:
+                    if len(row):
+                        check_row(row.tolist(), vocab_size, i)
+                except ResponseError as error:
+                    found.setdefault(i, error)
+    if faults is None and found:
+        raise found[min(found)]
 
 
 def check_row(ids: Sequence[int], vocab_size: int, row: int = 0) -> None:
@@ -346,9 +421,10 @@ def _first_difference(expected: torch.Tensor, got: torch.Tensor) -> str:
     )
 
 
-def _as_ids(value: Any, row: int, key: tuple[str, str]) -> torch.Tensor:
+def _as_ids(value: Any, row: int, key: tuple[str, str], faults: Faults) -> torch.Tensor:
     if value is None:
-        raise ResponseError(f"row {row}: {key} is missing, though other rows have it.")
+        faults[row] = ResponseError(f"row {row}: {key} is missing, though other rows have it.")
+        return _NOTHING
     if not isinstance(value, torch.Tensor):
         value = torch.as_tensor(value.tolist() if hasattr(value, "tolist") else value)
     if value.dtype != torch.int64:
@@ -362,17 +438,24 @@ def _as_ids(value: Any, row: int, key: tuple[str, str]) -> torch.Tensor:
     return value
 
 
-def _as_text(value: Any, row: int, key: tuple[str, str]) -> str:
+def _as_text(value: Any, row: int, key: tuple[str, str], faults: Faults) -> str:
     value = getattr(value, "data", value)
     if not isinstance(value, str):
-        raise ResponseError(f"row {row}: {key} is a {type(value).__name__}, expected a string.")
-    if not value:
-        raise ResponseError(f"row {row}: {key} is empty: the policy wrote nothing.")
-    return value
+        wrong = f"is a {type(value).__name__}, expected a string"
+    elif not value:
+        wrong = "is empty: the policy wrote nothing"
+    elif (at := half_character(value)) is not None:
+        wrong = f"has half a surrogate pair, {value[at]!a}, at position {at}: no text that can be encoded"
+    else:
+        return value
+    faults[row] = ResponseError(f"row {row}: {key} {wrong}.")
+    return ""
 
 
 def _to_cpu(rows: list[torch.Tensor]) -> list[torch.Tensor]:
     """Rows on the CPU, with one transfer for all of them."""
-    if not rows or all(row.device.type == "cpu" for row in rows):
+    away = [row for row in rows if row.device.type != "cpu"]
+    if not away:
         return rows
-    return list(torch.cat(rows).cpu().split([len(row) for row in rows]))
+    moved = iter(torch.cat(away).cpu().split([len(row) for row in away]))
+    return [row if row.device.type == "cpu" else next(moved) for row in rows]

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Composite
 from torchrl.envs.common import _cache_value
 from torchrl.envs.utils import _StepMDP
 
-from torchrl_chat.columns import shallow
+from torchrl_chat.columns import narrowed, shallow
 
 
 class FlatStepMDP(_StepMDP):
@@ -55,3 +56,22 @@ class FlatStepping:
     @_cache_value
     def _step_mdp(self) -> FlatStepMDP:
         return FlatStepMDP(self, exclude_action=False)
+
+    def _skip_tensordict(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """A step of no row at all (``"_step"`` is false throughout): what stands in the root, and zeros for the rest.
+
+        torchrl 0.14.1 fills the root's containers with the zeros of its specs, leaf by leaf, which fails where a row holds a
+        ``History``: ``IndexError: Incompatible dim 0``.
+        """
+        env: Any = self
+        leaves: dict[str, Any] = {}
+        for specs in (env.full_done_spec, env.full_observation_spec, env.full_reward_spec):
+            for key, spec in specs.items():
+                held = tensordict.get(key, None)
+                if held is None:
+                    leaves[key] = spec.zero()
+                else:
+                    leaves[key] = narrowed(held, set(spec.keys())) if isinstance(spec, Composite) else shallow(held)
+        return TensorDict._new_unsafe(
+            leaves, batch_size=tensordict.batch_size, device=tensordict.device, names=None, lock=False
+        )

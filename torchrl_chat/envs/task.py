@@ -13,6 +13,7 @@ from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.envs.loading import collate, load_rows
 from torchrl_chat.rewards import Episode, Grader, Verdict
 from torchrl_chat.rewards.tasks import Task
+from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.reward import RewardTransform
 
 
@@ -20,11 +21,14 @@ class TaskEnv(DatasetChatEnv):
     """A dataset whose answers a verifier grades: one of the ready-made environments below.
 
     Each conversation starts with a question of the dataset; the policy's answer is graded against the row's reference,
-    which is the entry ``"answer"``. The dialogue ends with the answer, or after ``max_steps`` turns.
+    which is the entry ``"answer"``. The dialogue ends with the answer, and with a turn that nobody replies to: after one turn,
+    unless tools, a simulated user or a transform of yours is appended.
 
     Keyword Args:
         dataset: the hub name, a local folder or file, a ``datasets.Dataset``, or a list of rows.
-        max_steps: the number of turns after which the dialogue is truncated; 0 for no limit.
+        max_steps: the number of turns after which the dialogue is truncated, whatever they hold, calls of tools too, for
+            dialogues that are continued by hand (``append_messages`` between two steps); 0 for no limit. By default
+            there is none but that somebody replies; :class:`~torchrl_chat.transforms.Budget` has further ones.
         compute_reward: whether rewards are computed.
         verifier: another verifier than the task's.
         failure_score, on_failure, deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
@@ -60,7 +64,7 @@ class TaskEnv(DatasetChatEnv):
         apply_template: bool | None = None,
         compute_reward: bool = True,
         collate_fn: Callable[[Any], Any] | None = None,
-        max_steps: int = 1,
+        max_steps: int | None = None,
         input_mode: InputMode = "history",
         system_prompt: str | None = None,
         history_policy: Literal["keep", "template"] = "keep",
@@ -75,6 +79,7 @@ class TaskEnv(DatasetChatEnv):
         on_failure: Literal["score", "mask"] = "score",
         deadline: float = 10.0,
         workers: int | None = None,
+        errors: Literal["row", "raise"] = "row",
         **options: Any,
     ):
         verifier = self._verifier(verifier, options)
@@ -109,6 +114,7 @@ class TaskEnv(DatasetChatEnv):
             policy_role=policy_role,
             ray_backend=ray_backend,
             dataloader_actor_name=dataloader_actor_name,
+            errors=errors,
         )
         self.__dict__["_source"] = (dataset, name, split)
         self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
@@ -116,7 +122,7 @@ class TaskEnv(DatasetChatEnv):
     def _reward(
         self,
         verifier: Any,
-        max_steps: int,
+        max_steps: int | None,
         compute_reward: bool,
         failure_score: float = 0.0,
         on_failure: Literal["score", "mask"] = "score",
@@ -125,17 +131,19 @@ class TaskEnv(DatasetChatEnv):
     ) -> None:
         grader = Grader(verifier, failure_score=failure_score, deadline=deadline, workers=workers)
         self.__dict__["_grader"] = grader
-        if max_steps:
-            self.append_transform(StepCounter(max_steps=max_steps))
+        if max_steps is None:
+            self._grow(EndOfDialogue())
+        elif max_steps:
+            self._grow(StepCounter(max_steps=max_steps))
         if compute_reward:
-            self.append_transform(RewardTransform(grader, on_failure=on_failure))
+            self._grow(RewardTransform(grader, on_failure=on_failure))
 
     @classmethod
     def from_dataloader(
         cls,
         dataloader: Any,
         *,
-        max_steps: int = 1,
+        max_steps: int | None = None,
         compute_reward: bool = True,
         verifier: Any = None,
         failure_score: float = 0.0,

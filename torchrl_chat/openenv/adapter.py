@@ -84,6 +84,7 @@ class EnvPool:
                     f"{type(env).__name__} cannot be served: expected a ChatEnv with input_mode='tokens' and batch size "
                     f"(1,), got {getattr(base, 'input_mode', None)!r} and {tuple(env.batch_size)}."
                 )
+            base.errors = "raise"  # to the client, whose episode then stays as it was
         try:
             yield env
         finally:

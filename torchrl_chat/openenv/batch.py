@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
@@ -27,7 +27,6 @@ from torchrl_chat.openenv.batch_sessions import Sessions
 from torchrl_chat.openenv.client_errors import ConnectFailed, OpenEnvError, ServerError
 from torchrl_chat.openenv.client_link import Link, need_websockets
 from torchrl_chat.seeds import mixed
-from torchrl_chat.templates import ChatTemplateError
 from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.stop import StopReason
 
@@ -208,7 +207,7 @@ class OpenEnvChatEnv(ChatEnv):
                 seen = read_reply(replies[i])
                 if seen.done:
                     raise OpenEnvError("the episode is over when it begins: the server's reset says done.")
-                conversations[i] = self._beginning(row, seen, begins[i], i)
+                conversations[i] = self._conversation(self._beginning(row, seen, begins[i], i), i)
             except Exception as error:  # whatever a server says, the other rows are not lost
                 errors[i] = error
         td = self._begun(tensordict, conversations, errors)
@@ -231,28 +230,6 @@ class OpenEnvChatEnv(ChatEnv):
             )
         row.query = content_text(said[-1])
         return said
-
-    def _begun(
-        self, td: TensorDictBase | None, conversations: dict[int, list[Message]], errors: dict[int, Exception]
-    ) -> TensorDictBase:
-        """What :class:`ChatEnv` makes of the conversations, each row that fails replaced."""
-        nothing: list[Message] = [{"role": self.user_role, "content": _NO_CONVERSATION}]
-        root = TensorDict(batch_size=self.batch_size, device=self.device) if td is None else td.copy()
-        for _ in range(2):
-            rows = [conversations.get(i, nothing) for i in range(len(self._rows))]
-            root.set(self.data_key, columns.objects(rows, self.batch_size, self.device))
-            try:
-                return super()._reset(root)
-            except ChatTemplateError:
-                if self.template is None:
-                    raise
-                for i in list(conversations):  # one of them cannot be rendered: which?
-                    try:
-                        self.template.render(self._conversation(conversations[i], i))
-                    except ChatTemplateError as error:
-                        errors[i] = error
-                        del conversations[i]
-        return super()._reset(root)
 
     def _reset_arguments(self, td: TensorDictBase | None, chosen: list[int]) -> dict[int, dict[str, Any]]:
         """What the server of each row is reset with."""
@@ -291,13 +268,15 @@ class OpenEnvChatEnv(ChatEnv):
         goes = columns.stepped(tensordict)
         self._check_tickets(tensordict, goes)
         live = [going and row.live for going, row in zip(goes, rows, strict=True)]
-        root = tensordict.copy()
-        root.set("_step", torch.tensor(live, device=self.device).reshape(*batch, 1))
-        following = super()._step(root)
-        transcripts = columns.read_objects(following.get("transcript"), batch)
+        faults: dict[int, Exception] = {}
+        transcripts = self._answers(tensordict, live, faults)
+        following: TensorDictBase = self._observe(transcripts)
 
-        actions, errors = self._actions(transcripts, live)
+        faults = {i: error for i, error in faults.items() if live[i]}
+        answered = [on and i not in faults for i, on in enumerate(live)]
+        actions, errors = self._actions(transcripts, answered)
         refused = dict(errors)
+        errors.update(faults)
         try:
             replies = self._pool.step(actions) if actions else {}
         except BaseException:  # Ctrl-C: nobody knows how far the sessions are
@@ -320,7 +299,7 @@ class OpenEnvChatEnv(ChatEnv):
         if self.on_refusal == "tell":
             for i in refused:
                 new[i] = [{"role": self.user_role, "content": f"Error: {errors.pop(i)}"}]
-        unproved: dict[int, ChatTemplateError] = {}
+        unproved: dict[int, Exception] = {}
         if any(new):
             following = self._observe(self._appended(transcripts, new, unproved))
         self._fail({**errors, **unproved}, sum(live), refused)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from torchrl_chat._endpoint import shown_url
 from torchrl_chat._loop import LoopThread, shared_loop
 from torchrl_chat.openenv.client_channel import Channel
 from torchrl_chat.openenv.client_docker import Container
@@ -260,7 +261,7 @@ class GenericClient:
         self._begin()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.link.url!r})"
+        return f"{type(self).__name__}({shown_url(self.link.url)!r})"
 
     def _call(self, function: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any, then: Any = None) -> Any:
         with self._beginning:

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from torchrl_chat._endpoint import shown_url
 from torchrl_chat.openenv.client_errors import OpenEnvError, ReplyLost, SessionLost
 from torchrl_chat.openenv.client_link import CLOSE_SECONDS, Link
 from torchrl_chat.openenv.client_session import Session
@@ -76,7 +77,7 @@ class Channel:
             self._steps = count if isinstance(count, int) else known
             if not isinstance(count, int) or count > known + before:
                 raise ReplyLost(
-                    f"the connection to {self.link.url} broke during a step; the server has done it (it counts {count} "
+                    f"the connection to {shown_url(self.link.url)} broke during a step; the server has done it (it counts {count} "
                     f"steps, replies came to {known}), and its reply is lost."
                 )
         return await session.request(kind, data, timeout)

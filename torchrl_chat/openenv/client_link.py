@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from torchrl_chat._endpoint import shown_url
 from torchrl_chat.openenv.client_errors import ConnectFailed
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Link:
         options: further arguments for ``websockets.connect`` (``ssl``, ``proxy`` ...).
     """
 
-    url: str
+    url: str = field(repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # it may hold a token
     connect_timeout: float = 10.0
     timeout: float | None = 60.0
@@ -49,7 +50,7 @@ class Link:
     delta: bool = False
     resume: bool = False
     compress: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("connect_timeout", "timeout", "max_bytes", "ping_interval", "ping_timeout"):
@@ -66,7 +67,9 @@ class Link:
         """
         parts = urlsplit(self.url if "://" in self.url else f"http://{self.url}")
         if parts.scheme not in _SCHEMES or not parts.hostname:
-            raise ValueError(f"base_url is {self.url!r}: expected http(s)://HOST[:PORT][/PATH], or ws(s)://.")
+            raise ValueError(
+                f"base_url is {shown_url(self.url)!r}: expected http(s)://HOST[:PORT][/PATH], or ws(s)://."
+            )
         path = parts.path.rstrip("/")
         path = path if path.endswith("/ws") else path + "/ws"
         joined = "&".join(filter(None, (parts.query, query)))
@@ -105,7 +108,7 @@ class Link:
             except Exception as error:
                 if not _may_pass(error) or loop.time() + delay >= give_up:
                     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                    raise ConnectFailed(f"no connection to {address}: {said}") from error
+                    raise ConnectFailed(f"no connection to {shown_url(address)}: {said}") from error
             await asyncio.sleep(delay)
             delay = min(2 * delay, 1.0)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from torchrl_chat._endpoint import shown_url
 from torchrl_chat.openenv.client_errors import RequestTimeout, ServerError, SessionLost
 from torchrl_chat.openenv.client_link import Link
 from torchrl_chat.openenv.protocol import CloseCode, ErrorCode
@@ -111,7 +112,9 @@ class Session:
     # ------------------------------------------------------------------ the other direction
     def _too_late(self, kind: str, reply: asyncio.Future[Any], timeout: float) -> None:
         if not reply.done():
-            reply.set_exception(RequestTimeout(f"no reply to {kind!r} within {timeout:g} s from {self.link.url}."))
+            reply.set_exception(
+                RequestTimeout(f"no reply to {kind!r} within {timeout:g} s from {shown_url(self.link.url)}.")
+            )
 
     async def _see_it_end(self) -> None:
         try:
@@ -163,7 +166,7 @@ class Session:
     def _over(self, reason: str, code: str | None = None) -> None:
         if self._end is not None:
             return
-        self._end = (f"the session with {self.link.url} is lost: {reason}", code)
+        self._end = (f"the session with {shown_url(self.link.url)} is lost: {reason}", code)
         while self._waiting:
             _, waiting = self._waiting.popleft()
             if not waiting.done():

@@ -102,15 +102,13 @@ def _makers(
 
 
 def _digits(data: str | None, rows: dict[str, Any], split: str) -> Any:
-    from torchrl.envs import StepCounter
-
     from torchrl_chat.cli.tiny import last_digit_rows
     from torchrl_chat.envs import DatasetChatEnv
     from torchrl_chat.rewards import NumberVerifier
-    from torchrl_chat.transforms import RewardTransform
+    from torchrl_chat.transforms import EndOfDialogue, RewardTransform
 
     env = DatasetChatEnv(dataset=data or last_digit_rows(seed=rows["seed"]), **rows)
-    env.append_transform(StepCounter(max_steps=1))
+    env = env.append_transform(EndOfDialogue())
     return env.append_transform(RewardTransform(NumberVerifier()))
 
 

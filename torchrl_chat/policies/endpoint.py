@@ -17,13 +17,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_chat import columns
-from torchrl_chat._endpoint import RESERVED, check_options, make_client
+from torchrl_chat._endpoint import RESERVED, Secrets, check_options, make_client, sent, shown_url
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.messages import Message
 from torchrl_chat.policies.writing import asked, read_prompts, read_seeds, write_answers
 from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.seeds import turn_seeds
-from torchrl_chat.templates import ChatTemplate, ChatTemplateError
+from torchrl_chat.templates import ChatTemplate
 
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
 _RESERVED = (*RESERVED, "prompt", "tools", "logprobs")
@@ -59,6 +59,9 @@ class EndpointPolicy(TensorDictModuleBase):
 
     Rows whose ``"_step"`` is false already, or that may sample nothing more, are not asked for. Rate limits (429), errors of the server (5xx), timeouts
     and lost connections are tried again with exponential backoff; other refusals are not.
+
+    **Secrets.** The key, a name and a password in the URL, and the headers in ``extra`` are sent, and are in no message, log,
+    ``repr`` or rollout file: where the server's error repeats them they are hidden, and an answer that repeats them is none.
 
     What a chat server takes out of the text is not in the text that it returns: reasoning, where it parses that, and
     tool calls, which are written again by the tokenizer's template. Ask for ids where it matters.
@@ -153,6 +156,10 @@ class EndpointPolicy(TensorDictModuleBase):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loop": None, "_client": None}
 
+    def extra_repr(self) -> str:
+        """What ``repr`` shows: neither the key nor what ``extra`` holds."""
+        return f"model={self.model!r}, base_url={shown_url(self.base_url)!r}, api={self.api!r}"
+
     def close(self) -> None:
         """Close the connections; they are made anew if the policy is asked again."""
         loop, client = self._loop, self._client
@@ -200,7 +207,7 @@ class EndpointPolicy(TensorDictModuleBase):
 
     def _request(self, transcript: Any, left: int | None, seed: int | None) -> dict[str, Any]:
         most = [limit for limit in (self.max_new_tokens, left) if limit is not None]
-        request: dict[str, Any] = {"model": self.model, **self.extra}
+        request: dict[str, Any] = {"model": self.model, **sent(self.extra)}
         if most:
             request["max_tokens"] = min(most)
         if seed is not None:
@@ -232,10 +239,16 @@ class EndpointPolicy(TensorDictModuleBase):
         async with slots:
             try:
                 async with asyncio.timeout(self.deadline) as limit:
-                    return _read(await endpoint.create(**request))
+                    reply = _read(await endpoint.create(**request))
+                if f"{reply.text} {reply.calls}" in Secrets.of(self):
+                    return Reply(
+                        error="ValueError: the endpoint's answer repeats a key or a password; it is left out"
+                    )
+                return reply
             except Exception as error:  # the library's errors, and whatever it stumbles over in a malformed reply
                 late = limit.expired() and isinstance(error, TimeoutError)
-                what = f"no reply within {self.deadline:g} s, with all tries" if late else f"{error}"[:300]
+                said = Secrets.of(self).hide(f"{error}")
+                what = f"no reply within {self.deadline:g} s, with all tries" if late else said[:300]
                 return Reply(error=f"{type(error).__name__}: {what}")
 
     # ------------------------------------------------------------------ writing
@@ -251,7 +264,7 @@ class EndpointPolicy(TensorDictModuleBase):
             if going and not reply.error:
                 try:
                     sampled = self._ids(reply, transcript)
-                except (ValueError, ChatTemplateError) as error:
+                except Exception as error:  # a tokenizer stumbles over what is no text
                     replies[i] = Reply(error=f"{type(error).__name__}: {error}")
             exact = sampled == reply.ids and reply.log_probs is not None and len(reply.log_probs) == len(sampled)
             ids.append(sampled)
@@ -364,7 +377,7 @@ def _read(completion: Any) -> Reply:
     """
     choices = getattr(completion, "choices", None)
     if not choices:
-        raise ValueError(f"the endpoint returned no choice: {completion!r:.200}")
+        raise ValueError(f"the endpoint returned no choice: {completion!r}")
     choice = choices[0]
     message = getattr(choice, "message", None)
     text = getattr(choice, "text", None) if message is None else getattr(message, "content", None)

@@ -83,17 +83,17 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
     if kind == "digits":
         shared.setdefault("dataset", last_digit_rows(seed=seed))
         env = envs.DatasetChatEnv(**shared)
-        env.append_transform(StepCounter(max_steps=1))
-        env.append_transform(transforms.RewardTransform(NumberVerifier()))
+        env = env.append_transform(StepCounter(max_steps=1))
+        env = env.append_transform(transforms.RewardTransform(NumberVerifier()))
         return env
     if kind != "python-tool":
         raise ValueError(f"--dataset is {config.dataset!r}: expected {', '.join(DATASETS)}.")
     shared.setdefault("dataset", arithmetic_rows(4096, seed))
     env = envs.DatasetChatEnv(**shared)
-    env.append_transform(transforms.PythonInterpreter(deadline=2.0))
-    env.append_transform(transforms.UserSimulator([]))  # an answer without a program is the last one
-    env.append_transform(transforms.Budget(max_turns=2, max_turn_tokens=config.max_new_tokens))
-    env.append_transform(transforms.RewardTransform(NumberVerifier(surrounded=0.0), end_on_answer=False))
+    env = env.append_transform(transforms.PythonInterpreter(deadline=2.0))
+    env = env.append_transform(transforms.UserSimulator([]))  # an answer without a program is the last one
+    env = env.append_transform(transforms.Budget(max_turns=2, max_turn_tokens=config.max_new_tokens))
+    env = env.append_transform(transforms.RewardTransform(NumberVerifier(surrounded=0.0), end_on_answer=False))
     return env
 
 

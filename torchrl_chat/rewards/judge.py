@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from torchrl_chat._endpoint import RESERVED, make_client
+from torchrl_chat._endpoint import RESERVED, Secrets, make_client, sent, shown
 from torchrl_chat.messages import content_text
 from torchrl_chat.rewards.marked import read_score
 from torchrl_chat.rewards.verdict import Episode, Level, Verdict
@@ -212,7 +212,7 @@ class LLMJudge:
         try:
             json.dumps(dict(self.extra))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"extra={self.extra!r:.80} cannot be sent as JSON: {error}.") from None
+            raise ValueError(f"extra, with {sorted(self.extra)}, cannot be sent as JSON: {error}.") from None
 
     def _check_prompt(self) -> None:
         prompt = self._prompt
@@ -235,6 +235,9 @@ class LLMJudge:
         self._lock = threading.Lock()
         self._loops: dict[asyncio.AbstractEventLoop, _Loop] = {}
         self._memory: OrderedDict[str, str] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("usage", "_lock", "_loops", "_memory")}
@@ -355,7 +358,7 @@ class LLMJudge:
 
     async def _reply(self, messages: list[dict[str, str]], sample: int) -> _Reply:
         here = self._here()
-        request: dict[str, Any] = {"model": self.model, "messages": messages, **self.extra}
+        request: dict[str, Any] = {"model": self.model, "messages": messages, **sent(self.extra)}
         for name in ("temperature", "max_tokens"):
             if getattr(self, name) is not None:
                 request[name] = getattr(self, name)
@@ -398,7 +401,8 @@ class LLMJudge:
                     reply = self._read(await here.client.chat.completions.create(**request))
             except Exception as error:  # the library's errors, and whatever it stumbles over in a malformed reply
                 late = limit.expired() and isinstance(error, TimeoutError)
-                what = f"no reply within {self.deadline:g} s, with all tries" if late else f"{error}"[:300]
+                what = f"no reply within {self.deadline:g} s, with all tries" if late else f"{error}"
+                what = Secrets.of(self).hide(what)[:300]
                 reply = _Reply("", f"{type(error).__name__}: {what}")
         if reply.failure is None and self.score(reply.text) is not None:
             self._remember(key, reply.text)
@@ -418,8 +422,10 @@ class LLMJudge:
         choices = getattr(completion, "choices", None)
         first = choices[0] if choices else None
         text = getattr(getattr(first, "message", None), "content", None)
+        secrets = Secrets.of(self)
         if not isinstance(text, str):
-            return _Reply("", f"the endpoint returned no text: {completion!r:.200}")
+            return _Reply("", f"the endpoint returned no text: {secrets.hide(repr(completion))[:200]}")
+        text = secrets.hide(text)
         if getattr(first, "finish_reason", None) == "length":  # "Score: 1" may have been going to be 10
             return _Reply(text, f"the reply was cut off (max_tokens={self.max_tokens}): {text[-100:]!r}")
         return _Reply(text)

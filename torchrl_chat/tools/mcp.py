@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torchrl_chat._endpoint import without_login
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.tools.function import ToolBase, checked_deadline, is_name
 from torchrl_chat.tools.mcp_link import Forgotten, Link, Lost, NotSent, Server, Unreachable, http_pool
@@ -385,7 +386,8 @@ def _server(
             )
         if env or cwd:
             warnings.warn("env and cwd are for servers that are started by a command.", UserWarning, stacklevel=3)
-        return Server(url=server, headers=dict(headers or {}))
+        url, login = without_login(server)  # HTTP clients write URLs into their logs
+        return Server(url=url, headers={**({"Authorization": login} if login else {}), **(headers or {})})
     command = tuple(server)
     if not command or not all(isinstance(word, str) for word in command):
         raise ValueError(f"server is {server!r}: expected a URL, or a command as a list of strings.")

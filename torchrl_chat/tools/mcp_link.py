@@ -19,6 +19,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchrl_chat._endpoint import shown_url
+
 NOT_SENT = -32801  # our own error codes, outside of those that JSON-RPC and MCP use
 LOST = -32802
 FORGOTTEN = -32803
@@ -48,12 +50,12 @@ class Server:
 
     url: str | None = None
     command: tuple[str, ...] = ()
-    env: Mapping[str, str] | None = None
+    env: Mapping[str, str] | None = field(default=None, repr=False)  # it may hold a key, as headers may
     cwd: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        return self.url or " ".join(self.command)
+        return shown_url(self.url) or " ".join(self.command)
 
 
 class Link:

@@ -14,8 +14,9 @@ def failed_rows(written: Any, count: int) -> list[bool]:
 
     That is the case where a grade failed and was not to be scored (``"graded"`` is false, with a reason under
     ``"grade_failure"``: ``RewardTransform(on_failure="mask")``); where the episode ended with
-    :attr:`StopReason.ERROR <torchrl_chat.transforms.stop.StopReason.ERROR>` under ``"stop_reason"``; and where the policy
-    could not answer (a reason under ``"policy_error"``).
+    :attr:`StopReason.ERROR <torchrl_chat.transforms.stop.StopReason.ERROR>` under ``"stop_reason"``; where the environment
+    failed the row (a reason under ``"env_failure"``) and nobody graded it; and where the policy could not answer (a reason
+    under ``"policy_error"``).
 
     Args:
         written: what the last steps wrote, a TensorDict of batch size (N,) or a dict of columns. Those that are not there say
@@ -28,7 +29,7 @@ def failed_rows(written: Any, count: int) -> list[bool]:
     """
     from torchrl_chat.transforms.stop import StopReason  # transforms stand on this room
 
-    found = [False] * count
+    found, fine = [False] * count, [False] * count
 
     def texts(key: str) -> list[Any]:
         value = written.get(key, None)
@@ -37,9 +38,13 @@ def failed_rows(written: Any, count: int) -> list[bool]:
         return columns.read_objects(value, torch.Size([count]))
 
     if (graded := written.get("graded", None)) is not None:
-        flags = graded.reshape(count, -1).all(-1).tolist()
-        found = [not fine and bool(why) for fine, why in zip(flags, texts("grade_failure"), strict=True)]
+        fine = graded.reshape(count, -1).all(-1).tolist()
+        found = [not good and bool(why) for good, why in zip(fine, texts("grade_failure"), strict=True)]
     if (stop := written.get("stop_reason", None)) is not None:
         ends = stop.reshape(count, -1)[:, 0].tolist()
         found = [failed or end == StopReason.ERROR for failed, end in zip(found, ends, strict=True)]
+    found = [
+        failed or (bool(why) and not good)
+        for failed, why, good in zip(found, texts("env_failure"), fine, strict=True)
+    ]
     return [failed or bool(why) for failed, why in zip(found, texts("policy_error"), strict=True)]

@@ -1,6 +1,7 @@
 """torchrl transforms that act on a turn."""
 
 from torchrl_chat.transforms.budgets import Budget
+from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.kl import KLRewardTransform, RetrieveKL, RetrieveLogProb
 from torchrl_chat.transforms.references import (
     AdapterReference,
@@ -20,6 +21,7 @@ __all__ = [
     "AddThinkingPrompt",
     "Budget",
     "CompletionsReference",
+    "EndOfDialogue",
     "EndpointUser",
     "KLRewardTransform",
     "ModelReference",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ _NAMES = ("max_turns", "max_turn_tokens", "max_tokens", "max_context", "max_tool
 class Budget(Transform):
     """Ends episodes at their limits, says why, and tells the policy how much it may still sample.
 
-    Append it last, behind rewards and tools: it looks at the prompt that the policy will read next. A limit truncates
-    (``truncated`` and ``done``); an answer that ends the dialogue terminates, and wins over a limit reached in the same
-    turn. Written, over the environment's batch size B:
+    Append it last, behind rewards and tools: it looks at the prompt that the policy will read next. What stands behind it
+    in an environment that ``append_transform`` of this package made is looked at once more when all have had their say. A
+    limit truncates (``truncated`` and ``done``); an answer that ends the dialogue terminates, and wins over a limit
+    reached in the same turn. Written, over the environment's batch size B:
 
     - ``"tokens_left"``: int64 (\\*B, 1), how many tokens the policy may sample in this turn (2147483647 without a limit);
       :class:`~torchrl_chat.ChatEnv` cuts a longer answer to it, as a limit of the policy's own would, so that no
@@ -98,6 +100,7 @@ class Budget(Transform):
         self.max_seconds = max_seconds
         self.end_on_cut = end_on_cut
         self._pauses: list[tuple[float, float]] = []  # when the run was saved, and when it went on
+        self._left: tuple[Any, ...] = ()  # what the step that is under way looked like when this transform left it
 
     def get_extra_state(self) -> dict[str, Any]:
         """When this is, in ``state_dict()``, and when a run was interrupted before."""
@@ -116,8 +119,12 @@ class Budget(Transform):
     # ------------------------------------------------------------------ torchrl's hooks
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         transcripts = self._transcripts(tensordict_reset)
-        left = self._allowed(transcripts)
-        reasons = [StopReason.RUNNING if count > 0 else StopReason.CONTEXT_FULL for count in left]
+        known = self._known(tensordict_reset)  # a row may have failed before it has begun
+        left = [0 if own else count for own, count in zip(known, self._allowed(transcripts), strict=True)]
+        reasons = [
+            StopReason(own) if own else StopReason.RUNNING if count > 0 else StopReason.CONTEXT_FULL
+            for own, count in zip(known, left, strict=True)
+        ]
         self._write(tensordict_reset, left, reasons, [0] * len(transcripts))
         batch, device = tensordict_reset.batch_size, tensordict_reset.device
         if tensordict_reset.get("truncated", None) is None:
@@ -134,41 +141,85 @@ class Budget(Transform):
         return tensordict
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        if self.max_seconds is not None:
+            next_tensordict.set("started_at", tensordict.get("started_at"))
+        ends = [self._flags(next_tensordict, key) for key in ("terminated", "truncated")]
+        open_rows = [not reason for reason in self._known(next_tensordict)]
+        cut = self._decide(tensordict, next_tensordict, *ends)
+        mine = [short and not was for short, was in zip(cut, ends[1], strict=True)]
+        self._left = (self._seen(next_tensordict), open_rows, mine)
+        return next_tensordict
+
+    def settle(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
+        """Decide once more where a transform behind this one has ended rows, or has changed their conversations."""
+        left, self._left = self._left, ()
+        if not left:
+            return
+        before, open_rows, mine = left
+        if all(old is new for old, new in zip(before, self._seen(next_tensordict), strict=True)):
+            return
+        terminated, truncated, done = (
+            self._flags(next_tensordict, key) for key in ("terminated", "truncated", "done")
+        )
+        # What this budget has ended goes on, but for what an answer or another transform ends.
+        truncated = [short and not own for short, own in zip(truncated, mine, strict=True)]
+        done = [over and (not own or ended) for over, own, ended in zip(done, mine, terminated, strict=True)]
+        for key, values in (("truncated", truncated), ("done", done)):
+            next_tensordict.set(key, self._column(values, next_tensordict).bool())
+        reasons = [
+            0 if undecided and reason != StopReason.ERROR else reason
+            for undecided, reason in zip(open_rows, self._known(next_tensordict), strict=True)
+        ]
+        next_tensordict.set("stop_reason", self._column(reasons, next_tensordict))
+        self._decide(tensordict, next_tensordict, terminated, truncated)
+
+    @staticmethod
+    def _known(td: TensorDictBase) -> list[int]:
+        """The reasons that stand there already: of the environment itself, or of a budget in front."""
+        said = td.get("stop_reason", None)
+        return [0] * td.batch_size.numel() if said is None else said.flatten().tolist()
+
+    @staticmethod
+    def _seen(td: TensorDictBase) -> list[Any]:
+        """What a decision depends on, to be compared by identity."""
+        column = td.get("transcript")
+        ends = [td.get(key, None) for key in ("terminated", "truncated", "done")]
+        return [*ends, *columns.read_objects(column, td.batch_size)]
+
+    @staticmethod
+    def _flags(td: TensorDictBase, key: str) -> list[bool]:
+        value = td.get(key, None)
+        count = td.batch_size.numel()
+        return [False] * count if value is None else value.reshape(count, -1).any(-1).tolist()
+
+    def _decide(
+        self,
+        tensordict: TensorDictBase,
+        next_tensordict: TensorDictBase,
+        terminated: list[bool],
+        truncated: list[bool],
+    ) -> list[bool]:
+        """Write the reasons and end the rows that have one; which those are."""
         batch = next_tensordict.batch_size
         transcripts = self._transcripts(next_tensordict)
         given = self._allowed(self._transcripts(tensordict))
         calls = self._calls(tensordict, next_tensordict, transcripts)
         started: list[float | None] = [None] * len(transcripts)
         if self.max_seconds is not None:
-            at = tensordict.get("started_at")
-            next_tensordict.set("started_at", at)
-            started = at.flatten().tolist()
-
-        def flags(key: str) -> list[bool]:
-            value = next_tensordict.get(key, None)
-            return (
-                [False] * len(transcripts)
-                if value is None
-                else value.reshape(*batch, -1).any(-1).flatten().tolist()
-            )
-
+            started = tensordict.get("started_at").flatten().tolist()
         left = [self._tokens_left(transcript) for transcript in transcripts]
-        said = next_tensordict.get(
-            "stop_reason", None
-        )  # by the environment itself, where it has reasons of its own
-        known = [0] * len(transcripts) if said is None else said.flatten().tolist()
         reasons = [
             StopReason(own)
             if own
             else StopReason.ANSWERED
-            if terminated and had > 0
+            if ended and had > 0
             else self._reason(transcript, had, count, start, called)
-            or (StopReason.TRUNCATED if truncated else StopReason.RUNNING)
-            for own, transcript, terminated, truncated, had, count, start, called in zip(
-                known,
+            or (StopReason.TRUNCATED if short else StopReason.RUNNING)
+            for own, transcript, ended, short, had, count, start, called in zip(
+                self._known(next_tensordict),
                 transcripts,
-                flags("terminated"),
-                flags("truncated"),
+                terminated,
+                truncated,
                 given,
                 left,
                 started,
@@ -189,7 +240,7 @@ class Budget(Transform):
         for key in ("truncated", "done"):
             before = next_tensordict.get(key, None)
             next_tensordict.set(key, ended if before is None else before | ended)
-        return next_tensordict
+        return own
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """The specs of what is written."""
@@ -314,7 +365,7 @@ class Budget(Transform):
             td.set("calls_left", self._column([max(0, most - count) for count in calls], td))
 
     @staticmethod
-    def _column(values: list[int], td: TensorDictBase) -> torch.Tensor:
+    def _column(values: Sequence[int], td: TensorDictBase) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=td.device).reshape(*td.batch_size, 1)
 
 

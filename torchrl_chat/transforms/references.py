@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDict
 
+from torchrl_chat._endpoint import Secrets, shown_url, without_login
 from torchrl_chat.training import layouts, sequence_log_probs
 
 RemoteLogProbs = Callable[[list[list[int]]], Sequence[Sequence[float | None]]]
@@ -214,7 +215,8 @@ class CompletionsReference(RemoteReference):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
         super().__init__(self.ask)
-        self.url = base_url.rstrip("/") + "/completions"
+        url, self._login = without_login(base_url)
+        self.url = url.rstrip("/") + "/completions"
         self.model = model
         self.style = style
         self.batch_size = batch_size
@@ -235,16 +237,20 @@ class CompletionsReference(RemoteReference):
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
+        elif self._login is not None:
+            headers["Authorization"] = self._login
+        secrets, shown = Secrets([self.api_key or "", *(self._login or "").split()]), shown_url(self.url)
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 choices = sorted(json.load(response)["choices"], key=lambda choice: choice["index"])
         except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{self.url} answered {error.code}: {error.read().decode()[:500]}") from error
+            said = secrets.hide(error.read().decode(errors="replace"))[:500]
+            raise RuntimeError(f"{shown} answered {error.code}: {said}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RuntimeError(f"{self.url} gave no completions: {type(error).__name__}: {error}") from error
+            raise RuntimeError(f"{shown} gave no completions: {type(error).__name__}: {error}") from error
         if len(choices) != len(rows):
-            raise RuntimeError(f"{self.url} was asked for {len(rows)} sequences and returned {len(choices)}.")
+            raise RuntimeError(f"{shown} was asked for {len(rows)} sequences and returned {len(choices)}.")
         return [self._read(choice, row) for choice, row in zip(choices, rows, strict=True)]
 
     def _read(self, choice: dict[str, Any], row: list[int]) -> list[float | None]:
@@ -255,7 +261,7 @@ class CompletionsReference(RemoteReference):
             return [None if entry is None else entry[str(token)]["logprob"] for entry, token in entries]
         except (KeyError, TypeError, ValueError) as error:
             raise RuntimeError(
-                f"{self.url} sent no log-probs of the prompt (style={self.style!r}): {type(error).__name__}: {error}"
+                f"{shown_url(self.url)} sent no log-probs of the prompt (style={self.style!r}): {type(error).__name__}: {error}"
             ) from error
 
 

@@ -13,6 +13,7 @@ from torchrl.envs import Transform
 from torchrl_chat import columns
 from torchrl_chat.rewards import Episode, Grader, Verdict, Verifier
 from torchrl_chat.transcript import Transcript
+from torchrl_chat.transforms.home import is_replied_to
 
 _NOT_ASKED = Verdict(0.0, None, False)
 _ENOUGH = 8  # grades: so many must have failed in a row before a verifier is taken for broken
@@ -23,7 +24,11 @@ class VerifierError(RuntimeError):
 
 
 class RewardTransform(Transform):
-    """Grades the policy's last message of every row, a whole batch at once, in all input modes.
+    """Grades the policy's answers, a whole batch at once, in all input modes.
+
+    A turn that another transform of the environment replies to is no answer: a call that a
+    :class:`~torchrl_chat.ToolExecutor` runs, whatever the verifier would say of it. It neither ends the dialogue nor is
+    graded, unless the episode ends with it; and it does not matter which of the two stands in front.
 
     The verifier gets the parsed message (never the tokens that end the turn) and the reference of the row; what
     exactly is told by its attribute ``grades``, see :mod:`torchrl_chat.rewards.verdict`. It may be a composition
@@ -36,7 +41,8 @@ class RewardTransform(Transform):
     - ``("next", "reward_parts", name)``: float32 (\\*B, 1, 1), each component of the verifier that has some;
     - ``("next", "graded")``: bool (\\*B, 1, 1), false where no grade was asked for, or none came and
       ``on_failure="mask"``;
-    - ``("next", "grade_failure")``: str (\\*B,), why no grade came; empty where one did;
+    - ``("next", "grade_failure")``: str (\\*B,), why no grade came; empty where one did. A row that the environment itself
+      failed (``"env_failure"``) is not graded, and has that reason;
     - ``("next", "terminated")`` and ``("next", "done")`` become true where an answer was given (or the grade failed).
 
     Rows that were not stepped (torchrl's ``"_step"``) are not graded. A verifier that raises, hangs or crashes costs its own row only.
@@ -46,9 +52,11 @@ class RewardTransform(Transform):
         reference_key: the entry with the references, a value a row; or a list of entries, which the verifier
             gets as one dict.
         end_on_answer: whether an answer ends the dialogue.
-        when: ``"turn"`` grades after every turn, ``"done"`` only rows that are done when the transform sees
-            them (so it stands behind what ends an episode, ``StepCounter`` say). Defaults to ``"turn"`` with
-            ``end_on_answer``, else to ``"done"``.
+        when: ``"answer"`` grades every turn that is an answer, and the turn that an episode ends with; ``"turn"`` every
+            turn, calls of tools too; ``"done"`` only the turn that an episode ends with, whatever ends it. Defaults to
+            ``"answer"`` with ``end_on_answer``, else to ``"done"``. What ends an episode behind this transform is seen in
+            environments that ``append_transform`` of this package made; in torchrl's own ``TransformedEnv`` put
+            it in front.
         on_failure: ``"score"`` trains on such a row, with that reward; ``"mask"`` marks it as not graded, and
             :func:`~torchrl_chat.training_view` leaves it out of the mask. A policy that can make its grader fail
             escapes a bad grade under ``"mask"``. The last grade of an episode counts.
@@ -58,10 +66,16 @@ class RewardTransform(Transform):
             run is stopped. (With few rows a batch it takes eight grades.) ``None`` goes on for ever.
         failure_score, deadline, workers, memory_limit, isolate: as for :class:`~torchrl_chat.rewards.Grader`.
 
+    A bare number says of every answer that it is one. Beside a :class:`~torchrl_chat.UserSimulator`, who replies to answers,
+    such a verifier wants ``end_on_answer=False``, or returns :class:`~torchrl_chat.Verdict` with ``answer=None`` where the
+    dialogue is to go on.
+
     Raises:
-        KeyError: at the step: an entry is not there.
+        KeyError: an entry is not there: when the transform is appended to an environment with a dataset, at the reset
+            of another one.
         VerifierError: at the step: no grade came for ``patience`` batches.
-        ValueError: an option is unknown or out of range.
+        ValueError: an option has no such value; or, when it is appended: it ends dialogues, and stands behind a
+            :class:`~torchrl_chat.UserSimulator`.
 
     Example:
         >>> env = DatasetChatEnv(dataset=rows, tokenizer=tokenizer, num_envs=2)
@@ -74,7 +88,7 @@ class RewardTransform(Transform):
         *,
         reference_key: NestedKey | list[str] = "answer",
         end_on_answer: bool = True,
-        when: Literal["turn", "done"] | None = None,
+        when: Literal["answer", "turn", "done"] | None = None,
         on_failure: Literal["score", "mask"] = "score",
         group_key: NestedKey = "query",
         row_keys: Sequence[str] = (),
@@ -83,8 +97,8 @@ class RewardTransform(Transform):
     ):
         if patience is not None and patience < 1:
             raise ValueError(f"patience={patience}: expected at least 1 batch, or None.")
-        if when not in (None, "turn", "done"):
-            raise ValueError(f"when={when!r}: expected 'turn' or 'done'.")
+        if when not in (None, "answer", "turn", "done"):
+            raise ValueError(f"when={when!r}: expected 'answer', 'turn' or 'done'.")
         if on_failure not in ("score", "mask"):
             raise ValueError(f"on_failure={on_failure!r}: expected 'score' or 'mask'.")
         if isinstance(verifier, Grader) and grading:
@@ -96,20 +110,36 @@ class RewardTransform(Transform):
         self.grader = verifier
         self.reference_key = reference_key
         self.end_on_answer = end_on_answer
-        self.when = when or ("turn" if end_on_answer else "done")
+        self.when = when or ("answer" if end_on_answer else "done")
         self.on_failure = on_failure
         self.group_key = group_key
         self.row_keys = tuple(row_keys)
         self.patience = patience
         self._failed_batches = self._failed_grades = 0  # running
         self._first_failure = ""
+        self._seen: set[int] = set()  # the rows that were graded in the step that is under way
+
+    def reads(self) -> dict[NestedKey, str]:
+        """The entries that grading cannot do without, and which argument chooses each."""
+        references = self.reference_key if isinstance(self.reference_key, list) else [self.reference_key]
+        read: dict[NestedKey, str] = dict.fromkeys(references, "reference_key")
+        read.update(dict.fromkeys(self.row_keys, "row_keys"))
+        if self._of_groups:
+            read[self.group_key] = "group_key"
+        return read
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch, device = next_tensordict.batch_size, next_tensordict.device
-        rows = [row for row, goes in enumerate(columns.stepped(tensordict)) if goes]
+        failed = self._failed(next_tensordict)
+        transcripts = columns.read_objects(next_tensordict.get("transcript"), batch)
+        rows = [row for row, goes in enumerate(columns.stepped(tensordict)) if goes and not failed[row]]
+        replied = {row for row in rows if self._goes_on(transcripts[row])}
         if self.when == "done":
-            done = next_tensordict.get("done").reshape(*batch, -1).any(-1).flatten().tolist()
+            done = _flags(next_tensordict, "done")
             rows = [row for row in rows if done[row]]
+        elif self.when == "answer":
+            rows = [row for row in rows if row not in replied]
+        self._seen = set(rows)
         verdicts = [_NOT_ASKED] * batch.numel()
         found = self._grade(tensordict, next_tensordict, rows)
         self._stop_if_broken(found)
@@ -132,9 +162,9 @@ class RewardTransform(Transform):
         next_tensordict.set("success", column([verdict.correct for verdict in verdicts], torch.bool, 2))
         graded = [False] * len(verdicts)
         for row in rows:
-            graded[row] = verdicts[row].failure is None or self.on_failure == "score"
+            graded[row] = self._counts(verdicts[row])
         next_tensordict.set("graded", column(graded, torch.bool, 2))
-        failures = [str(verdict.failure or "") for verdict in verdicts]
+        failures = [str(verdict.failure or failure) for verdict, failure in zip(verdicts, failed, strict=True)]
         next_tensordict.set("grade_failure", columns.objects(failures, batch, device))
         if parts := self.grader.components:
             values = {
@@ -144,7 +174,10 @@ class RewardTransform(Transform):
             next_tensordict.set("reward_parts", TensorDict(values, batch_size=batch, device=device))
         if self.end_on_answer:
             # A failed grade ends the dialogue too: a policy that makes its grader fail gets no second one.
-            over = [verdict.answer is not None or verdict.failure is not None for verdict in verdicts]
+            over = [
+                row not in replied and (verdict.answer is not None or verdict.failure is not None)
+                for row, verdict in enumerate(verdicts)
+            ]
             answered = column(over, torch.bool, 1)
             for key in ("terminated", "done"):
                 before = next_tensordict.get(key, None)
@@ -169,6 +202,57 @@ class RewardTransform(Transform):
                 f"no grade came for {batches} batches running: {_name_of(self.grader.verifier)} fails whatever it is asked. "
                 f"RewardTransform(patience=None) goes on all the same. Its first failure:\n{self._first_failure.rstrip()}"
             )
+
+    def settle(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
+        """Grade what a transform behind this one has ended without an answer: the episode's last turn is graded."""
+        seen, self._seen = self._seen, set()
+        done, failed = _flags(next_tensordict, "done"), self._failed(next_tensordict)
+        goes = columns.stepped(tensordict)
+        rows = [i for i, over in enumerate(done) if over and goes[i] and i not in seen and not failed[i]]
+        if not rows:
+            return
+        verdicts = dict(zip(rows, self._grade(tensordict, next_tensordict, rows), strict=True))
+
+        def changed(key: NestedKey, values: dict[int, Any], add: bool = False) -> None:
+            column = next_tensordict.get(key).clone()
+            flat = column.view(-1)
+            for row, value in values.items():
+                flat[row] = flat[row] + value if add else value
+            next_tensordict.set(key, column)
+
+        changed("reward", {row: verdict.score for row, verdict in verdicts.items()}, add=True)
+        changed("success", {row: verdict.correct for row, verdict in verdicts.items()})
+        changed("graded", {row: self._counts(verdict) for row, verdict in verdicts.items()})
+        for name in self.grader.components:
+            parts = {row: verdict.parts.get(name, 0.0) for row, verdict in verdicts.items()}
+            changed(("reward_parts", name), parts)
+        batch = next_tensordict.batch_size
+        failures = columns.read_objects(next_tensordict.get("grade_failure"), batch)
+        failures = [verdicts[i].failure or "" if i in verdicts else old for i, old in enumerate(failures)]
+        next_tensordict.set("grade_failure", columns.objects(failures, batch, next_tensordict.device))
+
+    def _counts(self, verdict: Verdict) -> bool:
+        return verdict.failure is None or self.on_failure == "score"
+
+    def _goes_on(self, transcript: Transcript) -> bool:
+        """Whether a transform of the environment replies to the policy's last turn, or has just done so."""
+        return transcript.answer is not None and is_replied_to(self, transcript.messages[transcript.answer])
+
+    @staticmethod
+    def _failed(td: TensorDictBase) -> list[str]:
+        """Why the environment failed a row that is not to be graded; empty elsewhere."""
+        count, said = td.batch_size.numel(), td.get("env_failure", None)
+        if said is None:
+            return [""] * count
+        # An environment with grades of its own says which of its failures are the policy's affair.
+        own = td.get("graded", None)
+        graded = [False] * count if own is None else own.reshape(count).tolist()
+        failures = columns.read_objects(said, td.batch_size)
+        return ["" if fine else failure for failure, fine in zip(failures, graded, strict=True)]
+
+    @property
+    def _of_groups(self) -> bool:
+        return getattr(self.grader.verifier, "grades", None) == "group"
 
     def _grade(self, root: TensorDictBase, following: TensorDictBase, rows: list[int]) -> list[Verdict]:
         """The verdicts of some rows."""
@@ -198,7 +282,7 @@ class RewardTransform(Transform):
             for row in rows
         ]
         groups: list[Hashable] | None = None
-        if getattr(self.grader.verifier, "grades", None) == "group":
+        if self._of_groups:
             asked = read(self.group_key, "group_key")
             groups = [asked[row] if isinstance(asked[row], Hashable) else repr(asked[row]) for row in rows]
         return self.grader.grade(episodes, groups)
@@ -225,6 +309,10 @@ class RewardTransform(Transform):
 
 def _name_of(verifier: Any) -> str:
     return getattr(verifier, "__qualname__", None) or type(verifier).__name__
+
+
+def _flags(td: TensorDictBase, key: str) -> list[bool]:
+    return td.get(key).reshape(td.batch_size.numel(), -1).any(-1).tolist()
 
 
 def _episode(transcript: Transcript, reference: Any, row: dict[str, Any]) -> Episode:

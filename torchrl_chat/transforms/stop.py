@@ -32,7 +32,8 @@ class StopReason(IntEnum):
     TRUNCATED = 8
     """Another transform truncated it (``StepCounter``, say)."""
     ERROR = 9
-    """The environment failed: a server's error, a timeout, a lost session."""
+    """The row failed: a server's error, a lost session, an answer or a message that cannot enter the ledger; why is told in
+    ``"env_failure"``, ``"tool_failure"`` or ``"user_failure"``."""
 
     @property
     def word(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase
@@ -16,10 +17,10 @@ from torchrl_chat.messages import Message, content_text
 from torchrl_chat.sandbox import Sandbox
 from torchrl_chat.tools.function import header_name
 from torchrl_chat.tools.python import PythonTool, fenced_code
-from torchrl_chat.tools.results import ToolStatus
+from torchrl_chat.tools.results import ToolResult, ToolStatus
 from torchrl_chat.tools.toolbox import Toolbox
 from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.home import alike, chat_env
+from torchrl_chat.transforms.home import alike, chat_env, check_inside, tell_failures
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
 _NOT_CLOSED = (
@@ -42,11 +43,16 @@ class ToolExecutor(Transform):
     - ``"conversation"``: str (\\*B,), a key drawn at the reset, under which tools that keep state keep it. A conversation
       that is branched in two shares that state; it ends when the environment resets the row.
 
-    Structured calls are answered by the first executor of an environment, so all their tools belong in one toolbox; a
-    :class:`PythonInterpreter` for fenced code may stand behind it. The keys count for all executors together.
+    Several executors in one environment, a :class:`PythonInterpreter` among them, may stand in any order: each call is run
+    by the first of them that has its tool. The keys count for all executors together.
 
-    Put it behind rewards that may end the dialogue and in front of :class:`~torchrl_chat.transforms.Budget`, whose
-    ``max_tool_calls`` it keeps to: what is called beyond is not run.
+    A call is no answer: a :class:`~torchrl_chat.RewardTransform` in the same environment neither ends the dialogue with it
+    nor grades it, and a :class:`~torchrl_chat.UserSimulator` leaves it alone, wherever they stand. Put it in front of
+    :class:`~torchrl_chat.transforms.Budget`, whose ``max_tool_calls`` it keeps to: what is called beyond is not run.
+
+    **Turns that a limit cut.** A call that stands there whole is run, though the turn behind it was cut by its length: all
+    of it was sampled, and what would have followed changes nothing about it. A call that the cut has broken is answered
+    with what is wrong with it, as any call that cannot be read; nothing of it is run.
 
     Args:
         toolbox: a :class:`~torchrl_chat.tools.Toolbox`, or the tools for one. What its tools cannot do without is started
@@ -69,9 +75,20 @@ class ToolExecutor(Transform):
         self.fallback_role = fallback_role
         self._keys: dict[int, str] = {}  # to know what is over: no turn depends on it
         self._written: dict[str, str | None] = {}  # a call of each tool, as the template writes it
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_keys": {}, "_written": {}}
+
+    def clone(self) -> Self:
+        """A copy that knows of no conversation."""
+        copied = super().clone()
+        copied._keys, copied._written = {}, {}
+        return copied
+
+    def replies_to(self, message: Message) -> bool:
+        """Whether this message of the policy calls something, well-formed or not."""
+        return bool(message.get("tool_calls") or message.get("invalid_tool_calls"))
 
     def close(self) -> None:
         """End what the tools hold: sessions, processes, connections. They start anew at the next step."""
@@ -82,6 +99,7 @@ class ToolExecutor(Transform):
         batch, device = tensordict_reset.batch_size, tensordict_reset.device
         count = batch.numel()
         self.toolbox.start()
+        self._check_place()
         reset = tensordict.get("_reset", None)
         chosen = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
         if self._is_first:
@@ -108,7 +126,7 @@ class ToolExecutor(Transform):
             None if finished or not going or transcript.ended is None else self._calls(transcript, limit)
             for transcript, finished, going, limit in zip(transcripts, over, goes, limits, strict=True)
         ]
-        results = self.toolbox.run_batch([_allowed(row) for row in calls], keys, self._write_call)
+        results = self._run(calls, keys)
         answers: list[list[Message] | None] = [None] * len(keys)
         counts, errors = [0] * len(keys), [0] * len(keys)
         for i, (row, found) in enumerate(zip(calls, results, strict=True)):
@@ -118,6 +136,7 @@ class ToolExecutor(Transform):
             errors[i] = row.count - sum(result.status is ToolStatus.OK for result in found)
             answers[i] = row.answer([result.message for result in found])
         following, failures = self._append(next_tensordict, transcripts, answers)
+        failures = tell_failures(following, tensordict, failures)
         if not all(goes) and tensordict.get("tool_failure", None) is not None:  # the others stay as they are
             before = columns.read_objects(tensordict.get("tool_failure"), batch)
             failures = [new if going else old for new, going, old in zip(failures, goes, before, strict=True)]
@@ -149,6 +168,32 @@ class ToolExecutor(Transform):
             done_spec["truncated"] = done_spec["done"].clone()
         return done_spec
 
+    def _check_place(self) -> None:
+        """Warn where the policy is not told of the tools; refuse to stand around an environment that ends without them.
+
+        Raises:
+            ValueError: the transform wraps an environment whose own transforms end its dialogues.
+        """
+        check_inside(self)
+        if self._warned or not (missing := self._unknown()):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self).__name__}: the environment's template is not told of {', '.join(missing)}, so that no answer is "
+            f"read as a call of it: ChatEnv(template_kwargs={{'tools': toolbox.schemas}}), with a tokenizer.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _unknown(self) -> list[str]:
+        """The tools that the environment's template does not have, where it was not asked to read calls regardless."""
+        env = chat_env(self)
+        if env.template is not None and env.template_kwargs.get("parse_tool_calls"):
+            return []
+        given = env.template_kwargs.get("tools") or () if env.template is not None else ()
+        known = {_name(schema) for schema in given}
+        return [name for name in map(_name, self.toolbox.schemas) if name not in known]
+
     @property
     def _is_first(self) -> bool:
         """Whether no other executor stands in front: conversations have one key, whoever keeps something for them."""
@@ -175,6 +220,28 @@ class ToolExecutor(Transform):
             return None
         allowed = called if limit is None else called[:limit]
         return _Turn({**message, "tool_calls": allowed}, called[len(allowed) :], len(called) + len(malformed))
+
+    def _run(self, calls: Sequence[_Turn | None], keys: Sequence[str]) -> list[list[ToolResult]]:
+        """The answers to all calls of the turns, each from the executor that has the tool; from this one, where none has."""
+        executors = [self, *(other for other in alike(self, ToolExecutor) if other is not self)]
+        if len(executors) == 1:
+            return self.toolbox.run_batch([_allowed(row) for row in calls], keys, self._write_call)
+        found: list[dict[int, ToolResult]] = [{} for _ in calls]
+        for executor in executors:
+            own: list[list[int]] = []
+            parts: list[Message | None] = []
+            for row in calls:
+                every = [] if row is None else row.calls()
+                places = [k for k, (call, _) in enumerate(every) if _owner(call, executors, row) is executor]
+                own.append(places)
+                well, malformed = ([every[k][0] for k in places if every[k][1] is wrong] for wrong in (False, True))
+                message: Message = {"role": "assistant", "tool_calls": well, "invalid_tool_calls": malformed}
+                parts.append(message if places else None)
+            for at, places, results in zip(
+                found, own, executor.toolbox.run_batch(parts, keys, self._write_call), strict=True
+            ):
+                at.update(zip(places, results, strict=True))
+        return [[at[k] for k in sorted(at)] for at in found]
 
     def _write_call(self, name: str, arguments: dict[str, Any]) -> str | None:
         """A call as the environment's template writes it."""
@@ -212,13 +279,20 @@ class ToolExecutor(Transform):
         over = [self._keys[row] for row in keys if row in self._keys]
         if over:
             self.toolbox.end(*over)
-        self._keys.update(keys)
+        self._keys = {**self._keys, **keys}
 
     def _write(self, td: TensorDictBase, counts: list[int], errors: list[int], failures: list[str]) -> None:
         batch, device = td.batch_size, td.device
         for key, values in (("tool_calls", counts), ("tool_errors", errors)):
             td.set(key, torch.tensor(values, dtype=torch.int64, device=device).reshape(*batch, 1))
         td.set("tool_failure", columns.objects(failures, batch, device))
+
+
+def _name(schema: Any) -> str:
+    """The name of a tool, from its schema as chat templates take it, or from the function itself."""
+    if not isinstance(schema, Mapping):
+        return getattr(schema, "__name__", "")
+    return str(schema.get("function", schema).get("name", ""))
 
 
 class _Turn:
@@ -228,6 +302,11 @@ class _Turn:
         self.message = message
         self.refused = refused
         self.count = count
+
+    def calls(self) -> list[tuple[Any, bool]]:
+        """The calls that are answered, each with whether it is malformed: well-formed ones first."""
+        well = [(call, False) for call in self.message.get("tool_calls") or ()]
+        return well + [(call, True) for call in self.message.get("invalid_tool_calls") or ()]
 
     def answer(self, messages: list[Message]) -> list[Message]:
         """The messages that follow: the results in the order of the calls, well-formed ones first."""
@@ -242,6 +321,15 @@ class _Turn:
             for call in self.refused
         ]
         return [*messages[:well], *late, *messages[well:]]
+
+
+def _owner(call: Any, executors: Sequence[ToolExecutor], turn: _Turn | None) -> ToolExecutor:
+    """The executor that answers a call: the first that has its tool, else the one that has read the turn."""
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if isinstance(turn, _Fenced) or not isinstance(name, str):
+        return executors[0]
+    return next((executor for executor in executors if name in executor.toolbox.tools), executors[0])
 
 
 def _allowed(turn: _Turn | None) -> Message | None:
@@ -290,6 +378,13 @@ class PythonInterpreter(ToolExecutor):
         super().__init__(toolbox, fallback_role=fallback_role)
         self.fenced = fenced
         self.role = role
+
+    def replies_to(self, message: Message) -> bool:
+        """Whether this message of the policy calls something, or has a block of code that is run."""
+        return super().replies_to(message) or (self.fenced and bool(fenced_code(content_text(message))))
+
+    def _unknown(self) -> list[str]:
+        return [] if self.fenced else super()._unknown()
 
     def _calls(self, transcript: Transcript, limit: int | None) -> _Turn | None:
         turn = super()._calls(transcript, limit)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Composite, NonTensor, Unbounded
 from torchrl.envs import Transform
 
@@ -21,7 +22,7 @@ from torchrl_chat._loop import LoopThread
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message, content_text
 from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.home import chat_env
+from torchrl_chat.transforms.home import chat_env, check_inside, is_replied_to, tell_failures
 
 
 class _Reply(NamedTuple):
@@ -46,7 +47,8 @@ class UserSimulator(Transform):
       returns as many replies; an exception among them fails its row, one that it raises all of these rows;
     - a :class:`ModelUser` or an :class:`EndpointUser`, models that see the conversation with the roles swapped.
 
-    A row in which the policy is to speak next anyway (a tool has just answered its call) is left alone. Written, over
+    A row in which the policy is to speak next anyway (a tool has just answered its call), or has called a tool that is run
+    further behind, is left alone. Written, over
     the environment's batch size B:
 
     - ``("next", "terminated")`` and ``("next", "done")`` become true where the user ends the dialogue;
@@ -55,8 +57,8 @@ class UserSimulator(Transform):
     - ``"user_failure"``: str (\\*B,), why the user failed; empty elsewhere. A user that raises, is late or says what
       cannot be a user's message costs its own row only. Each batch with failures is warned about once.
 
-    Put it behind rewards that may end the dialogue, and in front of :class:`Budget`; a reward that grades what is done
-    (``when="done"``) goes behind it. The user's tokens are never under the mask. The step is a function of the
+    Put it behind rewards that may end the dialogue (in front of one it is refused: it would have spoken already), and in front
+    of :class:`Budget`. The user's tokens are never under the mask. The step is a function of the
     TensorDict as far as the user is one: a script goes on where ``"user_turns"`` says, or, in rows that another
     environment began, behind as many lines as there are messages of the user after the policy's first answer. A user that
     draws at random is a function of it too where it draws from the seed that it is given (``seeded``). What a user keeps
@@ -81,11 +83,13 @@ class UserSimulator(Transform):
             it itself. A function that is not asynchronous cannot be interrupted.
 
     Raises:
-        ValueError: neither or both of ``user`` and ``script_key`` are given, or an option has no such value.
-        TypeError: the user is neither a script nor a function; or, at first use, the environment is no
-            :class:`~torchrl_chat.ChatEnv`.
+        ValueError: neither or both of ``user`` and ``script_key`` are given, or an option has no such value; or it is
+            followed by a reward that ends dialogues.
+        TypeError: the user is neither a script nor a function, or it is a policy; or, at first use, the environment is
+            no :class:`~torchrl_chat.ChatEnv`.
         MessageError: the script is no list, or a message in it is malformed.
-        KeyError: at the step: ``script_key`` or one of ``row_keys`` is not there.
+        KeyError: ``script_key`` or one of ``row_keys`` is not there: when it is appended to an environment with a dataset,
+            at the reset of another one.
 
     Example:
         >>> env = DatasetChatEnv(dataset=[{"query": "Hi"}], tokenizer=tokenizer, input_mode="text")
@@ -114,6 +118,12 @@ class UserSimulator(Transform):
         if stop is not None and not callable(stop) and not (isinstance(stop, str) and stop):
             raise ValueError(f"stop is {stop!r}: expected a phrase, a function of the user's words, or None.")
         scripted = isinstance(user, Sequence) and not isinstance(user, (str, bytes))
+        if isinstance(user, TensorDictModuleBase) or hasattr(user, "generation_config"):
+            raise TypeError(
+                f"user is a {type(user).__name__}, which reads TensorDicts or ids: a model plays the user as "
+                f"ModelUser(model, tokenizer), or behind an endpoint as EndpointUser(name, url), both of "
+                f"torchrl_chat.transforms."
+            )
         if user is not None and not scripted and not callable(user):
             raise TypeError(f"user is a {type(user).__name__}: expected a list of messages or a function.")
         if isinstance(row_keys, str):
@@ -158,8 +168,14 @@ class UserSimulator(Transform):
             self._loop.close()
         self._loop = None
 
+    def reads(self) -> dict[NestedKey, str]:
+        """The entries that it cannot do without, and which argument chooses each."""
+        read = dict.fromkeys(self.row_keys, "row_keys")
+        return read if self.script_key is None else {**read, self.script_key: "script_key"}
+
     # ------------------------------------------------------------------ torchrl's hooks
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        check_inside(self)
         batch, device = tensordict_reset.batch_size, tensordict_reset.device
         self._write(tensordict_reset, [0] * batch.numel(), [""] * batch.numel())
         if tensordict_reset.get("truncated", None) is None:
@@ -174,7 +190,10 @@ class UserSimulator(Transform):
         asked = [
             i
             for i, transcript in enumerate(transcripts)
-            if stepped[i] and not over[i] and transcript.ended is not None
+            if stepped[i]
+            and not over[i]
+            and transcript.ended is not None
+            and not is_replied_to(self, transcript.messages[-1])
         ]
         counts = self._counts(tensordict, transcripts)
         values = self._replies(tensordict, next_tensordict, transcripts, asked, counts)
@@ -186,7 +205,9 @@ class UserSimulator(Transform):
             next_tensordict = env.append_messages(next_tensordict, lines, errors=errors)
             for i, error in errors.items():
                 replies[i] = _Reply(failure=f"error: {type(error).__name__}: {error}")
-        self._warn([(i, replies[i].failure) for i in asked if replies[i].failure], len(asked))
+        told = [replies[i].failure if i in replies else "" for i in range(len(transcripts))]
+        told = tell_failures(next_tensordict, tensordict, told)
+        self._warn([(i, why) for i, why in enumerate(told) if why], len(asked))
 
         ends = [i in replies and replies[i].ends for i in range(len(transcripts))]
         cut = [i in replies and (replies[i].limit or bool(replies[i].failure)) for i in range(len(transcripts))]
@@ -202,7 +223,7 @@ class UserSimulator(Transform):
         failures = [""] * len(transcripts) if known is None else columns.read_objects(known, batch)
         for i, ran in enumerate(stepped):
             if ran:
-                failures[i] = replies[i].failure if i in replies else ""
+                failures[i] = told[i]
         self._write(next_tensordict, counts, failures)
         return next_tensordict
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchrl_chat._endpoint import check_options, make_client
+from torchrl_chat._endpoint import Secrets, check_options, make_client, sent, shown
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.rewards.marked import after_reasoning
 from torchrl_chat.sampling import default_stop_ids, generate
@@ -319,6 +319,9 @@ class EndpointUser:
         # A client and its slots belong to one event loop; they go when it goes.
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_loops"}
 
@@ -333,8 +336,14 @@ class EndpointUser:
             TimeoutError: no reply came in time.
             ValueError: the reply has no words.
             openai.OpenAIError: the endpoint refuses, or cannot be reached.
+            RuntimeError: the same, where the error repeats the key: it is hidden.
         """
-        request: dict[str, Any] = {"model": self.model, "messages": self.messages(messages, row), **self.extra}
+        secrets = Secrets.of(self)
+        request: dict[str, Any] = {
+            "model": self.model,
+            "messages": self.messages(messages, row),
+            **sent(self.extra),
+        }
         for name in ("temperature", "max_tokens"):
             if getattr(self, name) is not None:
                 request[name] = getattr(self, name)
@@ -350,10 +359,16 @@ class EndpointUser:
                 if limit.expired():
                     raise TimeoutError(f"no reply within {self.deadline:g} s, with all tries") from None
                 raise
+            except Exception as error:
+                if str(error) in secrets:  # what a server says of a key that it refuses
+                    raise RuntimeError(f"{type(error).__name__}: {secrets.hide(str(error))}") from None
+                raise
         choices = getattr(completion, "choices", None)
         text = getattr(getattr(choices[0] if choices else None, "message", None), "content", None)
         if not isinstance(text, str):
-            raise ValueError(f"the endpoint returned no text: {completion!r:.200}")
+            raise ValueError(f"the endpoint returned no text: {secrets.hide(repr(completion))[:200]}")
+        if text in secrets:
+            raise ValueError("the endpoint's reply repeats a key or a password; it is left out")
         return _words(text, self.max_tokens)
 
     def messages(self, messages: Sequence[Message], row: Mapping[str, Any] | None = None) -> list[Message]:
