@@ -167,7 +167,7 @@ def marked_number(text: str) -> Decimal | None:
     than 1,000 characters is no answer.
 
     Example:
-        >>> marked_number("**$1,234.50** per month"), marked_number("x = -\\text{5}"), marked_number("5 or 6")
+        >>> marked_number("**$1,234.50** per month"), marked_number(r"x = -\\text{5}"), marked_number("5 or 6")
         (Decimal('1234.50'), Decimal('-5'), None)
     """
     number = parse_number(text) if len(text) <= _LONGEST else None
