@@ -30,6 +30,7 @@ _STARTS_WITH_NUMBER = re.compile(
 _STATES = re.compile(r"[=≈:]|\\approx")
 _MARK_INSIDE = re.compile(r"<answer>|\\(?:boxed|fbox)(?![a-zA-Z])")
 _HEAD = 80  # characters of a line that tell whether it is a heading
+_NEXT_HEADING = re.compile(r"\n[ \t]*+#")
 _BELOW_HEADING = 1000  # characters that are looked at for the answer of a heading
 # Without a digit, and yet an answer: it takes back the one before it.
 _SPELLED = re.compile(
@@ -116,9 +117,8 @@ def _behind_hashes(response: str, match: re.Match[str]) -> tuple[bool, str] | No
 
 def _next_line(response: str, start: int, *, with_digit: bool) -> str:
     """The first line with text, or with a digit, up to the next heading."""
-    for line in response[start : start + _BELOW_HEADING].splitlines():
-        if line.lstrip().startswith("#"):
-            break
+    below = _NEXT_HEADING.split(response[start : start + _BELOW_HEADING], maxsplit=1)[0]
+    for line in below.splitlines():
         if line.strip() and (not with_digit or _DIGIT.search(line)):
             return "" if _MARK_INSIDE.search(line) else line
     return ""
