@@ -120,7 +120,9 @@ class TestAnswers:
         td = later(env)
         before = ledgers(td)
         written, said = faulty(env, kind)
-        with pytest.warns(RuntimeWarning, match=r"1 of 3 rows failed.*row 1 of the batch, dataset row 4: Resp"):
+        with pytest.warns(
+            RuntimeWarning, match=r"1 of 3 rows failed.*The first: row 1 of the batch, dataset row 4: Resp"
+        ):
             stepped = env.step(answered(env, td, **written))["next"]
         assert stepped["done"].flatten().tolist() == stepped["truncated"].flatten().tolist() == [False, True, False]
         assert not stepped["terminated"].any()

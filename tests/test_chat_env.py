@@ -407,14 +407,14 @@ class TestBadInput:
             ChatEnv(batch_size=batch)
 
     def test_missing_query(self, mode):
-        env = make(mode)
+        env = make(mode, errors="raise")
         with pytest.raises(KeyError, match="'query'.*got no TensorDict"):
             env.reset()
         with pytest.raises(KeyError, match=r"'query'.*'question'"):
             env.reset(TensorDict(question=["a"] * 3, batch_size=(3,)))
 
     def test_wrong_batch_size(self, mode):
-        env = make(mode)
+        env = make(mode, errors="raise")
         with pytest.raises(RuntimeError, match=r"\[2\].*\[3\]"):
             env.reset(TensorDict(query=["a", "b"], batch_size=(2,)))
 
@@ -434,7 +434,7 @@ class TestBadInput:
             reset(3, "fine")
 
     def test_empty_response(self, mode):
-        env = make(mode)
+        env = make(mode, errors="raise")
         td = env.reset(queries(env))
         ids = [torch.tensor([5]), torch.tensor([], dtype=torch.int64), torch.tensor([6])]
         td["tokens"] = columns.ragged(Tokens, "response", ids, env.batch_size, None)
@@ -450,7 +450,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("bad", [-1, 10**6])
     def test_ids_outside_the_vocabulary(self, mode, bad):
-        env = make(mode)
+        env = make(mode, errors="raise")
         td = env.reset(queries(env))
         ids = [torch.tensor([5, 6]), torch.tensor([5, bad]), torch.tensor([6, 6])]
         td["tokens"] = columns.ragged(Tokens, "response", ids, env.batch_size, None)
@@ -458,12 +458,12 @@ class TestBadInput:
             env.step(td)
 
     def test_no_response(self, mode):
-        env = make(mode)
+        env = make(mode, errors="raise")
         with pytest.raises(KeyError, match=rf"\('{mode}', 'response'\)"):
             env.step(env.reset(queries(env)))
 
     def test_log_probs_of_another_length(self, mode):
-        env = make(mode)
+        env = make(mode, errors="raise")
         td = respond(env, env.reset(queries(env)))
         td["log_probs"] = columns.ragged(LogProbs, "response", [torch.zeros(1)] * 3, env.batch_size, None)
         with pytest.raises(ResponseError, match=r"\('log_probs', 'response'\) has 1 values for \d+ sampled ids"):
@@ -539,7 +539,7 @@ class TestBadInput:
             env.step(td)
 
     def test_append_needs_an_entry_a_row_and_an_answer(self, mode):
-        env = make(mode)
+        env = make(mode, errors="raise")
         td = env.reset(queries(env))
         with pytest.raises(ValueError, match="each of the 3 rows"):
             env.append_messages(td, ["only one"])
@@ -547,7 +547,7 @@ class TestBadInput:
             env.append_messages(td, ["too early"] * 3)
 
     def test_step_without_reset(self, mode):
-        env = make(mode)
+        env = make(mode, errors="raise")
         with pytest.raises(KeyError, match="'transcript', the ledger that reset wrote"):
             env.step(queries(env))
 

@@ -46,7 +46,7 @@ def echoing(endpoint):
     endpoint.heard = []
 
     def script(body, number):
-        said = f"{'.' * (280 - number)} {KEY} {PASSWORD} {WITHIN} {HEADER} {json.dumps(PASSWORD)}"
+        said = f"{'.' * (244 - number)} {KEY} {PASSWORD} {WITHIN} {HEADER} {json.dumps(PASSWORD)}"
         return 401, json.dumps({"error": {"message": said, "code": 401}}).encode()
 
     endpoint.script = script
@@ -78,7 +78,6 @@ class TestEchoes:
         write_rollouts(tmp_path / "rollouts.jsonl", finished)
         shown = [*errors, (tmp_path / "rollouts.jsonl").read_text(), repr(policy), str(policy), told()]
         assert not any(map(secret, shown))
-        assert "127.0.0.1" in repr(policy)
         policy.close()
 
     def test_a_judge(self, echoing, told):
@@ -133,13 +132,13 @@ class TestEchoes:
         handle = endpoint.RequestHandlerClass.do_POST
 
         def post(self):
-            seen.append((dict(self.headers), self.path))
+            seen.append(({name.title(): value for name, value in self.headers.items()}, self.path))
             handle(self)
 
         endpoint.RequestHandlerClass = type("Listening", (endpoint.RequestHandlerClass,), {"do_POST": post})
         policy = EndpointPolicy("m", **settings(endpoint))
         env, start = one_row()
-        play(env, policy, env.reset(start))
+        policy(env.reset(start))
         policy.close()
         from torchrl_chat._endpoint import basic
 
@@ -176,7 +175,7 @@ class TestAllRequestsFailed:
         following = stepped["next"]
         assert columns.read_objects(following["transcript"], td.batch_size) == before
         assert not following["done"].any()
-        assert following["history"].response is None
+        assert columns.read_field(following["history"], "response", td.batch_size) is None
         again = env.step(policy(env.step_mdp(stepped)))["next"]
         said = [t.messages[-1]["content"] for t in columns.read_objects(again["transcript"], td.batch_size)]
         assert said == ["fine"] * rows

@@ -52,7 +52,7 @@ class Secrets:
         """Those of an object with ``base_url``, ``api_key`` and ``extra``; a key and a URL of the environment count too."""
         url = who.base_url if who.base_url is not None else os.environ.get("OPENAI_BASE_URL", "")
         key = who.api_key if who.api_key is not None else os.environ.get("OPENAI_API_KEY", "")
-        return cls([key, *_of_url(url), *_of_extra(getattr(who, "extra", {}))])
+        return cls([key, *of_url(url), *_of_extra(getattr(who, "extra", {}))])
 
     def __contains__(self, text: str) -> bool:
         return any(secret in text for secret in self._spelled)
@@ -64,7 +64,8 @@ class Secrets:
         return text
 
 
-def _of_url(url: str) -> list[str]:
+def of_url(url: str) -> list[str]:
+    """What lets somebody in, of a URL: its password, and the values in its query whose names tell."""
     parts = urlsplit(url)
     found = [unquote(value) for name, value in parse_qsl(parts.query) if _TELLING.search(name)]
     if parts.password:

@@ -321,8 +321,9 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             said = str(error).removeprefix(f"row {i}: ")
             told[i] = f"{names[i]}: {type(error).__name__}: {said}"
         first = min(faults)
+        place = "" if told[first].startswith("row ") else f"row {first} of the batch, "
         warnings.warn(
-            f"{len(faults)} of {asked} rows failed and are truncated. The first, row {first} of the batch, {told[first]}",
+            f"{len(faults)} of {asked} rows failed and are truncated. The first: {place}{told[first]}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_chat import columns
-from torchrl_chat._endpoint import RESERVED, Secrets, check_options, make_client, sent, shown_url
+from torchrl_chat._endpoint import RESERVED, Secrets, check_options, make_client, sent
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.messages import Message
 from torchrl_chat.policies.writing import asked, read_prompts, read_seeds, write_answers
@@ -155,10 +155,6 @@ class EndpointPolicy(TensorDictModuleBase):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loop": None, "_client": None}
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows: neither the key nor what ``extra`` holds."""
-        return f"model={self.model!r}, base_url={shown_url(self.base_url)!r}, api={self.api!r}"
 
     def close(self) -> None:
         """Close the connections; they are made anew if the policy is asked again."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDict
 
-from torchrl_chat._endpoint import Secrets, shown_url, without_login
+from torchrl_chat._endpoint import Secrets, of_url, shown_url, without_login
 from torchrl_chat.training import layouts, sequence_log_probs
 
 RemoteLogProbs = Callable[[list[list[int]]], Sequence[Sequence[float | None]]]
@@ -216,6 +216,7 @@ class CompletionsReference(RemoteReference):
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
         super().__init__(self.ask)
         url, self._login = without_login(base_url)
+        self._secrets = Secrets([api_key or "", *of_url(base_url)])
         self.url = url.rstrip("/") + "/completions"
         self.model = model
         self.style = style
@@ -239,7 +240,7 @@ class CompletionsReference(RemoteReference):
             headers["Authorization"] = f"Bearer {self.api_key}"
         elif self._login is not None:
             headers["Authorization"] = self._login
-        secrets, shown = Secrets([self.api_key or "", *(self._login or "").split()]), shown_url(self.url)
+        secrets, shown = self._secrets, shown_url(self.url)
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
