@@ -95,13 +95,21 @@ class TestGroupAdvantages:
         view = training_view(play(make_env(scores, on_failure="score"), policy))
         assert group_advantages(view, normalize=None).flatten().tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5])
 
-    @pytest.mark.parametrize("key", ["stop_reason", "policy_error"])
+    @staticmethod
+    def broken(key: str):
+        """A column that says of the second row of four that it failed."""
+        if key == "stop_reason":
+            return torch.tensor([1, StopReason.ERROR, StopReason.MAX_TURNS, 1])
+        return columns.objects(["", "ConnectionError: gone", "", ""], torch.Size([4]), None)
+
+    @pytest.mark.parametrize("key", ["stop_reason", "env_failure", "policy_error"])
     def test_an_episode_that_broke_is_one_of_them(self, policy, key):
         finished = play(make_env([1.0, 0.0, 4.0, 1.0]), policy)
-        if key == "stop_reason":
-            finished[key] = torch.tensor([1, StopReason.ERROR, StopReason.MAX_TURNS, 1])
-        else:
-            finished[key] = columns.objects(["", "APIConnectionError: gone", "", ""], torch.Size([4]), None)
+        if key != "policy_error":  # graded all the same: its failure counts as an answer
+            finished[key] = self.broken(key)
+            assert training_view(finished)["group"].tolist() == [0, 0, 0, 0]
+            finished["graded"] = torch.tensor([True, False, True, True]).reshape(4, 1, 1)
+        finished[key] = self.broken(key)
         view = training_view(finished, layout="padded")
         assert view["masks"].all_assistant_mask.any(-1).tolist() == [True, False, True, True]
         assert view["reward"].flatten().tolist() == [1, 0, 4, 1]

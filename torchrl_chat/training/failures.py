@@ -12,11 +12,11 @@ from torchrl_chat import columns
 def failed_rows(written: Any, count: int) -> list[bool]:
     """Of each row whether its episode failed.
 
-    That is the case where a grade failed and was not to be scored (``"graded"`` is false, with a reason under
-    ``"grade_failure"``: ``RewardTransform(on_failure="mask")``); where the episode ended with
-    :attr:`StopReason.ERROR <torchrl_chat.transforms.stop.StopReason.ERROR>` under ``"stop_reason"``; where the environment
-    failed the row (a reason under ``"env_failure"``) and nobody graded it; and where the policy could not answer (a reason
-    under ``"policy_error"``).
+    That is the case where the policy could not answer (a reason under ``"policy_error"``); and, unless ``"graded"`` is true,
+    where a grade failed (a reason under ``"grade_failure"``), where the environment failed the row (a reason under
+    ``"env_failure"``), and where the episode ended with :attr:`StopReason.ERROR
+    <torchrl_chat.transforms.stop.StopReason.ERROR>` under ``"stop_reason"``. So a failure that counts as an answer
+    (``RewardTransform(on_failure="score")``, an environment that says which of its failures are the policy's affair) is none.
 
     Args:
         written: what the last steps wrote, a TensorDict of batch size (N,) or a dict of columns. Those that are not there say
@@ -29,22 +29,19 @@ def failed_rows(written: Any, count: int) -> list[bool]:
     """
     from torchrl_chat.transforms.stop import StopReason  # transforms stand on this room
 
-    found, fine = [False] * count, [False] * count
-
     def texts(key: str) -> list[Any]:
         value = written.get(key, None)
         if value is None or isinstance(value, list):
             return [None] * count if value is None else value
         return columns.read_objects(value, torch.Size([count]))
 
-    if (graded := written.get("graded", None)) is not None:
-        fine = graded.reshape(count, -1).all(-1).tolist()
-        found = [not good and bool(why) for good, why in zip(fine, texts("grade_failure"), strict=True)]
-    if (stop := written.get("stop_reason", None)) is not None:
-        ends = stop.reshape(count, -1)[:, 0].tolist()
-        found = [failed or end == StopReason.ERROR for failed, end in zip(found, ends, strict=True)]
-    found = [
-        failed or (bool(why) and not good)
-        for failed, why, good in zip(found, texts("env_failure"), fine, strict=True)
+    def numbers(key: str) -> list[Any]:
+        value = written.get(key, None)
+        return [None] * count if value is None else value.reshape(count, -1)[:, 0].tolist()
+
+    reasons = zip(texts("grade_failure"), texts("env_failure"), numbers("stop_reason"), strict=True)
+    broke = [bool(grade or env) or stop == StopReason.ERROR for grade, env, stop in reasons]
+    return [
+        bool(error) or (failed and not graded)
+        for failed, graded, error in zip(broke, numbers("graded"), texts("policy_error"), strict=True)
     ]
-    return [failed or bool(why) for failed, why in zip(found, texts("policy_error"), strict=True)]
