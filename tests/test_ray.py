@@ -40,9 +40,8 @@ def cluster():
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY}
     alone = pytest.MonkeyPatch()
-    alone.setenv(
-        "RAY_memory_monitor_refresh_ms", "0"
-    )  # it kills workers where others have taken the machine's memory
+    # Its monitor kills workers where others have taken the memory of the machine.
+    alone.setenv("RAY_memory_monitor_refresh_ms", "0")
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(2):
