@@ -125,6 +125,9 @@ _LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"(?<=\d)\s*+(?:\\!)?\s*+(?:\{:\}|\\colon(?![a-zA-Z])|:)\s*+(?:\\!)?\s*+(?=\d)"), ":"),
 )  # fmt: skip
 
+_UNTOUCHED = re.compile(
+    r"(?:[^\\_:{]|\{(?!\s*+[+-]\s*+\})|\\(?:[dtc]?frac|sqrt|pi|left|right|cdot|times|infty|cup)(?![a-zA-Z])|\\[^a-zA-Z])*+"
+)  # what none of the above could find anything in, as most answers are
 _SIGN = re.compile(
     rf"(?:{_WORDS}\{{)?\s*+(?:minus|negative)\s*+(?P<close>\}}\s*+)?(?P<number>(?:\\?\$)?[\d.\\][^{{}}]*+)(?P<rest>.*)",
     re.I | re.S,
@@ -152,7 +155,7 @@ def plain(text: str) -> str:
         text = text.translate(_CHARACTERS)
         text = _RUN.sub(_level, text)
         text = _ROOT_SIGN.sub(_root, text)
-    if "\\" not in text and ":" not in text and "_" not in text and "{" not in text:
+    if _UNTOUCHED.fullmatch(text):
         return text
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
