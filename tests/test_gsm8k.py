@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bpe_tokenizer, need_shared, respond
-from cost import grows_linearly
+from growth import grows_linearly
 from hypothesis import given
 from hypothesis import strategies as st
 from torchrl.envs.utils import check_env_specs

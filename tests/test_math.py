@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from conftest import need_shared
-from cost import grows_linearly
+from growth import grows_linearly
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

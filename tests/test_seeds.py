@@ -12,15 +12,20 @@ import pytest
 import torch
 from conftest import bpe_tokenizer, need_shared
 from openenv_live import live
+from tensordict import TensorDict
+from torchrl.data.llm import History
 
+import torchrl_chat
 import torchrl_chat.openenv as openenv
 from torchrl_chat.cli.tiny import tiny_model
+from torchrl_chat.envs import ResponseError
 from torchrl_chat.openenv import ChatAction, ChatEnv, ChatEnvironment, ChatObservation, ChatState
 
 pytestmark = pytest.mark.services
 
 README = "seeds/openenv-chat_env-README.md"
 CLIENT = "seeds/openenv-chat_env-client.txt"
+TORCHRL = "seeds/torchrl-envs-llm-chat.txt"
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +182,50 @@ def test_the_data_models_have_the_fields():
             fields = re.findall(r"^    (\w+):", textwrap.dedent(block), re.M)
             assert fields
             assert set(fields) <= set(model.model_fields)
+
+
+# ---------------------------------------------------------------------- torchrl's environment
+def test_torchrls_example(capsys):
+    text = need_shared(TORCHRL).read_text()
+    example = re.search(r"Examples:\n((?:(?:>>>|\.\.\.).*\n)+)", text)[1]
+    assert "from torchrl.envs.llm import ChatEnv" in example
+    code = "\n".join(line[4:] for line in example.splitlines())
+    exec(code.replace("from torchrl.envs.llm import ChatEnv", "from torchrl_chat import ChatEnv"), scope := {})
+    assert scope["obs"]["history"].prompt[0].content == ["You are a helpful assistant.", "Hello, how are you?"]
+    (ledger,) = scope["next_obs"]["next", "transcript"]
+    assert [message["role"] for message in ledger.messages] == ["system", "user", "assistant"]
+    assert capsys.readouterr().out.count("History(") == 2
+
+
+def test_whole_conversations_are_stepped_like_answers():
+    """A bare ``History`` that ends with an answer is what reset and that answer make, with and without tokens."""
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in (("one?", "1"), ("a longer one, two?", "2"))
+    ]
+    for tokenizer in (None, bpe_tokenizer()):
+        env = torchrl_chat.ChatEnv(input_mode="history", tokenizer=tokenizer, batch_size=(2,))
+        whole = env.step(TensorDict(history=History.from_chats(chats), batch_size=(2,)))
+        td = env.reset(TensorDict(query=[chat[0]["content"] for chat in chats], batch_size=(2,)))
+        td["history"].full = History.from_chats(chats)
+        by_hand = env.step(td)
+        for mine, theirs in zip(whole["next", "transcript"], by_hand["next", "transcript"], strict=True):
+            assert mine.messages == theirs.messages
+            assert torch.equal(mine.tokens, theirs.tokens)
+            assert torch.equal(mine.mask, theirs.mask)
+        again = env.append_messages(env.step_mdp(whole), ["sure?", None])
+        assert again["transcript"][0].messages[-1]["content"] == "sure?"
+
+
+@pytest.mark.parametrize(
+    ("mode", "roles", "said"),
+    [("history", ["user", "user"], "ends with an answer"), ("text", ["user", "assistant"], "whole conversations")],
+)
+def test_what_is_no_whole_conversation_is_refused(mode, roles, said):
+    env = torchrl_chat.ChatEnv(input_mode=mode, tokenizer=bpe_tokenizer(), batch_size=(1,))
+    history = History.from_chats([[{"role": role, "content": "x"} for role in roles]])
+    with pytest.raises(ResponseError, match=said):
+        env.step(TensorDict(history=history, batch_size=(1,)))
 
 
 # ---------------------------------------------------------------------- rows of tokens

@@ -360,6 +360,8 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
 
     # ------------------------------------------------------------------ step
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if isinstance(tensordict.get("history", None), History) and tensordict.get("transcript", None) is None:
+            self._take_up(tensordict)
         goes = columns.stepped(tensordict)  # torchrl's way to leave some rows (finished ones) as they are
         faults: responses.Faults = {}
         answered = self._answers(tensordict, goes, faults)
@@ -379,6 +381,36 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             following.set("done", ended.clone())
             following.set("terminated", torch.zeros_like(ended))
         return following
+
+    def _take_up(self, tensordict: TensorDictBase) -> None:
+        """Write the root for whole conversations that come as a bare ``History``, with no reset before them.
+
+        All but the last message begin the conversation, as if a reset had been given them; the last is the policy's answer.
+
+        Raises:
+            ResponseError: the last message of a row is not the policy's, or nothing stands before it.
+        """
+        if self.input_mode != "history":
+            raise responses.ResponseError(
+                f"'history' holds whole conversations, which input_mode='history' reads; this is {self.input_mode!r}."
+            )
+        rows = [
+            responses.history_messages(row, 0)
+            for row in columns.read_rows(tensordict.get("history"), self.batch_size)
+        ]
+        for i, messages in enumerate(rows):
+            if len(messages) < 2 or messages[-1]["role"] != self.policy_role:
+                raise responses.ResponseError(
+                    f"row {i}: 'history' has the roles {[m['role'] for m in messages]}: expected a conversation that ends "
+                    f"with an answer of role {self.policy_role!r}."
+                )
+        faults: responses.Faults = {}
+        begun = self._begun(None, {i: messages[:-1] for i, messages in enumerate(rows)}, faults)
+        if faults:
+            raise faults[min(faults)]
+        begun.get("history").full = tensordict.get("history")
+        for key, column in begun.items():
+            tensordict.set(key, column)
 
     def _answers(
         self, tensordict: TensorDictBase, goes: Sequence[bool], faults: responses.Faults
