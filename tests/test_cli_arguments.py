@@ -140,6 +140,8 @@ sys.exit(main({words!r}))
 @pytest.mark.parametrize(
     ("words", "blocked", "extra"),
     [
+        (["grade", "FILE"], ["math_verify", "latex2sympy2_extended"], "math"),
+        (["grade", "FILE", "--task", "ifeval"], ["py3langid"], "ifeval"),
         (["view", "."], ["starlette", "uvicorn", "websockets"], "serve"),
         (["view", "."], ["orjson"], "serve"),
         (["serve"], ["pydantic", "pydantic_core"], "serve"),
@@ -153,6 +155,8 @@ sys.exit(main({words!r}))
     ],
 )
 def test_a_missing_extra_is_named(words, blocked, extra, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"response": "1", "answer": "1"}\n')
+    words = [str(tmp_path / "rows.jsonl") if word == "FILE" else word for word in words]
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED.format(blocked=blocked, words=words)],
         capture_output=True,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torchrl_chat.rewards as rewards
+from torchrl_chat.rewards.extras import require
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Task:
         defaults: arguments of the verifier.
         unmarked: the option that has the verifier read answers that the response does not mark; ``None`` where there
             is none, since it reads them anyway or never does.
+        needs: the package that grading needs, and the extra that brings it.
 
     Example:
         >>> TASKS["gsm8k"].reference_of({"question": "2 + 2?", "answer": "#### 4"})
@@ -40,13 +42,17 @@ class Task:
     fields: tuple[str, ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
     unmarked: str | None = None
+    needs: tuple[str, str] | None = None
 
     def make_verifier(self, **options: Any) -> Any:
         """The task's verifier.
 
         Raises:
             TypeError: an option that it does not have, with those that it has.
+            ImportError: the package that it needs is not installed; the text names the extra.
         """
+        if self.needs is not None:
+            require(*self.needs, f"grading the task {self.name!r}")
         kind: Callable[..., Any] = getattr(rewards, self.verifier)
         known = inspect.signature(kind).parameters
         if unknown := sorted(options.keys() - known.keys()):
@@ -90,12 +96,19 @@ TASKS = {
     task.name: task
     for task in (
         Task("gsm8k", "GSM8KVerifier", references=("reference", "answer"), unmarked="last_number"),
-        Task("math", "MathVerifier", defaults=(("unmarked", False),), unmarked="unmarked"),
+        Task(
+            "math",
+            "MathVerifier",
+            defaults=(("unmarked", False),),
+            unmarked="unmarked",
+            needs=("math_verify", "math"),
+        ),
         Task(
             "ifeval",
             "IFEvalVerifier",
             references=("reference",),
             fields=("instruction_id_list", "kwargs", "prompt?"),
+            needs=("py3langid", "ifeval"),
         ),
         Task("countdown", "CountdownVerifier", references=("reference",), fields=("target", "nums")),
         Task("choice", "MultipleChoice"),
