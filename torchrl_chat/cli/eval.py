@@ -114,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_dataset(arguments)
     _compare(folder, arguments)  # what is refused anyway is refused before a model is loaded
     from torchrl_chat.cli.eval_run import DatasetRun
+    from torchrl_chat.recipes.progress import Progress
 
     policy = make_policy(arguments)
     path = folder / "rollouts.jsonl"
@@ -136,10 +137,13 @@ def run(arguments: argparse.Namespace) -> int:
         done = plan.total - len(plan.todo)
         if done:
             print(f"going on: {done} of {plan.total} answers are in {path}", file=sys.stderr)
-        bar = stack.enter_context(_Bar(plan.total, done))
+        progress = stack.enter_context(Progress("eval", plan.total, done=done, unit="answer"))
+        right = count = 0
         try:
             for played in plan:
-                bar.add(played)
+                count += len(played)
+                right += sum(bool(episode["success"]) and not episode["error"] for episode in played)
+                progress.add({"right": right / count}, len(played))
         except KeyboardInterrupt:
             interrupted = True
     if interrupted and not path.exists():
@@ -314,31 +318,3 @@ def _remember(folder: Path, arguments: argparse.Namespace) -> None:
     beside = path.with_name("config.json.part")
     beside.write_text(json.dumps(_kept(arguments), indent=2) + "\n")
     beside.replace(path)
-
-
-class _Bar:
-    """The progress, with the accuracy so far; nothing where tqdm is not installed, or nobody watches."""
-
-    def __init__(self, total: int, done: int):
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            self._bar = None
-        else:
-            self._bar = tqdm(total=total, initial=done, unit="answer", disable=None)
-        self._right = self._count = 0
-
-    def add(self, played: list[dict[str, Any]]) -> None:
-        """A batch is in the file."""
-        self._count += len(played)
-        self._right += sum(bool(episode["success"]) and not episode["error"] for episode in played)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"right {self._right / self._count:.3f}", refresh=False)
-            self._bar.update(len(played))
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ class Progress:
 
     Keyword Args:
         done: how many were done before.
+        unit: what a step is called.
         every: seconds between two lines, where there is no terminal; the first step and the last one have a line each.
 
     Example:
@@ -24,23 +26,24 @@ class Progress:
         ...     progress.add({"reward": 0.5})
     """
 
-    def __init__(self, name: str, total: int, *, done: int = 0, every: float = 30.0):
-        self.name, self.total, self.done, self.every = name, total, done, every
+    def __init__(self, name: str, total: int, *, done: int = 0, unit: str = "step", every: float = 30.0):
+        self.name, self.total, self.done, self.unit, self.every = name, total, done, unit, every
         self._begun, self._start = done, time.monotonic()
         self._shown: float | None = None
         self._bar: Any = None
         if sys.stderr.isatty():
-            from tqdm import tqdm
+            with contextlib.suppress(ImportError):  # lines will do
+                from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=name, unit="step", mininterval=0.5)
+                self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, mininterval=0.5)
 
-    def add(self, figures: Mapping[str, float] | None = None) -> None:
-        """One more step is done."""
-        self.done += 1
+    def add(self, figures: Mapping[str, float] | None = None, count: int = 1) -> None:
+        """So many more steps are done."""
+        self.done += count
         shown = {key: f"{value:.3f}" for key, value in (figures or {}).items()}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
+            self._bar.update(count)
             return
         now = time.monotonic()
         if self._shown is None or now - self._shown >= self.every or self.done >= self.total:
@@ -48,9 +51,7 @@ class Progress:
             spent = now - self._start
             left = spent / (self.done - self._begun) * (self.total - self.done)
             told = "".join(f", {key} {value}" for key, value in shown.items())
-            line = (
-                f"{self.name}: step {self.done} of {self.total}{told}; {_clock(spent)} so far, {_clock(left)} to go"
-            )
+            line = f"{self.name}: {self.unit} {self.done} of {self.total}{told}; {_clock(spent)} so far, {_clock(left)} to go"
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
