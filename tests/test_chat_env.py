@@ -419,7 +419,7 @@ class TestBadInput:
             env.reset(TensorDict(query=["a", "b"], batch_size=(2,)))
 
     def test_malformed_messages(self, mode):
-        env = make(mode, 2)
+        env = make(mode, 2, errors="raise")
 
         def reset(*rows):
             return env.reset(TensorDict({"query": columns.objects(rows, env.batch_size, None)}, batch_size=(2,)))
@@ -442,7 +442,7 @@ class TestBadInput:
             env.step(td)
 
     def test_empty_text(self):
-        env = make("text", 2)
+        env = make("text", 2, errors="raise")
         td = env.reset(queries(env))
         td["text"].response = ["fine", ""]
         with pytest.raises(ResponseError, match=r"row 1: \('text', 'response'\) is empty"):
