@@ -17,7 +17,8 @@ from torchrl_chat import ChatEnv, TransformersPolicy, columns, training_view
 from torchrl_chat.policies import ExactVLLMWrapper, VLLMPolicy
 from torchrl_chat.transforms import Budget, StopReason
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("engine")]  # of several workers one makes the engine
+# Of several workers one makes the engine, which takes minutes on a busy machine.
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.xdist_group("engine")]
 
 TEMPERATURE = 0.8
 EXTRA = 3  # rows of the embedding beyond the vocabulary
