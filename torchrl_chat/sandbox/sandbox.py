@@ -25,10 +25,10 @@ class Sandbox:
     is needed; started by root, the code runs as nobody. What cannot be had is an error, never a weaker isolation.
 
     Not covered: faults of the kernel itself and of the processor. The code can spoil its own result, and in a session later
-    ones. Memory that the kernel keeps beside a process's own, with the limits below as they are, measured on Linux 6.18:
-    full pipes 120 MiB and watches of ``epoll`` 190 MiB (less with fewer ``processes`` and ``files``), full sockets 52 MiB,
-    locks 24 MiB, files of the scratch folder 16 MiB and stacks 11 MiB come on top of ``memory`` and ``scratch``; page tables
-    and mappings count to ``memory``.
+    ones. Memory that the kernel keeps beside a process's own comes on top of ``memory`` and ``scratch``; with the limits below
+    as they are, measured on Linux 6.18: watches of ``epoll`` 190 MiB (less with fewer ``processes`` and ``files``), files of
+    the scratch folder 16 MiB, stacks 11 MiB; by the sizes of the kernel's objects: full pipes 120 MiB, full sockets 52 MiB,
+    locks 24 MiB. Page tables and mappings count to ``memory``.
 
     Locks can be had on files of the scratch folder only, and no timer sends a signal but ``SIGALRM`` and its kin.
 
