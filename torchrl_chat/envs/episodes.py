@@ -7,19 +7,13 @@ times. How many conversations a batch has is not in it, so that environments of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from tensordict import is_tensor_collection
 
+from torchrl_chat.envs.rows import DatasetError, Rows
 from torchrl_chat.seeds import EPISODE_KEYS, episode_seed, mixed
-
-if TYPE_CHECKING:
-    from torchrl_chat.envs.rows import Rows
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be opened, or not be read on; the text names it, and says what to do."""
 
 
 class Episodes(Protocol):

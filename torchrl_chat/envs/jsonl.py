@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from torchrl_chat.envs.episodes import DatasetError
-from torchrl_chat.envs.rows import ListRows, Rows
+from torchrl_chat.envs.rows import DatasetError, ListRows, Rows
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """What opens a compressed file, by its suffix."""

@@ -17,10 +17,12 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from torchrl_chat.envs.episodes import DatasetError
-
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be opened, or not be read on; the text names it, and says what to do."""
 
 
 class Rows(Sequence[dict[str, Any]]):
