@@ -324,7 +324,8 @@ class _Audit:
         """A call behind reasoning, where the template writes both: what history policy ``"template"`` must follow."""
         answer = {**probes.calling(self.tools, 1), "reasoning_content": REASONING}
         turn = _tried(lambda: sample(self.template, [USER], answer, [probes.result(self.tools)]), None)
-        if turn is not None and REASONING in self.template.codec.decode([turn.ids])[0]:
+        text = "" if turn is None else self.template.codec.decode([turn.ids])[0]
+        if turn is not None and REASONING in text and PLACE in text:
             self.samples["reasoned_call"] = turn
 
     # ------------------------------------------------------------------ depth
