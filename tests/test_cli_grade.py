@@ -114,7 +114,6 @@ def test_tasks_and_options(tmp_path, capsys):
     [
         (["--option", "lst_number=true"], "no option 'lst_number'"),
         (["--option", "last_number"], "expected NAME=VALUE"),
-        (["--deadline", "0"], "deadline is 0"),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, extra, message):

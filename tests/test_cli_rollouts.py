@@ -41,7 +41,11 @@ def rollout(said, reference="#### 4", **more):
 @pytest.mark.parametrize("task", [None, "math", "gsm8k"])
 def test_the_option_that_reads_unmarked_answers_is_named_and_works(tmp_path, capsys, task):
     path = write(tmp_path / "a.jsonl", [BARE, {**BARE, "response": "it is 41"}])
-    chosen = [] if task is None else ["--task", task]
+    chosen = [
+        "--deadline",
+        "120",
+        *([] if task is None else ["--task", task]),
+    ]  # a worker of a busy machine starts late
     assert main(["grade", path, *chosen]) == 0
     out = capsys.readouterr().out
     option = {"gsm8k": "last_number"}.get(task, "unmarked")

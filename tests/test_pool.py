@@ -301,7 +301,7 @@ def test_sixteen_that_hang_cost_what_one_costs(pool):
     calls = [("sleep",) if i % 16 == 5 else (i,) for i in range(256)]
     start = time.monotonic()
     outcomes = pool.map(calls)
-    assert time.monotonic() - start < 4 * one
+    assert (time.monotonic() - start) / one < 4
     assert [o.value for o in outcomes] == [None if i % 16 == 5 else i for i in range(256)]
     assert pool.failures == {"timeout": 17}
 

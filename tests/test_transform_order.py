@@ -517,7 +517,7 @@ def test_the_lines_of_the_readme():
         dataset=rows, tokenizer=bpe_tokenizer(TOOLS), input_mode="text",
         template_kwargs={"tools": Toolbox([search]).schemas},
     )  # fmt: skip
-    names = {"env": env, "search": search, "Toolbox": Toolbox}
+    names = {"env": env, "tools": Toolbox([search])}
     exec("\n".join([*imported, *lines]), names)  # the document is this project's own
     env = names["env"]
     says = iter([

@@ -104,7 +104,7 @@ def test_parts_that_are_no_text_are_named(kind, mode):
         template.render(talked)
     with pytest.raises(MessageError, match=wanted):
         template.extend([5], [ASKED, SAID], talked)
-    env = ChatEnv(input_mode=mode, tokenizer=bpe_tokenizer(), batch_size=(2,))
+    env = ChatEnv(input_mode=mode, tokenizer=bpe_tokenizer(), batch_size=(2,), errors="raise")
     with pytest.raises(MessageError, match=wanted.replace(r"\[1\]", r"'query' of row 1\[1\]")):
         env.reset(TensorDict(query=[[ASKED], talked], batch_size=(2,)))
 

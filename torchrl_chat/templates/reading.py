@@ -140,7 +140,7 @@ class Reader:
     def _taken(self, missing: str, close: Close) -> Suffix:
         """What the engine took of the end of a call, but for what the template's end of the turn begins with."""
         for stop, heads in close.heads.items():  # a token that ends the turn as well
-            if heads and stop != BY_TEXT:
+            if any(heads) and stop != BY_TEXT:
                 missing = missing.removesuffix(self.codec.token_text(stop))
         if not missing:
             return Suffix()
@@ -177,5 +177,5 @@ def _made(answer: ParsedAnswer) -> int:
 
 def _ends_turn(close: Close, stop: int, text: str) -> bool:
     """Whether a token that the template writes at the end of a turn ends this one, and not a call in it."""
-    heads = close.heads.get(stop, ())
+    heads = tuple(filter(None, close.heads.get(stop, ())))  # empty for a token that closes a call
     return bool(heads) and (stop in close.main or text.endswith(heads))
