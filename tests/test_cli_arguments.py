@@ -100,7 +100,7 @@ def test_what_a_folder_holds(tmp_path):
         (["--dataset", "gsm9k"], "gsm9k"),
         (["--dataset", "reasoning-gym"], "reasoning-gym"),
         (["--dataset", "reasoning-gym:no_such_task"], "no_such_task"),
-        (["--dataset", "gsm8k", "--data", "./nowhere.jsonl"], "no such file"),
+        (["--dataset", "gsm8k", "--data", "./nowhere.jsonl"], "no such dataset file"),
         (["--dataset", "reasoning-gym:chain_sum", "--data", "x"], "makes its rows itself"),
     ],
 )

@@ -34,10 +34,11 @@ def opened(tab, url, **options):
 
 
 def typed(page, text):
-    """Type and send; wait until the message field is empty again."""
+    """Type and send; wait until the server has answered."""
     page.keyboard.type(text)
     page.keyboard.press("Enter")
     page.expect(page.locator("#text")).to_have_value("")
+    page.expect(page.locator("body")).not_to_have_attribute("aria-busy", "true")
 
 
 def fact(page, name):

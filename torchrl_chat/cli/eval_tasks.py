@@ -38,7 +38,7 @@ def check_dataset(arguments: argparse.Namespace) -> None:
         data.startswith((".", "/", "~")) or Path(data).suffix or data.count("/") > 1
     )
     if looks_local and not Path(data).expanduser().exists():
-        raise ValueError(f"--data {data}: there is no such file or folder.")
+        raise ValueError(f"--data {data}: there is no such dataset file or folder.")
 
 
 def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetChatEnv:

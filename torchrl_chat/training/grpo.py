@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 
 from torchrl_chat import columns
-from torchrl_chat.seeds import EPOCH, ROW
+from torchrl_chat.seeds import EPOCH, ROW, SEED
 from torchrl_chat.training.failures import failed_rows
 
 _GROUP = "_group"
@@ -125,10 +125,12 @@ def _group_of(trajectory: TensorDictBase) -> torch.Tensor:
     """What the answers to one question in one epoch share, int64 (3,)."""
     first = trajectory[0]
     numbers = [first.get(key, None) for key in (EPOCH, ROW)]
+    if any(number is None for number in numbers) and (seed := first.get(SEED, None)) is not None:
+        numbers = [-1, seed]  # an environment over a server: the rows of a group share the seed of their episodes
     if any(number is None for number in numbers):
         raise KeyError(
-            f"ExactMCAdvantage tells groups by {EPOCH!r} and {ROW!r}, which a dataset environment writes; the steps have the "
-            f"keys {sorted(map(str, first.keys()))}. Pass prompt_key=..., a column whose equal values make a group."
+            f"ExactMCAdvantage tells groups by {EPOCH!r} and {ROW!r}, which a dataset environment writes, or by {SEED!r}; the "
+            f"steps have the keys {sorted(map(str, first.keys()))}. Pass prompt_key=..., a column whose equal values make a group."
         )
     query = first.get("query", None)
     spelled = "" if query is None else repr(columns.read_objects(query, torch.Size([]))[0])

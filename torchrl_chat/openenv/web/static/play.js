@@ -15,6 +15,7 @@ let config = {};
 let episode = null; // what is known of the present one
 let asTokens = false;
 let last = Promise.resolve(); // what was asked for last: the next thing waits for it
+let waiting = 0; // how many things are asked for and not done
 let roleIsChosen = false;
 let hasRoles = true; // an environment without messages takes JSON actions only
 
@@ -154,19 +155,23 @@ function sayNews(before) {
 }
 
 /** Do one thing after the other, and show what the server says where it refuses. Nothing that was asked for is lost. */
-const doing = (work) => (last = last.then(() => run(work)));
+function doing(work) {
+  waiting += 1;
+  document.body.setAttribute("aria-busy", "true");
+  return (last = last.then(() => run(work)));
+}
 
 async function run(work) {
-  document.body.setAttribute("aria-busy", "true");
   showError(null);
   try {
     await work();
   } catch (error) {
     showError(error);
   } finally {
-    document.body.removeAttribute("aria-busy");
     showAll();
     showState();
+    waiting -= 1;
+    if (!waiting) document.body.removeAttribute("aria-busy");
   }
 }
 
