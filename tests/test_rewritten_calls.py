@@ -187,16 +187,19 @@ def test_words_beside_a_call_must_not_depend_on_its_arguments():
         "{{ m.content }}", f"{{{{ '(two) ' if m.role == 'tool' and {two_days} else '' }}}}{{{{ m.content }}}}"
     )
     template = ChatTemplate(bpe_tokenizer.__wrapped__(source), tools=TOOLS)
-    ids = template.render([ASKED])
+    first = template.render([ASKED])
     for days in (2, 3):
         answer = answer_of({"city": "x", "days": days}, None)
         said = template.codec.encode([CALL % json.dumps({"city": "x", "days": days}) + "<|im_end|>"])[0]
-        arguments = (
-            [*ids, *said],
-            [Span(1, len(ids), len(ids) + len(said), said[-1])],
-            [ASKED, answer],
-            results_of(answer),
-        )
+        prompt = template.render([ASKED, answer, *results_of(answer)])
+        assert prompt[: len(first) + len(said)] == [*first, *said]
+        last = template.codec.encode(["well<|im_end|>"])[0]
+        spans = [
+            Span(1, len(first), len(first) + len(said), said[-1]),
+            Span(3, len(prompt), len(prompt) + len(last), last[-1]),
+        ]
+        messages = [ASKED, answer, *results_of(answer), {"role": "assistant", "content": "well"}]
+        arguments = [*prompt, *last], spans, messages, [ASKED]
         if days == 3:
             assert template.rewrite(*arguments) is None
             continue

@@ -156,7 +156,8 @@ class Rewriter:
         if out == list(ids[:position]):
             return None
         tolerance = len(_unspaced(token if written[-1].calls else self.codec.token_text(out[-1])))
-        self._check("".join(got), unmarked("".join([*wanted, rest])), real, tolerance)
+        with_calls = any(answer.calls for answer in written)
+        self._check("".join(got), unmarked("".join([*wanted, rest])) if with_calls else real, real, tolerance)
         return Rewritten(out, tuple(moved))
 
     @staticmethod
@@ -169,7 +170,10 @@ class Rewriter:
             found = real.find(text, at)
             agrees, at = agrees and found >= 0, max(found + len(text), at)
         if not agrees or not real.endswith((first, *others)[-1]):
-            raise BridgeError("what the chat template writes beside a call depends on the arguments of the call.")
+            raise BridgeError(
+                "the past cannot be put together: what the chat template writes beside a call depends on the arguments "
+                "of the call, or on what is said beside it."
+            )
         got, wanted = _unspaced(unescaped(got)), _unspaced(unescaped(wanted))
         agree = len(shared_prefix([got, wanted]))
         if len(got) - agree > tolerance:
