@@ -248,9 +248,6 @@ class Derivation:
             end = max(resume.values(), default=0)
             closing = next((self.codec.control_texts[stop] for stop, place in resume.items() if place == end), "")
             cut, body = end - len(closing), ""
-        for token in self.codec.control_tokens(tail.text, 0, cut):
-            if resume.get(stop := self.codec.controls[token.group()], cut + 1) <= cut:
-                resume[stop] = token.end()  # of several in the call, the last one closes it
         return Tail(tail.text, resume, body, cut, tail.limit)
 
     def _in_front_of_end(self, before: Sequence[Message], text: str, cut: int) -> int:
