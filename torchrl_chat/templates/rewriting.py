@@ -284,7 +284,15 @@ class Rewriter:
             return 0, 0, True
         close = self.close(messages[: span.message + 1])
         if span.stop is None:  # what ends the turn was not sampled: it follows
-            places = [at for heads in close.heads.values() for head in heads if (at := text.find(head)) >= 0]
+            heads = [head for heads in close.heads.values() for head in heads if head]
+            # Where the template ends such a turn with nothing of its own, the end is behind the token that closes the call.
+            closers = [
+                self.codec.control_texts[stop]
+                for stop, some in close.heads.items()
+                if "" in some and stop != BY_TEXT
+            ]
+            places = [at for head in heads if (at := text.find(head)) >= 0]
+            places = places or [at + len(closer) for closer in closers if (at := text.find(closer)) >= 0]
             at = min(places, default=0)
             return at, at, True
         stop = close.body if span.stop == BY_TEXT else self.codec.control_texts[span.stop]
