@@ -181,6 +181,7 @@ def test_hostile_texts_stay_texts(chat, tab):
         page.locator("#text").fill(HOSTILE)
         page.keyboard.press("Enter")
         page.expect(page.locator("#text")).to_have_value("")
+        page.expect(page.locator("body")).not_to_have_attribute("aria-busy", "true")
     assert page.locator(".message .body").all_inner_texts() == [HOSTILE] * 2
     page.keyboard.press("Escape")
     page.keyboard.press("o")
@@ -411,6 +412,7 @@ def test_on_a_phone(chat, tab, rollouts):
         page.locator("#text").fill(text)
         page.locator("#compose .main").tap()
         page.expect(page.locator("#text")).to_have_value("")
+        page.expect(page.locator("body")).not_to_have_attribute("aria-busy", "true")
     page.expect(page.locator("#compose")).to_be_in_viewport()
     page.locator("#as-tokens").tap()
     page.locator("#observation summary").tap()
