@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchrl_chat.schemas import spelled
+from torchrl_chat.schemas import resolved, spelled
 
 _MAX_FAULTS = 5  # more help nobody, and each costs tokens
 _MAX_STEPS = 200_000
@@ -163,18 +163,7 @@ class _Fitter:
         return value
 
     def resolved(self, schema: Any) -> Any:
-        for _ in range(16):
-            ref = schema.get("$ref") if isinstance(schema, Mapping) else None
-            if not isinstance(ref, str):
-                return schema
-            found: Any = self.root
-            for step in ref.removeprefix("#").strip("/").split("/") if ref.startswith("#") else ["?"]:
-                key = step.replace("~1", "/").replace("~0", "~")
-                found = found.get(key) if isinstance(found, Mapping) and step else found
-            if not isinstance(found, Mapping):
-                return {}  # points out of the schema: left to whoever runs the tool
-            schema = {**found, **{k: v for k, v in schema.items() if k != "$ref"}}
-        return {}
+        return resolved(schema, self.root)  # what points out of the schema is left to whoever runs the tool
 
     def either(
         self, value: Any, schema: Mapping[str, Any], branches: Sequence[Any], at: str, mend: bool, depth: int
