@@ -101,7 +101,47 @@ def skip_without(program: str, reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+_kept: list = []
+
+
+def while_of_one_template(function):
+    """A cache that is emptied when the tests of a template are done: all tokenizers of the corpus together take 14 GB."""
+    cached = functools.cache(function)
+    _kept.append(cached)
+    return cached
+
+
 @functools.cache
+def corpus_names() -> frozenset[str]:
+    index = SHARED / "corpus" / "index.json"
+    return (
+        frozenset(entry["template"] for entry in json.loads(index.read_text())) if index.exists() else frozenset()
+    )
+
+
+def template_of(item: pytest.Item | None) -> str:
+    """The template of the corpus that a test is about; "" for one that is about none."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return next((value for value in values if isinstance(value, str) and value in corpus_names()), "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """All tests of a template, in whichever file, run one after the other and on one worker: its tokenizer is loaded once."""
+    for item in items:
+        if name := template_of(item):
+            item.add_marker(pytest.mark.xdist_group(name))
+    yield
+    items.sort(key=template_of)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if template_of(item) not in ("", template_of(nextitem)):
+        for cached in _kept:
+            cached.cache_clear()
+
+
+@while_of_one_template
 def corpus_tokenizer(name: str):
     """A real tokenizer with its real chat template."""
     folder = need_shared("corpus/corpus.py").parent
@@ -114,11 +154,8 @@ def corpus_tokenizer(name: str):
 
 def all_corpus() -> list:
     """Every development template, or one skipped parameter where the shared folder is absent."""
-    folder = SHARED / "corpus"
-    if not (folder / "index.json").exists():
-        reason = f"no corpus in the shared folder (TORCHRL_CHAT_SHARED={SHARED})"
-        return [pytest.param("", marks=pytest.mark.skip(reason=reason))]
-    return [entry["template"] for entry in json.loads((folder / "index.json").read_text())]
+    reason = f"no corpus in the shared folder (TORCHRL_CHAT_SHARED={SHARED})"
+    return sorted(corpus_names()) or [pytest.param("", marks=pytest.mark.skip(reason=reason))]
 
 
 @functools.cache
@@ -197,6 +234,50 @@ def endpoint():
 
     with serving() as server:
         yield server
+
+
+# Ray asks for a third of the memory otherwise, for every node of the cluster.
+OBJECT_STORE = 80 * 2**20
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A head without room for workers, and two nodes with room for one each; Ray is connected to it."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    alone = pytest.MonkeyPatch()
+    # Its monitor kills workers where others have taken the memory of the machine.
+    alone.setenv("RAY_memory_monitor_refresh_ms", "0")
+    # Its workers step back behind every other process (nice 15): beside two busy ones they would hardly run.
+    alone.setenv("RAY_worker_niceness", "0")
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
+    cluster = None
+    try:
+        # Ray gives a node 30 seconds to start, which nothing changes: on a busy machine it may need another try.
+        for _ in range(3):
+            try:
+                cluster = Cluster(initialize_head=True, head_node_args=head)
+                for _ in range(2):
+                    cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE)
+                break
+            except Exception as failure:
+                if "timed out during startup" not in str(failure):
+                    raise
+                if cluster is not None:
+                    cluster.shutdown()
+                error = failure
+        else:
+            raise error
+        ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        if cluster is not None:
+            cluster.shutdown()
+        alone.undo()
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import re
 from dataclasses import dataclass, field
 
-from conftest import corpus_tokenizer
+from conftest import corpus_tokenizer, while_of_one_template
 
 from torchrl_chat import ChatEnv
 from torchrl_chat.templates.bridge import shared_prefix
@@ -21,13 +20,13 @@ SYSTEM = {"role": "system", "content": "SYSQ7 be brief."}
 ASKED = {"role": "user", "content": "USERQ7 what is the weather?"}
 
 
-@functools.cache
+@while_of_one_template
 def tools_of(name: str) -> list[dict]:
     """The tools, or none for a template that cannot render them."""
     return [TOOL] if rendering(name).safe([ASKED], True, tools=[TOOL])[0] else []
 
 
-@functools.cache
+@while_of_one_template
 def env_of(name: str, mode: str, rows: int) -> ChatEnv:
     kwargs = {"tools": tools} if (tools := tools_of(name)) else {}
     tokenizer = corpus_tokenizer(name)
@@ -37,7 +36,7 @@ def env_of(name: str, mode: str, rows: int) -> ChatEnv:
     return env
 
 
-@functools.cache
+@while_of_one_template
 def rendering(name: str):
     """The template's own rendering, in whichever form it reads content."""
     tokenizer = corpus_tokenizer(name)  # which puts the corpus on the path
@@ -46,7 +45,7 @@ def rendering(name: str):
     return R(tokenizer)
 
 
-@functools.cache
+@while_of_one_template
 def raw(name: str):
     """The template's own rendering; "" where it raises."""
     kwargs = {"tools": tools} if (tools := tools_of(name)) else {}
@@ -71,7 +70,7 @@ def calls(name: str, *cities: str, ids: tuple = ()) -> list[dict]:
     return [{"id": i, "type": "function", "function": f} for i, f in zip(ids, functions, strict=False)]
 
 
-@functools.cache
+@while_of_one_template
 def reads_objects(name: str) -> bool:
     function = {"name": "get_weather", "arguments": {"city": "ARGQ7"}}
     call = {"id": "abcdefgh0", "type": "function", "function": function}
@@ -130,7 +129,7 @@ def turn(name: str, **message) -> tuple[str, str] | None:
     return body[: end.start()], end[1]
 
 
-@functools.cache
+@while_of_one_template
 def one_of_added(name: str, special: bool = False) -> re.Pattern:
     tokens = corpus_tokenizer(name).added_tokens_decoder.values()
     texts = sorted((t.content for t in tokens if t.special or not special), key=len, reverse=True)
@@ -194,7 +193,7 @@ ROWS = {
 }
 
 
-@functools.cache
+@while_of_one_template
 def row(name: str, which: str) -> tuple[list[dict], list[Turn], int | None] | None:
     """A conversation: its start, its turns, and the first turn behind which the template refuses what follows.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import random
 
 import torch
+from conftest import while_of_one_template
 from hypothesis import strategies as st
 
 from torchrl_chat import columns
@@ -21,7 +21,7 @@ contents = st.builds(
 )
 
 
-@functools.cache
+@while_of_one_template
 def vocab_of(tokenizer) -> dict[str, int]:
     return tokenizer.get_vocab()
 

@@ -38,3 +38,11 @@ def test_nothing_is_asserted_of_seconds(path):
             continue
         ratios = [e for e in ast.walk(node.test) if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Div)]
         assert any(reads_a_clock(ratio) for ratio in ratios), f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.xdist_group("told")
+def test_xdist_forms_its_groups(request):
+    """Under some pairs of versions it silently does not, and two workers start one cluster (findings/xdist_groups_*.sh)."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("runs without --dist loadgroup")
+    assert request.node.nodeid.endswith("@told")

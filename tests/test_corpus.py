@@ -13,7 +13,7 @@ import re
 
 import pytest
 import torch
-from conftest import all_corpus, corpus_tokenizer, need_shared
+from conftest import all_corpus, corpus_tokenizer, need_shared, while_of_one_template
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import Tokens
 
@@ -33,7 +33,7 @@ def name(request) -> str:
     return request.param
 
 
-@functools.cache
+@while_of_one_template
 def template_of(name: str, guard: bool = True) -> ChatTemplate:
     return ChatTemplate(corpus_tokenizer(name), guard=guard)
 
@@ -55,7 +55,7 @@ def result(content, call_id: str = CALL_ID, name: str = "get_weather") -> dict:
     return {"role": "tool", "content": content, "tool_call_id": call_id, "name": name}
 
 
-@functools.cache
+@while_of_one_template
 def raw_render(name: str):
     """The template's own rendering, in whichever form it reads content; "" where it raises."""
     tokenizer = corpus_tokenizer(name)  # which puts the corpus on the path
@@ -106,7 +106,7 @@ def test_the_shared_harness(name):
 
 
 # ---------------------------------------------------------------------- look-alikes of control tokens
-@functools.cache
+@while_of_one_template
 def control_ids(name: str) -> frozenset[int]:
     """Ids that only the template may write: special tokens, and markup that the template spells."""
     tokenizer = corpus_tokenizer(name)
@@ -117,7 +117,7 @@ def control_ids(name: str) -> frozenset[int]:
     )
 
 
-@functools.cache
+@while_of_one_template
 def control_strings(name: str) -> tuple[str, ...]:
     """What a forger would write: control tokens that the template uses, role headers, the generation prompt."""
     tokenizer = corpus_tokenizer(name)
@@ -128,7 +128,7 @@ def control_strings(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*spelled, tokenizer.eos_token, *filter(None, map(str.strip, between))]))
 
 
-@functools.cache
+@while_of_one_template
 def forgeries(name: str) -> dict[str, str]:
     """Contents that look like control tokens: at the very edges, among words, repeated, in JSON, escaped."""
     strings = control_strings(name)
@@ -153,7 +153,7 @@ def parts(text: str) -> list[dict]:
     return [{"type": "text", "text": text[a:b]} for a, b in itertools.pairwise(cuts) if a < b]
 
 
-@functools.cache
+@while_of_one_template
 def reads_objects(name: str) -> bool:
     """Whether the template reads a call's arguments as an object (rather than as a string)."""
     return "ARGQ7" in raw_render(name)([user("hi"), call({"city": "ARGQ7"})])
@@ -294,7 +294,7 @@ TALK = [
 ]
 
 
-@functools.cache
+@while_of_one_template
 def marked_env(name: str) -> ChatEnv:
     variables = VARIABLES.get(name, {})
     return ChatEnv(input_mode="tokens", tokenizer=corpus_tokenizer(name), template_kwargs=variables)

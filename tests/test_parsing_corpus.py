@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import sys
 
 import pytest
-from conftest import SHARED, corpus_tokenizer, need_shared
+from conftest import all_corpus, corpus_tokenizer, need_shared, while_of_one_template
 
 from torchrl_chat.templates.parsing import AnswerParser, CallStatus
 from torchrl_chat.templates.values import Values
@@ -17,13 +16,7 @@ from torchrl_chat.templates.writing import same
 pytestmark = pytest.mark.corpus
 
 
-def corpus_names() -> list[str]:
-    """Every template of the corpus, or none where there is no corpus."""
-    index = SHARED / "corpus" / "index.json"
-    return [entry["template"] for entry in json.loads(index.read_text())] if index.exists() else []
-
-
-@functools.cache
+@while_of_one_template
 def rendered_of(name: str) -> Rendered:
     """One template, read once."""
     return Rendered(name)
@@ -96,8 +89,7 @@ def called(*arguments):
     ]
 
 
-@pytest.mark.corpus
-@pytest.mark.parametrize("name", corpus_names())
+@pytest.mark.parametrize("name", all_corpus())
 @pytest.mark.parametrize("wanted", [({"city": "Paris"},), ({"city": "Paris"}, {"city": "Rome", "n": 3})])
 def test_calls_of_real_templates_round_trip(name, wanted):
     rendered = rendered_of(name)
@@ -186,8 +178,7 @@ def read_back(name: str, kind: str) -> tuple[dict, dict | None, str]:
     return arguments, None, reason
 
 
-@pytest.mark.corpus
-@pytest.mark.parametrize("name", corpus_names())
+@pytest.mark.parametrize("name", all_corpus())
 def test_every_kind_of_value_comes_back_or_the_template_writes_two_alike(name, record_property):
     """What is not read back is told apart by nobody: the template writes the very same text for what was read."""
     refused = {}
@@ -210,8 +201,7 @@ def test_every_kind_of_value_comes_back_or_the_template_writes_two_alike(name, r
         assert set(refused) <= {"null", "null beside strings"}, "a template that writes calls writes the rest"
 
 
-@pytest.mark.corpus
-@pytest.mark.parametrize("name", corpus_names())
+@pytest.mark.parametrize("name", all_corpus())
 def test_reasoning_of_real_templates_round_trips(name):
     rendered = rendered_of(name)
     for key in ("reasoning_content", "reasoning", "thinking"):
@@ -229,7 +219,6 @@ def test_reasoning_of_real_templates_round_trips(name):
     pytest.skip("writes no reasoning")
 
 
-@pytest.mark.corpus
 def test_a_real_tokenizers_own_facts():
     tokenizer = corpus_tokenizer("lc_Qwen-Qwen2.5-7B-Instruct")
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]

@@ -723,20 +723,17 @@ def test_no_more_processes(mark, monkeypatch):
             pool.map([(1,)])
 
 
+@pytest.mark.services
 @pytest.mark.xdist_group("ray")
-def test_in_a_ray_actor(mark):
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
+def test_in_a_ray_actor(ray_cluster):
+    import ray
 
-        @ray.remote
-        class Actor:
-            def __init__(self):
-                self.pool = VerifierPool(NumberVerifier(), workers=1, deadline=5.0)
+    @ray.remote(num_cpus=1)
+    class Actor:
+        def __init__(self):
+            self.pool = VerifierPool(NumberVerifier(), workers=1, deadline=5.0)
 
-            def grade(self, calls):
-                return [o.value.score for o in self.pool.map(calls)]
+        def grade(self, calls):
+            return [o.value.score for o in self.pool.map(calls)]
 
-        assert ray.get(Actor.remote().grade.remote([("7", "7"), ("8", "7")]), timeout=60) == [1.0, 0.0]
-    finally:
-        ray.shutdown()
+    assert ray.get(Actor.remote().grade.remote([("7", "7"), ("8", "7")]), timeout=60) == [1.0, 0.0]

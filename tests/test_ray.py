@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import need_shared, skip_without
+from conftest import OBJECT_STORE, need_shared, skip_without
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.objectives.llm.grpo import MCAdvantage
@@ -30,30 +30,6 @@ import ray_run  # noqa: E402  (it imports ray)
 pytestmark = [pytest.mark.services, pytest.mark.xdist_group("ray")]
 
 ROWS = 24  # of GSM8K, twice each, in batches of four: twelve batches are one epoch
-MEMORY = 80 * 2**20
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A head without room for workers, and two nodes with room for one each."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY}
-    alone = pytest.MonkeyPatch()
-    # Its monitor kills workers where others have taken the memory of the machine.
-    alone.setenv("RAY_memory_monitor_refresh_ms", "0")
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
-        paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-        environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
-        ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        alone.undo()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +39,7 @@ def rows() -> list[dict]:
 
 
 @pytest.fixture
-def collectors(cluster):
+def collectors(ray_cluster):
     """Makes collectors, and ends them."""
     made = []
 
@@ -116,7 +92,7 @@ def test_a_killed_worker_loses_nothing(collectors, rows):
     assert answers_of(data) == local_answers(rows, 12)  # and what one process would have sampled
 
 
-def test_a_lost_node_loses_nothing_and_a_new_one_joins(cluster, collectors, rows):
+def test_a_lost_node_loses_nothing_and_a_new_one_joins(ray_cluster, collectors, rows):
     seen, pids, newcomers = [], [], set()
     collector = collectors(rows, workers=2, collect=ray_run.slowly)
     victim = None
@@ -125,12 +101,12 @@ def test_a_lost_node_loses_nothing_and_a_new_one_joins(cluster, collectors, rows
         pids.append(int(batch["pid"][0]))
         if victim is None and len(set(pids)) == 2:
             victim = next(
-                node for node in cluster.worker_nodes if ray_run.number_of(node.node_id) == batch["node"][0]
+                node for node in ray_cluster.worker_nodes if ray_run.number_of(node.node_id) == batch["node"][0]
             )
-            cluster.remove_node(victim)
+            ray_cluster.remove_node(victim)
         elif collector.failures and not newcomers:
-            assert len(cluster.worker_nodes) == 1  # the run goes on with one node
-            newcomers.add(cluster.add_node(num_cpus=1, object_store_memory=MEMORY).node_id)
+            assert len(ray_cluster.worker_nodes) == 1  # the run goes on with one node
+            newcomers.add(ray_cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE).node_id)
         elif len(set(pids)) == 3:
             break  # a worker on the new node has delivered
         assert len(pids) < 400, "no worker came to the new node"
@@ -257,7 +233,7 @@ class TestTorchRLsOwn:
     """torchrl's ``RayLLMCollector`` and ``RayReplayBuffer``, mended."""
 
     @pytest.fixture
-    def make(self, cluster, rows):
+    def make(self, ray_cluster, rows):
         made = []
 
         def make(**options):

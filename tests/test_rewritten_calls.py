@@ -6,12 +6,11 @@ the template writes once the result follows, and no sampled id is another.
 
 from __future__ import annotations
 
-import functools
 import json
 
 import pytest
 import torch
-from conftest import all_corpus, bpe_tokenizer, corpus_tokenizer
+from conftest import all_corpus, bpe_tokenizer, corpus_tokenizer, while_of_one_template
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import Tokens
 
@@ -58,7 +57,7 @@ def results_of(message: dict) -> list[dict]:
     ]
 
 
-@functools.cache
+@while_of_one_template
 def template_of(name: str) -> ChatTemplate:
     return ChatTemplate(corpus_tokenizer(name), tools=TOOLS)
 

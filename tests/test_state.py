@@ -485,13 +485,14 @@ class TestDataloaders:
             self.env(Counting()).load_state_dict(env.state_dict())
 
 
+@pytest.mark.services
 @pytest.mark.xdist_group("ray")
-def test_ray_actor():
+def test_ray_actor(ray_cluster):
     """Environments that share an actor draw from one sequence, and its state is the state."""
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
+    import ray
+
+    envs = [bare(ray_backend=True, dataloader_actor_name="drawn from", repeats=2) for _ in range(2)]
     try:
-        envs = [bare(ray_backend=True, dataloader_actor_name="rows", repeats=2) for _ in range(2)]
         got = [episodes(env.reset())[0] for env in (*envs, *envs)]
         assert got == started(bare(repeats=2), 4)
         state, follows = envs[0].state_dict(), started(envs[1], 3)
@@ -499,7 +500,7 @@ def test_ray_actor():
         assert started(pickle.loads(pickle.dumps(envs[0])), 3) == follows
         check_env_specs(envs[0])
     finally:
-        ray.shutdown()
+        ray.kill(ray.get_actor("drawn from"))
 
 
 class TestModelUser:

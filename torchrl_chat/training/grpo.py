@@ -125,8 +125,9 @@ def _group_of(trajectory: TensorDictBase) -> torch.Tensor:
     """What the answers to one question in one epoch share, int64 (3,)."""
     first = trajectory[0]
     numbers = [first.get(key, None) for key in (EPOCH, ROW)]
-    if any(number is None for number in numbers) and (seed := first.get(SEED, None)) is not None:
-        numbers = [-1, seed]  # an environment over a server: the rows of a group share the seed of their episodes
+    if all(number is None for number in numbers) and (seed := first.get(SEED, None)) is not None:
+        # An environment over a server: the rows of a group share their seed. (In one over a dataset no two episodes do.)
+        numbers = [-1, seed]
     if any(number is None for number in numbers):
         raise KeyError(
             f"ExactMCAdvantage tells groups by {EPOCH!r} and {ROW!r}, which a dataset environment writes, or by {SEED!r}; the "
