@@ -65,10 +65,10 @@ hypothesis.settings.load_profile("suite")
 DAY = os.environ.setdefault("TORCHRL_CHAT_DAY", datetime.datetime.now(datetime.UTC).date().isoformat())
 
 
-def of_the_day(*seeds: int) -> list:
-    """Seeds as parameters of a test: one by the date that every run takes, and the others for ``make test-all``."""
-    today = datetime.date.fromisoformat(DAY).toordinal() % len(seeds)
-    return [s if i == today else pytest.param(s, marks=pytest.mark.full) for i, s in enumerate(seeds)]
+def of_the_day(*values) -> list:
+    """Seeds or names as parameters of a test: one by the date that every run takes, the others for ``make test-all``."""
+    today = datetime.date.fromisoformat(DAY).toordinal() % len(values)
+    return [v if i == today else pytest.param(v, marks=pytest.mark.full) for i, v in enumerate(values)]
 
 
 PARTS = ("corpus", "services", "learn", "openenv", "vllm")
@@ -125,14 +125,27 @@ def template_of(item: pytest.Item | None) -> str:
     return next((value for value in values if isinstance(value, str) and value in corpus_names()), "")
 
 
+def started_once(item: pytest.Item) -> str:
+    """The file of a test that uses something of the scope of a file; "" if it uses nothing of the kind."""
+    if item.get_closest_marker("xdist_group"):
+        return ""
+    found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    ours = [defined[-1] for defined in found.values() if defined[-1].baseid]  # pytest's own have none
+    return item.path.stem if any(f.scope in ("module", "session") for f in ours) else ""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """All tests of a template, in whichever file, run one after the other and on one worker: its tokenizer is loaded once."""
+    """Tests that share what is dear run one after the other, and on one worker.
+
+    Those of a template, in whichever file: its tokenizer is loaded once. And those of a file that share what it starts
+    once: a server, a sandbox, a browser.
+    """
     for item in items:
-        if name := template_of(item):
+        if name := template_of(item) or started_once(item):
             item.add_marker(pytest.mark.xdist_group(name))
     yield
-    items.sort(key=template_of)
+    items.sort(key=lambda item: (item.get_closest_marker("learn") is None, template_of(item)))
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

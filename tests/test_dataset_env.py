@@ -274,11 +274,24 @@ class TestBadInput:
                 make(dataset=path)
 
     def test_no_network(self, monkeypatch):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        """The hub is asked for its address once: it is no network's fault a second time."""
+        from huggingface_hub import constants
+
+        asked = []
+
+        def nobody(*arguments, **options):
+            asked.append(arguments[0])
+            raise OSError("Name or service not known")
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("urllib.request.getproxies", dict)
+        monkeypatch.setattr("socket.getaddrinfo", nobody)
         with pytest.raises(
             DatasetError, match="'nobody/nothing-here' cannot be opened.*Without a network, pass the path"
         ):
             make(dataset="nobody/nothing-here")
+        assert asked == ["huggingface.co"]
+        assert constants.HF_HUB_OFFLINE is False
 
     def test_split(self):
         with pytest.raises(DatasetError, match="no split 'val': it has train"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import CHATML, all_corpus, bpe_tokenizer, corpus_tokenizer, need_shared
@@ -102,13 +104,13 @@ def test_names_on_the_command_line(command, tmp_path, capsys, monkeypatch):
     from torchrl_chat.cli.main import main
 
     if command == "serve":
-        from torchrl_chat.cli.environments import template_of
+        from torchrl_chat.pretrained import template_of
 
         monkeypatch.chdir(tmp_path)
         assert template_of("plain") == "plain"
         (tmp_path / "plain").write_text("{{ 'a file comes first' }}")
         assert "a file" in template_of("plain")
-        with pytest.raises(OSError, match="plainly"):
+        with pytest.raises(ValueError, match="'plainly' is no file.*none of plain, r1-zero"):
             template_of("plainly")
         return
     base_tokenizer("tiny").save_pretrained(tmp_path)
@@ -149,3 +151,31 @@ def test_the_forms_that_special_tokens_have(token):
 @pytest.mark.parametrize("name", all_corpus()[::12])
 def test_no_warning_where_a_template_has_its_own_tokenizer(name):
     assert audit(corpus_tokenizer(name)).warnings == ()
+
+
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_a_base_model_on_the_command_line(command, tmp_path, capsys):
+    """Without a template the error names those there are; with a name, it is the template of all that is played."""
+    from torchrl_chat.cli.main import main
+    from torchrl_chat.cli.tiny import tiny_model
+
+    tokenizer = base_tokenizer("tiny")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "base")
+    words = [command, "--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--max-new-tokens", "2"]
+    words += ["--limit", "2"] if command == "eval" else ["--steps", "1", "--prompts", "1", "--group-size", "2"]
+    words += [] if command == "eval" else ["--eval", "2", "--minibatch", "2"]
+    assert main(words) != 0
+    assert "'plain'" in capsys.readouterr().err
+    assert main([*words, "--chat-template", "plainly"]) != 0
+    assert "'plainly' is no file" in capsys.readouterr().err
+    assert main([*words, "--chat-template", "plain"]) == 0
+    if command == "train":
+        from transformers import AutoTokenizer
+
+        assert "Assistant:" in AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint").chat_template
+        return
+    [first, _] = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    prompt = json.loads(first)["sequences"][0]["ids"]
+    assert "User: " in tokenizer.decode(prompt)
+    assert "Assistant:" in tokenizer.decode(prompt)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from run_books import SCRIPTS, example, jsonl, words
 from safetensors.torch import load_file
 
+from torchrl_chat import TransformersPolicy
 from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.envs.responses import bad_log_probs
 from torchrl_chat.recipes import checkpoints as saving
@@ -249,17 +250,34 @@ def test_a_run_whose_steps_are_all_bad_ends_and_its_checkpoints_are_good(tmp_pat
     assert finite_checkpoints(tmp_path) == 2
 
 
+def break_samples(monkeypatch, calls: set[int]) -> list[int]:
+    """Have the policy say NaN of the last token of its first row, in these of its turns; which turns those were."""
+    generate, made, hit = TransformersPolicy.generate, [0], []
+
+    def generated(policy, *arguments, **options):
+        ids, scores = generate(policy, *arguments, **options)
+        made[0] += 1
+        if made[0] in calls:
+            hit.append(made[0])
+            scores = [torch.cat([scores[0][:-1], torch.tensor([NAN])]), *scores[1:]]
+        return ids, scores
+
+    monkeypatch.setattr(TransformersPolicy, "generate", generated)
+    return hit
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["grpo", "ppo", "expert_iteration"])
-def test_a_run_with_a_bad_step_reaches_the_same_line(tmp_path, monkeypatch, name):
-    """A NaN at a step that is drawn: finite weights at the end, and what a run without it reaches."""
-    module = example(name)
-    call = random.Random(f"{name} 15").randrange(20, 100)
-    hit = break_scores(monkeypatch, lambda number: number == call)
+def test_a_run_with_a_bad_step_and_bad_rows_reaches_the_same_line(tmp_path, monkeypatch, name):
+    """A NaN at a step that is drawn, and in rows that are drawn: finite weights, and what a run without them reaches."""
+    module, draw = example(name), random.Random(f"{name} 15")
+    call, turns = draw.randrange(20, 100), set(draw.sample(range(3, 60), 3))
+    hit, rows = break_scores(monkeypatch, lambda number: number == call), break_samples(monkeypatch, turns)
     monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path)])
     module.main()
     result = json.loads((tmp_path / "result.json").read_text())
     assert hit == [call]
+    assert set(rows) == turns
     assert result["skipped"] == 1
     assert result["after"] > 0.9
     assert finite_checkpoints(tmp_path) == 2

@@ -61,13 +61,35 @@ def test_every_export_is_there():
         _ = torchrl_chat.nothing
 
 
-def test_readme_example_runs():
+# Programs one after the other, each as if it ran alone: starting Python with torchrl costs more than what they do.
+ONE_AFTER_THE_OTHER = """
+import json, runpy, sys
+for k, words in enumerate(json.loads(sys.stdin.read())):
+    if k:
+        print("\\f", end="", flush=True)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+"""
+
+
+def printed(*commands: tuple[str, ...]) -> list[str]:
+    """What each of these programs prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER],
+        input=json.dumps(commands), capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split("\f")
+
+
+def test_readme_example_runs(tmp_path):
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    files = [tmp_path / f"block_{k}.py" for k in range(len(blocks))]
+    for file, block in zip(files, blocks, strict=True):
+        file.write_text(block)
+    assert len(printed(*((str(file),) for file in files))) == len(blocks)
 
 
 @pytest.mark.parametrize("module", ["messages", "rewards.numbers", "rewards.gsm8k", "transcript"])
@@ -106,28 +128,23 @@ class TestMessages:
             as_messages(value)
 
 
-def example(*command: str) -> str:
-    """What an example prints."""
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_examples_run():
-    out = example("examples/multi_turn.py")
-    assert out.count("Another one?") == 2
-    shown = re.findall(r"(\d+) sampled: ([.^]+)\n", out)
+    data = need_shared("data/gsm8k/test.jsonl")
+    gsm8k = ("--data", str(data), "--questions", "2", "--max-new-tokens", "8")
+    several, user, rollout = printed(
+        ("examples/multi_turn.py",), ("examples/user_simulator.py",), ("examples/gsm8k_rollout.py", *gsm8k)
+    )
+    assert several.count("Another one?") == 2
+    shown = re.findall(r"(\d+) sampled: ([.^]+)\n", several)
     assert len(shown) == 2
     assert all(mask.count("^") == int(count) for count, mask in shown)
-    assert example("examples/user_simulator.py").count("I give up. <done>") == 2
-    data = need_shared("data/gsm8k/test.jsonl")
-    extra = ("--data", str(data), "--questions", "2", "--max-new-tokens", "8")
-    assert "0 of 2 right" in example("examples/gsm8k_rollout.py", *extra)
+    assert user.count("I give up. <done>") == 2
+    assert "0 of 2 right" in rollout
 
 
 def test_the_tool_example_runs(tmp_path):
     """That it learns takes minutes; tests/test_recipes_learning.py shows it."""
-    few = ("--warm_steps", "100", "--steps", "5", "--prompts", "2", "--group_size", "2", "--epochs", "1")
-    out = example("examples/python_tool.py", *few, "--eval", "16", "--out", str(tmp_path / "run"))
+    few = ("--warm_steps", "20", "--steps", "2", "--prompts", "2", "--group_size", "2", "--epochs", "1")
+    [out] = printed(("examples/python_tool.py", *few, "--eval", "8", "--out", str(tmp_path / "run")))
     assert re.search(r"pass rate after training: [01]\.\d+ \(before: [01]\.\d+\)", out)
     assert re.search(r"user: '(mul|add|sub) \d \d' \| assistant: ", out)

@@ -503,7 +503,7 @@ def test_eight_threads(pool):
 
 
 def test_a_thread_gets_on_while_others_hang(pool):
-    pool.deadline = 10.0
+    pool.deadline = 6.0
     hung = threading.Thread(target=pool.map, args=([("sleep",)] * 6,))
     hung.start()
     assert soon(lambda: len(pool._runs) >= 2)  # as many as there are workers

@@ -22,7 +22,7 @@ def test_two_turns_with_a_tool(tmp_path, name):
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(10, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", of_the_day(*RECIPES))
 def test_kills(tmp_path, name, kills):
     arguments = [*QUICK, "--steps", "32" if kills > 5 else "16", "--max_new_tokens", "4"]
     told = run_killed(tmp_path / "killed", name, kills, arguments)

@@ -727,8 +727,10 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="run by an ordinary user as it is")
-def test_all_of_it_as_an_ordinary_user():
+@pytest.mark.parametrize("kind", ["namespaces", "bubblewrap"])
+def test_all_of_it_as_an_ordinary_user(kind):
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-q", "-rs", __file__]
+    command += ["-k", kind]
     needed = [str(Path(__file__).parents[1]), *(path for path in sys.path if path.endswith("site-packages"))]
     ran = subprocess.run(
         [sys.executable, "-c", AS_NOBODY, os.pathsep.join(needed), *command],

@@ -6,6 +6,8 @@ mistyped folder is said to be one here, before anything is asked.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,51 @@ def place(name: str, what: str, file: str = "config.json") -> str | Path:
     return name
 
 
-def load_tokenizer(name: str) -> Any:
+TEMPLATE_HELP = (
+    "a file with a Jinja chat template instead of the model's own, or one for base models: plain, r1-zero"
+)
+"""What a command's ``--chat-template`` says."""
+
+
+def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """The tokenizer of a local folder, or of a name on the hub.
 
+    Args:
+        name: the folder or name.
+        chat_template: instead of its own: a file with Jinja source, or a name of
+            :data:`~torchrl_chat.templates.named.NAMED`.
+
     Raises:
-        ValueError: there is none; one line says what was looked for.
+        ValueError: there is none; one line says what was looked for. Or there is no such chat template.
     """
     from transformers import AutoTokenizer
 
-    return _loaded(AutoTokenizer.from_pretrained, name, "tokenizer", "tokenizer_config.json")
+    from torchrl_chat.templates.named import NAMED, named_template
+
+    given = None if chat_template is None else template_of(chat_template)
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "tokenizer", "tokenizer_config.json")
+    if given is not None:
+        tokenizer.chat_template = named_template(given, tokenizer) if given in NAMED else given
+    return tokenizer
+
+
+def template_of(given: str) -> str:
+    """The chat template of a command line: the source in a file, or the name of a template for base models.
+
+    Raises:
+        ValueError: neither a file nor a name.
+    """
+    from torchrl_chat.templates.named import NAMED
+
+    if given in NAMED and not Path(given).is_file():
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        names = ", ".join(NAMED)
+        raise ValueError(
+            f"the chat template {given!r} is no file that can be read ({error.strerror}), and none of {names}."
+        ) from error
 
 
 def load_model(name: str, **options: Any) -> Any:
@@ -57,8 +95,10 @@ def load_model(name: str, **options: Any) -> Any:
     Raises:
         ValueError: there is none; one line says what was looked for.
     """
+    import transformers
     from transformers import AutoModelForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()  # of shards, which it draws on terminals and elsewhere
     return _loaded(AutoModelForCausalLM.from_pretrained, name, "model", "config.json", **options)
 
 
@@ -78,6 +118,24 @@ def _cached(name: str, file: str) -> bool:
         return any(isinstance(try_to_load_from_cache(name, part), str) for part in (file, "tokenizer.json"))
     except ValueError:  # not the form of a name; transformers says what is wrong
         return True
+
+
+@contextlib.contextmanager
+def no_retries_without_hub() -> Iterator[None]:
+    """Within it, datasets and huggingface_hub look into their caches alone where the hub cannot be reached.
+
+    They ask it five times otherwise, for 23 seconds, before they look there.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    was = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not _hub_is_there():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
 
 
 def _hub_is_there() -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from torchrl_chat import pretrained
 from torchrl_chat.options import whole
 
 
@@ -30,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
         metavar="NAME",
         help=f"tiny (one token a character), or a tokenizer's name or folder (default: {tokenizer})",
     )
-    what.add_argument(
-        "--chat-template",
-        metavar="FILE_OR_NAME",
-        help="a Jinja chat template instead of its own, or one for base models: plain, r1-zero",
-    )
+    what.add_argument("--chat-template", metavar="FILE_OR_NAME", help=pretrained.TEMPLATE_HELP)
     what.add_argument("--data", metavar="PATH", help="a local copy of the dataset: a folder or a JSONL file")
     what.add_argument("--system-prompt", metavar="TEXT", help="default: the environment's own")
     what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")
@@ -54,20 +50,7 @@ def load_tokenizer(name: str, env: str) -> Any:
         from torchrl_chat.cli import tiny
 
         return tiny.tiny_tokenizer(tiny.DIGIT_ALPHABET if env == "digits" else tiny.TEXT_ALPHABET)
-    from torchrl_chat import pretrained
-
     return pretrained.load_tokenizer(name)
-
-
-def template_of(given: str) -> str:
-    """The chat template of a command line: the source in a file, or the name of a template for base models.
-
-    Raises:
-        OSError: neither a file nor a name.
-    """
-    from torchrl_chat.templates.named import NAMED
-
-    return given if given in NAMED and not Path(given).is_file() else Path(given).read_text(encoding="utf-8")
 
 
 def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[], Any], str]:
@@ -82,7 +65,7 @@ def make_factory(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Callabl
 
     template = {}
     if arguments.chat_template is not None:
-        template["chat_template"] = template_of(arguments.chat_template)
+        template["chat_template"] = pretrained.template_of(arguments.chat_template)
     factory, name = factory_of(
         arguments.env,
         tokenizer,

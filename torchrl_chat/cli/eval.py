@@ -16,6 +16,7 @@ from torchrl_chat._endpoint import HIDDEN, shown_url
 from torchrl_chat.cli.eval_stats import Figures
 from torchrl_chat.cli.eval_tasks import DATASETS, check_dataset, make_env, make_policy
 from torchrl_chat.options import device, number, whole
+from torchrl_chat.pretrained import TEMPLATE_HELP
 
 DESCRIPTION = """\
 Play every row of a dataset, grade the answers as in training, and sum up: accuracy, pass@k, and how sure they are.
@@ -81,6 +82,7 @@ def add_parser(commands: Any) -> None:
         help="what is sent to the endpoint: messages (default), or the token ids of the prompt, with --tokenizer",
     )
     model.add_argument("--tokenizer", metavar="NAME", help="default: the model's; for an endpoint: none")
+    model.add_argument("--chat-template", metavar="FILE_OR_NAME", help=TEMPLATE_HELP)
     model.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(

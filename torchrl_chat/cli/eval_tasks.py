@@ -97,9 +97,10 @@ def make_policy(arguments: argparse.Namespace) -> Any:
     if arguments.backend == "vllm":
         from torchrl_chat.policies import VLLMPolicy
 
-        return VLLMPolicy.from_pretrained(
-            arguments.model, arguments.tokenizer, seeded=arguments.temperature > 0, **settings
-        )
+        tokenizer = arguments.tokenizer
+        if arguments.chat_template is not None:
+            tokenizer = _tokenizer(arguments, arguments.model)
+        return VLLMPolicy.from_pretrained(arguments.model, tokenizer, seeded=arguments.temperature > 0, **settings)
     return _transformers(arguments, settings)
 
 
@@ -113,6 +114,8 @@ def _transformers(arguments: argparse.Namespace, settings: dict[str, Any]) -> An
     if arguments.model == "tiny":
         alphabet = tiny.DIGIT_ALPHABET if arguments.dataset == "digits" else tiny.TEXT_ALPHABET
         tokenizer: Any = tiny.tiny_tokenizer(alphabet)
+        if arguments.chat_template is not None:
+            raise ValueError("--chat-template is for models with a vocabulary of their own: tiny has one template.")
         model = tiny.tiny_model(len(tokenizer), seed=arguments.seed, context=8192)
     else:
         tokenizer = _tokenizer(arguments, arguments.model)
@@ -124,7 +127,7 @@ def _transformers(arguments: argparse.Namespace, settings: dict[str, Any]) -> An
 def _tokenizer(arguments: argparse.Namespace, name: str | None = None) -> Any:
     """The tokenizer of ``--tokenizer``, else of that name; ``None`` where neither is given."""
     name = arguments.tokenizer or name
-    return None if name is None else load_tokenizer(name)
+    return None if name is None else load_tokenizer(name, arguments.chat_template)
 
 
 def _endpoint(arguments: argparse.Namespace, settings: dict[str, Any]) -> Any:

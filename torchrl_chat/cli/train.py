@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_chat.options import device, number, whole
+from torchrl_chat.pretrained import TEMPLATE_HELP, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -96,6 +97,7 @@ def add_parser(commands: Any) -> None:
         metavar="NAME",
         help="tiny (default), or the name or folder of a transformers causal language model",
     )
+    task.add_argument("--chat-template", metavar="FILE_OR_NAME", help=TEMPLATE_HELP)
     task.add_argument("--input-mode", choices=("tokens", "text", "history"), default="tokens")
     task.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     learning = parser.add_argument_group("learning (defaults: tiny / any other model)")
@@ -209,14 +211,14 @@ def make_policy(arguments: argparse.Namespace) -> TransformersPolicy:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.model == "tiny":
         alphabet = tiny.DIGIT_ALPHABET if arguments.dataset == "digits" else tiny.TEXT_ALPHABET
+        if arguments.chat_template is not None:
+            raise ValueError("--chat-template is for models with a vocabulary of their own: tiny has one template.")
         tokenizer: Any = tiny.tiny_tokenizer(alphabet)
         model = tiny.tiny_model(len(tokenizer), seed=arguments.seed, context=4096)
     else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = load_tokenizer(arguments.model, arguments.chat_template)
         # In bfloat16 an update at these learning rates is smaller than the weights' own rounding.
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        model = load_model(arguments.model, dtype=torch.float32)
     return TransformersPolicy(
         model.to(device).eval(),
         tokenizer,

@@ -21,6 +21,7 @@ from torchrl_chat import columns
 from torchrl_chat.envs.episodes import DatasetEpisodes, DatasetError, Episodes, collate
 from torchrl_chat.envs.jsonl import COMPRESSED, json_rows
 from torchrl_chat.envs.rows import ArrowRows, ListRows, Rows
+from torchrl_chat.pretrained import no_retries_without_hub
 from torchrl_chat.seeds import EPISODE_KEYS, ROW
 
 __all__ = ["DatasetError", "RowPrimer", "collate", "dataset_episodes", "load_rows", "renamed"]
@@ -91,7 +92,8 @@ def _opened(dataset: str | os.PathLike[str], name: str | None, split: str | None
             return _built(str(path), _config(path, name), split)
         if _looks_like_path(os.fspath(dataset)):
             raise DatasetError(f"no such dataset file or folder: {path}")
-        return _built(os.fspath(dataset), name, split)
+        with no_retries_without_hub():
+            return _built(os.fspath(dataset), name, split)
     except DatasetError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

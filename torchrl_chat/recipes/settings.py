@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torchrl_chat.options import device
+from torchrl_chat.pretrained import TEMPLATE_HELP
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -32,6 +33,7 @@ class RunConfig:
     dataset: str = setting("digits", "digits, python-tool, gsm8k or reasoning-gym:TASK")
     data: str | None = setting(None, "a local copy of the dataset: a folder or a JSONL or Parquet file")
     model: str = setting("tiny", "tiny (random weights, made on the spot), or the name or folder of a model")
+    chat_template: str | None = setting(None, TEMPLATE_HELP)
     backend: Literal["transformers", "vllm"] = setting(
         "transformers", "what samples; the trained model is transformers'"
     )

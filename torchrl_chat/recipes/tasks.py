@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_chat.pretrained import load_model, load_tokenizer
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
@@ -40,15 +41,15 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.model == "tiny":
+        if config.chat_template is not None:
+            raise ValueError("--chat_template is for models with a vocabulary of their own: tiny has one template.")
         alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": TOOL_ALPHABET}
         tokenizer: Any = tiny.tiny_tokenizer(alphabets.get(config.dataset, tiny.TEXT_ALPHABET))
         # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
         return tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096).to(device), tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     # In bfloat16 an update at the learning rates of fine-tuning is smaller than the weights' own rounding.
-    model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(config.model)
+    return load_model(config.model, dtype=torch.float32).to(device).eval(), tokenizer
 
 
 def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:

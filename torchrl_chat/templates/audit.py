@@ -26,7 +26,7 @@ from torchrl_chat.templates.chat_template import ChatTemplate
 from torchrl_chat.templates.drift import drift
 from torchrl_chat.templates.past import rewrites
 from torchrl_chat.templates.probes import ANSWER, MORE, NEXT, PLACE, REASONING, SYSTEM, TOOL, USER
-from torchrl_chat.templates.rendering import ChatTemplateError
+from torchrl_chat.templates.rendering import ChatTemplateError, remembered_texts
 from torchrl_chat.templates.samples import Sample, errors, line, sample, shared
 
 DEPTH = 16
@@ -69,7 +69,7 @@ def audit(
     options = {"chat_template": chat_template, "parse_tool_calls": True, **template_kwargs}
     tools = list(tools or [TOOL])
     template, equipped = _made(tokenizer, **options), _made(tokenizer, tools=tools, **options)
-    with _counted(template), _counted(equipped):
+    with remembered_texts(), _counted(template), _counted(equipped):
         return _Audit(template, equipped, tools, template_kwargs).report()
 
 

@@ -16,7 +16,7 @@ from torchrl_chat.templates.codec import TokenCodec, unmarked
 from torchrl_chat.templates.compiled import Compiler, Rule
 from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles
 from torchrl_chat.templates.proof import Prover, check_real, twin
-from torchrl_chat.templates.rendering import Renderer
+from torchrl_chat.templates.rendering import Renderer, remembered_texts
 
 
 @dataclass
@@ -160,7 +160,8 @@ class Follower:
         if kind not in self.proofs.rules:
             try:
                 self._check_new(new, roles.policy)
-                self.proofs.rules[kind] = self.compiler.compile(kind)
+                with remembered_texts():
+                    self.proofs.rules[kind] = self.compiler.compile(kind)
             except BridgeError as error:
                 self.proofs.rules[kind] = error
         return raised(self.proofs.rules[kind])

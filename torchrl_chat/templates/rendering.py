@@ -8,11 +8,13 @@ template reads is found out by asking it, with a sentinel.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import datetime
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.messages import Message, content_text
@@ -24,6 +26,22 @@ from torchrl_chat.templates.named import NAMED, named_template
 _PROBE = "Qz7probe7zQ"
 # Who may spell the template's own control strings (<think>, <tool_call>): special tokens, nobody.
 _TRUSTED = frozenset({"assistant", "system", "developer"})
+
+
+_texts: contextvars.ContextVar[dict[Any, str] | None] = contextvars.ContextVar("_texts", default=None)
+
+
+@contextlib.contextmanager
+def remembered_texts() -> Iterator[None]:
+    """Within it no conversation is rendered twice: proofs look at the same ones again and again (a third of an audit's)."""
+    if _texts.get() is not None:
+        yield
+        return
+    token = _texts.set({})
+    try:
+        yield
+    finally:
+        _texts.reset(token)
 
 
 class ChatTemplateError(ValueError):
@@ -86,7 +104,13 @@ class Renderer:
     # ------------------------------------------------------------------ text
     def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The template's text; raises :class:`ChatTemplateError` where the template does."""
-        return self._apply(self._adapted(messages), add_generation_prompt)
+        adapted, known = self._adapted(messages), _texts.get()
+        if known is None:
+            return self._apply(adapted, add_generation_prompt)
+        key = (self, add_generation_prompt, pickle.dumps(list(adapted)))
+        if key not in known:
+            known[key] = self._apply(adapted, add_generation_prompt)
+        return known[key]
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         import jinja2
