@@ -122,20 +122,16 @@ def _cached(name: str, file: str) -> bool:
 
 @contextlib.contextmanager
 def no_retries_without_hub() -> Iterator[None]:
-    """Within it, datasets and huggingface_hub look into their caches alone where the hub cannot be reached.
-
-    They ask it five times otherwise, for 23 seconds, before they look there.
-    """
-    import datasets
+    """Within it, huggingface_hub does not ask a hub that cannot be reached: it does so five times, for 23 seconds."""
     from huggingface_hub import constants
 
-    was = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    was = constants.HF_HUB_OFFLINE
     if not _hub_is_there():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
+        constants.HF_HUB_OFFLINE = was
 
 
 def _hub_is_there() -> bool:

@@ -107,7 +107,7 @@ class Renderer:
         adapted, known = self._adapted(messages), _texts.get()
         if known is None:
             return self._apply(adapted, add_generation_prompt)
-        key = (self, add_generation_prompt, pickle.dumps(list(adapted)))
+        key = (self, self.now, add_generation_prompt, pickle.dumps(list(adapted)))
         if key not in known:
             known[key] = self._apply(adapted, add_generation_prompt)
         return known[key]
