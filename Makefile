@@ -24,7 +24,7 @@ test: environment  ## what a change needs: lint and every part below, less what 
 test-all: environment  ## everything: all seeds, all kills, vLLM's learning; for releases
 	$(ENVIRONMENT) --background openenv-010 openenv-03 vllm
 	$(MAKE) lint peers
-	$(PYTEST) -m "not vllm"
+	TORCHRL_CHAT_EXAMPLES=all $(PYTEST) -m "not vllm"
 	$(ENVIRONMENT) vllm
 	$(VLLM) -m vllm
 

@@ -57,10 +57,14 @@ CORPUS = (
 
 
 # An example takes as long as the machine is busy; pytest-timeout ends what hangs. (vLLM's environment has hypothesis, too.)
-hypothesis.settings.register_profile(
-    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("suite")
+for profile, examples in (("change", 40), ("all", 100)):
+    hypothesis.settings.register_profile(
+        profile,
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile(os.environ.get("TORCHRL_CHAT_EXAMPLES", "change"))  # make test-all says "all"
 
 # What the tests of today's day draw: named in every run, and given again to repeat one.
 DAY = os.environ.setdefault("TORCHRL_CHAT_DAY", datetime.datetime.now(datetime.UTC).date().isoformat())

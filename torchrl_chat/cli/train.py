@@ -51,7 +51,7 @@ class Preset:
 
 
 TINY = Preset(
-    steps=200,
+    steps=120,
     prompts=8,
     group_size=16,
     epochs=2,
