@@ -9,7 +9,6 @@ model by its name.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import hashlib
 import re
@@ -26,7 +25,7 @@ from torchrl_chat.templates.chat_template import ChatTemplate
 from torchrl_chat.templates.drift import drift
 from torchrl_chat.templates.past import rewrites
 from torchrl_chat.templates.probes import ANSWER, MORE, NEXT, PLACE, REASONING, SYSTEM, TOOL, USER
-from torchrl_chat.templates.rendering import ChatTemplateError, remembered_texts
+from torchrl_chat.templates.rendering import ChatTemplateError, at_another_time, remembered_texts
 from torchrl_chat.templates.samples import Sample, errors, line, sample, shared
 
 DEPTH = 16
@@ -381,14 +380,9 @@ def _generation_prompt(template: ChatTemplate, messages: Sequence[Message]) -> s
 
 def _date(template: ChatTemplate) -> str | None:
     """Today's date as it stands in a prompt: what changes if it is another day."""
-    renderer = template.renderer
-    now = renderer.now
-    try:
-        today = renderer.text([USER], True)
-        renderer.now = now + datetime.timedelta(days=400)
-        later = renderer.text([USER], True)
-    finally:
-        renderer.now = now
+    today = template.renderer.text([USER], True)
+    with at_another_time():
+        later = template.renderer.text([USER], True)
     if today == later:
         return None
     line = today[today.rfind("\n", 0, shared(today, later)) + 1 :]

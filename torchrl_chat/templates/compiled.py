@@ -20,6 +20,7 @@ from torchrl_chat.templates.bridge import BridgeError, Tail
 from torchrl_chat.templates.kinds import Kind, Roles
 from torchrl_chat.templates.looks import SMALL
 from torchrl_chat.templates.proof import Prover, forms
+from torchrl_chat.templates.rendering import at_another_time
 
 PLAIN = (
     "plain words",
@@ -158,6 +159,9 @@ class Compiler:
         try:
             if any(_split(self.derivation.tail(h, answer, new, agp), slots) != parts for h in histories[1:]):
                 return rendered
+            with at_another_time():
+                if _split(self.derivation.tail(histories[0], answer, new, agp), slots) != parts:
+                    return rendered
             short = self._short(histories)
             if any(self._looks_back(h, answer, new, agp, tail.text) for h in short):
                 return rendered

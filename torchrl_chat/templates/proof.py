@@ -13,8 +13,10 @@ Law of this file: what passed is used, what failed raises :class:`BridgeError` w
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.bridge import (
@@ -28,7 +30,7 @@ from torchrl_chat.templates.bridge import (
     unused,
 )
 from torchrl_chat.templates.kinds import AnswerKind, Roles
-from torchrl_chat.templates.rendering import ChatTemplateError
+from torchrl_chat.templates.rendering import ChatTemplateError, at_another_time
 
 ANSWERS = (
     "plain words",
@@ -65,9 +67,12 @@ class Prover:
         answer = kind.example(roles.policy)
         tails: list[Tail] = []
         refusals: list[BridgeError] = []
-        for new in _continuations(roles, kind.calls):
+        # What ends a turn at one time of two only is not certain.
+        times = (nullcontext, at_another_time) if self.renderer.tells_time else (nullcontext,)
+        for new, time in itertools.product(_continuations(roles, kind.calls), times):
             try:
-                tails.append(self.derivation.resume(before, answer, new, True))
+                with time():
+                    tails.append(self.derivation.resume(before, answer, new, True))
             except BridgeError as error:
                 refusals.append(error)
         if not tails:

@@ -28,6 +28,19 @@ _PROBE = "Qz7probe7zQ"
 _TRUSTED = frozenset({"assistant", "system", "developer"})
 
 
+_later: contextvars.ContextVar[datetime.timedelta] = contextvars.ContextVar("_later", default=datetime.timedelta())
+
+
+@contextlib.contextmanager
+def at_another_time() -> Iterator[None]:
+    """Within it, templates are told another moment than theirs: no part of it is the same."""
+    token = _later.set(datetime.timedelta(days=403, hours=13, minutes=17, seconds=23))
+    try:
+        yield
+    finally:
+        _later.reset(token)
+
+
 _texts: contextvars.ContextVar[dict[Any, str] | None] = contextvars.ContextVar("_texts", default=None)
 
 
@@ -86,7 +99,7 @@ class Renderer:
         self.guards = guard
         self.now = now or datetime.datetime.now()
         self._kwargs: dict[str, Any] = dict(template_kwargs)
-        self._dated = "strftime_now" in self.source
+        self.tells_time = "strftime_now" in self.source
         if tools:
             self._kwargs["tools"] = list(tools)
         # Always the source: which of several named templates applies is then decided once, here.
@@ -96,10 +109,10 @@ class Renderer:
 
     @property
     def key(self) -> Any:
-        """Equal for renderers that write the same texts."""
+        """Equal for renderers that write the same texts, but for the time that they tell (proofs look at two times)."""
         variables = sorted((key, repr(value)) for key, value in self._kwargs.items())
         bound = getattr(self.tokenizer.apply_chat_template, "__func__", self.tokenizer.apply_chat_template)
-        return bound, tuple(variables), self.guards, self.now if self._dated else None
+        return bound, tuple(variables), self.guards
 
     # ------------------------------------------------------------------ text
     def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -107,7 +120,7 @@ class Renderer:
         adapted, known = self._adapted(messages), _texts.get()
         if known is None:
             return self._apply(adapted, add_generation_prompt)
-        key = (self, self.now, add_generation_prompt, pickle.dumps(list(adapted)))
+        key = (self, _later.get(), add_generation_prompt, pickle.dumps(list(adapted)))
         if key not in known:
             known[key] = self._apply(adapted, add_generation_prompt)
         return known[key]
@@ -115,9 +128,9 @@ class Renderer:
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         import jinja2
 
-        if self._dated:
+        if self.tells_time:
             _stop_clock(self.source)
-        moment = _moment.set(self.now)
+        moment = _moment.set(self.now + _later.get())
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
