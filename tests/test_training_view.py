@@ -168,8 +168,22 @@ class TestGroups:
         td = make_env("tokens", 8, turns=1, group=4).rollout(1, policy)
         assert training_view(td)["group"].tolist() == [0] * 4 + [1] * 4
         assert training_view(td, group=2)["group"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        td["next", "done"][[1, 2, 6]] = False  # an episode that goes on keeps its place
+        assert training_view(td, group=2)["group"].tolist() == [0, 1, 2, 2, 3]
+        assert training_view(td, group=4)["group"].tolist() == [0, 0, 1, 1, 1]
         assert "group" not in training_view(td, group=None).keys()
         assert "group" not in training_view(td, group="nothing").keys()
+
+    def test_by_size_over_steps(self, policy):
+        """The steps of an episode are one place, as a rollout has them and one behind the other; also of one that goes on."""
+        rollout = make_env("tokens", 8, turns=2, group=4).rollout(2, policy, break_when_any_done=False)
+        assert rollout.batch_size == (8, 2)
+        rows = [step for row in rollout.unbind(0) for step in row.unbind(0)]
+        for unfinished, expected in (((), [0, 0, 1, 1, 2, 2, 3, 3]), ((0, 3, 4), [0, 1, 2, 3, 3])):
+            for row in unfinished:
+                rollout[row, 1]["next"]["done"].fill_(False)
+            assert training_view(rollout, group=2)["group"].tolist() == expected
+            assert training_view(lazy_stack(rows), group=2)["group"].tolist() == expected
 
     def test_equal_rows_far_apart(self):
         td = batch_of(transcripts(4, 1), query=columns.objects(["b", "a", "b", "a"], torch.Size([4]), None))

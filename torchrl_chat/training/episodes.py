@@ -111,6 +111,15 @@ class Episodes:
             raise ValueError(f"the batches disagree about the shape of {key!r} in one row: {shapes}.")
         return torch.cat(pieces)[torch.tensor(chosen)]
 
+    def slots(self) -> tuple[list[int], int]:
+        """The number of each episode among all that the data hold steps of, unfinished ones too; and how many these are."""
+        numbers: dict[int, int] = {}
+        begun = 0
+        for line in self._lines:
+            found, begun = line.slots(begun)
+            numbers.update(found)
+        return [numbers[place] for place in self.places], begun
+
     def turn_rewards(self) -> list[torch.Tensor]:
         """The rewards of each episode's turns, float32 (K,), as far as the batch holds them."""
         rewards: dict[int, torch.Tensor] = {}
@@ -124,6 +133,25 @@ class _Line:
 
     def __init__(self, batch: torch.Size, parts: list[_Part], ended: list[int], offset: int):
         self.batch, self.parts, self.ended, self.offset = batch, parts, ended, offset
+
+    def slots(self, begun: int) -> tuple[dict[int, int], int]:
+        """The number of the episode of each place, counted on from ``begun``."""
+        count = self.batch.numel()
+        ledgers: dict[int, Transcript] = {}
+        steps = False
+        for part in self.parts:
+            source = part.source("transcript")
+            steps = steps or part.following is not None
+            rows = columns.read_objects(source.get("transcript"), source.batch_size)
+            ledgers.update(zip(part.order.tolist(), rows, strict=True))
+        times, ended = self.batch[-1] if self.batch else 1, set(self.ended)
+        numbers: dict[int, int] = {}
+        for place in range(count):
+            before = ledgers.get(place - 1) if steps and place % times else None
+            on = before is not None and place - 1 not in ended and _goes_on(ledgers[place], before)
+            begun += not (on or _same(ledgers[place], before))
+            numbers[place + self.offset] = begun - 1
+        return numbers, begun
 
     def turn_rewards(self) -> dict[int, torch.Tensor]:
         count = self.batch.numel()
@@ -196,6 +224,12 @@ def _same(transcript: Transcript, before: Transcript | None) -> bool:
         transcript is before
         or (len(transcript) == len(before) and transcript.tokens.data_ptr() == before.tokens.data_ptr())
     )
+
+
+def _goes_on(transcript: Transcript, before: Transcript) -> bool:
+    """Whether a step is a later one of the same conversation."""
+    known = len(before.messages)
+    return len(transcript.messages) > known and transcript.messages[:known] == before.messages
 
 
 def _take(td: TensorDictBase, key: str, rows: list[int]) -> Any:

@@ -50,7 +50,7 @@ def training_view(
     Keyword Args:
         layout: see below.
         group: the column whose equal values make a group of GRPO; or the group's size, where the episodes of a group
-            stand one behind the other. Without that column (or with ``None``) there is no ``"group"``.
+            stand one behind the other, unfinished ones among them. Without that column (or with ``None``) there is no ``"group"``.
         turns: the reward of an episode is the sum over its turns, and that of each turn stands in
             ``"turn_reward"``. It needs steps, with time as the last dimension of the batch.
         side: where a padded layout has its padding.
@@ -122,7 +122,7 @@ def training_view(
     view.set("episode_digest", torch.tensor([digests[i] for i in episodes], device=device))
     view.set("episode_sequence", torch.tensor(places, device=device))
     view.set("scored", torch.tensor([found.transcripts[i].scored for i in episodes], device=device))
-    groups = _groups(kept, group, episodes, len(branches))
+    groups = _groups(kept, group, episodes, found)
     if groups is not None:
         alone = [-1 if bad else number for number, bad in zip(groups, failed, strict=True)]
         view.set("group", torch.tensor(alone, device=device))
@@ -170,12 +170,17 @@ def _digest(sequences: Sequence[Branch]) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def _groups(kept: dict[str, Any], group: str | int | None, episodes: list[int], total: int) -> list[int] | None:
+def _groups(
+    kept: dict[str, Any], group: str | int | None, episodes: list[int], found: Episodes
+) -> list[int] | None:
     """The number of each sequence's group, counted in the order in which the groups appear."""
     if isinstance(group, int):
+        slots, total = found.slots()  # an unfinished episode keeps its place in its group
         if group < 1 or total % group:
-            raise ValueError(f"there are {total} finished episodes: not a multiple of the group size {group}.")
-        return [episode // group for episode in episodes]
+            raise ValueError(
+                f"there are {total} episodes, {len(slots)} of them finished: not a multiple of the group size {group}."
+            )
+        return [slots[episode] // group for episode in episodes]
     if group is None or group not in kept:
         return None
     column = kept[group]
