@@ -378,6 +378,13 @@ class TestReset:
         if mode == "text":
             assert td["text"][1].prompt.startswith("<|im_start|>user\nnew 1")
 
+    def test_nobody(self, mode):
+        env = make(mode)
+        td = env.step_mdp(env.step(respond(env, env.reset(queries(env)))))
+        before = ledgers(td)
+        td["_reset"] = torch.zeros(3, 1, dtype=torch.bool)
+        assert ledgers(env.reset(td)) == before
+
     def test_partial_through_a_transformed_env(self, mode):
         env = TransformedEnv(make(mode), StepCounter(max_steps=2))
         td = env.reset(queries(env.base_env))

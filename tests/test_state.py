@@ -314,6 +314,20 @@ class TestState:
         assert load_state(path) == {"step": 1}
         assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
 
+    @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+    def test_the_file_may_be_read_by_whom_the_umask_says(self, tmp_path, umask):
+        before = os.umask(umask)
+        try:
+            save_state(tmp_path / "state.pt", {"step": 1})
+            (tmp_path / "another").touch()
+            mode = (tmp_path / "another").stat().st_mode
+            assert (tmp_path / "state.pt").stat().st_mode == mode
+            (tmp_path / "state.pt").chmod(0o640)
+            save_state(tmp_path / "state.pt", {"step": 2})
+            assert (tmp_path / "state.pt").stat().st_mode & 0o777 == 0o640
+        finally:
+            os.umask(before)
+
     def test_chat_env(self):
         env = ChatEnv(tokenizer=bpe_tokenizer(), input_mode="tokens")
         assert not env.state_dict()

@@ -258,6 +258,18 @@ class TestRefusals:
         with pytest.raises(BridgeError, match=reason):
             template.extend([5], [USER, ANSWER], new)
 
+    def test_bad_conversations_are_named(self, tokenizer):
+        template = ChatTemplate(tokenizer)
+        assert template.render("hi") == template.render([{"role": "user", "content": "hi"}])
+        for wrong in (["hi"], [USER, 3], 3, []):
+            with pytest.raises(MessageError):
+                template.render(wrong)
+        with pytest.raises(MessageError, match="there is no conversation"):
+            template.extend([1, 2], [], [NEXT])
+        with pytest.raises(ValueError, match=r"sampled\[1\] is empty"):
+            template.parse_batch([[5], []])
+        assert template.render_batch([]) == template.parse_batch([]) == []
+
     def test_arguments_of_other_functions(self, tokenizer):
         for key in ("chat_template_name", "tokenize"):
             with pytest.raises(ValueError, match=key):

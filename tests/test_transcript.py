@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tensordict import LazyStackedTensorDict, TensorDict, lazy_stack
 
 from torchrl_chat import Transcript, columns
+from torchrl_chat.templates.rewriting import Span
 
 QUESTION = ({"role": "user", "content": "?"},)
 ANSWER = {"role": "assistant", "content": "!"}
@@ -160,3 +161,7 @@ class TestTravelling:
         assert t != answered(Transcript.start([1], QUESTION), [8], score=-0.6)
         assert t != answered(Transcript.start([2], QUESTION), [8])
         assert t != answered(Transcript.start([1], ({"role": "user", "content": "x"},)), [8])
+        anew, other = t.branched([1, 2, 8], (Span(1, 2, 3, None),)), t.branched([1, 2, 8], (Span(1, 1, 3, None),))
+        assert anew == t.branched([1, 2, 8], (Span(1, 2, 3, None),))
+        assert anew != other  # the answer begins elsewhere
+        assert anew != answered(Transcript.start([1], QUESTION), [9]).branched([1, 2, 8], anew.spans)  # it was 9

@@ -211,9 +211,16 @@ class Transcript:
                 other.open,
                 other.turns,
             )
+            and self.spans == other.spans
             and all(
                 np.array_equal(mine[:n], theirs[:n])
                 for mine, theirs in zip(self._tape.views(), other._tape.views(), strict=True)
+            )
+            and len(self.branches) == len(other.branches)
+            and all(
+                torch.equal(mine, theirs)
+                for one, another in zip(self.branches, other.branches, strict=True)
+                for mine, theirs in zip(one, another, strict=True)
             )
         )
 

@@ -243,7 +243,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         td = self._begun(tensordict, conversations, faults)
         if faults and self.errors == "raise":
             raise faults[min(faults)]
-        if len(faults) == len(chosen):
+        if faults and len(faults) == len(chosen):
             self._check_template(faults[min(faults)])
         told = self._told(td, faults, len(chosen))
         td.set("env_failure", columns.objects(told, self.batch_size, self.device))

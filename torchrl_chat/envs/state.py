@@ -8,7 +8,8 @@ data: an environment that loads the state, and steps the TensorDict, goes on as 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import stat
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,15 +37,19 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         >>> td = env.step(policy(state["td"]))  # doctest: +SKIP
     """
     target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    name = target.parent / f".{target.name}.{secrets.token_hex(6)}"
+    # Opened, not made by tempfile, which gives it to its owner alone whatever the umask says.
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
+            if target.exists():
+                os.fchmod(handle, stat.S_IMODE(target.stat().st_mode))
             torch.save({key: _compact(value) for key, value in state.items()}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torchrl_chat.messages import Message, as_messages
+from torchrl_chat.messages import Message, MessageError, as_messages
 from torchrl_chat.schema_references import tool_written_out
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation
@@ -150,6 +150,8 @@ class ChatTemplate:
         places = []
         pending: list[tuple[str, bool]] = []
         for messages in conversations:
+            if not isinstance(messages, (list, tuple)) or not all(isinstance(m, Mapping) for m in messages):
+                messages = as_messages(messages)
             key = _key(messages)
             place = unique.get(key)
             if place is None:
@@ -221,7 +223,10 @@ class ChatTemplate:
 
         Raises:
             BridgeError: the template's close cannot be derived.
+            MessageError: there is no message.
         """
+        if not messages:
+            raise MessageError("there is no conversation: its last message is the answer that the turn holds.")
         return raised(self._follower.close(_course(messages).shape, AnswerKind.of(messages[-1])))
 
     def close_of(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
@@ -338,7 +343,13 @@ class ChatTemplate:
                 ``None`` the last id tells.
             prompts: for each row, its prompt, or the last ids of it: they tell whether the prompt has opened the
                 reasoning already. Without them the template's usual generation prompt does.
+
+        Raises:
+            ValueError: nothing was sampled in a row.
         """
+        for i, ids in enumerate(sampled):
+            if not len(ids):
+                raise ValueError(f"sampled[{i}] is empty: a turn has at least one id, if only its stop token.")
         return self._reader.read(sampled, courses, finish_reasons, prompts)
 
     def _probe_call(self, arguments: dict[str, Any]) -> str:
