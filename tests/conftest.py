@@ -76,6 +76,13 @@ def of_the_day(*values) -> list:
     return [v if i == today else pytest.param(v, marks=pytest.mark.full) for i, v in enumerate(values)]
 
 
+def a_third_by_the_day(values: list) -> list:
+    """Parameters of a test that costs much and seldom fails: a third of them in every run, all in ``make test-all``."""
+    day = datetime.date.fromisoformat(DAY).toordinal()
+    marked = [v if (day + i) % 3 == 0 else pytest.param(v, marks=pytest.mark.full) for i, v in enumerate(values)]
+    return marked if len(values) > 1 else values
+
+
 PARTS = ("corpus", "services", "learn", "openenv", "vllm")
 
 

@@ -591,6 +591,7 @@ def test_kill_and_resume(tmp_path):
     same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_kill_and_resume_with_sandboxes(tmp_path):
     """Programs run while the script is killed: none outlives it, and the run goes on as if nothing had been."""
     settings = config(tmp_path, dataset="python-tool", max_new_tokens=40)

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import skip_without
+from conftest import of_the_day, skip_without
 
 from torchrl_chat.sandbox import Sandbox, SandboxError
 
@@ -727,7 +727,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="run by an ordinary user as it is")
-@pytest.mark.parametrize("kind", ["namespaces", "bubblewrap"])
+@pytest.mark.parametrize("kind", of_the_day("namespaces", "bubblewrap"))
 def test_all_of_it_as_an_ordinary_user(kind):
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-q", "-rs", __file__]
     command += ["-k", kind]
