@@ -77,6 +77,21 @@ def digits(number: int, base: int) -> str:
     return found
 
 
+def test_numbers_without_a_digit_of_ten():
+    """Letters with a base are a number in every form; who says another base, or none, has not said the same."""
+    forms = [
+        "BAD_{16}",
+        "(BAD)_{16}",
+        "\\text{BAD}_{sixteen}",
+        "BAD_{\\text{sixteen}}",
+        "BAD\\text{ base 16}",
+        "BAD_{(16)}",
+    ]
+    for one in forms:
+        assert all(right(one, other) for other in forms)
+        assert not any(right(one, other) for other in ("BED_{16}", "BAD_{15}", "(BAD)_{15}", "BAD", "2989"))
+
+
 WORDS = {2: "two", 3: "three", 5: "five", 8: "eight", 12: "twelve", 16: "sixteen"}
 
 

@@ -119,6 +119,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     # Bases.
     (re.compile(_WORDS + r"\{\s*+([0-9A-Za-z]++)\s*+\}(?=\s*+_)"), r"\1"),
     (re.compile(r"\(\s*+(?=[A-Fa-f.]*\d)([0-9A-Fa-f.]++)\s*+\)(?=\s*+_)"), r"\1"),
+    (re.compile(r"\(\s*+([A-F]++)\s*+\)(?=\s*+_\s*+\{?\s*+(?:" + _WORDS + r"\{)?\s*+" + _BASE.replace("P<base>", ":") + ")"), r"\1"),
     (re.compile(r"_\s*+\{\s*+(?:" + _WORDS + r"\{)?\s*+\(?\s*+(?:base[\s-]*+)?" + _BASE + r"\s*+\)?\s*+\}?\s*+\}(?!\})", re.IGNORECASE), _base),
     (re.compile(r"_\s*+" + _WORDS + r"\{\s*+\(?\s*+(?:base[\s-]*+)?" + _BASE + r"\s*+\)?\s*+\}", re.IGNORECASE), _base),
     # Times of day and ratios.
@@ -182,7 +183,7 @@ def alone(text: str) -> str:
         return f"{match[1]}\\times10^{{{match[2].strip('+')}{match[3]}}}"
     if match := _MIXED.match(text):
         return f"{match[1]}\\frac{{{match[2]}}}{{{match[3]}}}{text[match.end() :]}"
-    if (match := _BASE_BEHIND.fullmatch(text)) and any(c.isdigit() for c in match["digits"]):
+    if (match := _BASE_BEHIND.fullmatch(text)) and re.search("[0-9]|^[A-F]+$", match["digits"]):
         return match["digits"] + _base(match)
     if match := _CLOCK_BEHIND.fullmatch(text):
         return f"{match[1]}\\text{{ {match[2].lower()}m}}"

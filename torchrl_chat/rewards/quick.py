@@ -37,8 +37,10 @@ def same_text(a: str, b: str) -> bool | None:
     if a == b:
         return True
     one, two = _based(a), _based(b)
-    if one and two:
-        return one == two
+    if one and two and (one == two or any(c.isdigit() for _, digits, _ in (one, two) for c in digits)):
+        return (
+            one == two
+        )  # letters alone may be no digits: then equal ones are equal, and others are looked at further
     if (one and _DIGITS_ALONE.fullmatch(b)) or (two and _DIGITS_ALONE.fullmatch(a)):
         return False
     early, late = _CLOCK.fullmatch(a), _CLOCK.fullmatch(b)
@@ -48,12 +50,12 @@ def same_text(a: str, b: str) -> bool | None:
 
 
 def _based(text: str) -> tuple[str, str, int] | None:
-    """The sign, digits and base of ``1011_2``; ``None`` for anything else, ``a_5`` among it."""
+    """The sign, digits and base of ``1011_2`` and ``BAD_{16}``; ``None`` for anything else, ``a_5`` among it."""
     match = _BASED.fullmatch(text) if "_" in text else None
     if match is None:
         return None
     base, digits = int(match["base"] or match["short"]), match["digits"].upper()
-    if not 2 <= base <= 36 or not any(c.isdigit() for c in digits):
+    if not 2 <= base <= 36 or not (any(c.isdigit() for c in digits) or digits == match["digits"]):
         return None
     return (match["sign"], digits, base) if all(c == "." or int(c, 36) < base for c in digits) else None
 
