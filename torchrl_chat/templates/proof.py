@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.bridge import (
@@ -68,7 +68,9 @@ class Prover:
         tails: list[Tail] = []
         refusals: list[BridgeError] = []
         # What ends a turn at one time of two only is not certain.
-        times = (nullcontext, at_another_time) if self.renderer.tells_time else (nullcontext,)
+        times: list[Callable[[], AbstractContextManager[None]]] = [nullcontext]
+        if self.renderer.tells_time:
+            times.append(at_another_time)
         for new, time in itertools.product(_continuations(roles, kind.calls), times):
             try:
                 with time():
