@@ -9,6 +9,7 @@ import pytest
 import torch
 from branch_turns import STRIPS, ledger, play
 from conftest import CHATML, all_corpus, bpe_tokenizer, corpus_tokenizer
+from corpus_turns import TOOL  # the law's: what is proved with it is proved here
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import Tokens
 
@@ -180,16 +181,6 @@ class TestKeepAndTemplate:
             ChatEnv(history_policy="forget")
 
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "lookup",
-        "description": "Look it up.",
-        "parameters": {"type": "object", "properties": {"q": {"type": "string"}}},
-    },
-}
-
-
 @pytest.mark.parametrize("name", all_corpus())
 @pytest.mark.parametrize("reasons", [False, True], ids=["call", "thought and call"])
 def test_tool_turns_under_the_template_policy(name, reasons):
@@ -201,7 +192,11 @@ def test_tool_turns_under_the_template_policy(name, reasons):
         )
         template, codec = env.template, env.template.codec
         asked = [{"role": "user", "content": "hi there"}]
-        call = {"id": "call00000", "type": "function", "function": {"name": "lookup", "arguments": {"q": "it"}}}
+        call = {
+            "id": "call00000",
+            "type": "function",
+            "function": {"name": "get_weather", "arguments": {"city": "it"}},
+        }
         said = {"role": "assistant", "content": "", "tool_calls": [call]}
         if reasons:
             said["reasoning_content"] = "a thought"
@@ -213,7 +208,7 @@ def test_tool_turns_under_the_template_policy(name, reasons):
     if (
         stop is None
         or not whole.startswith(first)
-        or "lookup" not in whole[len(first) :]
+        or "get_weather" not in whole[len(first) :]
         or stop not in whole[len(first) :]
     ):
         pytest.skip("no call to cut out of the template's own text")
@@ -228,11 +223,11 @@ def test_tool_turns_under_the_template_policy(name, reasons):
         td["tokens"] = columns.ragged(Tokens, "response", [ids], td.batch_size, None)
         td = env.step_mdp(env.step(td))
         message = ledger(td).messages[-1]
-        assert [c["function"]["name"] for c in message["tool_calls"]] == ["lookup"]
+        assert [c["function"]["name"] for c in message["tool_calls"]] == ["get_weather"]
         result = {
             "role": "tool",
             "content": f"found {k}",
-            "name": "lookup",
+            "name": "get_weather",
             "tool_call_id": message["tool_calls"][0]["id"],
         }
         try:
@@ -245,7 +240,7 @@ def test_tool_turns_under_the_template_policy(name, reasons):
     for span, (ids, _) in zip(final.spans, sampled, strict=True):
         kept, all_ids = final.tokens[span.start : span.end].tolist(), ids.tolist()
         assert any(all_ids[k : k + len(kept)] == kept for k in range(len(all_ids)))
-        assert "lookup" in codec.decode([kept])[0]
+        assert "get_weather" in codec.decode([kept])[0]
     if final.branches and not close.body:
         assert (
             codec.decode([final.tokens.tolist()])[0]
