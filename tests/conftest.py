@@ -62,8 +62,8 @@ for profile, examples in (("change", 40), ("all", 100)):
         profile,
         deadline=None,
         max_examples=examples,
-        derandomize=profile
-        == "change",  # what a change is told does not depend on luck; releases try other examples
+        # What a change is told does not depend on luck; releases try other examples.
+        derandomize=profile == "change",
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
 hypothesis.settings.load_profile(os.environ.get("TORCHRL_CHAT_EXAMPLES", "change"))  # make test-all says "all"
@@ -72,17 +72,10 @@ hypothesis.settings.load_profile(os.environ.get("TORCHRL_CHAT_EXAMPLES", "change
 DAY = os.environ.setdefault("TORCHRL_CHAT_DAY", datetime.datetime.now(datetime.UTC).date().isoformat())
 
 
-def of_the_day(*values) -> list:
-    """Seeds or names as parameters of a test: one by the date that every run takes, the others for ``make test-all``."""
-    today = datetime.date.fromisoformat(DAY).toordinal() % len(values)
-    return [v if i == today else pytest.param(v, marks=pytest.mark.full) for i, v in enumerate(values)]
-
-
-def a_third_by_the_day(values: list) -> list:
-    """Parameters of a test that costs much and seldom fails: a third of them in every run, all in ``make test-all``."""
-    day = datetime.date.fromisoformat(DAY).toordinal()
-    marked = [v if (day + i) % 3 == 0 else pytest.param(v, marks=pytest.mark.full) for i, v in enumerate(values)]
-    return marked if len(values) > 1 else values
+def of_the_day(*values, share: int | None = None) -> list:
+    """Parameters of a test: by the date, one of them (or each ``share``-th) for every run, the others for ``make test-all``."""
+    day, share = datetime.date.fromisoformat(DAY).toordinal(), min(share or len(values), len(values))
+    return [v if (i - day) % share == 0 else pytest.param(v, marks=pytest.mark.full) for i, v in enumerate(values)]
 
 
 PARTS = ("corpus", "services", "learn", "openenv", "vllm")
@@ -119,7 +112,7 @@ _kept: list = []
 
 
 def while_of_one_template(function):
-    """A cache that is emptied when the tests of a template are done: all tokenizers of the corpus together take 14 GB."""
+    """A cache that is emptied when the tests of a template are done: those of all of them take gigabytes."""
     cached = functools.cache(function)
     _kept.append(cached)
     return cached
@@ -163,7 +156,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
 
 
 def pytest_collection_finish() -> None:
-    """What the libraries and the tests themselves consist of is not looked at again and again: a quarter of the time."""
+    """What the libraries and the tests themselves consist of is not looked at by every collection of garbage."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

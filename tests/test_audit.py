@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHATML, SHARED, a_third_by_the_day, all_corpus, bpe_tokenizer, corpus_tokenizer, need_shared
+from conftest import CHATML, SHARED, all_corpus, bpe_tokenizer, corpus_tokenizer, need_shared, of_the_day
 
 from torchrl_chat import ChatTemplateError
 from torchrl_chat.cli.audit import template_kwargs
@@ -224,7 +224,7 @@ class TestReport:
         assert any("the same as of user turns" in line for line in few)
 
 
-@pytest.mark.parametrize("name", a_third_by_the_day(all_corpus()))
+@pytest.mark.parametrize("name", of_the_day(*all_corpus(), share=3))
 def test_every_development_template(name):
     """Whatever a template does, the audit tells it and raises nothing; user turns are proved on all of them."""
     report = audit(corpus_tokenizer(name))

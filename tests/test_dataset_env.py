@@ -274,7 +274,7 @@ class TestBadInput:
                 make(dataset=path)
 
     def test_no_network(self, monkeypatch):
-        """The hub is asked for its address once: it is no network's fault a second time."""
+        """The hub's address is asked for once, and nothing is tried again."""
         from huggingface_hub import constants
 
         asked = []

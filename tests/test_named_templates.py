@@ -153,6 +153,19 @@ def test_no_warning_where_a_template_has_its_own_tokenizer(name):
     assert audit(corpus_tokenizer(name)).warnings == ()
 
 
+def test_in_the_scripts(tmp_path):
+    from torchrl_chat.cli.tiny import tiny_model
+    from torchrl_chat.recipes.settings import RunConfig
+    from torchrl_chat.recipes.tasks import make_model
+
+    tokenizer = base_tokenizer("tiny")
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path)
+    for model in (str(tmp_path), "tiny"):
+        _, made = make_model(RunConfig(model=model, chat_template="plain", device="cpu"))
+        assert "Assistant:" in made.chat_template
+
+
 @pytest.mark.parametrize("command", ["eval", "train"])
 def test_a_base_model_on_the_command_line(command, tmp_path, capsys):
     """Without a template the error names those there are; with a name, it is the template of all that is played."""

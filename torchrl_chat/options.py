@@ -6,6 +6,11 @@ import argparse
 import math
 from collections.abc import Callable
 
+TEMPLATE_HELP = (
+    "a file with a Jinja chat template instead of the model's own, or one for base models: plain, r1-zero"
+)
+"""What a command says of its ``--chat-template``."""
+
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A whole number from ``least`` to ``most``, both of them included, as a ``type`` of argparse.

@@ -38,12 +38,6 @@ def place(name: str, what: str, file: str = "config.json") -> str | Path:
     return name
 
 
-TEMPLATE_HELP = (
-    "a file with a Jinja chat template instead of the model's own, or one for base models: plain, r1-zero"
-)
-"""What a command's ``--chat-template`` says."""
-
-
 def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """The tokenizer of a local folder, or of a name on the hub.
 
@@ -57,11 +51,20 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "tokenizer", "tokenizer_config.json")
+    return with_template(tokenizer, chat_template)
+
+
+def with_template(tokenizer: Any, chat_template: str | None) -> Any:
+    """The tokenizer, with the chat template of a command line where one is given.
+
+    Raises:
+        ValueError: there is no such chat template.
+    """
     from torchrl_chat.templates.named import NAMED, named_template
 
-    given = None if chat_template is None else template_of(chat_template)
-    tokenizer = _loaded(AutoTokenizer.from_pretrained, name, "tokenizer", "tokenizer_config.json")
-    if given is not None:
+    if chat_template is not None:
+        given = template_of(chat_template)
         tokenizer.chat_template = named_template(given, tokenizer) if given in NAMED else given
     return tokenizer
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchrl_chat import pretrained
-from torchrl_chat.options import whole
+from torchrl_chat.options import TEMPLATE_HELP, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
         metavar="NAME",
         help=f"tiny (one token a character), or a tokenizer's name or folder (default: {tokenizer})",
     )
-    what.add_argument("--chat-template", metavar="FILE_OR_NAME", help=pretrained.TEMPLATE_HELP)
+    what.add_argument("--chat-template", metavar="FILE_OR_NAME", help=TEMPLATE_HELP)
     what.add_argument("--data", metavar="PATH", help="a local copy of the dataset: a folder or a JSONL file")
     what.add_argument("--system-prompt", metavar="TEXT", help="default: the environment's own")
     what.add_argument("--seed", type=int, default=0, help="of generated problems (default 0)")

@@ -15,8 +15,7 @@ from typing import Any
 from torchrl_chat._endpoint import HIDDEN, shown_url
 from torchrl_chat.cli.eval_stats import Figures
 from torchrl_chat.cli.eval_tasks import DATASETS, check_dataset, make_env, make_policy
-from torchrl_chat.options import device, number, whole
-from torchrl_chat.pretrained import TEMPLATE_HELP
+from torchrl_chat.options import TEMPLATE_HELP, device, number, whole
 
 DESCRIPTION = """\
 Play every row of a dataset, grade the answers as in training, and sum up: accuracy, pass@k, and how sure they are.

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_chat.pretrained import load_model, load_tokenizer
+from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 
 if TYPE_CHECKING:
     from torchrl_chat.envs import DatasetChatEnv
@@ -113,9 +113,7 @@ def _transformers(arguments: argparse.Namespace, settings: dict[str, Any]) -> An
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.model == "tiny":
         alphabet = tiny.DIGIT_ALPHABET if arguments.dataset == "digits" else tiny.TEXT_ALPHABET
-        tokenizer: Any = tiny.tiny_tokenizer(alphabet)
-        if arguments.chat_template is not None:
-            raise ValueError("--chat-template is for models with a vocabulary of their own: tiny has one template.")
+        tokenizer: Any = with_template(tiny.tiny_tokenizer(alphabet), arguments.chat_template)
         model = tiny.tiny_model(len(tokenizer), seed=arguments.seed, context=8192)
     else:
         tokenizer = _tokenizer(arguments, arguments.model)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_chat.options import device, number, whole
-from torchrl_chat.pretrained import TEMPLATE_HELP, load_model, load_tokenizer
+from torchrl_chat.options import TEMPLATE_HELP, device, number, whole
+from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -211,9 +211,7 @@ def make_policy(arguments: argparse.Namespace) -> TransformersPolicy:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.model == "tiny":
         alphabet = tiny.DIGIT_ALPHABET if arguments.dataset == "digits" else tiny.TEXT_ALPHABET
-        if arguments.chat_template is not None:
-            raise ValueError("--chat-template is for models with a vocabulary of their own: tiny has one template.")
-        tokenizer: Any = tiny.tiny_tokenizer(alphabet)
+        tokenizer: Any = with_template(tiny.tiny_tokenizer(alphabet), arguments.chat_template)
         model = tiny.tiny_model(len(tokenizer), seed=arguments.seed, context=4096)
     else:
         tokenizer = load_tokenizer(arguments.model, arguments.chat_template)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from torchrl_chat.options import device
-from torchrl_chat.pretrained import TEMPLATE_HELP
+from torchrl_chat.options import TEMPLATE_HELP, device
 
 C = TypeVar("C", bound="RunConfig")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.pretrained import load_model, load_tokenizer
+from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
@@ -41,10 +41,9 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.model == "tiny":
-        if config.chat_template is not None:
-            raise ValueError("--chat_template is for models with a vocabulary of their own: tiny has one template.")
         alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": TOOL_ALPHABET}
-        tokenizer: Any = tiny.tiny_tokenizer(alphabets.get(config.dataset, tiny.TEXT_ALPHABET))
+        made = tiny.tiny_tokenizer(alphabets.get(config.dataset, tiny.TEXT_ALPHABET))
+        tokenizer: Any = with_template(made, config.chat_template)
         # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
         return tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096).to(device), tokenizer
     tokenizer = load_tokenizer(config.model, config.chat_template)

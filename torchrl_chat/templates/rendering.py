@@ -33,8 +33,8 @@ _later: contextvars.ContextVar[datetime.timedelta] = contextvars.ContextVar("_la
 
 @contextlib.contextmanager
 def at_another_time() -> Iterator[None]:
-    """Within it, templates are told another moment than theirs: no part of it is the same."""
-    token = _later.set(datetime.timedelta(days=403, hours=13, minutes=17, seconds=23))
+    """Within it, templates are told another moment than theirs: year, month, day, weekday and time of day differ."""
+    token = _later.set(datetime.timedelta(days=403, hours=13, minutes=17, seconds=23, microseconds=29))
     try:
         yield
     finally:
@@ -46,7 +46,7 @@ _texts: contextvars.ContextVar[dict[Any, str] | None] = contextvars.ContextVar("
 
 @contextlib.contextmanager
 def remembered_texts() -> Iterator[None]:
-    """Within it no conversation is rendered twice: proofs look at the same ones again and again (a third of an audit's)."""
+    """Within it no conversation is rendered twice: proofs look at the same ones again and again."""
     if _texts.get() is not None:
         yield
         return

@@ -50,7 +50,8 @@ def training_view(
     Keyword Args:
         layout: see below.
         group: the column whose equal values make a group of GRPO; or the group's size, where the episodes of a group
-            stand one behind the other, unfinished ones among them. Without that column (or with ``None``) there is no ``"group"``.
+            stand one behind the other, unfinished ones among them. Without that column (or with ``None``) there is no
+            ``"group"``.
         turns: the reward of an episode is the sum over its turns, and that of each turn stands in
             ``"turn_reward"``. It needs steps, with time as the last dimension of the batch.
         side: where a padded layout has its padding.
