@@ -118,16 +118,16 @@ def test_right_answers_pass(runner, code, reference):
 
 
 def test_an_answer_cannot_look_at_the_tests(box):
-    """Not in the process that has them, nor in its own."""
+    """Not in the process that has them, nor in its own. The secret has no digits: any six stand in some address."""
     code = (
         "import gc, os, sys\ndef look():\n    seen = [repr(o) for o in gc.get_objects() if isinstance(o, (str, bytes, list, dict))]\n"
         "    for pid in ('self', os.getppid()):\n        for file in ('cmdline', 'environ', 'mem', 'maps'):\n"
         "            try: seen.append(open(f'/proc/{pid}/{file}', 'rb').read(1 << 20).decode('latin1'))\n            except OSError: pass\n"
         "        try: seen.append(str(os.listdir(f'/proc/{pid}/fd')) if pid != 'self' else '')\n        except OSError: pass\n"
-        "    return any('98' + '7654' in s for s in seen if '98\\' + ' not in s)\n"
+        "    return any('walrus' + 'tusk' in s for s in seen if 'walrus\\' + ' not in s)\n"
         "def parent():\n    try: return open(f'/proc/{os.getppid()}/mem', 'rb') is not None\n    except OSError: return False\n"
     )
-    tests = ["assert look() is False  # 987654", "assert parent() is False"]
+    tests = ["assert look() is False  # walrustusk", "assert parent() is False"]
     verdict = CodeVerifier(box.run, partial=True).grade(f"```python\n{code}\n```", {"test_list": tests})
     if box.isolation["Landlock"].startswith("absent"):
         assert verdict.score >= 0.5
