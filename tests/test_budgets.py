@@ -182,7 +182,7 @@ def test_no_episode_exceeds_a_budget_by_one_token(mode, seed):
     too_long = [reason is R.CONTEXT_FULL for reason in reasons(td)]
     ended: dict[int, StopReason] = {}
     for _ in range(12):
-        left = [env.transform._tokens_left(ledger) for ledger in ledgers(td)]
+        left = [env.transform.limits.tokens_left(ledger, env.base_env.template) for ledger in ledgers(td)]
         too_long = [before or count == 0 for before, count in zip(too_long, left, strict=True)]
         before = [ledger.num_sampled for ledger in ledgers(td)]
         stepped = answer(env, td, [(draw.choice([1, 3, 8, 30]), draw.random() < 0.5) for _ in range(rows)])

@@ -511,7 +511,7 @@ class TestBadInput:
             prompt=History(role="user", content="EDITED").view(1, 1),
             response=History(role="assistant", content="four").view(1, 1),
         )
-        with pytest.raises(ResponseError, match="row 0: message 0 .*'EDITED' is 'question '"):
+        with pytest.raises(ResponseError, match="row 0: the content of message 0 .*'EDITED' is 'question '"):
             env.step(td)
 
     def test_full_that_is_not_prompt_and_response(self, mode):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
+    from torchrl_chat.conversation import Transcript
     from torchrl_chat.envs import (
         ChatEnv,
         CountdownEnv,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
     from torchrl_chat.tools import MCPTools, Tool, Toolbox, tool
     from torchrl_chat.training import training_view
-    from torchrl_chat.transcript import Transcript
     from torchrl_chat.transforms import (
         AddThinkingPrompt,
         Budget,

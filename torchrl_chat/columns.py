@@ -142,8 +142,12 @@ NonTensorStack._clone = _clone_objects
 class Conversation(Rows):
     """The messages of one row: replaced as a whole by ``update``, never merged message by message.
 
-    A partial reset writes a new, shorter conversation over a longer one; a plain lazy stack refuses that.
+    A partial reset writes a new, shorter conversation over a longer one; a plain lazy stack refuses that. And a shallow copy
+    holds the same messages: torchrl copies what is stepped, and all earlier messages once more would make every turn dearer.
     """
+
+    def _clone(self, recurse: bool = True) -> Any:
+        return super()._clone(recurse) if recurse else _like(self, self.tensordicts)
 
     def update(self, input_dict_or_td: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As ``LazyStackedTensorDict.update``, but for another conversation."""
@@ -227,6 +231,11 @@ def history_messages(messages: Sequence[Message], device: torch.device | None = 
         )
         for message in messages
     ]
+
+
+def history_leaves(entries: Sequence[TensorDictBase]) -> list[Any]:
+    """The role and the content of each entry of a ``History``, one after the other, as the objects that they are."""
+    return [entry._get_str(key, None) for entry in entries for key in ("role", "content")]
 
 
 def histories(

@@ -22,11 +22,10 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import Branch, StopReason, Transcript
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.playing import finished_rows
 from torchrl_chat.seeds import EPISODE_KEYS
-from torchrl_chat.transcript import Branch, Transcript
-from torchrl_chat.transforms.stop import StopReason
 
 VERSION = 1
 """The version of the format; it changes when a field changes its meaning, not when one is added."""

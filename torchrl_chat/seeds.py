@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
-    from torchrl_chat.transcript import Transcript
+    from torchrl_chat.conversation import Transcript
 
 SEED, ROW, EPOCH, PLACE = EPISODE_KEYS = ("episode_seed", "episode_row", "episode_epoch", "episode_place")
 """The columns, int64 of shape (B,), that tell an episode from all others."""

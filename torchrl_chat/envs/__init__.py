@@ -1,5 +1,6 @@
 """The environments: ``ChatEnv``, datasets on top of it, and the ready-made tasks."""
 
+from torchrl_chat.conversation import ResponseError
 from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.envs.countdown import CountdownEnv
 from torchrl_chat.envs.dataset import DatasetChatEnv
@@ -8,7 +9,6 @@ from torchrl_chat.envs.ifeval import IFEvalEnv
 from torchrl_chat.envs.loading import DatasetError
 from torchrl_chat.envs.math import MATHEnv
 from torchrl_chat.envs.reasoning import ReasoningGymEnv
-from torchrl_chat.envs.responses import ResponseError
 from torchrl_chat.envs.state import collector_state, load_collector_state, load_state, save_state
 from torchrl_chat.envs.task import TaskEnv
 

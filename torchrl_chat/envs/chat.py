@@ -1,6 +1,6 @@
 """``ChatEnv``: the batched chat environment, a function from TensorDicts to TensorDicts.
 
-Its one job is to keep the ledger (:class:`~torchrl_chat.transcript.Transcript`) of every row and to show it in
+Its one job is to keep the ledger (:class:`~torchrl_chat.conversation.Transcript`) of every row and to show it in
 the form that the policy reads. The environment object holds configuration only; whatever a turn
 needs travels in the TensorDict, so a saved TensorDict can be stepped again, branched, or stepped by
 another environment of the same configuration.
@@ -20,17 +20,16 @@ from torchrl.envs import EnvBase
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
-from torchrl_chat.envs import responses, specs
-from torchrl_chat.envs.appending import appended
+from torchrl_chat.conversation import ResponseError, StopReason, Transcript, answer, append
+from torchrl_chat.conversation.turn import Errors, by_row
+from torchrl_chat.envs import reading, specs
 from torchrl_chat.envs.editing import Editing
 from torchrl_chat.envs.resetting import FreshRows
 from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.envs.transforming import Appending, TransformedChatEnv, as_transform
 from torchrl_chat.messages import Message, MessageError, as_messages
 from torchrl_chat.seeds import row_names
-from torchrl_chat.templates import ChatTemplate, ChatTemplateError
-from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.stop import StopReason
+from torchrl_chat.templates import ChatTemplate
 
 InputMode = Literal["history", "text", "tokens"]
 _NOT_CARRIED = {"_reset", "next", "done", "terminated", "truncated"}
@@ -88,7 +87,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         history_policy: what the policy sees of its own earlier turns where the chat template rewrites them
             (drops their reasoning, for one). ``"keep"``: what it saw and sampled, append-only. ``"template"``:
             what the template writes; a turn whose past is rewritten starts a *branch* (see
-            :attr:`Transcript.sequences <torchrl_chat.transcript.Transcript.sequences>`).
+            :attr:`Transcript.sequences <torchrl_chat.conversation.Transcript.sequences>`).
         on_prompt_mismatch: what to do when a policy reports a prompt other than the ledger's:
             ``"raise"``, or ``"adopt"`` what the policy saw.
         errors: what becomes of a row that fails: ``"row"`` ends it, ``"raise"`` raises its error.
@@ -234,7 +233,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         wanted = self._reset_rows(tensordict)
         chosen = [i for i in range(len(queries)) if wanted is None or wanted[i]]
         conversations: dict[int, list[Message]] = {}
-        faults: responses.Faults = {}
+        faults: Errors = {}
         for i in chosen:
             try:
                 conversations[i] = self._conversation(queries[i], i)
@@ -255,7 +254,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         self,
         tensordict: TensorDictBase | None,
         conversations: dict[int, list[Message]],
-        faults: responses.Faults,
+        faults: Errors,
     ) -> TensorDict:
         """The observation of conversations that begin, beside the other columns of the rows.
 
@@ -269,7 +268,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         rendered: list[Any] = [None] * len(places)
         if self.template is not None:
             template = self.template
-            rendered = responses.by_row(
+            rendered = by_row(
                 lambda some: template.render_batch([conversations[places[k]] for k in some]),
                 len(places),
                 lambda k, error: faults.setdefault(places[k], error),
@@ -343,7 +342,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             )
         if isinstance(column, History):
             rows = columns.read_rows(column, self.batch_size)
-            return [responses.history_messages(row, 0) for row in rows]
+            return [reading.history_messages(row, 0) for row in rows]
         return columns.read_objects(column, self.batch_size)
 
     def _reset_rows(self, tensordict: TensorDictBase | None) -> list[bool] | None:
@@ -363,7 +362,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         if isinstance(tensordict.get("history", None), History) and tensordict.get("transcript", None) is None:
             self._take_up(tensordict)
         goes = columns.stepped(tensordict)  # torchrl's way to leave some rows (finished ones) as they are
-        faults: responses.Faults = {}
+        faults: Errors = {}
         answered = self._answers(tensordict, goes, faults)
         following = self._observe(answered)
         known = self._failed(tensordict)
@@ -391,20 +390,20 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             ResponseError: the last message of a row is not the policy's, or nothing stands before it.
         """
         if self.input_mode != "history":
-            raise responses.ResponseError(
+            raise ResponseError(
                 f"'history' holds whole conversations, which input_mode='history' reads; this is {self.input_mode!r}."
             )
         rows = [
-            responses.history_messages(row, 0)
+            reading.history_messages(row, 0)
             for row in columns.read_rows(tensordict.get("history"), self.batch_size)
         ]
         for i, messages in enumerate(rows):
             if len(messages) < 2 or messages[-1]["role"] != self.policy_role:
-                raise responses.ResponseError(
+                raise ResponseError(
                     f"row {i}: 'history' has the roles {[m['role'] for m in messages]}: expected a conversation that ends "
                     f"with an answer of role {self.policy_role!r}."
                 )
-        faults: responses.Faults = {}
+        faults: Errors = {}
         begun = self._begun(None, {i: messages[:-1] for i, messages in enumerate(rows)}, faults)
         if faults:
             raise faults[min(faults)]
@@ -412,9 +411,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         for key, column in begun.items():
             tensordict.set(key, column)
 
-    def _answers(
-        self, tensordict: TensorDictBase, goes: Sequence[bool], faults: responses.Faults
-    ) -> list[Transcript]:
+    def _answers(self, tensordict: TensorDictBase, goes: Sequence[bool], faults: Errors) -> list[Transcript]:
         """The ledgers with what the policy answered; those of rows that are not stepped, or have a fault, as they were.
 
         Args:
@@ -427,108 +424,28 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         """
         written = self._written(tensordict)
         held = self._with_foreign_messages(tensordict, written, faults)
+        adopt = self.on_prompt_mismatch == "adopt"
+        reader = reading.Reader(tensordict, held, goes, self.template, faults, adopt)
         if self.input_mode == "text":
-            responses.check_texts(tensordict, held, self.batch_size)
-        if self.template is None:
-            answered = self._answered_without_tokens(tensordict, held, faults)
-        else:
-            adopt = self.on_prompt_mismatch == "adopt"
-            held = responses.check_prompts(tensordict, held, written, self.batch_size, adopt)
-            answered = self._answered(tensordict, held, self.template, goes, faults)
+            reading.check_texts(tensordict, held, self.batch_size)
+        if self.template is not None:
+            reader.check_prompts(written)
+        turns = reader.turns(self.input_mode)
+        failed = self._failed(tensordict)
+        answered = answer(
+            reader.held,
+            [None if why else turn for turn, why in zip(turns, failed, strict=True)],
+            self.template,
+            faults,
+        )
         if self.errors == "raise" and (wrong := [i for i in sorted(faults) if goes[i]]):
             raise faults[wrong[0]]
-        failed = self._failed(tensordict)
-        return [
-            new if going and i not in faults and not failed[i] else old
-            for i, (new, old, going) in enumerate(zip(answered, held, goes, strict=True))
-        ]
+        return answered
 
     def _failed(self, tensordict: TensorDictBase) -> list[str]:
         """Which rows have failed before, by the reason that stands in the root; empty elsewhere."""
         column = tensordict.get("env_failure", None)
         return [""] * self.batch_size.numel() if column is None else columns.read_objects(column, self.batch_size)
-
-    def _answered(
-        self,
-        td: TensorDictBase,
-        transcripts: list[Transcript],
-        template: ChatTemplate,
-        goes: Sequence[bool],
-        faults: responses.Faults,
-    ) -> list[Transcript]:
-        ids = responses.read_tokens(td, transcripts, self.batch_size, faults)
-        if ids is None:
-            ids = responses.tokenize(self._read_texts(td, transcripts, faults), transcripts, template, faults)
-        limits = responses.read_limits(td, self.batch_size)
-        responses.check_ids(ids, template.codec.vocab_size, limits, faults)
-        log_probs = responses.read_log_probs(td, ids, self.batch_size, faults)
-        reasons = responses.read_finish_reasons(td, self.batch_size)
-        if limits is not None:
-            ids, log_probs, reasons = responses.cut(limits, ids, log_probs, reasons)
-        places = [
-            i for i, going in enumerate(goes) if going and i not in faults and (limits is None or limits[i] > 0)
-        ]
-        # An open turn is read as a whole: its words, begun by the environment, and what the policy sampled behind them.
-        heads = [
-            transcripts[i].tokens[transcripts[i].open :].tolist() if transcripts[i].open else [] for i in places
-        ]
-        openings = bool(template.parser.openings)
-
-        def parse(some: Sequence[int]) -> list[Any]:
-            return template.parse_batch(
-                [heads[k] + ids[places[k]].tolist() for k in some],
-                [transcripts[places[k]].course for k in some],
-                [reasons[places[k]] for k in some],
-                [transcripts[places[k]].tokens[: transcripts[places[k]].open][-12:].tolist() for k in some]
-                if openings
-                else None,
-            )
-
-        parsed = responses.by_row(parse, len(places), lambda k, error: faults.setdefault(places[k], error))
-        keep = self.input_mode == "text"
-        answered = list(transcripts)  # a row that had nothing left to sample stays as it is
-        for i, read in zip(places, parsed, strict=True):
-            if read is None:
-                continue
-            try:
-                suffix = read.ending
-                if suffix is None:  # nothing can follow this turn; it may well be the last
-                    tail, text = None, read.text
-                else:
-                    said = (
-                        template.codec.decode([ids[i].tolist()])[0] if keep and transcripts[i].open else read.text
-                    )
-                    tail, text = suffix.ids, said + suffix.text if keep else ""
-            except ChatTemplateError as error:
-                faults[i] = error
-                continue
-            answered[i] = transcripts[i].sampled(
-                ids[i], log_probs[i], read.message, ended=read.ended, close=tail, text=text, stop=read.stop
-            )
-        return answered
-
-    def _read_texts(self, td: TensorDictBase, transcripts: list[Transcript], faults: responses.Faults) -> list[str]:
-        if self.input_mode == "text":
-            texts = responses.read_text(td, list(map(self._text, transcripts)), self.batch_size, faults)
-        elif self.input_mode == "history":
-            texts = responses.read_history(td, transcripts, self.batch_size, self.policy_role, faults)
-        else:
-            texts = None
-        if texts is None:
-            raise KeyError(
-                f"step needs the policy's response in ({self.input_mode!r}, 'response') or "
-                f"({self.input_mode!r}, 'full'); got the keys {sorted(map(str, td.keys()))}."
-            )
-        return texts
-
-    def _answered_without_tokens(
-        self, td: TensorDictBase, transcripts: list[Transcript], faults: responses.Faults
-    ) -> list[Transcript]:
-        none = torch.empty(0, dtype=torch.int64)
-        return [
-            transcript.sampled(none, None, {"role": self.policy_role, "content": text}, ended=True)
-            for transcript, text in zip(transcripts, self._read_texts(td, transcripts, faults), strict=True)
-        ]
 
     # ------------------------------------------------------------------ new messages
     def append_messages(
@@ -575,7 +492,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         new: Sequence[list[Message] | None],
         errors: dict[int, Exception] | None = None,
     ) -> list[Transcript]:
-        return appended(transcripts, new, self.template, self.history_policy, errors)
+        return append(transcripts, new, self.template, self.history_policy, errors)
 
     # ------------------------------------------------------------------ transcripts <-> TensorDict
     def _transcripts(self, tensordict: TensorDictBase) -> list[Transcript]:
@@ -591,15 +508,16 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
                 f"{sorted(map(str, tensordict.keys()))}. Start from env.reset(...)."
             )
         transcripts = columns.read_objects(column, self.batch_size)
+        reading.check_ledgers(transcripts)
         for i, transcript in enumerate(transcripts):
             if self.template is not None and not len(transcript):
-                raise responses.ResponseError(
+                raise ResponseError(
                     f"row {i} has messages but no tokens: it comes from an environment without a tokenizer. Reset it here."
                 )
         return transcripts
 
     def _with_foreign_messages(
-        self, td: TensorDictBase, transcripts: list[Transcript], faults: responses.Faults | None = None
+        self, td: TensorDictBase, transcripts: list[Transcript], faults: Errors | None = None
     ) -> list[Transcript]:
         """Take up messages that a transform wrote into ``("history", "prompt")``, behind the ledger's back."""
         if self.input_mode != "history":
@@ -609,12 +527,12 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             return transcripts
         new: list[list[Message] | None] = [None] * len(transcripts)
         for i, (row, transcript) in enumerate(zip(rows, transcripts, strict=True)):
-            responses.check_history(row, transcript, i)
+            reading.check_history(row, transcript, i)
             count, known = row.batch_size[0], len(transcript.messages)
             if count > known:
-                new[i] = responses.history_messages(row, known)
+                new[i] = reading.history_messages(row, known)
             elif count < known:
-                raise responses.ResponseError(
+                raise ResponseError(
                     f"row {i}: ('history', 'prompt') has {count} messages, the ledger {known}: a conversation "
                     f"is append-only."
                 )
@@ -632,7 +550,9 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             ):
                 leaves[name] = columns.ragged(container, key, _to(rows, device), batch, device)
         if self.input_mode == "text":
-            leaves["text"] = columns.texts("prompt", [self._text(t) for t in transcripts], batch, device)
+            leaves["text"] = columns.texts(
+                "prompt", [reading.shown_text(t, self.template) for t in transcripts], batch, device
+            )
         elif self.input_mode == "history":
             entries = [self._entries(t) for t in transcripts]
             leaves["history"] = columns.histories("prompt", entries, batch, device)
@@ -640,19 +560,14 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
 
     def _entries(self, transcript: Transcript) -> list[TensorDict]:
         """The entries of the row's ``History``: those of the turn before, and the new ones."""
-        entries, device = transcript.shown or ([], self.device)
-        if device != self.device or not isinstance(entries, list):
-            entries = []
-        if len(entries) < len(transcript.messages):
-            entries = entries + columns.history_messages(transcript.messages[len(entries) :], self.device)
-            transcript.shown = (entries, self.device)
-        return entries
-
-    def _text(self, transcript: Transcript) -> str:
-        if transcript.text is None:  # it comes from an environment of another mode
-            assert self.template is not None
-            return self.template.codec.decode([transcript.tokens.tolist()])[0]
-        return transcript.text
+        shown = transcript.shown
+        if not isinstance(shown, reading.Shown) or shown.device != self.device:
+            shown = reading.Shown([], [], self.device)
+        if len(shown.entries) < len(transcript.messages):
+            new = columns.history_messages(transcript.messages[len(shown.entries) :], self.device)
+            shown = reading.Shown(shown.entries + new, shown.leaves + columns.history_leaves(new), self.device)
+            transcript.shown = shown
+        return shown.entries
 
     def _set_seed(self, seed: int | None) -> None:
         """Nothing here is random: data order is seeded where the data are, sampling in the policy."""

@@ -17,10 +17,10 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, Transform, TransformedEnv
 from torchrl.envs.transforms.transforms import _CallableTransform
 
+from torchrl_chat.conversation import StopReason
 from torchrl_chat.envs.resetting import FreshRows
 from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.transforms.home import flat, stack
-from torchrl_chat.transforms.stop import StopReason
 
 
 class _Result:

@@ -19,16 +19,15 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import columns
-from torchrl_chat.envs.responses import ResponseError, check_ids
+from torchrl_chat.conversation import ResponseError, StopReason, Transcript
+from torchrl_chat.conversation.turn import check_ids
 from torchrl_chat.messages import MessageError, as_messages
-from torchrl_chat.openenv.episode import EpisodeEnded, Turn
+from torchrl_chat.openenv.episode import EpisodeEnded, Outcome
 from torchrl_chat.openenv.interfaces import Environment
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata
 from torchrl_chat.openenv.protocol import short
 from torchrl_chat.openenv.tokens import behind_prompt
 from torchrl_chat.seeds import mixed
-from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.stop import StopReason
 
 _ONE = torch.Size([1])
 _PREVIEW = 1000  # tasks in a list
@@ -195,7 +194,7 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         messages: Any = None,
         query: Any = None,
         **kwargs: Any,
-    ) -> Turn:
+    ) -> Outcome:
         """Begin an episode.
 
         Args:
@@ -239,9 +238,9 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         transcript = _transcript(td)
         self._ends = [0] * (len(transcript.messages) - 1) + [len(transcript)]
         metadata |= _told(td)
-        return Turn(messages=transcript.messages, transcript=transcript, kept=(0, 0), metadata=metadata)
+        return Outcome(messages=transcript.messages, transcript=transcript, kept=(0, 0), metadata=metadata)
 
-    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Turn:
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Outcome:
         """Take one turn; the episode stays as it was if anything is raised.
 
         Raises:
@@ -275,7 +274,7 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         added = len(transcript.messages) - len(self._ends)
         ends = [min(end, kept[1]) for end in self._ends]
         self._ends = [*ends, *[kept[1]] * (added - 1), len(transcript)] if added > 0 else ends
-        return Turn(
+        return Outcome(
             messages=transcript.messages,
             transcript=transcript,
             kept=kept,
@@ -303,12 +302,11 @@ def _answered(base: Any, td: TensorDictBase, before: Transcript, action: ChatAct
     else:
         ids = codec.encode_continuation([str(action.text)], [int(before.tokens[-1])])[0]
         reason = reason or "stop"
-    response = torch.tensor(ids, dtype=torch.int64)
-    check_ids([response], codec.vocab_size)
+    check_ids(ids, codec.vocab_size)
     if before.ended is not None:
         raise ResponseError("it is not the policy's turn: send the next message first (messages=[...]).")
     td = td.copy()
-    td["tokens"] = columns.ragged(Tokens, "response", [response], _ONE, None)
+    td["tokens"] = columns.ragged(Tokens, "response", [torch.tensor(ids, dtype=torch.int64)], _ONE, None)
     if reason is not None:
         td["finish_reason"] = columns.objects([reason], _ONE, None)
     return td

@@ -19,6 +19,7 @@ from tensordict import TensorDictBase
 from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import StopReason, Transcript
 from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.messages import Message, as_messages, content_text
 from torchrl_chat.openenv.batch_adapters import CHAT, Adapter, Answer
@@ -27,8 +28,6 @@ from torchrl_chat.openenv.batch_sessions import Sessions
 from torchrl_chat.openenv.client_errors import ConnectFailed, OpenEnvError, ServerError
 from torchrl_chat.openenv.client_link import Link, need_websockets
 from torchrl_chat.seeds import mixed
-from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.stop import StopReason
 
 FAILED = StopReason.ERROR
 _SEEDS = 2**31  # what every library's generators take

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torchrl_chat.conversation import Transcript
 from torchrl_chat.messages import Message, content_text
-from torchrl_chat.transcript import Transcript
 
 
 @dataclass(frozen=True)

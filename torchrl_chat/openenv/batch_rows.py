@@ -11,10 +11,10 @@ import torch
 from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import StopReason
 from torchrl_chat.openenv.batch_sessions import Reply
 from torchrl_chat.openenv.client_errors import OpenEnvError
 from torchrl_chat.seeds import SEED
-from torchrl_chat.transforms.stop import StopReason
 
 
 @dataclass

@@ -13,17 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from pydantic import ValidationError
 
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message
-from torchrl_chat.openenv.episode import EpisodeEnded, EpisodeLimits, Turn
+from torchrl_chat.openenv.episode import EpisodeEnded, Outcome
 from torchrl_chat.openenv.interfaces import Environment, Rubric
-from torchrl_chat.openenv.ledger import Answer, Ledger, Writer, writer_of
+from torchrl_chat.openenv.ledger import Ledger, Writer, writer_of
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata, ResetRequest
 from torchrl_chat.openenv.tokens import behind_prompt
-from torchrl_chat.transcript import Transcript
-from torchrl_chat.transforms.stop import StopReason
 
 _LIGHT_TOKENS = 2048
 _INITIAL = {"messages", "query"}
@@ -33,9 +34,7 @@ class _Proposal(NamedTuple):
     """What a step would make of the episode; nothing of it has happened yet."""
 
     ledger: Ledger
-    turn: Turn
-    turns: int
-    sampled: int
+    outcome: Outcome
 
 
 class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
@@ -58,7 +57,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         transform: a callable that changes every observation.
         rubric: ``(action, observation) -> float``, sync or async: the reward of a step. OpenEnv's rubrics work as they are.
             It is called with the observation after the step, its ``done`` already set.
-        max_turns, max_turn_tokens, max_tokens, max_context, max_seconds: see :class:`EpisodeLimits`.
+        max_turns, max_turn_tokens, max_tokens, max_context, max_seconds: see :class:`~torchrl_chat.conversation.Limits`.
         recognise_messages: whether tokens that are the whole rendering of one message become that message, of its own
             role, where it is not the policy's turn. OpenEnv's client sends messages so.
         strip_prompt: whether tokens that begin with the whole prompt are taken for the prompt and the answer behind it, as
@@ -101,7 +100,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.system_role = system_role
-        self.limits = EpisodeLimits(
+        self.limits = Limits(
             max_turns=max_turns,
             max_turn_tokens=max_turn_tokens,
             max_tokens=max_tokens,
@@ -114,7 +113,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         self._ledger: Ledger | None = None
         self._episode_id: str | None = None
         self._seed: int | None = None
-        self._step_count = self._turns = self._sampled = 0
+        self._step_count = 0
         self._stop = StopReason.RUNNING
         self._started = time.monotonic()
         self._loop: LoopThread | None = None
@@ -194,7 +193,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         if not isinstance(message, Mapping) or message.get("content") is None:
             raise MessageError("the message has no 'content': expected {'role': ..., 'content': ...}.")
         checked = check_message(message)
-        ledger = self._written(self._current, [checked], None)[0]
+        ledger = self._written(self._current, [checked], None)
         return ChatAction(tokens=ledger.transcript.tokens[ledger.kept[1] :].tolist(), messages=[checked])
 
     def get_metadata(self) -> EnvironmentMetadata:
@@ -216,13 +215,13 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             self._loop = None
 
     # ------------------------------------------------------------------ turns, as servers read them
-    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Turn:
+    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Outcome:
         """:meth:`reset`; of its result nothing is copied."""
         prepared = self._prepare(seed, episode_id, kwargs)
         self._reset_rubric()
         return self._begin(*prepared)
 
-    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Turn:
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Outcome:
         """:meth:`step`; of its result nothing is copied."""
         proposal = self._propose(action)
         observation = self._seen(proposal)
@@ -268,19 +267,19 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             metadata["ignored"] = ignored
         return request, self._writer.start(messages), metadata
 
-    def _begin(self, request: ResetRequest, ledger: Ledger, metadata: dict[str, Any]) -> Turn:
+    def _begin(self, request: ResetRequest, ledger: Ledger, metadata: dict[str, Any]) -> Outcome:
         self._ledger = ledger
         self._episode_id = uuid.uuid4().hex if request.episode_id is None else request.episode_id
         self._seed = request.seed
-        self._step_count = self._turns = self._sampled = 0
+        self._step_count = 0
         self._stop, self._started = StopReason.RUNNING, time.monotonic()
-        metadata |= self._left(ledger, 0)
-        turn = Turn(
+        metadata |= self._left(ledger)
+        outcome = Outcome(
             messages=ledger.transcript.messages, transcript=ledger.transcript, kept=(0, 0), metadata=metadata
         )
         if self.transform is None:
-            return turn
-        return _with_observation(turn, self._transformed(turn.as_observation()))
+            return outcome
+        return _with_observation(outcome, self._transformed(outcome.as_observation()))
 
     # ------------------------------------------------------------------ one step
     def _propose(self, action: ChatAction) -> _Proposal:
@@ -291,43 +290,38 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         if messages is None and action.tokens is not None and self.recognise_messages and not ledger.awaits_policy:
             message = self._writer.recognise(action.tokens)
             messages = None if message is None else [message]
-        after, turns, sampled = self._written(ledger, messages, action)
-        turns, sampled = self._turns + turns, self._sampled + sampled
-        stop = self.limits.reason(after.transcript, turns, sampled, self._started)
-        metadata = self._left(after, sampled)
+        after = self._written(ledger, messages, action)
+        transcript, seconds = after.transcript, time.monotonic() - self._started
+        stop = self.limits.reason(transcript, self._writer.template, seconds=seconds)
+        metadata = self._left(after)
         if stop is not StopReason.RUNNING:
             metadata["stop_reason"] = stop.word
-        if turns > self._turns and after.transcript.spans:
-            span = after.transcript.spans[-1]
+        if transcript.turns > ledger.transcript.turns and transcript.spans:
+            span = transcript.spans[-1]
             metadata["sampled"] = [span.start, span.end]
-        turn = Turn(
-            messages=after.transcript.messages,
-            transcript=after.transcript,
+        outcome = Outcome(
+            messages=transcript.messages,
+            transcript=transcript,
             kept=after.kept,
             reward=0.0,
             done=stop is not StopReason.RUNNING,
             metadata=metadata,
         )
-        return _Proposal(after, turn, turns, sampled)
+        return _Proposal(after, outcome)
 
-    def _written(
-        self, ledger: Ledger, messages: Sequence[Message] | None, action: ChatAction | None
-    ) -> tuple[Ledger, int, int]:
-        """The ledger after an action, how many answers it brought, and how many sampled tokens."""
+    def _written(self, ledger: Ledger, messages: Sequence[Message] | None, action: ChatAction | None) -> Ledger:
+        """The ledger after an action."""
         if messages is None:
             assert action is not None
             if action.tokens is None:
                 ids: Sequence[int] = self._encoded(ledger, str(action.text))
+            elif self.strip_prompt:
+                ids = behind_prompt(action.tokens, ledger.transcript.tokens)
             else:
-                ids = (
-                    action.tokens
-                    if not self.strip_prompt
-                    else behind_prompt(action.tokens, ledger.transcript.tokens)
-                )
+                ids = action.tokens
             reason = action.finish_reason or (None if action.tokens is not None else "stop")
-            answer = self._cut(ledger, Answer(ids, reason), self._sampled)
-            return self._writer.answer(ledger, answer), 1, len(answer.ids)
-        before, kept, turns, sampled = len(ledger.ends), len(ledger.transcript), 0, 0
+            return self._answered(ledger, ids, reason)
+        before, kept = len(ledger.ends), len(ledger.transcript)
         for message in messages:
             if message["role"] != "assistant":
                 ledger = self._writer.add(ledger, [message])
@@ -336,12 +330,9 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
                     raise MessageError(
                         "an assistant message is given by its 'content' alone, a string, or as tokens."
                     )
-                answer = Answer(self._encoded(ledger, message["content"]), "stop")
-                answer = self._cut(ledger, answer, self._sampled + sampled)
-                ledger = self._writer.answer(ledger, answer)
-                turns, sampled = turns + 1, sampled + len(answer.ids)
+                ledger = self._answered(ledger, self._encoded(ledger, message["content"]), "stop")
             kept = min(kept, ledger.kept[1])
-        return replace(ledger, kept=(before, kept)), turns, sampled
+        return replace(ledger, kept=(before, kept))
 
     def _encoded(self, ledger: Ledger, text: str) -> list[int]:
         ids = self._writer.encode(ledger, text)
@@ -349,25 +340,24 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             raise MessageError("the answer is empty: it has no tokens.")
         return ids
 
-    def _cut(self, ledger: Ledger, answer: Answer, sampled: int) -> Answer:
-        """The answer without what is beyond the limits, as if the policy had been stopped there."""
-        if not self.limits.in_tokens:
-            return answer
-        left = self.limits.tokens_left(ledger.transcript, sampled)
-        if left is None or len(answer.ids) <= left:
-            return answer
-        if left == 0:
-            raise EpisodeEnded("no tokens are left in this episode: reset begins the next one.")
-        return Answer(list(answer.ids)[:left], "length")
+    def _answered(self, ledger: Ledger, ids: Sequence[int], finish_reason: str | None) -> Ledger:
+        """The ledger with an answer, without what is beyond the limits, as if the policy had been stopped there."""
+        # torch.tensor is slow with lists
+        turn = Turn(torch.from_numpy(np.array(ids, dtype=np.int64)), finish_reason=finish_reason)
+        if self.limits.in_tokens:
+            turn.limit = self.limits.tokens_left(ledger.transcript, self._writer.template)
+            if turn.limit == 0:
+                raise EpisodeEnded("no tokens are left in this episode: reset begins the next one.")
+        return self._writer.answer(ledger, turn)
 
-    def _left(self, ledger: Ledger, sampled: int) -> dict[str, Any]:
+    def _left(self, ledger: Ledger) -> dict[str, Any]:
         if not self.limits.in_tokens:
             return {}
-        return {"tokens_left": self.limits.tokens_left(ledger.transcript, sampled)}
+        return {"tokens_left": self.limits.tokens_left(ledger.transcript, self._writer.template)}
 
     def _seen(self, proposal: _Proposal) -> ChatObservation | None:
         """The observation, where somebody looks at it."""
-        return None if self.rubric is self.transform is None else proposal.turn.as_observation()
+        return None if self.rubric is self.transform is None else proposal.outcome.as_observation()
 
     def _transformed(self, observation: ChatObservation) -> ChatObservation:
         changed = self._apply_transform(observation)
@@ -378,26 +368,26 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         except (ValidationError, TypeError) as error:
             raise ValueError(f"the transform returned no observation: {error}") from error
 
-    def _commit(self, proposal: _Proposal, observation: ChatObservation | None) -> Turn:
+    def _commit(self, proposal: _Proposal, observation: ChatObservation | None) -> Outcome:
         """Let the step happen; everything that may fail has gone well, but for the transform, which is called first."""
-        turn = proposal.turn
+        outcome = proposal.outcome
         if observation is not None:
             reward = observation.reward
             if self.transform is not None:
-                turn = _with_observation(turn, self._transformed(observation))
+                outcome = _with_observation(outcome, self._transformed(observation))
             else:
-                turn = replace(turn, reward=reward)
-        self._ledger, self._turns, self._sampled = proposal.ledger, proposal.turns, proposal.sampled
+                outcome = replace(outcome, reward=reward)
+        self._ledger = proposal.ledger
         self._step_count += 1
-        if turn.done:
-            name = str(turn.metadata.get("stop_reason", "truncated")).upper()
+        if outcome.done:
+            name = str(outcome.metadata.get("stop_reason", "truncated")).upper()
             self._stop = StopReason.__members__.get(name, StopReason.ANSWERED)
-        return turn
+        return outcome
 
 
-def _with_observation(turn: Turn, observation: ChatObservation) -> Turn:
+def _with_observation(outcome: Outcome, observation: ChatObservation) -> Outcome:
     return replace(
-        turn,
+        outcome,
         observation=observation,
         reward=None if observation.reward is None else float(observation.reward),
         done=observation.done,

@@ -10,20 +10,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-
-from torchrl_chat.envs.appending import appended
-from torchrl_chat.envs.responses import ResponseError, check_row
+from torchrl_chat.conversation import ResponseError, Transcript, Turn, answer, append
+from torchrl_chat.conversation.turn import check_ids, check_turns
 from torchrl_chat.messages import Message, MessageError
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 from torchrl_chat.templates.kinds import Roles
-from torchrl_chat.transcript import Transcript
 
 _ROLES = ("user", "assistant", "system", "tool")
-_OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
 _SENTINEL = "qzj"
 
 
@@ -83,15 +78,13 @@ class _Known:
 _known: weakref.WeakKeyDictionary[ChatTemplate, _Known] = weakref.WeakKeyDictionary()
 
 
-class Answer(NamedTuple):
-    """What a policy sampled."""
-
-    ids: Sequence[int]
-    finish_reason: str | None = None
-
-
 class Writer(Protocol):
     """Writes ledgers with one tokenizer."""
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The bridged chat template; ``None`` where messages are rendered one by one."""
+        ...
 
     def start(self, messages: Sequence[Message]) -> Ledger:
         """A conversation that begins with these messages; there may be none."""
@@ -101,7 +94,7 @@ class Writer(Protocol):
         """The ledger with further messages, and what opens the policy's turn behind them."""
         ...
 
-    def answer(self, ledger: Ledger, answer: Answer) -> Ledger:
+    def answer(self, ledger: Ledger, turn: Turn) -> Ledger:
         """The ledger with what the policy sampled, id for id, and the end of its turn."""
         ...
 
@@ -172,20 +165,14 @@ class TemplateWriter:
         if answered is None:
             return ledger.then(self.start([*ledger.transcript.messages, *messages]).transcript, None)
         waiting = [*ledger.transcript.messages[len(answered.messages) :], *messages]
-        return ledger.then(appended([answered], [waiting], self.template, "keep")[0], answered)
+        return ledger.then(append([answered], [waiting], self.template)[0], answered)
 
-    def answer(self, ledger: Ledger, answer: Answer) -> Ledger:
+    def answer(self, ledger: Ledger, turn: Turn) -> Ledger:
         """See :class:`Writer`."""
-        template, before = self.template, ledger.transcript
+        before = ledger.transcript
         if before.messages and not len(before):
             raise ResponseError("the template cannot render what there is so far: send a user message first.")
-        check_row(answer.ids, template.codec.vocab_size)
-        ids = torch.from_numpy(np.array(answer.ids, dtype=np.int64))  # torch.tensor is slow with lists
-        prompts = [before.tokens[-_OPENING_IDS:].tolist()] if template.parser.openings else None
-        read = template.parse_batch([answer.ids], [before.course], [answer.finish_reason], prompts)[0]
-        # A turn whose end is not known stays open: nothing can follow it, but it may well be the last.
-        close = None if read.ending is None else read.ending.ids
-        after = before.sampled(ids, None, read.message, ended=read.ended, close=close, stop=read.stop)
+        [after] = answer([before], [turn], self.template)
         self._known.proved.add(before.course.shape)
         return ledger.then(after, after)
 
@@ -202,7 +189,7 @@ class TemplateWriter:
             known.renderings = dict(self._learn())
         if not known.renderings or not self._may_open(ids[0]):
             return None
-        check_row(ids, self.template.codec.vocab_size)
+        check_ids(ids, self.template.codec.vocab_size)
         text = self.template.codec.decode([ids])[0]
         for role, (head, tail) in known.renderings.items():
             if text.startswith(head) and text.endswith(tail) and len(text) >= len(head) + len(tail):
@@ -219,7 +206,7 @@ class TemplateWriter:
         known = self._known
         found = known.may_open.get(token_id)
         if found is None:
-            check_row([token_id], self.template.codec.vocab_size)
+            check_ids([token_id], self.template.codec.vocab_size)
             first = self.template.codec.decode([[token_id]])[0].rstrip("\ufffd")  # of a character that goes on
             heads = [head for head, _ in (known.renderings or {}).values()]
             found = any(head.startswith(first) or first.startswith(head) for head in heads)
@@ -257,6 +244,8 @@ class PlainWriter:
         tokenizer: the tokenizer.
     """
 
+    template: None = None
+
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
@@ -273,21 +262,25 @@ class PlainWriter:
             ends.append(len(transcript))
         return Ledger(transcript, tuple(ends), transcript, kept)
 
-    def answer(self, ledger: Ledger, answer: Answer) -> Ledger:
+    def answer(self, ledger: Ledger, turn: Turn) -> Ledger:
         """See :class:`Writer`."""
-        ids = list(answer.ids)
         try:
             size = len(self.tokenizer)
         except TypeError:
             size = 2**31
-        check_row(ids, size)
+        wrong: dict[int, Exception] = {}
+        check_turns([turn], size, wrong)
+        if wrong:
+            raise wrong[0]
+        cut = turn.cut()
+        assert cut.ids is not None
         try:
-            content = self.tokenizer.decode(ids, skip_special_tokens=True)
+            content = self.tokenizer.decode(cut.ids.tolist(), skip_special_tokens=True)
         except Exception as error:
             raise ResponseError(f"the tokenizer cannot decode the action's ids: {error}") from error
         message = {"role": "assistant", "content": content}
-        ended = answer.finish_reason != "length"
-        after = ledger.transcript.sampled(torch.tensor(ids), None, message, ended=ended)
+        ended = cut.finish_reason != "length"
+        after = ledger.transcript.sampled(cut.ids, None, message, ended=ended)
         return ledger.then(after, after)
 
     def encode(self, ledger: Ledger, text: str) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from torchrl_chat.openenv.episode import Turn
+from torchrl_chat.openenv.episode import Outcome
 from torchrl_chat.openenv.protocol import dumps
 
 
@@ -35,14 +35,14 @@ class Replies:
 
     def result(self, turn: Any) -> bytes:
         """The ``data`` of an observation frame, and the body of an HTTP response."""
-        if not isinstance(turn, Turn):
+        if not isinstance(turn, Outcome):
             return _foreign(turn)
         if turn.observation is not None:
             self.forget()
             return _foreign(turn.observation)
         return self._delta(turn) if self.delta else self._whole(turn)
 
-    def _whole(self, turn: Turn) -> bytes:
+    def _whole(self, turn: Outcome) -> bytes:
         messages, tokens = map(min, self._counts, turn.kept)
         if messages < self._counts[0] or not messages:
             self._messages.clear()
@@ -55,14 +55,14 @@ class Replies:
         self._counts = len(turn.messages), len(turn.transcript)
         return _result(turn, self._messages, self._tokens)
 
-    def _delta(self, turn: Turn) -> bytes:
+    def _delta(self, turn: Outcome) -> bytes:
         messages, tokens = map(min, self._counts, turn.kept)
         self._counts = len(turn.messages), len(turn.transcript)
         delta = b',"delta":{"messages":%d,"tokens":%d}' % (messages, tokens)
         return _result(turn, dumps(list(turn.messages[messages:]))[1:-1], _ids(turn, tokens)[1:-1], delta)
 
 
-def _ids(turn: Turn, start: int) -> bytes:
+def _ids(turn: Outcome, start: int) -> bytes:
     return orjson.dumps(turn.transcript.tokens[start:].numpy(), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -75,7 +75,7 @@ def _extend(kept: bytearray, items: bytes) -> None:
         kept += inner
 
 
-def _result(turn: Turn, messages: bytes | bytearray, tokens: bytes | bytearray, delta: bytes = b"") -> bytes:
+def _result(turn: Outcome, messages: bytes | bytearray, tokens: bytes | bytearray, delta: bytes = b"") -> bytes:
     metadata = dumps(turn.metadata)
     return b"".join(
         (

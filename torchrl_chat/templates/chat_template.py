@@ -418,8 +418,6 @@ class ChatTemplate:
 
 _QUESTION = Course.of([{"role": "user", "content": "?"}])
 _A_CALL = AnswerKind(1, False)
-_TEXTS = {str, type(None)}
-_OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
 _ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}
 _RESERVED = {

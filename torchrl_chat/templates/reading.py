@@ -158,7 +158,8 @@ class Reader:
             return [False] * rows
         if prompts is None:
             return [self._opens_reasoning] * rows
-        ends = self.codec.decode([prompt[-_OPENING_IDS:] for prompt in prompts])
+        tails = [prompt[-_OPENING_IDS:] for prompt in prompts]
+        ends = self.codec.decode([tail.tolist() if hasattr(tail, "tolist") else tail for tail in tails])
         return [self.parser.opened_by(end) for end in ends]
 
     @functools.cached_property

@@ -13,7 +13,7 @@ from tensordict import LazyStackedTensorDict, NonTensorData, NonTensorStack, Ten
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
-from torchrl_chat.transcript import Transcript
+from torchrl_chat.conversation import Transcript
 
 # What the sequences of the view are made of, or what belongs to one step only.
 _NOT_KEPT = {"tokens", "masks", "log_probs", "text", "history", "transcript", "next", "finish_reason", "_step"}

@@ -27,7 +27,7 @@ def failed_rows(written: Any, count: int) -> list[bool]:
         >>> failed_rows({"graded": torch.tensor([[True], [False]]), "grade_failure": ["", "timeout"]}, 2)
         [False, True]
     """
-    from torchrl_chat.transforms.stop import StopReason  # transforms stand on this room
+    from torchrl_chat.conversation import StopReason  # transforms stand on this room
 
     def texts(key: str) -> list[Any]:
         value = written.get(key, None)

@@ -15,11 +15,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import Branch, Transcript
 from torchrl_chat.training import layouts
 from torchrl_chat.training.episodes import Episodes
 from torchrl_chat.training.failures import failed_rows
 from torchrl_chat.training.layouts import Flat, Layout, Side
-from torchrl_chat.transcript import Branch, Transcript
 
 # The view's own columns: those of the same name in the data are not kept (but may tell the groups).
 _OWN = {
@@ -166,7 +166,7 @@ def _digest(sequences: Sequence[Branch]) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for sequence in sequences:
         digest.update(len(sequence.tokens).to_bytes(8, "little"))
-        for field in sequence:
+        for field in (sequence.tokens, sequence.mask, sequence.log_probs):
             digest.update(field.numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
 

@@ -1,5 +1,6 @@
 """torchrl transforms that act on a turn."""
 
+from torchrl_chat.conversation import StopReason
 from torchrl_chat.transforms.budgets import Budget
 from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.kl import KLRewardTransform, RetrieveKL, RetrieveLogProb
@@ -10,7 +11,6 @@ from torchrl_chat.transforms.references import (
     RemoteReference,
 )
 from torchrl_chat.transforms.reward import RewardTransform
-from torchrl_chat.transforms.stop import StopReason
 from torchrl_chat.transforms.thinking import AddThinkingPrompt
 from torchrl_chat.transforms.tools import PythonInterpreter, ToolExecutor
 from torchrl_chat.transforms.user import UserSimulator

@@ -12,14 +12,9 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import Transform
 
 from torchrl_chat import columns
-from torchrl_chat.templates import BridgeError
-from torchrl_chat.templates.kinds import AnswerKind
-from torchrl_chat.transcript import Transcript
+from torchrl_chat.conversation import Limits, StopReason, Transcript
+from torchrl_chat.conversation.limits import NO_LIMIT
 from torchrl_chat.transforms.home import alike, chat_env
-from torchrl_chat.transforms.stop import StopReason
-
-_NO_LIMIT = 2**31 - 1
-_NAMES = ("max_turns", "max_turn_tokens", "max_tokens", "max_context", "max_tool_calls", "max_seconds")
 
 
 class Budget(Transform):
@@ -76,29 +71,24 @@ class Budget(Transform):
         max_seconds: float | None = None,
         end_on_cut: bool = False,
     ):
-        limits = dict(
-            zip(
-                _NAMES,
-                (max_turns, max_turn_tokens, max_tokens, max_context, max_tool_calls, max_seconds),
-                strict=True,
-            )
+        limits = Limits(
+            max_turns=max_turns,
+            max_turn_tokens=max_turn_tokens,
+            max_tokens=max_tokens,
+            max_context=max_context,
+            max_tool_calls=max_tool_calls,
+            max_seconds=max_seconds,
+            end_on_cut=end_on_cut,
         )
-        for name, limit in limits.items():
-            if limit is not None and (limit < 0 if name == "max_tool_calls" else limit <= 0):
-                raise ValueError(f"{name} is {limit}: expected a positive number, or None.")
-        if all(limit is None for limit in limits.values()):
-            raise ValueError(f"Budget has no limit: give at least one of {', '.join(_NAMES)}.")
+        if all(getattr(limits, name) is None for name in limits.names()):
+            raise ValueError(f"Budget has no limit: give at least one of {', '.join(limits.names())}.")
         written = ["tokens_left", "stop_reason"]
         written += ["calls_left"] if max_tool_calls is not None else []
         written += ["started_at"] if max_seconds is not None else []
         super().__init__(in_keys=["transcript"], out_keys=written)
-        self.max_turns = max_turns
-        self.max_turn_tokens = max_turn_tokens
-        self.max_tokens = max_tokens
-        self.max_context = max_context
+        self.limits = limits
         self.max_tool_calls = max_tool_calls
         self.max_seconds = max_seconds
-        self.end_on_cut = end_on_cut
         self._pauses: list[tuple[float, float]] = []  # when the run was saved, and when it went on
         self._left: tuple[Any, ...] = ()  # what the step that is under way looked like when this transform left it
 
@@ -204,25 +194,24 @@ class Budget(Transform):
         transcripts = self._transcripts(next_tensordict)
         given = self._allowed(self._transcripts(tensordict))
         calls = self._calls(tensordict, next_tensordict, transcripts)
-        started: list[float | None] = [None] * len(transcripts)
+        seconds = [0.0] * len(transcripts)
         if self.max_seconds is not None:
-            started = tensordict.get("started_at").flatten().tolist()
-        left = [self._tokens_left(transcript) for transcript in transcripts]
+            seconds = list(map(self._seconds, tensordict.get("started_at").flatten().tolist()))
+        template = self._env.template
         reasons = [
             StopReason(own)
             if own
             else StopReason.ANSWERED
             if ended and had > 0
-            else self._reason(transcript, had, count, start, called)
+            else self.limits.reason(transcript, template, had=had, seconds=taken, calls=called)
             or (StopReason.TRUNCATED if short else StopReason.RUNNING)
-            for own, transcript, ended, short, had, count, start, called in zip(
+            for own, transcript, ended, short, had, taken, called in zip(
                 self._known(next_tensordict),
                 transcripts,
                 terminated,
                 truncated,
                 given,
-                left,
-                started,
+                seconds,
                 calls,
                 strict=True,
             )
@@ -245,12 +234,12 @@ class Budget(Transform):
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """The specs of what is written."""
         shape, device = (*observation_spec.shape, 1), observation_spec.device
-        observation_spec["tokens_left"] = Bounded(0, _NO_LIMIT, shape=shape, dtype=torch.int64, device=device)
+        observation_spec["tokens_left"] = Bounded(0, NO_LIMIT, shape=shape, dtype=torch.int64, device=device)
         observation_spec["stop_reason"] = Bounded(
             0, len(StopReason) - 1, shape=shape, dtype=torch.int64, device=device
         )
         if self.max_tool_calls is not None:
-            observation_spec["calls_left"] = Bounded(0, _NO_LIMIT, shape=shape, dtype=torch.int64, device=device)
+            observation_spec["calls_left"] = Bounded(0, NO_LIMIT, shape=shape, dtype=torch.int64, device=device)
         if self.max_seconds is not None:
             observation_spec["started_at"] = Unbounded(shape, dtype=torch.float64, device=device)
         return observation_spec
@@ -262,76 +251,23 @@ class Budget(Transform):
         return done_spec
 
     # ------------------------------------------------------------------ one row
-    def _reason(
-        self, transcript: Transcript, had: int, left: int, started: float | None, calls: int
-    ) -> StopReason | None:
-        """Which limit ends the episode behind this turn, if one does."""
-        if had <= 0:
-            return StopReason.CONTEXT_FULL
-        if self.max_tool_calls is not None and calls > self.max_tool_calls:
-            return StopReason.MAX_TOOL_CALLS
-        if self.max_tokens is not None and transcript.total_sampled >= self.max_tokens:
-            return StopReason.MAX_TOKENS
-        if self.max_turn_tokens is not None and self.end_on_cut and self._was_cut(transcript):
-            return StopReason.MAX_TURN_TOKENS
-        if left <= 0 or self._filled(transcript):
-            return StopReason.CONTEXT_FULL
-        if self.max_turns is not None and transcript.turns >= self.max_turns:
-            return StopReason.MAX_TURNS
-        if started is not None and self.max_seconds is not None and self._seconds(started) >= self.max_seconds:
-            return StopReason.MAX_TIME
-        return None
-
-    def _was_cut(self, transcript: Transcript) -> bool:
-        span = transcript.spans[-1]
-        # Of an answer that was written anew, the beginning was sampled in an earlier sequence.
-        sampled = int(transcript.mask[span.start : span.end].sum())
-        return not transcript.ended and sampled == self.max_turn_tokens
-
-    def _filled(self, transcript: Transcript) -> bool:
-        """Whether the last answer was cut because the context was full."""
-        if self.max_context is None or transcript.ended or not transcript.spans:
-            return False
-        return transcript.spans[-1].end + self._closing(transcript) >= self.max_context
-
     def _allowed(self, transcripts: list[Transcript]) -> list[int]:
         """How many tokens the policy may sample in its next turn, by all budgets of the environment."""
-        budgets = alike(self, Budget)
-        if self._env.template is None:
+        budgets, template = alike(self, Budget), self._env.template
+        if template is None:
             for budget in budgets:
                 budget._refuse_tokens()
-        return [min(budget._tokens_left(transcript) for budget in budgets) for transcript in transcripts]
+        return [
+            min(budget.limits.tokens_left(transcript, template) for budget in budgets) for transcript in transcripts
+        ]
 
     def _refuse_tokens(self) -> None:
         """Raise where a limit in tokens was given."""
-        given = [
-            name for name in ("max_turn_tokens", "max_tokens", "max_context") if getattr(self, name) is not None
-        ]
-        if given:
+        if given := self.limits.in_tokens:
             raise TypeError(
                 f"Budget: {' and '.join(given)} count tokens, and this environment has no tokenizer: give it one "
                 f"(ChatEnv(tokenizer=...)), or limit max_turns or max_seconds."
             )
-
-    def _tokens_left(self, transcript: Transcript) -> int:
-        """How many tokens the policy may sample in its next turn, by this budget."""
-        left = _NO_LIMIT
-        if self.max_turn_tokens is not None:
-            left = self.max_turn_tokens
-        if self.max_tokens is not None:
-            left = min(left, self.max_tokens - transcript.total_sampled)
-        if self.max_context is not None:
-            left = min(left, self.max_context - len(transcript) - self._closing(transcript))
-        return max(0, left)
-
-    def _closing(self, transcript: Transcript) -> int:
-        """How many tokens the environment adds to close a turn that is cut: room for them is kept."""
-        closes = [
-            self._env.template.close_of(transcript.course.shape, kind)
-            for kind in (AnswerKind(), AnswerKind(1, False))
-        ]
-        known = [close for close in closes if not isinstance(close, BridgeError)]
-        return max((len(s.ids) for close in known for s in (close.cut, *close.stops.values())), default=0)
 
     # ------------------------------------------------------------------ columns
     @property

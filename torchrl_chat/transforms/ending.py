@@ -8,7 +8,7 @@ from torchrl.data import Composite
 from torchrl.envs import StepCounter
 
 from torchrl_chat import columns
-from torchrl_chat.transcript import Transcript
+from torchrl_chat.conversation import Transcript
 
 
 class EndOfDialogue(StepCounter):

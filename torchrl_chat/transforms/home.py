@@ -22,9 +22,9 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import Compose, Transform
 
+from torchrl_chat.conversation import StopReason
 from torchrl_chat.messages import Message
 from torchrl_chat.seeds import ROW, row_names
-from torchrl_chat.transforms.stop import StopReason
 
 _T = TypeVar("_T", bound=Transform)
 

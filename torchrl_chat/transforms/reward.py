@@ -11,8 +11,8 @@ from torchrl.data import Composite, NonTensor, Unbounded
 from torchrl.envs import Transform
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import Transcript
 from torchrl_chat.rewards import Episode, Grader, Verdict, Verifier
-from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.home import is_replied_to
 
 _NOT_ASKED = Verdict(0.0, None, False)

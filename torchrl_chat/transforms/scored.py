@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from torchrl_chat.transcript import Transcript
+from torchrl_chat.conversation import Transcript
 
 
 class Scored(NamedTuple):

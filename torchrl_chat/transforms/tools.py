@@ -13,13 +13,13 @@ from torchrl.data import Composite, NonTensor, Unbounded
 from torchrl.envs import Transform
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import Transcript
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.sandbox import Sandbox
 from torchrl_chat.tools.function import header_name
 from torchrl_chat.tools.python import PythonTool, fenced_code
 from torchrl_chat.tools.results import ToolResult, ToolStatus
 from torchrl_chat.tools.toolbox import Toolbox
-from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.home import alike, chat_env, check_inside, tell_failures
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."

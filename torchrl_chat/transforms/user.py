@@ -19,9 +19,9 @@ from torchrl.envs import Transform
 
 from torchrl_chat import columns
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.conversation import Transcript
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message, content_text
 from torchrl_chat.seeds import turn_seeds
-from torchrl_chat.transcript import Transcript
 from torchrl_chat.transforms.home import chat_env, check_inside, is_replied_to, tell_failures
 
 

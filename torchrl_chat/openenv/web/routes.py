@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from torchrl_chat.conversation import Transcript
 from torchrl_chat.openenv.protocol import ProtocolError, dumps
 from torchrl_chat.openenv.security import Guard, OwnNames
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.rollouts import sequence as written_sequence
-from torchrl_chat.transcript import Transcript
 
 try:
     from starlette.applications import Starlette

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torchrl_chat.envs.responses import by_row
+from torchrl_chat.conversation.transcript import Transcript
+from torchrl_chat.conversation.turn import by_row
 from torchrl_chat.messages import Message
 from torchrl_chat.templates import BridgeError, ChatTemplate, ChatTemplateError
-from torchrl_chat.transcript import Transcript
 
 
-def appended(
+def append(
     transcripts: Sequence[Transcript],
     new: Sequence[list[Message] | None],
     template: ChatTemplate | None,
-    history_policy: Literal["keep", "template"],
+    history_policy: Literal["keep", "template"] = "keep",
     errors: dict[int, Exception] | None = None,
 ) -> list[Transcript]:
     """The conversations with their new messages and the generation prompt.

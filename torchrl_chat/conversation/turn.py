@@ -1,0 +1,163 @@
+"""What a policy did in one row, as one value, and what can be wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchrl_chat.conversation.transcript import Versions
+
+_ROUNDING = 1e-3  # how far above 0 a log-prob may be: the float32 rounding of logits that are as large as 1e4
+Errors = dict[int, Exception]
+"""What is wrong with single rows, by row."""
+
+
+class ResponseError(ValueError):
+    """A policy's response cannot enter the ledger; the text names the row, the key and the value."""
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """What the policy did in one row: the ids that it sampled, or a text that is tokenized when it enters the ledger.
+
+    Example:
+        >>> turn = Turn(ids=torch.tensor([19, 2]), log_probs=torch.tensor([-0.5, -0.1]), finish_reason="stop")
+    """
+
+    ids: torch.Tensor | None = None
+    """int64 (R,), on the CPU, what ended the turn included; ``None`` where the policy hands a text only."""
+    log_probs: torch.Tensor | None = None
+    """float32 (R,), on the CPU; ``None`` if the policy reports none."""
+    text: str | None = None
+    """What it said, special tokens spelled out; read where there are no ids."""
+    finish_reason: str | None = None
+    """Why it stopped, as engines say it: ``"stop"``, ``"length"`` ...; ``None`` if it does not say."""
+    limit: int | None = None
+    """How many tokens it might sample; what is beyond is cut, as if it had been stopped there."""
+    versions: Versions = ()
+    """Which weights sampled the ids: ``(start, version)``, each from its start to the next one's; empty if not known."""
+
+    def cut(self) -> Turn:
+        """The turn without what was sampled beyond its limit."""
+        if self.limit is None or self.ids is None or len(self.ids) <= self.limit:
+            return self
+        return Turn(
+            self.ids[: self.limit],
+            None if self.log_probs is None else self.log_probs[: self.limit],
+            self.text,
+            "length",
+            self.limit,
+            tuple(span for span in self.versions if span[0] < self.limit),
+        )
+
+
+def check_turns(turns: Sequence[Turn | None], vocab_size: int, errors: Errors) -> None:
+    """Say which turns cannot enter a ledger: empty ones, ids that the tokenizer does not have, log-probs that are none.
+
+    Args:
+        turns: turns with ids; rows with ``None``, and those that stand in ``errors`` already, are not looked at.
+        vocab_size: how many ids there are.
+        errors: takes what is wrong, by row.
+    """
+    rows = [(i, turn) for i, turn in enumerate(turns) if turn is not None and i not in errors]
+    for i, turn in rows:
+        if turn.ids is not None and not len(turn.ids) and (turn.limit is None or turn.limit > 0):
+            errors[i] = ResponseError(
+                f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
+            )
+    ids = [turn.ids for _, turn in rows if turn.ids is not None and len(turn.ids)]
+    if ids:
+        flat = torch.cat(ids).numpy()  # numpy: no thread pool to wake for a few thousand ids
+        if int(flat.min()) < 0 or int(flat.max()) >= vocab_size:
+            for i, turn in rows:
+                if turn.ids is not None and i not in errors and (reason := _outside(turn.ids.tolist(), vocab_size)):
+                    errors[i] = ResponseError(f"row {i}: {reason}")
+    scored = [
+        (i, turn) for i, turn in rows if turn.log_probs is not None and turn.ids is not None and i not in errors
+    ]
+    reasons = bad_log_probs([turn.log_probs for _, turn in scored], [turn.ids for _, turn in scored])  # type: ignore[misc]
+    for (i, _), reason in zip(scored, reasons, strict=True):
+        if reason is not None:
+            errors[i] = ResponseError(f"row {i}: {reason}")
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, row: int = 0) -> None:
+    """Refuse ids that the tokenizer does not have.
+
+    Raises:
+        ResponseError: naming the row and the first such id.
+    """
+    if reason := _outside(ids, vocab_size):
+        raise ResponseError(f"row {row}: {reason}")
+
+
+def _outside(ids: Sequence[int], vocab_size: int) -> str | None:
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return None
+    position, value = next((k, value) for k, value in enumerate(ids) if not 0 <= value < vocab_size)
+    return f"the response has id {value} at position {position}, outside the vocabulary of {vocab_size} tokens."
+
+
+def bad_log_probs(log_probs: Sequence[torch.Tensor | None], ids: Sequence[torch.Tensor]) -> list[str | None]:
+    """What is wrong with the log-probs of each row.
+
+    A sampled token had a probability above 0 and of at most 1. A log-prob that says something else (NaN, an infinity, above
+    0) would be the ratio of a loss, and one of them makes every weight NaN.
+
+    Args:
+        log_probs: float (R,) each, on the CPU; ``None`` where the policy reported none.
+        ids: the sampled ids, int64 (R,) each.
+
+    Returns:
+        for each row the reason, or ``None`` where nothing is wrong.
+
+    Example:
+        >>> bad_log_probs([torch.tensor([-0.5]), torch.tensor([float("nan")])], [torch.tensor([7])] * 2)[0] is None
+        True
+    """
+    found: list[str | None] = [
+        f"('log_probs', 'response') has {len(row)} values for {len(sampled)} sampled ids."
+        if row is not None and len(row) != len(sampled)
+        else None
+        for row, sampled in zip(log_probs, ids, strict=True)
+    ]
+    rows = [i for i, row in enumerate(log_probs) if row is not None and len(row) and found[i] is None]
+    if not rows:
+        return found
+    flat = torch.cat([row for row in log_probs if row is not None]).numpy()  # numpy: as for the ids
+    if float(flat.min()) > -float("inf") and float(flat.max()) <= _ROUNDING:  # both are NaN where one value is
+        return found
+    for i in rows:
+        for place, value in enumerate(log_probs[i].tolist()):  # type: ignore[union-attr]
+            if not -float("inf") < value <= _ROUNDING:
+                found[i] = (
+                    f"('log_probs', 'response') has {value:g} at position {place}, for the id {int(ids[i][place])}: the "
+                    "log-prob of a sampled token is a finite number, and at most 0."
+                )
+                break
+    return found
+
+
+def by_row(
+    work: Callable[[Sequence[int]], list[Any]], count: int, failed: Callable[[int, Exception], Any]
+) -> list[Any]:
+    """What a function returns for a batch; where it raises, for each row by itself.
+
+    Args:
+        work: takes the numbers of some rows, and returns as many results.
+        count: how many rows there are.
+        failed: is told of a row whose own call raises, and of the error; its result is ``None``.
+    """
+    try:
+        return work(range(count))
+    except Exception:  # whatever a template or a tokenizer stumbles over in one row, the others are not lost
+        results: list[Any] = [None] * count
+        for k in range(count):
+            try:
+                [results[k]] = work([k])
+            except Exception as error:
+                failed(k, error)
+        return results
