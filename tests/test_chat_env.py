@@ -357,6 +357,18 @@ class TestPartialSteps:
         assert [len(t.messages) for t in after] == [2, 1, 2]
         assert after[1] == before[1]
 
+    def test_nor_have_they_to_be_answered(self, mode):
+        env = make(mode)
+        td = env.reset(queries(env))
+        whole = respond(env, td)
+        rows = columns.read_field(whole["tokens"], "response", env.batch_size)
+        tds = [columns.row_td({} if i == 1 else {"response": row}) for i, row in enumerate(rows)]
+        td["tokens"] = Tokens._from_tensordict(columns.stack_rows(tds, env.batch_size))
+        td["_step"] = torch.tensor([[True], [False], [True]])
+        after = env.step(td)["next"]
+        assert [len(t.messages) for t in ledgers(after)] == [2, 1, 2]
+        assert columns.read_objects(after["env_failure"], env.batch_size) == [""] * 3
+
 
 class TestReset:
     @pytest.mark.parametrize("wrapped", [False, True])
@@ -513,6 +525,22 @@ class TestBadInput:
         )
         with pytest.raises(ResponseError, match="row 0: the content of message 0 .*'EDITED' is 'question '"):
             env.step(td)
+        env = make("history", 1, system_prompt="Be brief.")
+        td = env.reset(queries(env))
+        td["history"] = ChatHistory(
+            prompt=History(role=["user", "user"], content=["Be brief.", "question "], batch_size=(2,)).unsqueeze(0),
+            response=History(role="assistant", content="four").view(1, 1),
+        )
+        with pytest.raises(ResponseError, match="row 0: the role of message 0 .*'user' is 'system'"):
+            env.step(td)
+
+    def test_a_message_edited_in_place(self):
+        """Every turn's History holds the messages of the turns before, the very objects."""
+        env = make("history", 1)
+        td = env.step_mdp(env.step(respond(env, env.reset(queries(env)))))
+        td["history"][0].prompt[0].content = "EDITED"
+        with pytest.raises(ResponseError, match="row 0: the content of message 0 .*'EDITED' is 'question '"):
+            env.step(respond(env, td))
 
     def test_full_that_is_not_prompt_and_response(self, mode):
         env = make(mode, 1)
@@ -521,6 +549,26 @@ class TestBadInput:
         td["tokens"] = Tokens._from_tensordict(columns.stack_rows(rows, env.batch_size))
         with pytest.raises(ResponseError, match=r"row 0: \('tokens', 'full'\) has 4 ids"):
             env.step(td)
+
+    @pytest.mark.parametrize("at", [0, -1])
+    def test_full_with_another_prompt(self, mode, at):
+        """What losses read must be what the ledger holds, or the ledger takes up what the policy saw."""
+        for adopt in (False, True):
+            env = make(mode, 1, on_prompt_mismatch="adopt" if adopt else "raise")
+            td = env.reset(queries(env))
+            [held] = ledgers(td)
+            prompt = held.tokens.clone()
+            prompt[at] = 9
+            said = torch.tensor([70, env.tokenizer.eos_token_id])
+            rows = [columns.row_td({"full": torch.cat((prompt, said)), "response": said})]
+            td["tokens"] = Tokens._from_tensordict(columns.stack_rows(rows, env.batch_size))
+            if adopt:
+                [after] = ledgers(env.step(td)["next"])
+                assert after.tokens[: len(prompt) + 2].tolist() == [*prompt.tolist(), *said.tolist()]
+            else:
+                where = at % len(prompt)
+                with pytest.raises(ResponseError, match=rf"row 0: .*\('tokens', 'full'\).* at position {where}"):
+                    env.step(td)
 
     def test_rows_of_another_modes_environment(self):
         """A row that began in tokens mode goes on in text mode; one without tokens is refused."""

@@ -40,19 +40,13 @@ def edit(transcript: Transcript, template: ChatTemplate, position: int, words: s
     codec, span = template.codec, transcript.spans[-1]
     ids = transcript.tokens[span.start : span.end].tolist()
     text = codec.decode([ids])[0]
-    keep, low, high = 0, 0, len(ids)
-    while low <= high:  # the length of the text grows with the ids
-        middle = (low + high) // 2
-        if len(codec.decode([ids[:middle]])[0]) <= position:
-            keep, low = middle, middle + 1
-        else:
-            high = middle - 1
+    keep = codec.place_of(ids, position + 1) - 1
     while not text.startswith(kept := codec.decode([ids[:keep]])[0]):  # never within a character
         keep -= 1
     between = text[len(kept) : position] + words
     before = transcript.tokens[: span.start + keep]
     new = codec.encode_continuation([between], after=[int(before[-1])])[0]
-    [parsed] = template.parse_batch([[*ids[:keep], *new]], [transcript.course], ["length"], [before[-64:].tolist()])
+    [parsed] = template.parse_batch([[*ids[:keep], *new]], [transcript.course], ["length"], [before])
     whole = None if transcript.text is None else codec.decode([[*before.tolist(), *new]])[0]
     return transcript.reopened(keep, new, parsed.message, whole)
 

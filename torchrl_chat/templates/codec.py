@@ -235,6 +235,40 @@ class TokenCodec:
         return [text[start : len(text) - end] for text in texts]
 
     # ------------------------------------------------------------------ how the tokenizer treats edges
+    def place_of(self, ids: Sequence[int], position: int) -> int:
+        """How many of the ids, from the first on, it takes for a text of at least ``position`` characters.
+
+        Some tokens are read otherwise beside others, so that prefixes are decoded, and not tokens: those around the place
+        where it is expected, a few however many ids there are.
+
+        Returns:
+            0 to ``len(ids)``; one more where the whole text is shorter.
+        """
+        if position <= 0:
+            return 0
+        length = self._length(ids, len(ids))
+        if length < position:
+            return len(ids) + 1
+        low, high, step = 0, len(ids), 1  # the text of `low` ids is too short, that of `high` is not
+        guess = min(max(position * len(ids) // length, 1), len(ids))
+        short = self._length(ids, guess) < position
+        low, high = (guess, high) if short else (low, guess)
+        while high - low > step:
+            probe = low + step if short else high - step
+            step *= 2
+            if (self._length(ids, probe) < position) is short:
+                low, high = (probe, high) if short else (low, probe)
+            else:
+                low, high = (low, probe) if short else (probe, high)
+                break
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._length(ids, middle) < position else (low, middle)
+        return high
+
+    def _length(self, ids: Sequence[int], count: int) -> int:
+        return len(self.decode([ids[:count]])[0])
+
     def _find_anchors(self) -> None:
         """Find what to decode between and to encode behind, where a tokenizer adds or eats spaces at the edges."""
         decode = self._backend.decode

@@ -12,7 +12,6 @@ Law of this file: a sampled id that stays is the id that was sampled; nothing sa
 
 from __future__ import annotations
 
-import bisect
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -321,11 +320,11 @@ class Rewriter:
         if trims and at >= 0:
             begin = max(begin, at + content.find(kept))
             end, rest = at + content.find(kept) + len(kept), at + len(content)
-        ends = [0, *(len(text) for text in self.codec.decode([sampled[:k] for k in range(1, len(sampled) + 1)]))]
-        first = bisect.bisect_left(ends, begin)
-        last = max(bisect.bisect_right(ends, end) - 1, first)
-        lost = said[begin : ends[first]] if first < len(ends) else ""
-        return lost, [*sampled[first:last], *(sampled[bisect.bisect_left(ends, rest) :] if rest > end else [])]
+        place = functools.partial(self.codec.place_of, sampled)
+        first = place(begin)
+        last = max(place(end + 1) - 1, first)
+        lost = said[begin : len(self.codec.decode([sampled[:first]])[0])] if first <= len(sampled) else ""
+        return lost, [*sampled[first:last], *(sampled[place(rest) :] if rest > end else [])]
 
     def _between(self, text: str, stop: int | None, first: bool) -> list[int]:
         marked = unmarked(text) != text
