@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
         "--env",
         default="chat",
         metavar="NAME",
-        help="chat (default), countdown, digits, gsm8k, ifeval, math, reasoning-gym:TASK, or module:function, called "
-        "with the tokenizer",
+        help="chat (default), countdown, digits, gsm8k, ifeval, math, reasoning-gym:TASK; module:Class or "
+        "file.py:Class, a MessageEnv; or module:function, called with the tokenizer",
     )
     what.add_argument(
         "--tokenizer",

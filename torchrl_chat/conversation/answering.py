@@ -15,6 +15,7 @@ import torch
 from torchrl_chat.conversation.transcript import Transcript
 from torchrl_chat.conversation.turn import Errors, Turn, by_row, check_turns
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
+from torchrl_chat.templates.reading import OPENING_IDS
 
 
 def answer(
@@ -72,6 +73,11 @@ def answer(
     return results
 
 
+def prompt_end(transcript: Transcript) -> list[int]:
+    """The last ids in front of the policy's turn: they tell whether the prompt has opened the reasoning."""
+    return transcript.tokens[: transcript.open][-OPENING_IDS:].tolist()
+
+
 def _said(transcript: Transcript, text: str) -> Transcript:
     """The conversation with an answer that has no tokens."""
     message = {"role": transcript.course.policy, "content": text}
@@ -115,7 +121,7 @@ def _parsed(
         [*([] if t.open is None else t.tokens[t.open :].tolist()), *turn.ids.tolist()]  # type: ignore[union-attr]
         for t, turn in zip(transcripts, turns, strict=True)
     ]
-    prompts: list[Any] | None = [t.tokens[: t.open] for t in transcripts] if template.parser.openings else None
+    prompts = [prompt_end(t) for t in transcripts] if template.parser.openings else None
 
     def parse(some: Sequence[int]) -> list[Any]:
         return template.parse_batch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torchrl_chat.conversation.transcript import Transcript
 from torchrl_chat.templates import BridgeError, ChatTemplate
 from torchrl_chat.templates.bridge import BY_TEXT
+from torchrl_chat.templates.reading import OPENING_IDS
 
 
 def answer_text(transcript: Transcript, template: ChatTemplate) -> str:
@@ -46,7 +47,9 @@ def edit(transcript: Transcript, template: ChatTemplate, position: int, words: s
     between = text[len(kept) : position] + words
     before = transcript.tokens[: span.start + keep]
     new = codec.encode_continuation([between], after=[int(before[-1])])[0]
-    [parsed] = template.parse_batch([[*ids[:keep], *new]], [transcript.course], ["length"], [before])
+    [parsed] = template.parse_batch(
+        [[*ids[:keep], *new]], [transcript.course], ["length"], [before[-OPENING_IDS:].tolist()]
+    )
     whole = None if transcript.text is None else codec.decode([[*before.tolist(), *new]])[0]
     return transcript.reopened(keep, new, parsed.message, whole)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchrl_chat.conversation.transcript import Versions
@@ -39,6 +40,17 @@ class Turn:
     """How many tokens it might sample; what is beyond is cut, as if it had been stopped there."""
     versions: Versions = ()
     """Which weights sampled the ids: ``(start, version)``, each from its start to the next one's; empty if not known."""
+
+    @classmethod
+    def of(cls, ids: Sequence[int], finish_reason: str | None = None) -> Turn:
+        """A turn of plain integers, which may be of any size.
+
+        Raises:
+            ResponseError: one of them is no id that any tokenizer has.
+        """
+        check_ids(ids, 2**31)
+        # torch.tensor is slow with lists
+        return cls(torch.from_numpy(np.array(ids, dtype=np.int64)), finish_reason=finish_reason)
 
     def cut(self) -> Turn:
         """The turn without what was sampled beyond its limit."""

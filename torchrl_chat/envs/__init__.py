@@ -8,6 +8,7 @@ from torchrl_chat.envs.gsm8k import GSM8KEnv
 from torchrl_chat.envs.ifeval import IFEvalEnv
 from torchrl_chat.envs.loading import DatasetError
 from torchrl_chat.envs.math import MATHEnv
+from torchrl_chat.envs.message import MessageChatEnv
 from torchrl_chat.envs.reasoning import ReasoningGymEnv
 from torchrl_chat.envs.state import collector_state, load_collector_state, load_state, save_state
 from torchrl_chat.envs.task import TaskEnv
@@ -20,6 +21,7 @@ __all__ = [
     "GSM8KEnv",
     "IFEvalEnv",
     "MATHEnv",
+    "MessageChatEnv",
     "ReasoningGymEnv",
     "ResponseError",
     "TaskEnv",

@@ -352,6 +352,8 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         return reset.reshape(self.batch_size.numel(), -1).any(-1).tolist()
 
     def _conversation(self, query: Any, row: int) -> list[Message]:
+        if isinstance(query, Exception):  # of whoever was to say what the conversation begins with
+            raise MessageError(f"{type(query).__name__}: {query}") from query
         messages = as_messages(query, role=self.user_role, where=f"{self.data_key!r} of row {row}")
         if self.system_prompt is not None:
             messages.insert(0, {"role": self.system_role, "content": self.system_prompt})

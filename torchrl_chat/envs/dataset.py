@@ -229,7 +229,7 @@ class DatasetChatEnv(TransformedChatEnv):
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         factory = functools.partial(episodes, seed=seed, repeats=repeats or 1)
         rows: Any = RayEpisodes(factory, dataloader_actor_name) if ray_backend else factory()
-        primer = RowPrimer(rows, primers=primers, batch_size=size, device=device)
+        primer = self._primer(rows, primers=primers, batch_size=size, device=device)
         base = ChatEnv(
             batch_size=size,
             device=device,
@@ -248,6 +248,10 @@ class DatasetChatEnv(TransformedChatEnv):
                 f"collate_fn."
             )
         TransformedEnv.__init__(self, base, primer)
+
+    def _primer(self, episodes: Any, **kwargs: Any) -> RowPrimer:
+        """The transform that loads the rows, made while the environment is built."""
+        return RowPrimer(episodes, **kwargs)
 
     @property
     def primer(self) -> Any:

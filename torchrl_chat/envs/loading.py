@@ -252,7 +252,7 @@ class RowPrimer(DataLoadingPrimer):
         device: torch.device | None = None,
     ):
         self.episodes = episodes
-        example = episodes.example()
+        example = self._example(episodes)
         primers = _specs(example, batch_size) if primers is None else primers.clone()
         self._names = tuple(dict.fromkeys([*example, *map(str, primers.keys())]))
         for key in EPISODE_KEYS:
@@ -262,6 +262,14 @@ class RowPrimer(DataLoadingPrimer):
         )
         del self.endless_dataloader  # torchrl's own way to the rows, which no pickle takes
 
+    def _example(self, episodes: Episodes) -> dict[str, Any]:
+        """A row that has all the columns."""
+        return episodes.example()
+
+    def _begun(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows as the conversations that start from them see them."""
+        return rows
+
     def reset_dataloader(self) -> RowPrimer:
         """Start from the first row again."""
         self.episodes.restart()
@@ -269,7 +277,8 @@ class RowPrimer(DataLoadingPrimer):
 
     def _load_from_dataloader(self, reset: torch.Tensor | None = None) -> TensorDictBase:
         count = 1 if reset is None else int(reset.sum())
-        loaded = self._columns([self.episodes.next() for _ in range(count)], torch.Size([count]), self.device)
+        rows = self._begun([self.episodes.next() for _ in range(count)])
+        loaded = self._columns(rows, torch.Size([count]), self.device)
         return loaded[0] if reset is None or reset.ndim == 0 else loaded
 
     def _reset_func(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
@@ -281,8 +290,10 @@ class RowPrimer(DataLoadingPrimer):
         ).tolist()
         if not any(chosen):
             return tensordict_reset
-        loaded = [self.episodes.next() if wanted else None for wanted in chosen]
-        filler = next(row for row in loaded if row is not None)  # torchrl keeps the other rows as they were
+        drawn = self._begun([self.episodes.next() for wanted in chosen if wanted])
+        rows = iter(drawn)
+        loaded = [next(rows) if wanted else None for wanted in chosen]
+        filler = drawn[0]  # torchrl keeps the other rows as they were
         made = self._columns([row or filler for row in loaded], self.batch_size, tensordict_reset.device)
         for key in made.keys():
             tensordict_reset.set(key, made.get(key))

@@ -80,6 +80,8 @@ class Reader:
             KeyError: there is no response.
             ResponseError: the response is not one to these prompts, or is padded, or of a wrong form.
         """
+        if not any(self.goes):
+            return [None] * len(self.goes)
         ids = None if self.template is None else self._ids()
         texts = self._texts(mode) if ids is None else None
         turns: list[Turn | None] = [

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from pydantic import ValidationError
 
 from torchrl_chat._loop import LoopThread
@@ -342,8 +340,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
 
     def _answered(self, ledger: Ledger, ids: Sequence[int], finish_reason: str | None) -> Ledger:
         """The ledger with an answer, without what is beyond the limits, as if the policy had been stopped there."""
-        # torch.tensor is slow with lists
-        turn = Turn(torch.from_numpy(np.array(ids, dtype=np.int64)), finish_reason=finish_reason)
+        turn = Turn.of(ids, finish_reason)
         if self.limits.in_tokens:
             turn.limit = self.limits.tokens_left(ledger.transcript, self._writer.template)
             if turn.limit == 0:

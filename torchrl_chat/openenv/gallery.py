@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
+from torchrl_chat.conversation import MessageEnv
+from torchrl_chat.named import named
 from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
 from torchrl_chat.openenv.environment import ChatEnvironment
 
@@ -27,9 +28,9 @@ def factory_of(
     """What makes the environment of a session, and the environment's name.
 
     Args:
-        name: one of :data:`NAMES`; or ``module:function``, called with the tokenizer, which returns a
-            :class:`~torchrl_chat.ChatEnv`, a dataset environment, an :class:`EnvPool`, or an object with OpenEnv's
-            ``reset`` and ``step``.
+        name: one of :data:`NAMES`; or ``module:Class``, a :class:`~torchrl_chat.MessageEnv`; or ``module:function``, called
+            with the tokenizer, which returns a :class:`~torchrl_chat.ChatEnv`, a dataset environment, an
+            :class:`EnvPool`, or an object with OpenEnv's ``reset`` and ``step``. ``file.py`` does for a module.
         tokenizer: shared by all sessions.
         data: a local copy of the dataset.
         system_prompt: instead of the environment's own.
@@ -50,7 +51,7 @@ def factory_of(
         return functools.partial(ChatEnvironment, shared, system_prompt=system_prompt, **given), "chat_env"
     kind, _, task = name.partition(":")
     if task and kind != "reasoning-gym":
-        return _of_module(name, tokenizer), task
+        return _of_module(name, tokenizer, template, given), task
     make, splits = _makers(kind, task, tokenizer, data, system_prompt, seed, template)
 
     def equipped(split: str) -> Any:
@@ -95,7 +96,9 @@ def _makers(
         return lambda split: envs.ReasoningGymEnv(task, **rows), ("train",)
     tasks = {"countdown": envs.CountdownEnv, "gsm8k": envs.GSM8KEnv, "math": envs.MATHEnv, "ifeval": envs.IFEvalEnv}
     if kind not in tasks:
-        raise ValueError(f"there is no environment {kind!r}: expected {', '.join(NAMES)} or module:function.")
+        raise ValueError(
+            f"there is no environment {kind!r}: expected {', '.join(NAMES)}, module:function or module:Class."
+        )
     cls: Any = tasks[kind]
     splits = ("train",) if kind == "ifeval" else ("train", "test")
     return lambda split: cls(dataset=data, split=split, **rows), splits
@@ -112,17 +115,36 @@ def _digits(data: str | None, rows: dict[str, Any], split: str) -> Any:
     return env.append_transform(RewardTransform(NumberVerifier()))
 
 
-def _of_module(name: str, tokenizer: Any) -> Callable[[], Any]:
-    module, _, function = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+def _of_module(name: str, tokenizer: Any, template: dict[str, Any], limits: dict[str, Any]) -> Callable[[], Any]:
+    make = named(name)
+    if isinstance(make, type) and issubclass(make, MessageEnv):
+        return functools.partial(
+            TorchRLEnvironment, EnvPool(_messages(make, tokenizer, template, limits), name=make.__name__)
+        )
     first = make(tokenizer)
     if isinstance(first, EnvPool):
         return functools.partial(TorchRLEnvironment, first)
     if hasattr(getattr(first, "base_env", first), "append_messages"):
-        return functools.partial(TorchRLEnvironment, EnvPool(lambda split: make(tokenizer), name=function))
+        return functools.partial(
+            TorchRLEnvironment, EnvPool(lambda split: make(tokenizer), name=name.partition(":")[2])
+        )
     if not (hasattr(first, "reset") and hasattr(first, "step")):
         raise ValueError(f"{name} returned a {type(first).__name__}: expected an environment or an EnvPool.")
     return functools.partial(make, tokenizer)
+
+
+def _messages(
+    env: type[MessageEnv], tokenizer: Any, template: dict[str, Any], limits: dict[str, Any]
+) -> Callable[[str], Any]:
+    """What makes an environment of one conversation with a :class:`~torchrl_chat.conversation.MessageEnv`."""
+
+    def make(split: str) -> Any:
+        from torchrl_chat.envs import MessageChatEnv
+        from torchrl_chat.transforms import Budget
+
+        made = MessageChatEnv(
+            env, tokenizer=tokenizer, input_mode="tokens", template_kwargs=template, shuffle=False, seed=0
+        )
+        return made.append_transform(Budget(**limits)) if limits else made
+
+    return make

@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -100,7 +101,7 @@ class Run:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
-        self.folder = Path(config.out or f"runs/{name}-{config.dataset.replace(':', '-')}-{stamp}")
+        self.folder = Path(config.out or f"runs/{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', config.dataset)}-{stamp}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder / "lock")
         self._files = {

@@ -29,7 +29,9 @@ def setting(default: Any, text: str) -> Any:
 class RunConfig:
     """What every training script can be told. The defaults are for the tiny model on the built-in task."""
 
-    dataset: str = setting("digits", "digits, python-tool, gsm8k or reasoning-gym:TASK")
+    dataset: str = setting(
+        "digits", "digits, python-tool, gsm8k, reasoning-gym:TASK, or module:Class or file.py:Class of a MessageEnv"
+    )
     data: str | None = setting(None, "a local copy of the dataset: a folder or a JSONL or Parquet file")
     model: str = setting("tiny", "tiny (random weights, made on the spot), or the name or folder of a model")
     chat_template: str | None = setting(None, TEMPLATE_HELP)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_chat.named import is_name, named
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
@@ -25,7 +26,7 @@ from torchrl_chat.training.view import training_view
 if TYPE_CHECKING:
     from torchrl_chat.envs import DatasetChatEnv
 
-DATASETS = ("digits", "python-tool", "gsm8k", "reasoning-gym:TASK")
+DATASETS = ("digits", "python-tool", "gsm8k", "reasoning-gym:TASK", "module:Class or file.py:Class of a MessageEnv")
 
 TOOL_ALPHABET = "0123456789 \nadmulsbpythonri()*+-`"
 _SIGNS = {"mul": "*", "add": "+", "sub": "-"}
@@ -78,6 +79,11 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
         return envs.ReasoningGymEnv(task, **shared)
     if config.data is not None:
         shared["dataset"] = config.data
+    if is_name(config.dataset):
+        env = envs.MessageChatEnv(named(config.dataset), **shared)
+        return env.append_transform(
+            transforms.Budget(max_turns=config.max_turns, max_turn_tokens=config.max_new_tokens)
+        )
     if kind == "gsm8k":
         return envs.GSM8KEnv(**shared)
     if kind == "digits":

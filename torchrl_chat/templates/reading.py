@@ -16,7 +16,8 @@ from torchrl_chat.templates.toolcalls import CallStatus
 
 _QUESTION = Course.of([{"role": "user", "content": "?"}])
 _A_CALL = AnswerKind(1, False)
-_OPENING_IDS = 12  # more than any delimiter takes that opens reasoning
+OPENING_IDS = 12
+"""How many of a prompt's last ids tell whether it has opened the reasoning: more than any delimiter takes."""
 
 
 class Parsed(NamedTuple):
@@ -158,8 +159,7 @@ class Reader:
             return [False] * rows
         if prompts is None:
             return [self._opens_reasoning] * rows
-        tails = [prompt[-_OPENING_IDS:] for prompt in prompts]
-        ends = self.codec.decode([tail.tolist() if hasattr(tail, "tolist") else tail for tail in tails])
+        ends = self.codec.decode([prompt[-OPENING_IDS:] for prompt in prompts])
         return [self.parser.opened_by(end) for end in ends]
 
     @functools.cached_property

@@ -1,0 +1,38 @@
+"""An environment with tools that change its state: a basket is to be filled for a given price.
+
+    torchrl-chat play --env examples/shop.py:Shop
+
+The policy calls ``buy``, a method of the episode; its results follow without a line here. An answer without a call is the
+last one, and paid.
+"""
+
+from __future__ import annotations
+
+from torchrl_chat import MessageEnv
+
+PRICES = {"tea": 3, "bread": 4, "jam": 5, "cheese": 8}
+
+
+class Shop(MessageEnv):
+    """Pays 1 where exactly the money was spent."""
+
+    tools = ("buy",)
+
+    def reset(self, row):
+        """Give some money that can be spent to the last coin."""
+        self.basket = []
+        self.money = sum(self.random.sample(list(PRICES.values()), 2))
+        return f"Spend exactly {self.money}. Prices: {PRICES}. Say done when you are."
+
+    def buy(self, article: str) -> str:
+        """Put an article into the basket.
+
+        Args:
+            article: its name.
+        """
+        self.basket.append(PRICES[article])
+        return f"{self.money - sum(self.basket)} left"
+
+    def step(self, message):
+        """The policy has had enough."""
+        return None, float(sum(self.basket) == self.money), True
