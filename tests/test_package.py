@@ -92,7 +92,9 @@ def test_readme_example_runs(tmp_path):
     assert len(printed(*((str(file),) for file in files))) == len(blocks)
 
 
-@pytest.mark.parametrize("module", ["messages", "rewards.numbers", "rewards.gsm8k", "transcript"])
+@pytest.mark.parametrize(
+    "module", ["messages", "rewards.numbers", "rewards.gsm8k", "conversation.transcript", "named"]
+)
 def test_docstring_examples(module):
     import torch
 

@@ -21,7 +21,7 @@ Said = str | Message | Sequence[str | Message] | None
 
 
 class Reply(NamedTuple):
-    """What an environment makes of the policy's message; a plain tuple of the three does as well."""
+    """What an environment makes of the policy's message; a plain tuple of the first three does as well."""
 
     messages: Said = None
     """What follows; not read where ``done``. Nothing is an error where the episode goes on."""
@@ -29,6 +29,8 @@ class Reply(NamedTuple):
     """The reward of this turn, a finite number."""
     done: bool = False
     """Whether the episode is over."""
+    success: bool | None = None
+    """Whether the task was solved; by default where the turn that ends the episode pays more than 0."""
 
 
 class MessageEnv:
@@ -259,9 +261,9 @@ def step_all(
 def _reply(env: MessageEnv, value: Any, role: str) -> Reply:
     """What a step returned, checked."""
     name = f"{type(env).__name__}.step"
-    if not isinstance(value, tuple) or len(value) != 3:
+    if not isinstance(value, tuple) or len(value) not in (3, 4):
         raise TypeError(f"{name} returned {value!r:.80}: expected (messages, reward, done), or a Reply.")
-    said, reward, done = value
+    said, reward, done, success = value if len(value) == 4 else (*value, None)
     if not isinstance(done, (bool, int)) or done not in (0, 1):
         raise TypeError(f"{name} returned done={done!r:.40}: expected True or False.")
     try:
@@ -270,11 +272,12 @@ def _reply(env: MessageEnv, value: Any, role: str) -> Reply:
         raise TypeError(f"{name} returned reward={reward!r:.40}: expected a number.") from None
     if not abs(paid) < float("inf"):
         raise ValueError(f"{name} returned reward={reward!r}: expected a finite number.")
+    success = bool(done and paid > 0) if success is None else bool(success)
     if done:
-        return Reply(None, paid, True)
+        return Reply(None, paid, True, success)
     if said is None or (not isinstance(said, (str, Mapping)) and not len(said)):
         raise MessageError(f"{name} goes on (done=False) and says nothing: return messages, or done=True.")
-    return Reply(as_messages(said, role=role, where=f"what {name} returned"), paid, False)
+    return Reply(as_messages(said, role=role, where=f"what {name} returned"), paid, False, success)
 
 
 def _tried(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -364,11 +364,11 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         if isinstance(tensordict.get("history", None), History) and tensordict.get("transcript", None) is None:
             self._take_up(tensordict)
         goes = columns.stepped(tensordict)  # torchrl's way to leave some rows (finished ones) as they are
-        faults: Errors = {}
-        answered = self._answers(tensordict, goes, faults)
-        following = self._observe(answered)
         known = self._failed(tensordict)
-        new = {i: error for i, error in faults.items() if goes[i] and not known[i]}
+        faults: Errors = {}
+        live = [going and not why for going, why in zip(goes, known, strict=True)]
+        following = self._observe(self._answers(tensordict, live, faults))
+        new = {i: error for i, error in faults.items() if live[i]}
         told = [old or why for old, why in zip(known, self._told(tensordict, new, sum(goes)), strict=True)]
         following.set("env_failure", columns.objects(told, self.batch_size, self.device))
         reasons = [StopReason.ERROR if why else StopReason.RUNNING for why in told]
@@ -432,14 +432,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             reading.check_texts(tensordict, held, self.batch_size)
         if self.template is not None:
             reader.check_prompts(written)
-        turns = reader.turns(self.input_mode)
-        failed = self._failed(tensordict)
-        answered = answer(
-            reader.held,
-            [None if why else turn for turn, why in zip(turns, failed, strict=True)],
-            self.template,
-            faults,
-        )
+        answered = answer(reader.held, reader.turns(self.input_mode), self.template, faults)
         if self.errors == "raise" and (wrong := [i for i in sorted(faults) if goes[i]]):
             raise faults[wrong[0]]
         return answered

@@ -102,13 +102,15 @@ class EpisodePrimer(RowPrimer):
             following = env.append_messages(following, lines, errors=errors)
         failures = [""] * len(states)
         rewards, ends = [0.0] * len(states), [False] * len(states)
+        solved, graded = [False] * len(states), [False] * len(states)
         for i, reply in replies.items():
             if isinstance(reply, Exception):
                 failures[i] = f"{type(reply).__name__}: {reply}"
                 continue
-            rewards[i], ends[i] = reply.reward, reply.done
+            rewards[i], ends[i], solved[i] = reply.reward, reply.done, bool(reply.success)
             if i in errors:
                 failures[i] = f"{type(errors[i]).__name__}: {errors[i]}"
+            graded[i] = not failures[i]
         for i, episode in stepped.items():
             states[i] = State(episode)
             if ends[i] or failures[i]:
@@ -117,6 +119,8 @@ class EpisodePrimer(RowPrimer):
         paid = torch.tensor(rewards, dtype=torch.float32, device=device).reshape(*batch, 1, 1)
         before = following.get("reward", None)
         following.set("reward", paid if before is None else before.reshape(paid.shape) + paid)
+        for key, flags in (("success", solved), ("graded", graded)):
+            following.set(key, torch.tensor(flags, device=device).reshape(*batch, 1, 1))
         self._end(tensordict, following, ends, failures)
         return following
 
@@ -141,10 +145,9 @@ class EpisodePrimer(RowPrimer):
             td.set("stop_reason", torch.where(answered, int(StopReason.ANSWERED), reasons))
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """The spec of ``reward``."""
-        reward_spec["reward"] = Unbounded(
-            (*reward_spec.shape, 1, 1), dtype=torch.float32, device=reward_spec.device
-        )
+        """The specs of ``reward``, ``success`` and ``graded``."""
+        for key, dtype in (("reward", torch.float32), ("success", torch.bool), ("graded", torch.bool)):
+            reward_spec[key] = Unbounded((*reward_spec.shape, 1, 1), dtype=dtype, device=reward_spec.device)
         return reward_spec
 
 
@@ -154,7 +157,8 @@ class MessageChatEnv(DatasetChatEnv):
     Each conversation has an instance of its own, whose attributes travel in the TensorDict (entry ``"episode"``, an object a
     row): a TensorDict that was saved steps again to the same result. An episode's seed comes from the environment's seed, the
     row and the epoch: the repeats of a row (a group of GRPO) play the same episode. Written under ``"next"``, over the batch
-    size B: ``"reward"``, float32 (\\*B, 1, 1), ``"terminated"`` and ``"done"`` where the episode is over. Where an
+    size B: ``"reward"``, float32 (\\*B, 1, 1), ``"success"`` and ``"graded"``, bool (\\*B, 1, 1), ``"terminated"`` and ``"done"``
+    where the episode is over. Where an
     instance raises, or says what the chat template refuses, the row ends truncated and ``"env_failure"`` says why. Transforms
     that are appended see the turn behind it: a :class:`~torchrl_chat.Budget`, a further reward.
 
