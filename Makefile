@@ -28,9 +28,10 @@ test-all: environment  ## everything: all seeds, all kills, vLLM's learning; for
 	$(ENVIRONMENT) vllm
 	$(VLLM) -m vllm
 
-lint: environment  ## format, lint, types
+lint: environment  ## format, lint, floors, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 suite: environment  ## the tests that are in no other part

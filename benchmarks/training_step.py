@@ -40,8 +40,8 @@ from torchrl.modules.llm import TransformersWrapper
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 
 from torchrl_chat import DatasetChatEnv, Grader, RewardTransform, TransformersPolicy, training_view
-from torchrl_chat.cli.tiny import tiny_model
 from torchrl_chat.playing import play
+from torchrl_chat.tiny import tiny_model
 from torchrl_chat.training import group_advantages, policy_loss, sequence_log_probs
 
 GROUP = 4

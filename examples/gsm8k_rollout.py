@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from torchrl_chat import GSM8KEnv, TransformersPolicy
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import StepCounter, Transform
 
 from torchrl_chat import DatasetChatEnv, TransformersPolicy
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 
 class AskAgain(Transform):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, Transcript, TransformersPolicy
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.transforms.user import UserSimulator
 
 ROWS = [

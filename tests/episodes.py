@@ -10,7 +10,7 @@ from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.objectives.llm.grpo import GRPOLoss
 
 from torchrl_chat import ChatEnv, Toolbox, ToolExecutor, columns, training_view
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 ROWS = 64
 # One token of the tokenizer is a whole call, so that a model with random weights calls the tool now and then.

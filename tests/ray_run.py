@@ -12,9 +12,9 @@ import ray
 import torch
 
 from torchrl_chat import GSM8KEnv, TransformersPolicy, Verdict
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.playing import play
 from torchrl_chat.sandbox import Sandbox
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 
 def make_env(dataset, **options) -> GSM8KEnv:

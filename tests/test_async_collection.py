@@ -11,7 +11,7 @@ from torchrl.collectors.llm import LLMCollector
 from torchrl.envs import AsyncEnvPool
 
 from torchrl_chat import GSM8KEnv, TransformersPolicy, columns, training_view
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.services
 

@@ -25,11 +25,11 @@ from torchrl_chat import (
     play,
     training_view,
 )
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.envs import ResponseError
 from torchrl_chat.messages import MessageError, as_messages, half_character
 from torchrl_chat.rollouts import episodes
 from torchrl_chat.templates import ChatTemplateError
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.transforms import StopReason
 
 HALF = "\ud83d"

@@ -258,7 +258,7 @@ def test_bad_limits(limits, match):
 
 def test_the_policy_keeps_to_what_is_left():
     from torchrl_chat import TransformersPolicy
-    from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
+    from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=12)

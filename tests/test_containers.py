@@ -16,7 +16,7 @@ from torchrl.envs import AsyncEnvPool, ParallelEnv, SerialEnv
 from torchrl.objectives.llm.grpo import MCAdvantage
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, GSM8KEnv, TransformersPolicy, columns
-from torchrl_chat.cli.tiny import tiny_model
+from torchrl_chat.tiny import tiny_model
 
 ROWS = [{"question": f"what is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
 

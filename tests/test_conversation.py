@@ -15,7 +15,7 @@ from conftest import bpe_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_chat import Budget, ChatTemplate
+from torchrl_chat import Budget, ChatTemplate, read_rollouts, training_view, write_rollouts
 from torchrl_chat.conversation import (
     Limits,
     ResponseError,
@@ -163,6 +163,39 @@ class TestVersions:
         first, second = ledgers(env.step(td)["next"])
         assert [version for _, version in first.versions] == [5]
         assert [version for _, version in second.versions] == ([6, 7] if spans else [6])
+
+    @pytest.mark.parametrize("layout", ["ragged", "padded", "packed"])
+    def test_in_views_and_rollout_files(self, mode, layout, tmp_path):
+        env = make(mode, 2)
+        td = respond(env, env.reset(queries(env)))
+        td["weight_versions"] = torch.tensor([[5], [6]])
+        first = env.step(td)
+        td = respond(env, env.append_messages(env.step_mdp(first), ["more", "more"]))
+        td.set("weight_versions", env_objects(env, [[(0, 7), (1, 8)], None]))
+        rows = env.step(td)["next"]
+        view = training_view(rows, layout=layout)
+        versions, mask = (
+            view["weight_versions"].get("full", as_list=True),
+            view["masks"].get("all_assistant_mask", as_list=True),
+        )
+        if layout == "packed":
+            versions, mask = [versions[0]], [mask[0]]
+        found = [v[m].tolist() for v, m in zip(versions, mask, strict=True)]
+        sizes = [[span.end - span.start for span in t.spans] for t in ledgers(rows)]
+        expected = [
+            [5] * sizes[0][0] + [7] + [8] * (sizes[0][1] - 1),
+            [6] * sizes[1][0] + [-1] * sizes[1][1],
+        ]
+        assert found == (expected if layout != "packed" else [expected[0] + expected[1]])
+        assert all((v[~m] == -1).all() for v, m in zip(versions, mask, strict=True))
+        write_rollouts(tmp_path / "r.jsonl", rows)
+        written = [row["sequences"][0]["weight_versions"] for row in read_rollouts(tmp_path / "r.jsonl")]
+        assert written == [[list(span) for span in t.versions] for t in ledgers(rows)]
+
+    def test_absent_in_views_where_nobody_knows(self):
+        env = make("tokens", 2)
+        rows = env.step(respond(env, env.reset(queries(env))))["next"]
+        assert "weight_versions" not in training_view(rows).keys()
 
     @pytest.mark.parametrize("bad", ["new", [(1, 5)], [(0, 1), (0, 2)], [3]])
     def test_what_is_no_version(self, bad):

@@ -24,7 +24,7 @@ from torchrl_chat import (
     UserSimulator,
     columns,
 )
-from torchrl_chat.cli.tiny import last_digit_rows
+from torchrl_chat.tiny import last_digit_rows
 
 ROWS = [{"query": f"question {i}", "answer": str(i), "level": i} for i in range(10)]
 

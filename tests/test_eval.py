@@ -34,8 +34,8 @@ from torchrl_chat.cli.eval_stats import (
     wilson,
 )
 from torchrl_chat.cli.main import main
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.rollouts import read_rollouts
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.services
 

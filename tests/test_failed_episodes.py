@@ -20,8 +20,8 @@ from torchrl_chat import (
     columns,
     training_view,
 )
-from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.playing import play
+from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.training import ExactGRPOLoss, ExactMCAdvantage, group_advantages, policy_loss
 from torchrl_chat.transforms import StopReason
 from torchrl_chat.transforms.reward import VerifierError

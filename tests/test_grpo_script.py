@@ -21,8 +21,8 @@ from torchrl.modules.llm.policies import ChatHistory
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 
 from torchrl_chat import AddThinkingPrompt, GSM8KEnv
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.policies import ExactTransformersWrapper
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.services
 

@@ -20,7 +20,7 @@ from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 from training_rows import TOKENIZER, batch_of, dense, make_env, transcripts
 
 from torchrl_chat import ChatEnv, TransformersPolicy, columns, playing, training_view
-from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.training import kl_estimate, sequence_log_probs
 from torchrl_chat.transforms.kl import KLRewardTransform, RetrieveKL, RetrieveLogProb
 from torchrl_chat.transforms.references import (

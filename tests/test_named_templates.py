@@ -154,9 +154,9 @@ def test_no_warning_where_a_template_has_its_own_tokenizer(name):
 
 
 def test_in_the_scripts(tmp_path):
-    from torchrl_chat.cli.tiny import tiny_model
     from torchrl_chat.recipes.settings import RunConfig
     from torchrl_chat.recipes.tasks import make_model
+    from torchrl_chat.tiny import tiny_model
 
     tokenizer = base_tokenizer("tiny")
     tokenizer.save_pretrained(tmp_path)
@@ -170,7 +170,7 @@ def test_in_the_scripts(tmp_path):
 def test_a_base_model_on_the_command_line(command, tmp_path, capsys):
     """Without a template the error names those there are; with a name, it is the template of all that is played."""
     from torchrl_chat.cli.main import main
-    from torchrl_chat.cli.tiny import tiny_model
+    from torchrl_chat.tiny import tiny_model
 
     tokenizer = base_tokenizer("tiny")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -15,10 +15,10 @@ from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.objectives.llm.grpo import GRPOLoss
 
 from torchrl_chat import ChatEnv, TransformersPolicy, columns
-from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.policies import VLLMPolicy
 from torchrl_chat.policies.writing import read_prompts, read_seeds, write_answers
 from torchrl_chat.sampling import GumbelNoise, default_stop_ids, stream_seed
+from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 
 
 def policy(tokenizer=None, **kwargs) -> TransformersPolicy:

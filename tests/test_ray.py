@@ -18,11 +18,11 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.objectives.llm.grpo import MCAdvantage
 
 from torchrl_chat import TransformersPolicy, columns, training_view
-from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.distributed import RayChatCollector, RayEpisodeCollector, WorkersLostError
 from torchrl_chat.distributed.worker import Worker, load_weights, weights_of
 from torchrl_chat.playing import play
 from torchrl_chat.sandbox import Sandbox, SandboxError
+from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 import ray_run  # noqa: E402  (it imports ray)

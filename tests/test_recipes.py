@@ -13,12 +13,12 @@ import pytest
 import torch
 from recipe_runs import QUICK, RECIPES, ROOT, jsonl, run_killed, same_run
 
-from torchrl_chat.cli.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.recipes import checkpoints as saving
 from torchrl_chat.recipes.run import Run, episodes
 from torchrl_chat.recipes.settings import FULL, RunConfig, parse
 from torchrl_chat.recipes.tasks import ask, demonstrations, make_env, make_model, make_policy, warm_start
 from torchrl_chat.rollouts import read_rollouts
+from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.training import masked_mean, sequence_log_probs, training_view
 from torchrl_chat.training.values import PolicyAndValue
 
@@ -462,7 +462,7 @@ def test_dynamic_sampling_trains_groups_that_differ_only(tmp_path):
 
 def test_what_cannot_be_graded_makes_no_group_differ(tmp_path):
     from torchrl_chat import DatasetChatEnv, RewardTransform
-    from torchrl_chat.cli.tiny import last_digit_rows
+    from torchrl_chat.tiny import last_digit_rows
 
     module = script("grpo")
     settings = module.GRPOConfig(out=str(tmp_path), prompts=3, group_size=4, dynamic_sampling=True, max_batches=1)
@@ -496,7 +496,7 @@ def half_graded(settings, tokenizer, fails: str | None):
     from torchrl.envs import StepCounter
 
     from torchrl_chat import DatasetChatEnv, RewardTransform
-    from torchrl_chat.cli.tiny import last_digit_rows
+    from torchrl_chat.tiny import last_digit_rows
 
     def verifier(response: str, reference: str) -> float:
         if fails is None or response[:1] in fails:

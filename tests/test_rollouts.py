@@ -433,7 +433,7 @@ def test_every_field_is_documented():
 @pytest.mark.parametrize("module", ["rollouts", "pieces", "playing"])
 def test_docstring_examples(module, tmp_path):
     from torchrl_chat import TransformersPolicy
-    from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+    from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer(TEXT_ALPHABET)
     env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)

@@ -17,9 +17,9 @@ from torchrl.data.llm import History
 
 import torchrl_chat
 import torchrl_chat.openenv as openenv
-from torchrl_chat.cli.tiny import tiny_model
 from torchrl_chat.envs import ResponseError
 from torchrl_chat.openenv import ChatAction, ChatEnv, ChatEnvironment, ChatObservation, ChatState
+from torchrl_chat.tiny import tiny_model
 
 pytestmark = pytest.mark.services
 

@@ -32,9 +32,9 @@ from torchrl.envs import AsyncEnvPool, ParallelEnv, SerialEnv, StepCounter
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_chat import Budget, ChatEnv, DatasetChatEnv, DatasetError, TransformersPolicy, UserSimulator, columns
-from torchrl_chat.cli.tiny import tiny_model
 from torchrl_chat.envs.state import collector_state, load_collector_state, load_state, save_state
 from torchrl_chat.seeds import EPISODE_KEYS, episode_seed, mixed
+from torchrl_chat.tiny import tiny_model
 from torchrl_chat.transforms.user_models import ModelUser
 
 quick = settings(max_examples=12, deadline=None)

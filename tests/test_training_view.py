@@ -28,7 +28,7 @@ from torchrl_chat import (
     columns,
     training_view,
 )
-from torchrl_chat.cli.tiny import tiny_model
+from torchrl_chat.tiny import tiny_model
 from torchrl_chat.training import (
     gae,
     group_advantages,

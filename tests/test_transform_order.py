@@ -37,9 +37,9 @@ from torchrl_chat import (
     play,
     training_view,
 )
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.envs.transforming import TransformedChatEnv
 from torchrl_chat.rewards import grades
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.transforms import EndOfDialogue, ModelUser, PythonInterpreter, StopReason
 
 CALL = '<tool_call>\n{"name": "twice", "arguments": {"number": 4}}\n</tool_call>'

@@ -19,7 +19,7 @@ from torchrl.envs.utils import check_env_specs
 from user_turns import begin, env_of, flags, ledgers, respond, said
 
 from torchrl_chat import ChatTemplate, ChatTemplateError, DatasetChatEnv
-from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.transforms import user_models
 from torchrl_chat.transforms.user import UserSimulator
 from torchrl_chat.transforms.user_models import EndpointUser, ModelUser, as_user_sees

@@ -552,7 +552,7 @@ class TestTogether:
     @pytest.mark.filterwarnings("ignore:.*simulated users failed:RuntimeWarning")
     def test_rollout_with_a_policy(self):
         from torchrl_chat import TransformersPolicy
-        from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
         tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=6)

@@ -14,7 +14,7 @@ from torchrl_chat import (
     UserSimulator,
     columns,
 )
-from torchrl_chat.cli.tiny import last_digit_rows, tiny_tokenizer
+from torchrl_chat.tiny import last_digit_rows, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 ROWS = last_digit_rows(64)

@@ -16,8 +16,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import skip_without
 
-from torchrl_chat import ChatTemplate
-from torchrl_chat.cli import tiny
+from torchrl_chat import ChatTemplate, tiny
 from torchrl_chat.openenv.environment import ChatEnvironment
 from torchrl_chat.openenv.server import create_app, make_server
 from torchrl_chat.openenv.web import viewer_app, web_routes

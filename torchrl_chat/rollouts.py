@@ -279,6 +279,8 @@ def sequence(branch: Branch, spell: TokenPieces | None, scored: bool) -> dict[st
     # Six digits: float32 has seven, and the last is beyond what two kernels agree on.
     sampled = branch.log_probs[branch.mask].tolist()
     written["log_probs"] = [float(f"{value:.6g}") for value in sampled] if scored and sampled else None
+    if branch.versions:
+        written["weight_versions"] = [list(span) for span in branch.versions]
     if spell is not None:
         pieces = spell(ids)
         written["pieces"] = pieces.texts

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
 def load_tokenizer(name: str, env: str) -> Any:
     """The tokenizer of a name or folder; ``"tiny"`` has the characters that the environment needs."""
     if name == "tiny":
-        from torchrl_chat.cli import tiny
+        from torchrl_chat import tiny
 
         return tiny.tiny_tokenizer(tiny.DIGIT_ALPHABET if env == "digits" else tiny.TEXT_ALPHABET)
     return pretrained.load_tokenizer(name)

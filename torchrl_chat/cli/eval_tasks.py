@@ -49,8 +49,8 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
     from torchrl.envs import StepCounter
 
     from torchrl_chat import envs
-    from torchrl_chat.cli.tiny import last_digit_rows
     from torchrl_chat.rewards import NumberVerifier
+    from torchrl_chat.tiny import last_digit_rows
     from torchrl_chat.transforms import RewardTransform
 
     shared: dict[str, Any] = {
@@ -107,7 +107,7 @@ def make_policy(arguments: argparse.Namespace) -> Any:
 def _transformers(arguments: argparse.Namespace, settings: dict[str, Any]) -> Any:
     import torch
 
-    from torchrl_chat.cli import tiny
+    from torchrl_chat import tiny
     from torchrl_chat.policies import TransformersPolicy
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

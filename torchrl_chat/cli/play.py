@@ -111,7 +111,7 @@ def _tokenizer_and_policy(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if arguments.model is None:
         return tokenizer, None
     if arguments.model == "tiny":
-        from torchrl_chat.cli import tiny
+        from torchrl_chat import tiny
 
         model: Any = tiny.tiny_model(len(tokenizer), context=4096)
     else:

@@ -1,86 +1,12 @@
-"""A tokenizer, a model and a task that fit in a minute of CPU time, made on the spot: nothing is downloaded.
+"""The tiny model is on the ground floor, :mod:`torchrl_chat.tiny`; these lines keep the name under which it was imported."""
 
-A policy of a few tens of thousands of weights learns from scratch by reinforcement only if a random
-answer is right now and then, so the vocabulary has one token a character and few characters.
-"""
-
-from __future__ import annotations
-
-import random
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
-
-TINY_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from torchrl_chat.tiny import (
+    DIGIT_ALPHABET,
+    TEXT_ALPHABET,
+    TINY_TEMPLATE,
+    last_digit_rows,
+    tiny_model,
+    tiny_tokenizer,
 )
-"""A chat template as small as they come: one special token opens a message, one closes it."""
 
-_SPECIAL = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
-DIGIT_ALPHABET = "0123456789last(,)= "
-TEXT_ALPHABET = "\n\t" + "".join(map(chr, range(32, 127)))
-
-
-def tiny_tokenizer(alphabet: str = DIGIT_ALPHABET) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a character, a few special tokens and :data:`TINY_TEMPLATE`.
-
-    Args:
-        alphabet: the characters that it knows; others become ``<|unk|>``.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {token: i for i, token in enumerate((*_SPECIAL, *dict.fromkeys(alphabet)))}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(list(_SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = TINY_TEMPLATE
-    return tokenizer
-
-
-def tiny_model(vocab_size: int, *, hidden: int = 64, layers: int = 2, context: int = 512, seed: int = 0) -> Any:
-    """A causal language model of the Llama architecture with random weights, in float32 on the CPU."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=context,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
-
-
-def last_digit_rows(count: int = 2048, seed: int = 0) -> Dataset:
-    """Requests for the last of two digits, such as ``{"query": "last(3,7)=", "answer": "7"}``.
-
-    Args:
-        count: the number of rows.
-        seed: the same seed gives the same rows.
-    """
-    from datasets import Dataset
-
-    draw = random.Random(seed)
-    pairs = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(count)]
-    return Dataset.from_dict({"query": [f"last({a},{b})=" for a, b in pairs], "answer": [str(b) for _, b in pairs]})
+__all__ = ["DIGIT_ALPHABET", "TEXT_ALPHABET", "TINY_TEMPLATE", "last_digit_rows", "tiny_model", "tiny_tokenizer"]

@@ -205,7 +205,7 @@ def make_policy(arguments: argparse.Namespace) -> TransformersPolicy:
     """The model and its tokenizer, as a policy."""
     import torch
 
-    from torchrl_chat.cli import tiny
+    from torchrl_chat import tiny
     from torchrl_chat.policies import TransformersPolicy
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -229,9 +229,9 @@ def make_env(arguments: argparse.Namespace, policy: TransformersPolicy, seed: in
     """The environment of ``--dataset``, its batch made of whole groups."""
     from torchrl.envs import StepCounter
 
-    from torchrl_chat.cli.tiny import last_digit_rows
     from torchrl_chat.envs import DatasetChatEnv, GSM8KEnv, ReasoningGymEnv
     from torchrl_chat.rewards import NumberVerifier
+    from torchrl_chat.tiny import last_digit_rows
     from torchrl_chat.transforms import RewardTransform
 
     shared: dict[str, Any] = {

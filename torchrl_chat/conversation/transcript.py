@@ -118,6 +118,16 @@ class Branch(NamedTuple):
     versions: Versions = ()
     """The weights that sampled them, where the policy said it."""
 
+    @property
+    def token_versions(self) -> torch.Tensor:
+        """The weights that sampled each token, int64 (T,): -1 on tokens that are not trained, and where it is not known."""
+        found = torch.full(self.mask.shape, -1, dtype=torch.int64)
+        ends = [start for start, _ in self.versions[1:]] + [len(found)]
+        for (start, version), end in zip(self.versions, ends, strict=True):
+            if version is not None:
+                found[start:end] = version
+        return found.masked_fill_(~self.mask, -1)
+
 
 @dataclass(eq=False, repr=False)
 class Transcript:

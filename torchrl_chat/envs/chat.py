@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase, set_list_to_stack
@@ -56,7 +56,8 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
 
     In every mode a policy may hand the ids that it sampled in ``("tokens", "response")`` and their
     log-probs in ``("log_probs", "response")``: then these are the ledger, and text and history are views of
-    them. And in every mode (given a tokenizer) the observation carries what training needs, ragged over
+    them. A policy whose weights change may say in ``"weight_versions"`` which ones sampled a row: an int, or spans
+    ``[(start, version), ...]`` of the sampled ids. And in every mode (given a tokenizer) the observation carries what training needs, ragged over
     rows, all of the prompt's length T:
 
     - ``("tokens", "prompt")``: int64 (T,);
@@ -115,6 +116,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
     text_key = ("text", "prompt")
     response_key = ("text", "response")
     data_key = "query"
+    dataset_env: ClassVar[Any] = None  # the class that draws conversations from data, which stands on this one
 
     def __init__(
         self,
@@ -202,9 +204,8 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
     @classmethod
     def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> Any:
         """A :class:`~torchrl_chat.envs.DatasetChatEnv` over a dataloader; see its ``from_dataloader``."""
-        from torchrl_chat.envs.dataset import DatasetChatEnv
-
-        return DatasetChatEnv.from_dataloader(dataloader, **kwargs)
+        assert ChatEnv.dataset_env is not None, "torchrl_chat.envs has it"
+        return ChatEnv.dataset_env.from_dataloader(dataloader, **kwargs)
 
     def append_transform(self, transform: Any) -> TransformedChatEnv:
         """A new environment: this one with a transform. This one stays as it was.

@@ -279,3 +279,6 @@ class DatasetChatEnv(TransformedChatEnv):
         if seed is not None:
             self.primer.episodes.reseed(seed)
         return EnvBase.set_seed(self.base_env, seed, static_seed)
+
+
+ChatEnv.dataset_env = DatasetChatEnv

@@ -105,9 +105,9 @@ def _makers(
 
 
 def _digits(data: str | None, rows: dict[str, Any], split: str) -> Any:
-    from torchrl_chat.cli.tiny import last_digit_rows
     from torchrl_chat.envs import DatasetChatEnv
     from torchrl_chat.rewards import NumberVerifier
+    from torchrl_chat.tiny import last_digit_rows
     from torchrl_chat.transforms import EndOfDialogue, RewardTransform
 
     env = DatasetChatEnv(dataset=data or last_digit_rows(seed=rows["seed"]), **rows)

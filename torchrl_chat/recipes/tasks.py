@@ -37,7 +37,7 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
     """The model of ``--model``, in float32 on ``--device``, and its tokenizer."""
     import transformers
 
-    from torchrl_chat.cli import tiny
+    from torchrl_chat import tiny
 
     transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -61,8 +61,8 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
     from torchrl.envs import StepCounter
 
     from torchrl_chat import envs, transforms
-    from torchrl_chat.cli.tiny import last_digit_rows
     from torchrl_chat.rewards import NumberVerifier
+    from torchrl_chat.tiny import last_digit_rows
 
     shared: dict[str, Any] = {
         "tokenizer": tokenizer,

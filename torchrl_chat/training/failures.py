@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import StopReason
 
 
 def failed_rows(written: Any, count: int) -> list[bool]:
@@ -15,7 +16,7 @@ def failed_rows(written: Any, count: int) -> list[bool]:
     That is the case where the policy could not answer (a reason under ``"policy_error"``); and, unless ``"graded"`` is true,
     where a grade failed (a reason under ``"grade_failure"``), where the environment failed the row (a reason under
     ``"env_failure"``), and where the episode ended with :attr:`StopReason.ERROR
-    <torchrl_chat.transforms.stop.StopReason.ERROR>` under ``"stop_reason"``. So a failure that counts as an answer
+    <torchrl_chat.conversation.StopReason.ERROR>` under ``"stop_reason"``. So a failure that counts as an answer
     (``RewardTransform(on_failure="score")``, an environment that says which of its failures are the policy's affair) is none.
 
     Args:
@@ -27,7 +28,6 @@ def failed_rows(written: Any, count: int) -> list[bool]:
         >>> failed_rows({"graded": torch.tensor([[True], [False]]), "grade_failure": ["", "timeout"]}, 2)
         [False, True]
     """
-    from torchrl_chat.conversation import StopReason  # transforms stand on this room
 
     def texts(key: str) -> list[Any]:
         value = written.get(key, None)

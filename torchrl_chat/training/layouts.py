@@ -25,34 +25,46 @@ class Flat(NamedTuple):
     mask: torch.Tensor  # bool (S,)
     log_probs: torch.Tensor  # float32 (S,)
     lengths: list[int]  # N
+    versions: torch.Tensor | None = None  # int64 (S,), where some policy said which weights sampled
 
     @classmethod
     def of(
-        cls, tokens: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], log_probs: Sequence[torch.Tensor]
+        cls,
+        tokens: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor],
+        log_probs: Sequence[torch.Tensor],
+        versions: Sequence[torch.Tensor] | None = None,
     ) -> Flat:
         """The same from one tensor a sequence."""
         return cls(
-            torch.cat(tuple(tokens)), torch.cat(tuple(masks)), torch.cat(tuple(log_probs)), [*map(len, tokens)]
+            torch.cat(tuple(tokens)),
+            torch.cat(tuple(masks)),
+            torch.cat(tuple(log_probs)),
+            [*map(len, tokens)],
+            None if versions is None else torch.cat(tuple(versions)),
         )
 
     def to(self, device: torch.device | None) -> Flat:
         """The same on another device."""
         if device is None:
             return self
-        return Flat(self.tokens.to(device), self.mask.to(device), self.log_probs.to(device), self.lengths)
+        versions = None if self.versions is None else self.versions.to(device)
+        return Flat(self.tokens.to(device), self.mask.to(device), self.log_probs.to(device), self.lengths, versions)
 
 
 def ragged(flat: Flat, device: torch.device | None) -> dict[str, Any]:
     """``tokens``, ``masks`` and ``log_probs`` as lazy stacks of one row a sequence."""
     batch = torch.Size([len(flat.lengths)])
 
-    def stacked(container: type, **fields: torch.Tensor) -> Any:
+    def stacked(container: type | None, **fields: torch.Tensor) -> Any:
         # Rows of their own: a slice would take the whole buffer along, into a pickle say.
         split = [[row.clone() for row in field.split(flat.lengths)] for field in fields.values()]
         rows = [columns.row_td(dict(zip(fields, row, strict=True)), device) for row in zip(*split, strict=True)]
-        return columns.wrap(container, columns.stack_rows(rows, batch), *fields)
+        stack = columns.stack_rows(rows, batch)
+        return stack if container is None else columns.wrap(container, stack, *fields)
 
-    return {
+    versions = {} if flat.versions is None else {"weight_versions": stacked(None, full=flat.versions)}
+    return versions | {
         "tokens": stacked(Tokens, full=flat.tokens),
         "masks": stacked(Masks, all_assistant_mask=flat.mask, all_attention_mask=torch.ones_like(flat.mask)),
         "log_probs": stacked(LogProbs, full=flat.log_probs),
@@ -114,7 +126,8 @@ def packed(
 
 
 def _values(flat: Flat, pad_id: int) -> list[tuple[torch.Tensor, Any]]:
-    return [(flat.tokens, pad_id), (flat.mask, False), (flat.log_probs, 0.0)]
+    values: list[tuple[torch.Tensor, Any]] = [(flat.tokens, pad_id), (flat.mask, False), (flat.log_probs, 0.0)]
+    return values if flat.versions is None else [*values, (flat.versions, -1)]
 
 
 def _filled(where: torch.Tensor, values: torch.Tensor, fill: Any) -> torch.Tensor:
@@ -122,13 +135,16 @@ def _filled(where: torch.Tensor, values: torch.Tensor, fill: Any) -> torch.Tenso
 
 
 def _dense(fields: list[torch.Tensor], attention: torch.Tensor, device: torch.device | None) -> dict[str, Any]:
-    tokens, mask, log_probs = fields
+    tokens, mask, log_probs, *versions = fields
     batch = tokens.shape[:1]
 
     def container(cls: type, **leaves: torch.Tensor) -> Any:
         return columns.wrap(cls, TensorDict(leaves, batch_size=batch, device=device), *leaves)
 
-    return {
+    told: dict[str, Any] = {}
+    if versions:
+        told["weight_versions"] = TensorDict({"full": versions[0]}, batch_size=batch, device=device)
+    return told | {
         "tokens": container(Tokens, full=tokens),
         "masks": container(Masks, all_assistant_mask=mask, all_attention_mask=attention),
         "log_probs": container(LogProbs, full=log_probs),
@@ -141,7 +157,8 @@ def _reordered(flat: Flat, order: list[int]) -> Flat:
         return torch.cat([pieces[i] for i in order])
 
     lengths = [flat.lengths[i] for i in order]
-    return Flat(moved(flat.tokens), moved(flat.mask), moved(flat.log_probs), lengths)
+    versions = None if flat.versions is None else moved(flat.versions)
+    return Flat(moved(flat.tokens), moved(flat.mask), moved(flat.log_probs), lengths, versions)
 
 
 def _first_fit(lengths: list[int], size: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from torchrl_chat.training.layouts import Flat, Layout, Side
 # The view's own columns: those of the same name in the data are not kept (but may tell the groups).
 _OWN = {
     "episode", "episode_digest", "episode_sequence", "group", "scored", "turn_reward", "position_ids", "sequence_ids",
-    "cu_seqlens",
+    "cu_seqlens", "weight_versions",
 }  # fmt: skip
 
 
@@ -76,6 +76,8 @@ def training_view(
         - every other column of the row (rewards, references), repeated for its sequences, but for what is of one step's
           tokens (reference log-probs: apply :class:`~torchrl_chat.transforms.kl.RetrieveLogProb` to the view) and for
           columns that have the name of one of the view's own;
+        - ``("weight_versions", "full")``, where some policy said which weights sampled (see ``"weight_versions"`` of
+          :class:`~torchrl_chat.ChatEnv`): int64, of the shape of the tokens, -1 where it is not known;
         - ``"turn_reward"`` if asked for: float32 (N, K), the rewards of the turns that a sequence holds, 0 behind them.
 
         ``"ragged"``: batch size (N,), the first four are lazy stacks of rows (T_i,), as torchrl's losses read them.
@@ -109,7 +111,8 @@ def training_view(
     device, count = found.device, len(every)
     failed = failed_rows(kept, count)
     masks = [torch.zeros_like(s.mask) if bad else s.mask for s, bad in zip(every, failed, strict=True)]
-    flat = Flat.of([s.tokens for s in every], masks, [s.log_probs for s in every]).to(device)
+    versions = [s.token_versions for s in every] if any(s.versions for s in every) else None
+    flat = Flat.of([s.tokens for s in every], masks, [s.log_probs for s in every], versions).to(device)
     if layout == "ragged":
         laid = layouts.ragged(flat, device)
     elif layout == "padded":

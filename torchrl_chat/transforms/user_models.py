@@ -122,7 +122,7 @@ class ModelUser:
         ChatTemplateError: the tokenizer has no chat template, or it refuses the system prompt or the opening.
 
     Example:
-        >>> from torchrl_chat.cli.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> user = ModelUser(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=8, temperature=0)
         >>> replies = user([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]])
