@@ -10,6 +10,7 @@ The unchecked constructors (``_new_unsafe``, ``_from_tensordict``) are used on p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -43,7 +44,56 @@ def row_td(leaves: dict[str, Any], device: torch.device | None = None) -> Tensor
     return TensorDict._new_unsafe(leaves, batch_size=_SCALAR, device=device, names=None, lock=False)
 
 
-class Rows(LazyStackedTensorDict):
+class _Unmade(LazyStackedTensorDict):
+    """A lazy stack whose rows' TensorDicts are made when somebody asks for them, of one value each.
+
+    Of the columns that a step writes, most are only handed on; and making a row costs ten objects.
+    """
+
+    # tensordict finds attributes in __dict__; this one is there until the rows are made: a key, the values, the device.
+    _field: tuple[str, Sequence[Any], torch.device | None] | None = None
+
+    @classmethod
+    def of_field(cls, key: str, values: Sequence[Any], device: torch.device | None) -> Any:
+        """A stack of rows, a value each."""
+        stack = object.__new__(cls)
+        stack.__dict__.update(_EMPTY.__dict__)
+        stack.__dict__.update(_field=(key, values, device), _batch_size=torch.Size([len(values)]))
+        return stack
+
+    @staticmethod
+    def _row(key: str, value: Any, device: torch.device | None) -> Any:
+        return row_td({key: value}, device)
+
+    @property
+    def tensordicts(self) -> list[Any]:
+        """The rows."""
+        if self._field is not None:
+            key, values, device = self._field
+            self.tensordicts = [self._row(key, value, device) for value in values]
+        return self.__dict__["_made"]
+
+    @tensordicts.setter
+    def tensordicts(self, rows: list[Any]) -> None:
+        self.__dict__.update(_made=rows, _field=None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The rows' device."""
+        return super().device if self._field is None else self._field[2]
+
+    def _shared(self) -> Any:
+        """A stack whose rows are made of the same values, where these are not made yet; else ``None``."""
+        return None if self._field is None else self.of_field(*self._field)
+
+    def _clone(self, recurse: bool = True) -> Any:
+        if recurse:
+            return super()._clone(recurse)
+        shared = self._shared()
+        return _like(self, list(map(_restructured, self.tensordicts))) if shared is None else shared
+
+
+class Rows(_Unmade):
     """The lazy stack inside a container.
 
     What it mends of tensordict 0.14.3: ``apply(..., out=)`` on a container in a dense root hands the container
@@ -53,6 +103,12 @@ class Rows(LazyStackedTensorDict):
     works without tensordict's wrappers around each row and object. A field whose rows differ in length is refused with the ways
     in which it can be read.
     """
+
+    def field(self, key: str) -> list[Any]:
+        """The values of a field, ``None`` in rows without it."""
+        if self._field is None:
+            return [row.get(key, None) for row in self.tensordicts]
+        return list(self._field[1]) if self._field[0] == key else [None] * len(self._field[1])
 
     def _get_str(self, key: str, default: Any = NO_DEFAULT, **kwargs: Any) -> Any:
         try:
@@ -75,9 +131,6 @@ class Rows(LazyStackedTensorDict):
         if type(found) is LazyStackedTensorDict and found.stack_dim == 0 and len(found.batch_size) == 1:
             return stack_scalars(found.tensordicts)  # some of the rows are rows
         return found
-
-    def _clone(self, recurse: bool = True) -> Any:
-        return super()._clone(recurse) if recurse else _like(self, list(map(_restructured, self.tensordicts)))
 
     def _apply_nest(self, *args: Any, out: Any = None, **kwargs: Any) -> Any:
         return super()._apply_nest(*args, out=bare(out), **kwargs)
@@ -129,25 +182,64 @@ def _entry_class(self: LazyStackedTensorDict, key: Any) -> type:
 LazyStackedTensorDict.entry_class = _entry_class
 
 
-def _clone_objects(self: NonTensorStack, recurse: bool = True) -> Any:
-    """As :class:`Rows` are copied. No subclass: tensordict writes the name of the class into memory-mapped files."""
-    if recurse:
-        return LazyStackedTensorDict._clone(self)
-    return _like(self, list(map(_restructured, self.tensordicts)))
+class Objects(_Unmade, NonTensorStack):
+    """A column of Python objects."""
 
+    @classmethod
+    def lazy_stack(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of the parent, which takes no other class's word for its result."""
+        return NonTensorStack.lazy_stack(*args, **kwargs)
 
-NonTensorStack._clone = _clone_objects
+    @staticmethod
+    def _row(key: str, value: Any, device: torch.device | None) -> Any:
+        return as_object(value, device)
+
+    def objects(self) -> list[Any]:
+        """The objects."""
+        if self._field is None:
+            return [row._non_tensordict["data"] for row in self.tensordicts]
+        return list(self._field[1])
 
 
 class Conversation(Rows):
     """The messages of one row: replaced as a whole by ``update``, never merged message by message.
 
-    A partial reset writes a new, shorter conversation over a longer one; a plain lazy stack refuses that. And a shallow copy
-    holds the same messages: torchrl copies what is stepped, and all earlier messages once more would make every turn dearer.
+    A partial reset writes a new, shorter conversation over a longer one; a plain lazy stack refuses that. A shallow copy of
+    messages that nobody has touched is made of the messages again, when it is looked at: all earlier ones once more would
+    make every turn dearer than the one before.
     """
 
-    def _clone(self, recurse: bool = True) -> Any:
-        return super()._clone(recurse) if recurse else _like(self, self.tensordicts)
+    @staticmethod
+    def _row(key: str, value: Any, device: torch.device | None) -> Any:
+        return history_entry(value, device)
+
+    @property
+    def tensordicts(self) -> list[Any]:
+        """The messages."""
+        if self._field is not None:
+            made_of = self._field
+            rows = [history_entry(message, made_of[2]) for message in made_of[1]]
+            self.__dict__.update(_made=rows, _field=None, _made_of=made_of, _leaves=_leaves(rows))
+        return self.__dict__["_made"]
+
+    @tensordicts.setter
+    def tensordicts(self, rows: list[Any]) -> None:
+        self.__dict__.update(_made=rows, _field=None, _made_of=None)
+
+    def _shared(self) -> Any:
+        made_of, rows = self._field, self.__dict__.get("_made")
+        if made_of is None and (known := self.__dict__.get("_made_of")) is not None and rows is not None:
+            leaves = _leaves(rows)
+            if len(leaves) == len(self.__dict__["_leaves"]) and all(
+                map(operator.is_, leaves, self.__dict__["_leaves"])
+            ):
+                made_of = known
+        return None if made_of is None else self.of_field(*made_of)
+
+    @property
+    def messages(self) -> Sequence[Message] | None:
+        """What the rows are to be made of; ``None`` where they are made."""
+        return None if self._field is None else self._field[1]
 
     def update(self, input_dict_or_td: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As ``LazyStackedTensorDict.update``, but for another conversation."""
@@ -159,7 +251,20 @@ class Conversation(Rows):
         return self
 
 
-for _stack in (Rows, Conversation):
+class Conversations(Rows):
+    """The lazy stack inside a ``ChatHistory``, of rows that are messages."""
+
+    @staticmethod
+    def _row(key: str, value: Any, device: torch.device | None) -> Any:
+        return row_td({key: wrap(History, Conversation.of_field("", value, device), *_ENTRY)}, device)
+
+    def field(self, key: str) -> list[Any]:
+        """The ``History`` of each row, ``None`` in rows without it."""
+        return [row.get(key, None) for row in self.tensordicts]
+
+
+_EMPTY = Rows(TensorDict(), stack_dim=0)
+for _stack in (Rows, Conversation, Conversations, Objects):
     _register_tensor_class(_stack)  # for load_memmap, which finds classes by the names in its files
 
 
@@ -191,13 +296,17 @@ def ragged(
     cls: type, key: str, rows: Sequence[torch.Tensor], batch_size: torch.Size, device: torch.device | None
 ) -> Any:
     """A container (``Tokens``, ...) with one ragged field."""
+    if len(batch_size) == 1:
+        return wrap(cls, Rows.of_field(key, list(rows), device), key)
     tds = [row_td({key: row}, device) for row in rows]
     return wrap(cls, stack_rows(tds, batch_size), key)
 
 
 def objects(values: Sequence[Any], batch_size: torch.Size, device: torch.device | None) -> NonTensorStack:
     """A column of Python objects."""
-    return stack_rows([as_object(value, device) for value in values], batch_size, NonTensorStack)
+    if len(batch_size) == 1:
+        return Objects.of_field("", values, device)
+    return stack_rows([as_object(value, device) for value in values], batch_size, Objects)
 
 
 def as_object(value: Any, device: torch.device | None) -> NonTensorData:
@@ -220,22 +329,41 @@ def history_messages(messages: Sequence[Message], device: torch.device | None = 
 
     ``History`` knows strings only: parts and tool calls stay in the transcript's messages.
     """
-    return [
-        row_td(
-            {
-                "role": as_object(message["role"], device),
-                "content": as_object(content_text(message), device),
-                "is_complete": as_object(True, device),  # as History itself has it, whatever ended the turn
-            },
-            device,
-        )
-        for message in messages
-    ]
+    return [history_entry(message, device) for message in messages]
 
 
-def history_leaves(entries: Sequence[TensorDictBase]) -> list[Any]:
-    """The role and the content of each entry of a ``History``, one after the other, as the objects that they are."""
+def history_entry(message: Message, device: torch.device | None = None) -> TensorDict:
+    """A message as an entry of a ``History``."""
+    return row_td(
+        {
+            "role": as_object(message["role"], device),
+            "content": as_object(content_text(message), device),
+            "is_complete": as_object(True, device),  # as History itself has it, whatever ended the turn
+        },
+        device,
+    )
+
+
+def _leaves(entries: Sequence[TensorDictBase]) -> list[Any]:
+    """The role and the content of each entry, the very objects: whoever edits a message puts another there."""
     return [entry._get_str(key, None) for entry in entries for key in ("role", "content")]
+
+
+def conversations(
+    key: str, rows: Sequence[Sequence[Message]], batch_size: torch.Size, device: torch.device | None
+) -> ChatHistory:
+    """A ``ChatHistory`` with one field, a ``History`` of the messages of each row."""
+    if len(batch_size) == 1:
+        return wrap(ChatHistory, Conversations.of_field(key, rows, device), key)
+    return wrap(ChatHistory, stack_rows([Conversations._row(key, row, device) for row in rows], batch_size), key)
+
+
+def untouched(container: Any, key: str, rows: Sequence[Sequence[Message]]) -> list[bool]:
+    """Of each row whether a field shows these very messages, and nobody has looked at them yet."""
+    td = bare(container)
+    if type(td) is Conversations and td._field is not None and td._field[0] == key:
+        return [shown is row for shown, row in zip(td._field[1], rows, strict=True)]
+    return [False] * len(rows)
 
 
 def histories(
@@ -259,11 +387,14 @@ def shallow(value: Any) -> Any:
         return value
     td = bare(value)
     if isinstance(td, NonTensorStack):
-        return _like(td, td.tensordicts)
-    if isinstance(td, LazyStackedTensorDict):
+        shared = td._shared() if isinstance(td, Objects) else None
+        return _like(td, td.tensordicts) if shared is None else shared
+    if isinstance(td, _Unmade) and td._field is not None:
+        copied: Any = td.of_field(*td._field)
+    elif isinstance(td, LazyStackedTensorDict):
         # The entries of a History are never changed in place (append and extend make a new stack).
         rows = td.tensordicts if isinstance(value, History) else list(map(shallow, td.tensordicts))
-        copied: Any = _like(td, rows)
+        copied = _like(td, rows)
     elif type(td) is TensorDict:
         leaves = {key: shallow(leaf) for key, leaf in td._tensordict.items()}
         copied = TensorDict._new_unsafe(leaves, batch_size=td.batch_size, device=td.device, names=None, lock=False)
@@ -349,6 +480,8 @@ def _unbind(td: Any) -> Sequence[Any]:
 
 def read_objects(column: Any, batch_size: torch.Size) -> list[Any]:
     """The objects of a non-tensor column in row-major order; one shared object stands in every row."""
+    if isinstance(column, Objects) and len(batch_size) == 1:
+        return column.objects()
     if isinstance(column, NonTensorStack):
         rows = read_rows(column, batch_size) if len(batch_size) > 1 else column.tensordicts
         if all(type(row) is NonTensorData for row in rows):
@@ -383,7 +516,11 @@ def read_field(container: TensorDictBase | None, key: str, batch_size: torch.Siz
             return read_objects(column, batch_size)
         if column is None:
             return None
-    values = [row.get(key, None) for row in read_rows(td, batch_size)]
+    values: list[Any]
+    if isinstance(td, Rows) and len(batch_size) == 1:
+        values = td.field(key)
+    else:
+        values = [row.get(key, None) for row in read_rows(td, batch_size)]
     if all(value is None for value in values):
         return None
     return [value.data if isinstance(value, NonTensorData) else value for value in values]

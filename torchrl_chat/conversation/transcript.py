@@ -21,6 +21,7 @@ where tokenizers are; what policies read on other devices are copies made by the
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -129,7 +130,7 @@ class Branch(NamedTuple):
         return found.masked_fill_(~self.mask, -1)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class Transcript:
     """The ledger of one conversation. Build one with :meth:`start`; a transcript never changes.
 
@@ -171,8 +172,6 @@ class Transcript:
     """How many answers the policy gave, an answer that it wrote anew counting again."""
     open: int | None = None
     """Where the last message begins in the tokens, if the policy is to go on with it instead of beginning one."""
-    shown: Any = None
-    """Where an environment keeps what it made of the messages, so that the next turn adds to it; no part of the value."""
 
     # ------------------------------------------------------------------ reading
     def __len__(self) -> int:
@@ -230,11 +229,11 @@ class Transcript:
 
     # ------------------------------------------------------------------ writing
     def _replace(self, **changes: Any) -> Transcript:
-        """:func:`dataclasses.replace`, without calling ``__init__`` with every field: a tenth of its time."""
-        new = object.__new__(Transcript)
-        new.__dict__.update(self.__dict__)
-        new.__dict__.update(changes)
-        return new
+        """:func:`dataclasses.replace`, at a fifth of its time: most fields stay, and are handed on in one go."""
+        values = list(_values(self))
+        for name, value in changes.items():
+            values[_PLACES[name]] = value
+        return Transcript(*values)
 
     @classmethod
     def start(
@@ -279,11 +278,11 @@ class Transcript:
         mask[start:end] = True
         if close:
             all_ids[end:length] = close
-        before, spans, course, shown = self.messages, self.spans, self.course, self.shown
+        before, spans, course = self.messages, self.spans, self.course
         if self.versions or versions:
             versions = self.versions + tuple((start + at, version) for at, version in versions or ((0, None),))
         if self.open is not None:  # the last message was begun already: it is replaced by the whole of it
-            before, start, shown = before[:-1], self.open, None
+            before, start = before[:-1], self.open
             spans = tuple(span for span in spans if span.message < len(before))
             course = Course.of(before, course.policy)
         return self._replace(
@@ -301,7 +300,6 @@ class Transcript:
             versions=versions,
             turns=self.turns + 1,
             open=None,
-            shown=shown,
         )
 
     def appended(self, ids: Sequence[int], messages: Sequence[Message], text: str = "") -> Transcript:
@@ -379,7 +377,6 @@ class Transcript:
             course=Course.of(messages, self.course.policy),
             ended=None,
             open=last.start,
-            shown=None,
         )
 
     def adopted(self, ids: torch.Tensor) -> Transcript:
@@ -417,7 +414,7 @@ class Transcript:
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = tuple(view[: self.length].copy() for view in self.tape.views())
-        state = {name: value for name, value in self.__dict__.items() if name not in ("tape", "length", "shown")}
+        state = {name: getattr(self, name) for name in _NAMES if name not in ("tape", "length")}
         # A view's pickle would take the whole tape along.
         state["branches"] = tuple(
             Branch(b.tokens.clone(), b.mask.clone(), b.log_probs.clone(), b.versions) for b in self.branches
@@ -425,7 +422,10 @@ class Transcript:
         return _restore, (arrays, state)
 
 
-_VALUE = [f.name for f in fields(Transcript) if f.name not in ("tape", "length", "course", "branches", "shown")]
+_NAMES = [field.name for field in fields(Transcript)]
+_PLACES = {name: place for place, name in enumerate(_NAMES)}
+_values = operator.attrgetter(*_NAMES)
+_VALUE = [name for name in _NAMES if name not in ("tape", "length", "course", "branches")]
 
 
 def _same(mine: Branch, other: Branch) -> bool:

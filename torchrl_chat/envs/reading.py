@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.columns import read_field
@@ -27,16 +27,6 @@ VERSIONS_KEY = "weight_versions"
 """Where a policy says which weights sampled a row: an int, or spans ``[(start, version), ...]`` of the sampled ids."""
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
-
-
-class Shown(NamedTuple):
-    """What an environment made of a conversation's messages (:attr:`Transcript.shown`)."""
-
-    entries: list[TensorDict]
-    """The entries of its ``History``."""
-    leaves: list[Any]
-    """Their roles and contents, the very objects: whoever edits a message puts another there."""
-    device: torch.device | None
 
 
 class Reader:
@@ -328,12 +318,12 @@ def check_texts(td: TensorDictBase, transcripts: Sequence[Transcript], batch_siz
 def check_history(row: Any, transcript: Transcript, index: int) -> None:
     """Refuse a ``("history", "prompt")`` whose earlier messages were edited: the ledger is append-only."""
     stack = columns.bare(row)
-    entries = stack.tensordicts if isinstance(stack, columns.Conversation) else stack.unbind(0)
-    shown = transcript.shown.leaves if isinstance(transcript.shown, Shown) else ()
-    given = columns.history_leaves(entries)
-    if len(given) >= len(shown) == 2 * len(transcript.messages) and all(map(operator.is_, given, shown)):
+    known = transcript.messages
+    told = stack.messages if isinstance(stack, columns.Conversation) else None
+    if told is not None and (told is known or all(map(operator.is_, told, known))):
         return
-    for at, (entry, message) in enumerate(zip(entries, transcript.messages, strict=False)):
+    entries = stack.tensordicts if isinstance(stack, columns.Conversation) else stack.unbind(0)
+    for at, (entry, message) in enumerate(zip(entries, known, strict=False)):
         role, content = (columns.read_objects(entry.get(key), torch.Size([1]))[0] for key in ("role", "content"))
         for key, value, held in (("role", role, message["role"]), ("content", content, content_text(message))):
             if value != held:
