@@ -11,18 +11,23 @@ message follows every answer. One turn is ``step``, ``step_mdp`` and the new mes
   keeps messages and tokens.
 
     python benchmarks/env_throughput.py [--quick] [--json] [--tokenizer FOLDER]
+    python benchmarks/env_throughput.py --build FOLDER        # beside another checkout of this project
 
-The second table is the cost of a turn from turn 1 to turn 64, ours.
+The second table is the cost of a turn from turn 1 to turn 64, ours. With ``--build`` the environments of two checkouts and the
+floor run in processes of their own, in turn, five rounds; the medians are shown, and the turn 64 / turn 1 of history mode.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -278,6 +283,78 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+class Build:
+    """A process with one checkout's environments, which runs what it is asked for and says how long it took."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        given = ["--rows", str(args.rows), "--turns", str(args.turns), "--length", str(args.length), "--serve"]
+        given += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+        environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
+        environment.setdefault("TORCHRL_CHAT_SHARED", "../shared")
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), *given],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        self.where = self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise SystemExit("a build's process has ended: see above")
+        return line
+
+    def seconds(self, system: str, turns: int) -> list[float]:
+        """Seconds of each turn of a system: a mode, or ``floor``."""
+        assert self.process.stdin is not None
+        print(system, turns, file=self.process.stdin, flush=True)
+        return json.loads(self._line())
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Run what is asked for on stdin, a line a run: ``MODE TURNS``."""
+    import torchrl_chat
+
+    tokenizer, _ = load_tokenizer(args.tokenizer)
+    script = Script(tokenizer, args.rows, args.length)
+    run_ours("tokens", tokenizer, script, 2)
+    gc.collect()
+    gc.freeze()
+    print(Path(torchrl_chat.__file__).parent.parent, flush=True)
+    for line in sys.stdin:
+        system, turns = line.split()
+        gc.collect()
+        run = run_floor if system == "floor" else functools.partial(run_ours, system)
+        print(json.dumps(run(tokenizer, script, int(turns))), flush=True)
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """Two builds and the floor, interleaved."""
+    here, there = Build(Path(__file__).parents[1], args), Build(Path(args.build), args)
+    if here.where == there.where:
+        raise SystemExit(f"--build: {args.build} imports torchrl_chat from {there.where}, which is this checkout")
+    modes = ("tokens", "text", "history")
+    spent: dict[str, list[float]] = {}
+    growth: dict[str, list[float]] = {}
+    for _ in range(3 if args.quick else 5):
+        spent.setdefault("floor", []).append(sum(here.seconds("floor", args.turns)))
+        for mode in modes:
+            for name, build in (("this", here), ("that", there)):
+                spent.setdefault(f"{mode}, {name} build", []).append(sum(build.seconds(mode, args.turns)))
+        for name, build in (("this", here), ("that", there)):
+            run = build.seconds("history", 64)
+            growth.setdefault(f"{name} build", []).append(statistics.mean(run[-4:]) / statistics.mean(run[:4]))
+    turns = args.rows * args.turns
+    rates = {key: turns / statistics.median(values) for key, values in spent.items()}
+    return {
+        "that build": there.where,
+        "turns per second": rates,
+        "share of the floor": {key: rate / rates["floor"] for key, rate in rates.items()},
+        "times that build": {mode: rates[f"{mode}, this build"] / rates[f"{mode}, that build"] for mode in modes},
+        "history, turn 64 / turn 1": {key: statistics.median(values) for key, values in growth.items()},
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -287,7 +364,16 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--build", metavar="FOLDER", help="another checkout, to be measured in the same run")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        serve(args)
+        return
+    if args.build:
+        result = compare(args)
+        print(json.dumps(result) if args.json else json.dumps(result, indent=2))
+        return
     args.repeats, args.slow_repeats, args.growth_repeats = (5, 1, 2) if args.quick else (15, 3, 5)
     warnings.filterwarnings("ignore")
     result = measure(args)

@@ -9,7 +9,7 @@ Law of this file: an object that exists is valid. Token ids are integers, never 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -192,13 +192,3 @@ class TaskRequest(_Wire):
     index: Annotated[int, Strict()] | None = None
     start: Annotated[int, Strict()] | None = None
     stop: Annotated[int, Strict()] | None = None
-
-
-class Capacity(_Wire):
-    """How many sessions a server has and may have."""
-
-    active_sessions: int
-    max_sessions: int
-
-
-ServerStatus = Literal["healthy", "draining"]
