@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
@@ -35,6 +35,23 @@ InputMode = Literal["history", "text", "tokens"]
 _NOT_CARRIED = {"_reset", "next", "done", "terminated", "truncated"}
 _MODES = ("history", "text", "tokens")
 _NO_CONVERSATION = "(no conversation)"
+
+
+class ChatOptions(TypedDict, total=False):
+    """The keyword arguments that :class:`ChatEnv` and all environments that are made of one take; it documents them."""
+
+    input_mode: InputMode
+    system_prompt: str | None
+    tokenizer: Any
+    template_kwargs: dict[str, Any] | None
+    system_role: str
+    user_role: str
+    policy_role: str
+    data_key: str | None
+    device: torch.device | str | None
+    history_policy: Literal["keep", "template"]
+    on_prompt_mismatch: Literal["raise", "adopt"]
+    errors: Literal["row", "raise"]
 
 
 class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):

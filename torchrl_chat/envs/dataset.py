@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 from torchrl.data import Composite
 from torchrl.envs import EnvBase, TransformedEnv
 
-from torchrl_chat.envs.chat import ChatEnv, InputMode
+from torchrl_chat.envs.chat import ChatEnv, ChatOptions
 from torchrl_chat.envs.dataloaders import LoaderEpisodes
 from torchrl_chat.envs.loading import RowPrimer, dataset_episodes
 from torchrl_chat.envs.ray_episodes import RayEpisodes
@@ -37,8 +37,6 @@ class DatasetChatEnv(TransformedChatEnv):
         seed: of the order of rows, which is another one in each epoch, and of the episodes. Random if ``None``.
         group_repeats: whether all repeats of a row are in the same batch: the batch size is then
             ``num_envs * repeats``, each row standing ``repeats`` times in a row.
-        tokenizer, device, template_kwargs, input_mode, data_key, system_prompt, history_policy, on_prompt_mismatch,
-            system_role, user_role, policy_role, errors: as for :class:`ChatEnv`.
         apply_template: accepted for torchrl's sake; the template is applied wherever there is a tokenizer.
         collate_fn: rows to columns, a list of dicts to a dict of lists.
         primers: specs of the columns, if they are not to be inferred from the first row.
@@ -46,6 +44,8 @@ class DatasetChatEnv(TransformedChatEnv):
             share (extra ``ray``).
         shard: ``(index, count)``, for several workers with one seed: worker ``index`` plays the rows ``index``,
             ``index + count`` ... of the order that one worker alone would play, each with all its repeats.
+
+    The others are as for :class:`ChatEnv` (``tokenizer``, ``input_mode``, ``system_prompt`` ...).
 
     **Episodes.** All environments of one dataset, seed, ``repeats`` and shard play the same endless sequence of episodes
     in the same order (rows of the batch that start together: the first row first), whatever ``num_envs`` is and whichever
@@ -85,24 +85,13 @@ class DatasetChatEnv(TransformedChatEnv):
         batch_size_dl: int = 1,
         seed: int | None = None,
         group_repeats: bool = False,
-        tokenizer: Any = None,
-        device: torch.device | str | None = None,
-        template_kwargs: dict[str, Any] | None = None,
         apply_template: bool | None = None,
         collate_fn: Callable[[Any], Any] | None = None,
-        input_mode: InputMode = "history",
-        data_key: str | None = None,
         primers: Composite | None = None,
-        system_prompt: str | None = None,
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
         shard: tuple[int, int] = (0, 1),
-        history_policy: Literal["keep", "template"] = "keep",
-        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
-        system_role: str = "system",
-        user_role: str = "user",
-        policy_role: str = "assistant",
-        errors: Literal["row", "raise"] = "row",
+        **chat: Unpack[ChatOptions],
     ):
         self._build(
             functools.partial(
@@ -122,18 +111,7 @@ class DatasetChatEnv(TransformedChatEnv):
             primers=primers,
             ray_backend=ray_backend,
             dataloader_actor_name=dataloader_actor_name,
-            tokenizer=tokenizer,
-            device=device,
-            template_kwargs=template_kwargs,
-            input_mode=input_mode,
-            data_key=data_key,
-            system_prompt=system_prompt,
-            history_policy=history_policy,
-            on_prompt_mismatch=on_prompt_mismatch,
-            system_role=system_role,
-            user_role=user_role,
-            policy_role=policy_role,
-            errors=errors,
+            **chat,
         )
 
     @classmethod
@@ -142,24 +120,13 @@ class DatasetChatEnv(TransformedChatEnv):
         dataloader: Any,
         *,
         repeats: int | None = None,
-        device: torch.device | str | None = None,
         group_repeats: bool = False,
         batch_size: int | tuple[int, ...] | torch.Size | None = None,
         primers: Composite | None = None,
-        tokenizer: Any = None,
-        template_kwargs: dict[str, Any] | None = None,
-        input_mode: Literal["history", "text", "tokens"] = "history",
-        data_key: str | None = None,
-        system_prompt: str | None = None,
         ray_backend: bool = False,
         dataloader_actor_name: str | None = None,
         seed: int | None = None,
-        history_policy: Literal["keep", "template"] = "keep",
-        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
-        system_role: str = "system",
-        user_role: str = "user",
-        policy_role: str = "assistant",
-        errors: Literal["row", "raise"] = "row",
+        **chat: Unpack[ChatOptions],
     ) -> DatasetChatEnv:
         """The environment over an existing dataloader.
 
@@ -184,18 +151,7 @@ class DatasetChatEnv(TransformedChatEnv):
             primers=primers,
             ray_backend=ray_backend,
             dataloader_actor_name=dataloader_actor_name,
-            tokenizer=tokenizer,
-            device=device,
-            template_kwargs=template_kwargs,
-            input_mode=input_mode,
-            data_key=data_key,
-            system_prompt=system_prompt,
-            history_policy=history_policy,
-            on_prompt_mismatch=on_prompt_mismatch,
-            system_role=system_role,
-            user_role=user_role,
-            policy_role=policy_role,
-            errors=errors,
+            **chat,
         )
         return self
 
@@ -210,10 +166,10 @@ class DatasetChatEnv(TransformedChatEnv):
         primers: Composite | None,
         ray_backend: bool,
         dataloader_actor_name: str | None,
-        device: torch.device | str | None,
-        system_prompt: str | None,
-        **chat: Any,
+        **chat: Unpack[ChatOptions],
     ) -> None:
+        if unknown := sorted(chat.keys() - ChatOptions.__annotations__.keys()):
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}.")
         size = torch.Size(
             [1] if batch_size is None else [batch_size] if isinstance(batch_size, int) else batch_size
         )
@@ -225,17 +181,14 @@ class DatasetChatEnv(TransformedChatEnv):
             size = torch.Size([size[0] * repeats])
         if not ray_backend and dataloader_actor_name is not None:
             raise ValueError("dataloader_actor_name is given without ray_backend=True.")
-        device = torch.device(device) if device is not None else None
+        device = None if chat.get("device") is None else torch.device(chat["device"])  # type: ignore[arg-type]
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         factory = functools.partial(episodes, seed=seed, repeats=repeats or 1)
         rows: Any = RayEpisodes(factory, dataloader_actor_name) if ray_backend else factory()
         primer = self._primer(rows, primers=primers, batch_size=size, device=device)
-        base = ChatEnv(
-            batch_size=size,
-            device=device,
-            system_prompt=self.SYSTEM_PROMPT if system_prompt is None else system_prompt,
-            **chat,
-        )
+        if chat.get("system_prompt") is None:
+            chat["system_prompt"] = self.SYSTEM_PROMPT
+        base = ChatEnv(batch_size=size, **chat)
         if base.data_key not in primer.primers.keys():
             raise KeyError(
                 f"the dataset has no column {base.data_key!r} to start a conversation from: it has "
@@ -282,3 +235,11 @@ class DatasetChatEnv(TransformedChatEnv):
 
 
 ChatEnv.dataset_env = DatasetChatEnv
+OPTIONS = frozenset(
+    {"dataset", *DatasetChatEnv.__init__.__kwdefaults__, *ChatOptions.__annotations__}  # type: ignore[misc]
+)
+"""The keyword arguments of :class:`DatasetChatEnv`, for environments with further ones of their own."""
+LOADER_OPTIONS = frozenset(
+    {*DatasetChatEnv.from_dataloader.__func__.__kwdefaults__, *ChatOptions.__annotations__}  # type: ignore[attr-defined]
+)
+"""Those of :meth:`DatasetChatEnv.from_dataloader`."""

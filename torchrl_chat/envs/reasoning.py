@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torchrl.envs import StepCounter
 
-from torchrl_chat.envs.chat import InputMode
 from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.envs.rows import GeneratedRows
 from torchrl_chat.rewards import Episode, Grader, Verdict
@@ -52,53 +51,20 @@ class ReasoningGymEnv(DatasetChatEnv):
         *,
         size: int = 1000,
         seed: int | None = None,
-        shard: tuple[int, int] = (0, 1),
         task_kwargs: dict[str, Any] | None = None,
         shuffle: bool = False,
-        num_envs: int = 1,
-        repeats: int | None = None,
-        group_repeats: bool = False,
-        tokenizer: Any = None,
-        device: torch.device | str | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-        input_mode: InputMode = "history",
-        system_prompt: str | None = None,
-        history_policy: Literal["keep", "template"] = "keep",
-        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
-        system_role: str = "system",
-        user_role: str = "user",
-        policy_role: str = "assistant",
         max_steps: int | None = None,
         compute_reward: bool = True,
         floors: bool = True,
         deadline: float = 10.0,
         workers: int | None = None,
-        errors: Literal["row", "raise"] = "row",
+        **kwargs: Any,
     ):
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         settings = {**(task_kwargs or {}), "size": size, "seed": seed}
         rows = GeneratedRows(task_rows(task, settings), {"task": task, **(task_kwargs or {})})
-        super().__init__(
-            dataset=rows,
-            shuffle=shuffle,
-            num_envs=num_envs,
-            repeats=repeats,
-            seed=seed,
-            shard=shard,
-            group_repeats=group_repeats,
-            tokenizer=tokenizer,
-            device=device,
-            template_kwargs=template_kwargs,
-            input_mode=input_mode,
-            system_prompt=system_prompt,
-            history_policy=history_policy,
-            on_prompt_mismatch=on_prompt_mismatch,
-            system_role=system_role,
-            user_role=user_role,
-            policy_role=policy_role,
-            errors=errors,
-        )
+        super().__init__(dataset=rows, shuffle=shuffle, seed=seed, **kwargs)
         if max_steps is None:
             self._grow(EndOfDialogue())
         elif max_steps:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torchrl.envs import StepCounter
 
-from torchrl_chat.envs.chat import InputMode
-from torchrl_chat.envs.dataset import DatasetChatEnv
+from torchrl_chat.envs.dataset import LOADER_OPTIONS, OPTIONS, DatasetChatEnv
 from torchrl_chat.envs.loading import collate, load_rows
 from torchrl_chat.rewards import Episode, Grader, Verdict
 from torchrl_chat.rewards.tasks import Task
@@ -49,72 +47,28 @@ class TaskEnv(DatasetChatEnv):
         self,
         *,
         dataset: Any = None,
-        shuffle: bool = True,
         name: str | None = None,
         split: str | None = "train",
-        num_envs: int = 1,
-        repeats: int | None = None,
-        batch_size_dl: int = 1,
-        seed: int | None = None,
-        shard: tuple[int, int] = (0, 1),
-        group_repeats: bool = False,
-        tokenizer: Any = None,
-        device: torch.device | str | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-        apply_template: bool | None = None,
-        compute_reward: bool = True,
         collate_fn: Callable[[Any], Any] | None = None,
+        compute_reward: bool = True,
         max_steps: int | None = None,
-        input_mode: InputMode = "history",
-        system_prompt: str | None = None,
-        history_policy: Literal["keep", "template"] = "keep",
-        on_prompt_mismatch: Literal["raise", "adopt"] = "raise",
-        system_role: str = "system",
-        user_role: str = "user",
-        policy_role: str = "assistant",
-        ray_backend: bool = False,
-        dataloader_actor_name: str | None = None,
         verifier: Any = None,
         failure_score: float = 0.0,
         on_failure: Literal["score", "mask"] = "score",
         deadline: float = 10.0,
         workers: int | None = None,
-        errors: Literal["row", "raise"] = "row",
-        **options: Any,
+        **kwargs: Any,
     ):
+        options = {key: kwargs.pop(key) for key in kwargs.keys() - OPTIONS}
         verifier = self._verifier(verifier, options)
         if dataset is None:
             dataset = self.DATASET
         if isinstance(dataset, str) and dataset == self.DATASET and name is None:
             name = self.CONFIG
-        if ray_backend and dataloader_actor_name is None:
-            dataloader_actor_name = f"{self.TASK.name}_dataloader"
+        if kwargs.get("ray_backend") and kwargs.get("dataloader_actor_name") is None:
+            kwargs["dataloader_actor_name"] = f"{self.TASK.name}_dataloader"
         super().__init__(
-            dataset=dataset,
-            shuffle=shuffle,
-            name=name,
-            split=split,
-            num_envs=num_envs,
-            repeats=repeats,
-            batch_size_dl=batch_size_dl,
-            seed=seed,
-            shard=shard,
-            group_repeats=group_repeats,
-            tokenizer=tokenizer,
-            device=device,
-            template_kwargs=template_kwargs,
-            apply_template=apply_template,
-            collate_fn=collate_fn or self.columns_of,
-            input_mode=input_mode,
-            system_prompt=system_prompt,
-            history_policy=history_policy,
-            on_prompt_mismatch=on_prompt_mismatch,
-            system_role=system_role,
-            user_role=user_role,
-            policy_role=policy_role,
-            ray_backend=ray_backend,
-            dataloader_actor_name=dataloader_actor_name,
-            errors=errors,
+            dataset=dataset, name=name, split=split, collate_fn=collate_fn or self.columns_of, **kwargs
         )
         self.__dict__["_source"] = (dataset, name, split)
         self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
@@ -156,8 +110,7 @@ class TaskEnv(DatasetChatEnv):
 
         Keyword arguments that :meth:`DatasetChatEnv.from_dataloader` does not know are the verifier's options.
         """
-        shared = DatasetChatEnv.from_dataloader.__func__.__kwdefaults__  # type: ignore[attr-defined]
-        options = {key: kwargs.pop(key) for key in list(kwargs) if key not in shared}
+        options = {key: kwargs.pop(key) for key in kwargs.keys() - LOADER_OPTIONS}
         verifier = cls._verifier(verifier, options)
         self = super().from_dataloader(dataloader, **kwargs)
         self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
