@@ -356,8 +356,9 @@ def test_a_dropped_session_leaves_nothing_open(box):
 def test_it_starts_anew(box):
     with Sandbox() as own:
         assert own.run("1").value == "1"
-        own.warden().process.kill()
-        own.warden().process.wait()
+        process = own.warden().process  # asked again when it is dead, the sandbox would start another one
+        process.kill()
+        process.wait()
         assert own.run("2").value == "2"
         session = own.session()
         session.run("x = 1")
