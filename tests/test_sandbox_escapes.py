@@ -575,7 +575,8 @@ def test_a_lock_is_refused_on_the_host_and_had_in_the_scratch_folder(box):
             "import os\nif os.fork() == 0:\n    try: fcntl.lockf(open('own', 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
             "    except OSError as e: print(e.errno, flush=True)\n    os._exit(0)\nos.wait() and None"
         )
-        assert session.run(child).stdout == f"{errno.EAGAIN}\n"
+        refused = session.run(child)
+        assert refused.stdout == f"{errno.EAGAIN}\n", refused
 
 
 @pytest.mark.parametrize("threads", [0, 2])
