@@ -1,6 +1,6 @@
 """An environment of one's own, without a tensor: a digit is to be guessed in two turns.
 
-    torchrl-chat play --env examples/guessing_game.py:GuessingGame          # by hand
+    python examples/guessing_game.py                      # by hand, in the browser; --help says how else
     torchrl-chat serve --env examples/guessing_game.py:GuessingGame         # for OpenEnv's clients
     python examples/grpo.py --dataset examples/guessing_game.py:GuessingGame
 
@@ -9,7 +9,10 @@ In a batch: ``MessageChatEnv(GuessingGame, tokenizer=tokenizer, num_envs=64)``.
 
 from __future__ import annotations
 
+import sys
+
 from torchrl_chat import MessageEnv
+from torchrl_chat.cli.main import main
 
 
 class GuessingGame(MessageEnv):
@@ -27,3 +30,7 @@ class GuessingGame(MessageEnv):
             return None, 1.0 / self.turn, True
         hint = "Higher." if guess < str(self.number) else "Lower."
         return hint, 0.0, self.turn == 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(["play", "--env", f"{__file__}:GuessingGame", *sys.argv[1:]]))

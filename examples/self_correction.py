@@ -5,7 +5,10 @@ python examples/grpo.py --dataset examples/self_correction.py:SelfCorrection --m
 
 from __future__ import annotations
 
+import sys
+
 from torchrl_chat import MessageEnv
+from torchrl_chat.cli.main import main
 
 
 class SelfCorrection(MessageEnv):
@@ -22,3 +25,7 @@ class SelfCorrection(MessageEnv):
         """Pay a right answer, and send the first wrong one back."""
         right = message["content"].strip() == self.answer
         return "Wrong. Again.", float(right) / self.turn, right or self.turn == 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(["play", "--env", f"{__file__}:SelfCorrection", *sys.argv[1:]]))

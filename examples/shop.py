@@ -1,6 +1,6 @@
 """An environment with tools that change its state: a basket is to be filled for a given price.
 
-    torchrl-chat play --env examples/shop.py:Shop
+    python examples/shop.py                      # by hand, in the browser; --help says how else
 
 The policy calls ``buy``, a method of the episode; its results follow without a line here. An answer without a call is the
 last one, and paid.
@@ -8,7 +8,10 @@ last one, and paid.
 
 from __future__ import annotations
 
+import sys
+
 from torchrl_chat import MessageEnv
+from torchrl_chat.cli.main import main
 
 PRICES = {"tea": 3, "bread": 4, "jam": 5, "cheese": 8}
 
@@ -36,3 +39,7 @@ class Shop(MessageEnv):
     def step(self, message):
         """The policy has had enough."""
         return None, float(sum(self.basket) == self.money), True
+
+
+if __name__ == "__main__":
+    sys.exit(main(["play", "--env", f"{__file__}:Shop", *sys.argv[1:]]))
