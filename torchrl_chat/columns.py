@@ -47,7 +47,7 @@ def row_td(leaves: dict[str, Any], device: torch.device | None = None) -> Tensor
 class _Unmade(LazyStackedTensorDict):
     """A lazy stack whose rows' TensorDicts are made when somebody asks for them, of one value each.
 
-    Of the columns that a step writes, most are only handed on; and making a row costs ten objects.
+    Of the columns that a step writes, most are only handed on; and a row is several objects.
     """
 
     # tensordict finds attributes in __dict__; this one is there until the rows are made: a key, the values, the device.

@@ -302,7 +302,7 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         # The other columns of the row (an answer to grade against, ...) stay beside the conversation.
         for key, column in () if tensordict is None else tensordict.items():
             if key not in _NOT_CARRIED and key not in td.keys():
-                if type(column) is NonTensorStack:  # of the user; ours are copied at a tenth of the time
+                if type(column) is NonTensorStack:  # of the user; ours are copied without their rows
                     column = columns.objects(
                         columns.read_objects(column, self.batch_size), self.batch_size, self.device
                     )
