@@ -6,8 +6,8 @@ text is tokenized once, here, and never again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,27 +45,19 @@ def answer(
     """
     found: Errors = {} if errors is None else errors
     results = list(transcripts)
-    asked = [i for i, turn in enumerate(turns) if turn is not None and i not in found]
+    given = {i: turn for i, turn in enumerate(turns) if turn is not None and i not in found}
     if template is None:
-        for i in asked:
-            results[i] = _said(transcripts[i], str(turns[i].text))  # type: ignore[union-attr]
+        for i, turn in given.items():
+            results[i] = _said(transcripts[i], str(turn.text))
         return results
-    sampled = _tokenized(transcripts, turns, asked, template, found)
-    check_turns(sampled, template.codec.vocab_size, found)
+    given = _tokenized(transcripts, given, template, found)
+    check_turns(given, template.codec.vocab_size, found)
     if errors is None and found:
         raise found[min(found)]
-    places, cut = [], []
-    for i in asked:
-        turn = sampled[i]
-        if i not in found and turn is not None and (turn.limit is None or turn.limit > 0):
-            places.append(i)
-            cut.append(turn.cut())
-    read = _parsed([transcripts[i] for i in places], cut, places, template, found)
-    for i, turn, parsed in zip(places, cut, read, strict=True):
-        if parsed is None:
-            continue
+    cut = {i: turn.cut() for i, turn in given.items() if i not in found and turn.may_sample}
+    for i, parsed in _parsed(transcripts, cut, template, found).items():
         try:
-            results[i] = _entered(transcripts[i], turn, parsed, template)
+            results[i] = _entered(transcripts[i], cut[i], parsed, template)
         except ChatTemplateError as error:
             found[i] = error
     if errors is None and found:
@@ -85,58 +77,55 @@ def _said(transcript: Transcript, text: str) -> Transcript:
 
 
 def _tokenized(
-    transcripts: Sequence[Transcript],
-    turns: Sequence[Turn | None],
-    asked: Sequence[int],
-    template: ChatTemplate,
-    errors: Errors,
-) -> list[Turn | None]:
+    transcripts: Sequence[Transcript], turns: dict[int, Turn], template: ChatTemplate, errors: Errors
+) -> dict[int, Turn]:
     """The turns, each with ids: those of a text continue its prompt."""
-    places = [i for i in asked if turns[i].ids is None]  # type: ignore[union-attr]
+    places = [i for i, turn in turns.items() if turn.ids is None]
     if not places:
-        return list(turns)
-    texts = [str(turns[i].text) for i in places]  # type: ignore[union-attr]
+        return turns
+    texts = [str(turns[i].text) for i in places]
     after = [int(transcripts[i].tokens[-1]) if len(transcripts[i]) else None for i in places]
 
     def encode(some: Sequence[int]) -> list[list[int]]:
         return template.codec.encode_continuation([texts[k] for k in some], [after[k] for k in some])
 
     encoded = by_row(encode, len(places), lambda k, error: errors.setdefault(places[k], error))
-    new = list(turns)
+    new = dict(turns)
     for i, ids in zip(places, encoded, strict=True):
-        new[i] = None if ids is None else replace(turns[i], ids=torch.tensor(ids, dtype=torch.int64))  # type: ignore[type-var]
+        if ids is None:
+            del new[i]
+        else:
+            new[i] = dataclasses.replace(turns[i], ids=torch.tensor(ids, dtype=torch.int64))
     return new
 
 
 def _parsed(
-    transcripts: Sequence[Transcript],
-    turns: Sequence[Turn],
-    places: Sequence[int],
-    template: ChatTemplate,
-    errors: Errors,
-) -> list[Any]:
-    """The turns as messages; ``None`` for one that cannot be read."""
-    # An open turn is read as a whole: its words, begun by the environment, and what the policy sampled behind them.
-    whole = [
-        [*([] if t.open is None else t.tokens[t.open :].tolist()), *turn.ids.tolist()]  # type: ignore[union-attr]
-        for t, turn in zip(transcripts, turns, strict=True)
-    ]
-    prompts = [prompt_end(t) for t in transcripts] if template.parser.openings else None
+    transcripts: Sequence[Transcript], turns: dict[int, Turn], template: ChatTemplate, errors: Errors
+) -> dict[int, Any]:
+    """The turns as messages, those that can be read."""
+    places = list(turns)
+    whole = [[*_head(transcripts[i]), *turns[i].sampled.tolist()] for i in places]
+    prompts = [prompt_end(transcripts[i]) for i in places] if template.parser.openings else None
 
     def parse(some: Sequence[int]) -> list[Any]:
         return template.parse_batch(
             [whole[k] for k in some],
-            [transcripts[k].course for k in some],
-            [turns[k].finish_reason for k in some],
+            [transcripts[places[k]].course for k in some],
+            [turns[places[k]].finish_reason for k in some],
             None if prompts is None else [prompts[k] for k in some],
         )
 
-    return by_row(parse, len(turns), lambda k, error: errors.setdefault(places[k], error))
+    read = by_row(parse, len(places), lambda k, error: errors.setdefault(places[k], error))
+    return {i: parsed for i, parsed in zip(places, read, strict=True) if parsed is not None}
+
+
+def _head(transcript: Transcript) -> list[int]:
+    """The words of a turn that the environment has begun: it is read as a whole."""
+    return [] if transcript.open is None else transcript.tokens[transcript.open :].tolist()
 
 
 def _entered(transcript: Transcript, turn: Turn, parsed: Any, template: ChatTemplate) -> Transcript:
-    ids, suffix, text = turn.ids, parsed.ending, ""
-    assert ids is not None
+    ids, suffix, text = turn.sampled, parsed.ending, ""
     if transcript.text is not None:
         text = parsed.text if transcript.open is None else template.codec.decode([ids.tolist()])[0]
         text += "" if suffix is None else suffix.text

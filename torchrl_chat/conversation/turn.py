@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,17 @@ class Turn:
         # torch.tensor is slow with lists
         return cls(torch.from_numpy(np.array(ids, dtype=np.int64)), finish_reason=finish_reason)
 
+    @property
+    def may_sample(self) -> bool:
+        """Whether anything might be sampled: a row without a token left stays as it is."""
+        return self.limit is None or self.limit > 0
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """The ids of a turn that has some."""
+        assert self.ids is not None, "the turn is a text"
+        return self.ids
+
     def cut(self) -> Turn:
         """The turn without what was sampled beyond its limit."""
         if self.limit is None or self.ids is None or len(self.ids) <= self.limit:
@@ -66,32 +77,29 @@ class Turn:
         )
 
 
-def check_turns(turns: Sequence[Turn | None], vocab_size: int, errors: Errors) -> None:
+def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> None:
     """Say which turns cannot enter a ledger: empty ones, ids that the tokenizer does not have, log-probs that are none.
 
     Args:
-        turns: turns with ids; rows with ``None``, and those that stand in ``errors`` already, are not looked at.
+        turns: turns with ids, by row.
         vocab_size: how many ids there are.
         errors: takes what is wrong, by row.
     """
-    rows = [(i, turn) for i, turn in enumerate(turns) if turn is not None and i not in errors]
-    for i, turn in rows:
-        if turn.ids is not None and not len(turn.ids) and (turn.limit is None or turn.limit > 0):
+    for i, turn in turns.items():
+        if not len(turn.sampled) and turn.may_sample:
             errors[i] = ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
-    ids = [turn.ids for _, turn in rows if turn.ids is not None and len(turn.ids)]
+    ids = [turn.sampled for turn in turns.values() if len(turn.sampled)]
     if ids:
         flat = torch.cat(ids).numpy()  # numpy: no thread pool to wake for a few thousand ids
         if int(flat.min()) < 0 or int(flat.max()) >= vocab_size:
-            for i, turn in rows:
-                if turn.ids is not None and i not in errors and (reason := _outside(turn.ids.tolist(), vocab_size)):
-                    errors[i] = ResponseError(f"row {i}: {reason}")
-    scored = [
-        (i, turn) for i, turn in rows if turn.log_probs is not None and turn.ids is not None and i not in errors
-    ]
-    reasons = bad_log_probs([turn.log_probs for _, turn in scored], [turn.ids for _, turn in scored])  # type: ignore[misc]
-    for (i, _), reason in zip(scored, reasons, strict=True):
+            for i, turn in turns.items():
+                if reason := _outside(turn.sampled.tolist(), vocab_size):
+                    errors.setdefault(i, ResponseError(f"row {i}: {reason}"))
+    places = [i for i in turns if i not in errors]
+    reasons = bad_log_probs([turns[i].log_probs for i in places], [turns[i].sampled for i in places])
+    for i, reason in zip(places, reasons, strict=True):
         if reason is not None:
             errors[i] = ResponseError(f"row {i}: {reason}")
 

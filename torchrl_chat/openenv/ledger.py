@@ -269,18 +269,17 @@ class PlainWriter:
         except TypeError:
             size = 2**31
         wrong: dict[int, Exception] = {}
-        check_turns([turn], size, wrong)
+        check_turns({0: turn}, size, wrong)
         if wrong:
             raise wrong[0]
         cut = turn.cut()
-        assert cut.ids is not None
         try:
-            content = self.tokenizer.decode(cut.ids.tolist(), skip_special_tokens=True)
+            content = self.tokenizer.decode(cut.sampled.tolist(), skip_special_tokens=True)
         except Exception as error:
             raise ResponseError(f"the tokenizer cannot decode the action's ids: {error}") from error
         message = {"role": "assistant", "content": content}
         ended = cut.finish_reason != "length"
-        after = ledger.transcript.sampled(cut.ids, None, message, ended=ended)
+        after = ledger.transcript.sampled(cut.sampled, None, message, ended=ended)
         return ledger.then(after, after)
 
     def encode(self, ledger: Ledger, text: str) -> list[int]:
