@@ -435,7 +435,8 @@ def test_a_budget_behind_it():
     assert set(out["stop_reason"].flatten().tolist()) == {StopReason.MAX_TURNS}
 
 
-def test_closed_when_over():
+@pytest.mark.parametrize(("turns", "expected"), [(9, 2), (1, 1)])
+def test_closed_when_over_whoever_ends_it(turns, expected):
     closed = []
 
     class Closing(MessageEnv):
@@ -445,12 +446,37 @@ def test_closed_when_over():
         def step(self, message):
             return "on", 0.0, self.turn == 2
 
-        def close(self):
+        async def close(self):
             closed.append(self.turn)
 
-    env = make(Closing)
+    env = make(Closing).append_transform(Budget(max_turns=turns))
     play(env, lambda td: respond(env, td))
-    assert closed == [2, 2, 2]
+    assert closed == [expected] * 3
+
+
+def test_one_that_cannot_be_closed_loses_no_other():
+    closed = []
+
+    class Stuck(MessageEnv):
+        dataset = [{"number": number} for number in range(3)]
+
+        def reset(self, row):
+            self.number = row["number"]
+            return "start"
+
+        def step(self, message):
+            return None, 1.0, True
+
+        def close(self):
+            if self.number == 1:
+                raise RuntimeError("stuck")
+            closed.append(self.number)
+
+    env = make(Stuck, shuffle=False)
+    with pytest.warns(RuntimeWarning, match=r"Stuck.close\(\) failed: RuntimeError: stuck"):
+        after = env.step(respond(env, env.reset()))["next"]
+    assert closed == [0, 2]
+    assert after["reward"].flatten().tolist() == [1.0] * 3
 
 
 class TestNames:

@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import random
+import warnings
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -94,8 +95,8 @@ class MessageEnv:
         """Reply to a message that calls tools, as :meth:`step`: with their results, and no reward."""
         return Reply(self.run_tools(message))
 
-    def close(self) -> None:
-        """Let go of what the episode holds (a process, a file); called when it is over."""
+    def close(self) -> Any:
+        """Let go of what the episode holds (a process, a file); called when it is over, whoever has ended it."""
 
     def run_tools(self, message: Message) -> list[Message]:
         """The results of the tools that a message calls, a message a call; errors are told to the policy as results."""
@@ -256,6 +257,22 @@ def step_all(
         value if isinstance(value, Exception) else _tried(_reply, env, value, role)
         for env, value in zip(envs, settled, strict=True)
     ]
+
+
+def close_all(envs: Sequence[MessageEnv], deadline: float | None = None) -> None:
+    """Close episodes that are over; one that cannot be closed is warned of, and keeps no other from it.
+
+    Args:
+        envs: the episodes.
+        deadline: as for :func:`begin_all`.
+    """
+    for env, value in zip(envs, _settled([_tried(env.close) for env in envs], deadline), strict=True):
+        if isinstance(value, Exception):
+            warnings.warn(
+                f"{type(env).__name__}.close() failed: {type(value).__name__}: {value}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _reply(env: MessageEnv, value: Any, role: str) -> Reply:

@@ -11,7 +11,7 @@ from torchrl.data import Composite, Unbounded
 
 from torchrl_chat import columns
 from torchrl_chat.conversation import MessageEnv, Reply, StopReason
-from torchrl_chat.conversation.environment import State, begin_all, step_all, toolbox_of
+from torchrl_chat.conversation.environment import State, begin_all, close_all, step_all, toolbox_of
 from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.envs.episodes import Episodes
 from torchrl_chat.envs.loading import RowPrimer
@@ -113,8 +113,6 @@ class EpisodePrimer(RowPrimer):
             graded[i] = not failures[i]
         for i, episode in stepped.items():
             states[i] = State(episode)
-            if ends[i] or failures[i]:
-                episode.close()
         following.set(STATE_KEY, columns.objects(states, batch, device))
         paid = torch.tensor(rewards, dtype=torch.float32, device=device).reshape(*batch, 1, 1)
         before = following.get("reward", None)
@@ -123,6 +121,13 @@ class EpisodePrimer(RowPrimer):
             following.set(key, torch.tensor(flags, device=device).reshape(*batch, 1, 1))
         self._end(tensordict, following, ends, failures)
         return following
+
+    def settle(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
+        """Close the episodes that are over, whoever has ended them."""
+        states = columns.read_objects(next_tensordict.get(STATE_KEY), next_tensordict.batch_size)
+        ends = zip(next_tensordict.get("done").flatten().tolist(), columns.stepped(tensordict), strict=True)
+        over = [state.env for state, (done, went) in zip(states, ends, strict=True) if done and went]
+        close_all(over, self.deadline)
 
     @staticmethod
     def _end(root: TensorDictBase, td: TensorDictBase, ends: list[bool], failures: list[str]) -> None:
