@@ -180,6 +180,7 @@ def run_ours(mode: str, tokenizer, script: Script, turns: int) -> list[float]:
         td.set("log_probs", columns.ragged(LogProbs, "response", script.log_probs, td.batch_size, None))
         start = time.perf_counter()
         td = env.append_messages(env.step_mdp(env.step(td)), script.users)
+        columns.read_field(td.get(mode), "prompt", td.batch_size)  # as a policy does: columns may be made when read
         spent.append(time.perf_counter() - start)
     return spent
 

@@ -11,7 +11,7 @@ The unchecked constructors (``_new_unsafe``, ``_from_tensordict``) are used on p
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,38 @@ def bare(value: Any) -> Any:
 def row_td(leaves: dict[str, Any], device: torch.device | None = None) -> TensorDict:
     """One row's TensorDict, unchecked."""
     return TensorDict._new_unsafe(leaves, batch_size=_SCALAR, device=device, names=None, lock=False)
+
+
+class Deferred(Sequence[Any]):
+    """The values of a column, a row each, made all together when the first is asked for.
+
+    Example:
+        >>> values = Deferred(2, lambda: ["made", "now"])
+        >>> len(values), values[1]
+        (2, 'now')
+    """
+
+    def __init__(self, count: int, make: Callable[[], list[Any]]):
+        self._count = count
+        self._make: Callable[[], list[Any]] | None = make
+        self._made: list[Any] = []
+
+    def _values(self) -> list[Any]:
+        if (make := self._make) is not None:
+            self._made, self._make = make(), None
+        return self._made
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._values()[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (self._values(),)
 
 
 class _Unmade(LazyStackedTensorDict):
@@ -82,6 +114,9 @@ class _Unmade(LazyStackedTensorDict):
         """The rows' device."""
         return super().device if self._field is None else self._field[2]
 
+    def _has_names(self) -> bool:  # asked for by every `set`
+        return self._field is None and super()._has_names()
+
     def _shared(self) -> Any:
         """A stack whose rows are made of the same values, where these are not made yet; else ``None``."""
         return None if self._field is None else self.of_field(*self._field)
@@ -107,7 +142,10 @@ class Rows(_Unmade):
     def field(self, key: str) -> list[Any]:
         """The values of a field, ``None`` in rows without it."""
         if self._field is None:
-            return [row.get(key, None) for row in self.tensordicts]
+            return [
+                row._tensordict.get(key) if type(row) is TensorDict else row.get(key, None)
+                for row in self.tensordicts
+            ]
         return list(self._field[1]) if self._field[0] == key else [None] * len(self._field[1])
 
     def _get_str(self, key: str, default: Any = NO_DEFAULT, **kwargs: Any) -> Any:
@@ -180,6 +218,14 @@ def _entry_class(self: LazyStackedTensorDict, key: Any) -> type:
 
 
 LazyStackedTensorDict.entry_class = _entry_class
+
+
+class Strings(Rows):
+    """The lazy stack inside a ``Text``, of rows that are strings."""
+
+    @staticmethod
+    def _row(key: str, value: Any, device: torch.device | None) -> Any:
+        return row_td({key: as_object(value, device)}, device)
 
 
 class Objects(_Unmade, NonTensorStack):
@@ -264,7 +310,7 @@ class Conversations(Rows):
 
 
 _EMPTY = Rows(TensorDict(), stack_dim=0)
-for _stack in (Rows, Conversation, Conversations, Objects):
+for _stack in (Rows, Strings, Conversation, Conversations, Objects):
     _register_tensor_class(_stack)  # for load_memmap, which finds classes by the names in its files
 
 
@@ -297,7 +343,7 @@ def ragged(
 ) -> Any:
     """A container (``Tokens``, ...) with one ragged field."""
     if len(batch_size) == 1:
-        return wrap(cls, Rows.of_field(key, list(rows), device), key)
+        return wrap(cls, Rows.of_field(key, rows if isinstance(rows, Deferred) else list(rows), device), key)
     tds = [row_td({key: row}, device) for row in rows]
     return wrap(cls, stack_rows(tds, batch_size), key)
 
@@ -320,8 +366,9 @@ def as_object(value: Any, device: torch.device | None) -> NonTensorData:
 
 def texts(key: str, values: Sequence[str], batch_size: torch.Size, device: torch.device | None) -> Text:
     """A ``Text`` container with one field."""
-    tds = [row_td({key: as_object(value, device)}, device) for value in values]
-    return wrap(Text, stack_rows(tds, batch_size), key)
+    if len(batch_size) == 1:
+        return wrap(Text, Strings.of_field(key, values, device), key)
+    return wrap(Text, stack_rows([Strings._row(key, value, device) for value in values], batch_size, Strings), key)
 
 
 def history_messages(messages: Sequence[Message], device: torch.device | None = None) -> list[TensorDict]:

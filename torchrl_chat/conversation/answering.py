@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from torchrl_chat.conversation.transcript import Transcript
-from torchrl_chat.conversation.turn import Errors, Turn, by_row, check_turns
+from torchrl_chat.conversation.transcript import Transcript, Versions
+from torchrl_chat.conversation.turn import Arrays, Errors, Turn, by_row, check_turns
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 from torchrl_chat.templates.reading import OPENING_IDS
 
@@ -51,13 +52,18 @@ def answer(
             results[i] = _said(transcripts[i], str(turn.text))
         return results
     given = _tokenized(transcripts, given, template, found)
-    check_turns(given, template.codec.vocab_size, found)
+    ids, log_probs = check_turns(given, template.codec.vocab_size, found)
     if errors is None and found:
         raise found[min(found)]
-    cut = {i: turn.cut() for i, turn in given.items() if i not in found and turn.may_sample}
-    for i, parsed in _parsed(transcripts, cut, template, found).items():
+    asked = {i: turn for i, turn in given.items() if i not in found and turn.may_sample}
+    for i, turn in asked.items():
+        if turn.limit is not None and len(ids[i]) > turn.limit:
+            asked[i], ids[i] = turn.cut(), ids[i][: turn.limit]
+            if i in log_probs:
+                log_probs[i] = log_probs[i][: turn.limit]
+    for i, parsed in _parsed(transcripts, asked, ids, template, found).items():
         try:
-            results[i] = _entered(transcripts[i], cut[i], parsed, template)
+            results[i] = _entered(transcripts[i], ids[i], log_probs.get(i), asked[i].versions, parsed, template)
         except ChatTemplateError as error:
             found[i] = error
     if errors is None and found:
@@ -100,11 +106,15 @@ def _tokenized(
 
 
 def _parsed(
-    transcripts: Sequence[Transcript], turns: dict[int, Turn], template: ChatTemplate, errors: Errors
+    transcripts: Sequence[Transcript],
+    turns: dict[int, Turn],
+    ids: Arrays,
+    template: ChatTemplate,
+    errors: Errors,
 ) -> dict[int, Any]:
     """The turns as messages, those that can be read."""
     places = list(turns)
-    whole = [[*_head(transcripts[i]), *turns[i].sampled.tolist()] for i in places]
+    whole = [_head(transcripts[i]) + ids[i].tolist() for i in places]
     prompts = [prompt_end(transcripts[i]) for i in places] if template.parser.openings else None
 
     def parse(some: Sequence[int]) -> list[Any]:
@@ -124,18 +134,25 @@ def _head(transcript: Transcript) -> list[int]:
     return [] if transcript.open is None else transcript.tokens[transcript.open :].tolist()
 
 
-def _entered(transcript: Transcript, turn: Turn, parsed: Any, template: ChatTemplate) -> Transcript:
-    ids, suffix, text = turn.sampled, parsed.ending, ""
+def _entered(
+    transcript: Transcript,
+    ids: np.ndarray,
+    log_probs: np.ndarray | None,
+    versions: Versions,
+    parsed: Any,
+    template: ChatTemplate,
+) -> Transcript:
+    suffix, text = parsed.ending, ""
     if transcript.text is not None:
         text = parsed.text if transcript.open is None else template.codec.decode([ids.tolist()])[0]
         text += "" if suffix is None else suffix.text
     return transcript.sampled(
         ids,
-        turn.log_probs,
+        log_probs,
         parsed.message,
         ended=parsed.ended,
         close=None if suffix is None else suffix.ids,  # nothing can follow this turn; it may well be the last
         text=text,
         stop=parsed.stop,
-        versions=turn.versions,
+        versions=versions,
     )

@@ -38,61 +38,72 @@ Versions = tuple[tuple[int, int | None], ...]
 """Which weights sampled a sequence: ``(start, version)``, each from its start to the next one's; ``None``: not known."""
 
 _MIN_CAPACITY = 256  # tokens; a short single-turn conversation never has to grow
+IDS, MASK, LOG_PROBS = range(3)  # the parts of a tape
 _claim = threading.Lock()  # two threads may extend the same transcript: only one may write in place
 
 
 class Tape:
     """Growing buffers of token ids, mask and log-probs; ``used`` tokens of them are written.
 
-    The tensors own the memory, and observations are views of them. Ours are written through numpy, which costs a fraction,
-    and leaves the tensors' version counters at 0: a counter that is not tells that somebody wrote into an observation.
+    They are written as numpy arrays, which costs a fraction. Observations are views of tensors on the same memory, made when
+    the first is asked for; as we never write through these, a version counter that is not 0 tells that somebody wrote into an
+    observation.
     """
 
-    __slots__ = ("_pointers", "_views", "capacity", "ids", "log_probs", "mask", "used")
+    __slots__ = ("_arrays", "_pointers", "_tensors", "capacity", "used")
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.used = 0
-        if torch.is_inference_mode_enabled():  # tensors made there have no version counter
-            with torch.inference_mode(False):
-                self._allocate()
-        else:
-            self._allocate()
-        self._pointers: tuple[int, ...] = ()
-        self._views: tuple[np.ndarray, ...] = ()
-
-    def _allocate(self) -> None:
         # numpy's zeros are the system's own zero pages, touched only when written; torch's are written at once.
-        self.ids = torch.from_numpy(np.empty(self.capacity, dtype=np.int64))
-        self.mask = torch.from_numpy(np.zeros(self.capacity, dtype=np.bool_))
-        self.log_probs = torch.from_numpy(np.zeros(self.capacity, dtype=np.float32))
+        self._arrays: list[np.ndarray] = [
+            np.empty(capacity, dtype=np.int64),
+            np.zeros(capacity, dtype=np.bool_),
+            np.zeros(capacity, dtype=np.float32),
+        ]
+        self._tensors: list[torch.Tensor | None] = [None, None, None]
+        self._pointers = [0, 0, 0]
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> Tape:
         """A tape that begins with ids which nobody sampled."""
         tape = cls(max(_MIN_CAPACITY, 2 * len(ids)))
-        tape.views()[0][: len(ids)] = ids
+        tape.arrays[IDS][: len(ids)] = ids
         tape.used = len(ids)
         return tape
 
-    def views(self) -> tuple[np.ndarray, ...]:
-        """Ids, mask and log-probs as numpy views of the tensors' memory.
-
-        Torch moves a tensor's storage (into shared memory, when an observation is sent to another process): then the views
-        are taken anew.
-        """
-        pointers = (self.ids.data_ptr(), self.mask.data_ptr(), self.log_probs.data_ptr())
-        if pointers != self._pointers:
-            self._views = (self.ids.numpy(), self.mask.numpy(), self.log_probs.numpy())
-            self._pointers = pointers
-        return self._views
+    def tensor(self, part: int) -> torch.Tensor:
+        """Ids (:data:`IDS`), mask (:data:`MASK`) or log-probs (:data:`LOG_PROBS`) as a tensor."""
+        found = self._tensors[part]
+        if found is None:
+            with _claim:
+                found = self._tensors[part]
+                if found is None:
+                    found = _versioned(self._arrays[part])
+                    self._pointers[part] = found.data_ptr()
+                    self._tensors[part] = found
+        return found
 
     @property
-    def overwritten(self) -> str | None:
+    def arrays(self) -> list[np.ndarray]:
+        """Ids, mask and log-probs, to be written.
+
+        Torch moves a tensor's storage (into shared memory, when an observation is sent to another process): then its array is
+        taken anew.
+        """
+        for part, tensor in enumerate(self._tensors):
+            if tensor is not None and tensor.data_ptr() != self._pointers[part]:
+                self._arrays[part] = tensor.numpy()
+                self._pointers[part] = tensor.data_ptr()
+        return self._arrays
+
+    @property
+    def overwritten(self) -> int | None:
         """Which of the three somebody else has written to, if one was."""
-        if not (self.ids._version or self.mask._version or self.log_probs._version):
-            return None
-        return next(name for name in ("ids", "mask", "log_probs") if getattr(self, name)._version)
+        for part, tensor in enumerate(self._tensors):
+            if tensor is not None and tensor._version:
+                return part
+        return None
 
     def room(self, length: int, count: int) -> Tape:
         """A tape with the first ``length`` tokens, on which the next ``count`` are the caller's to write."""
@@ -101,10 +112,18 @@ class Tape:
                 self.used = length + count
                 return self
         grown = Tape(max(_MIN_CAPACITY, 2 * (length + count)))
-        for target, source in zip(grown.views(), self.views(), strict=True):
+        for target, source in zip(grown.arrays, self.arrays, strict=True):
             target[:length] = source[:length]
         grown.used = length + count
         return grown
+
+
+def _versioned(array: np.ndarray) -> torch.Tensor:
+    """A tensor on an array's memory, with a version counter: one that is made in inference mode has none."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return torch.from_numpy(array)
+    return torch.from_numpy(array)
 
 
 class Branch(NamedTuple):
@@ -181,17 +200,17 @@ class Transcript:
     @property
     def tokens(self) -> torch.Tensor:
         """All token ids, int64 of shape (T,): a view, not to be written to."""
-        return self.tape.ids[: self.length]
+        return self.tape.tensor(IDS)[: self.length]
 
     @property
     def mask(self) -> torch.Tensor:
         """True exactly on the tokens that the policy sampled; bool of shape (T,)."""
-        return self.tape.mask[: self.length]
+        return self.tape.tensor(MASK)[: self.length]
 
     @property
     def log_probs(self) -> torch.Tensor:
         """Log-probs of the sampled tokens, 0 elsewhere; float32 of shape (T,)."""
-        return self.tape.log_probs[: self.length]
+        return self.tape.tensor(LOG_PROBS)[: self.length]
 
     @property
     def sequences(self) -> tuple[Branch, ...]:
@@ -204,7 +223,7 @@ class Transcript:
     @property
     def num_sampled(self) -> int:
         """The number of tokens that the policy sampled in the present sequence."""
-        return int(np.count_nonzero(self.tape.views()[1][: self.length]))
+        return int(np.count_nonzero(self.tape.arrays[MASK][: self.length]))
 
     @property
     def total_sampled(self) -> int:
@@ -245,8 +264,8 @@ class Transcript:
 
     def sampled(
         self,
-        ids: torch.Tensor,
-        log_probs: torch.Tensor | None,
+        ids: torch.Tensor | np.ndarray,
+        log_probs: torch.Tensor | np.ndarray | None,
         message: Message,
         *,
         ended: bool,
@@ -271,10 +290,10 @@ class Transcript:
         start, end = self.length, self.length + len(ids)
         length = end + len(close or ())
         tape = self.tape.room(start, length - start)
-        all_ids, mask, all_log_probs = tape.views()
-        all_ids[start:end] = ids.numpy()
+        all_ids, mask, all_log_probs = tape.arrays
+        all_ids[start:end] = ids
         if log_probs is not None:
-            all_log_probs[start:end] = log_probs.numpy()
+            all_log_probs[start:end] = log_probs
         mask[start:end] = True
         if close:
             all_ids[end:length] = close
@@ -285,7 +304,7 @@ class Transcript:
             before, start = before[:-1], self.open
             spans = tuple(span for span in spans if span.message < len(before))
             course = Course.of(before, course.policy)
-        return self._replace(
+        return Transcript(
             tape=tape,
             length=length,
             messages=(*before, message),
@@ -298,6 +317,7 @@ class Transcript:
             scored=self.scored and log_probs is not None,
             spans=(*spans, Span(len(before), start, end, stop)),
             versions=versions,
+            branches=self.branches,
             turns=self.turns + 1,
             open=None,
         )
@@ -312,7 +332,7 @@ class Transcript:
         """
         length = self.length + len(ids)
         tape = self.tape.room(self.length, len(ids))
-        tape.views()[0][self.length : length] = ids
+        tape.arrays[IDS][self.length : length] = ids
         return self._replace(
             tape=tape,
             length=length,
@@ -413,7 +433,7 @@ class Transcript:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arrays = tuple(view[: self.length].copy() for view in self.tape.views())
+        arrays = tuple(view[: self.length].copy() for view in self.tape.arrays)
         state = {name: getattr(self, name) for name in _NAMES if name not in ("tape", "length")}
         # A view's pickle would take the whole tape along.
         state["branches"] = tuple(
@@ -435,7 +455,7 @@ def _same(mine: Branch, other: Branch) -> bool:
 def _restore(arrays: tuple[np.ndarray, ...], state: dict[str, Any]) -> Transcript:
     length = len(arrays[0])
     tape = Tape(max(_MIN_CAPACITY, length))
-    for target, source in zip(tape.views(), arrays, strict=True):
+    for target, source in zip(tape.arrays, arrays, strict=True):
         target[:length] = source
     tape.used = length
     return Transcript(tape=tape, length=length, **state)

@@ -77,31 +77,47 @@ class Turn:
         )
 
 
-def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> None:
+Arrays = dict[int, np.ndarray]
+"""One array a row, by row."""
+
+
+def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> tuple[Arrays, Arrays]:
     """Say which turns cannot enter a ledger: empty ones, ids that the tokenizer does not have, log-probs that are none.
 
     Args:
         turns: turns with ids, by row.
         vocab_size: how many ids there are.
         errors: takes what is wrong, by row.
+
+    Returns:
+        the ids, int64 (R,), and the log-probs of the rows that have some, float32 (R,): arrays, which ledgers take faster
+        than tensors.
     """
-    for i, turn in turns.items():
-        if not len(turn.sampled) and turn.may_sample:
+    ids = _arrays({i: turn.sampled for i, turn in turns.items()})
+    log_probs = _arrays({i: turn.log_probs for i, turn in turns.items() if turn.log_probs is not None})
+    for i, row in ids.items():
+        if not len(row) and turns[i].may_sample:
             errors[i] = ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
-    ids = [turn.sampled for turn in turns.values() if len(turn.sampled)]
-    if ids:
-        flat = torch.cat(ids).numpy()  # numpy: no thread pool to wake for a few thousand ids
-        if int(flat.min()) < 0 or int(flat.max()) >= vocab_size:
-            for i, turn in turns.items():
-                if reason := _outside(turn.sampled.tolist(), vocab_size):
-                    errors.setdefault(i, ResponseError(f"row {i}: {reason}"))
+    flat = np.concatenate(list(ids.values())) if ids else np.empty(0, dtype=np.int64)
+    if len(flat) and (flat.min() < 0 or flat.max() >= vocab_size):
+        for i, row in ids.items():
+            if reason := _outside(row.tolist(), vocab_size):
+                errors.setdefault(i, ResponseError(f"row {i}: {reason}"))
     places = [i for i in turns if i not in errors]
-    reasons = bad_log_probs([turns[i].log_probs for i in places], [turns[i].sampled for i in places])
+    reasons = bad_log_probs([log_probs.get(i) for i in places], [ids[i] for i in places])
     for i, reason in zip(places, reasons, strict=True):
         if reason is not None:
             errors[i] = ResponseError(f"row {i}: {reason}")
+    return ids, log_probs
+
+
+def _arrays(rows: dict[int, torch.Tensor]) -> Arrays:
+    if not rows:
+        return {}
+    flat, end = torch.cat(list(rows.values())).numpy(), 0
+    return {i: flat[end : (end := end + row.numel())] for i, row in rows.items()}
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, row: int = 0) -> None:
@@ -121,7 +137,9 @@ def _outside(ids: Sequence[int], vocab_size: int) -> str | None:
     return f"the response has id {value} at position {position}, outside the vocabulary of {vocab_size} tokens."
 
 
-def bad_log_probs(log_probs: Sequence[torch.Tensor | None], ids: Sequence[torch.Tensor]) -> list[str | None]:
+def bad_log_probs(
+    log_probs: Sequence[torch.Tensor | np.ndarray | None], ids: Sequence[torch.Tensor | np.ndarray]
+) -> list[str | None]:
     """What is wrong with the log-probs of each row.
 
     A sampled token had a probability above 0 and of at most 1. A log-prob that says something else (NaN, an infinity, above
@@ -144,14 +162,13 @@ def bad_log_probs(log_probs: Sequence[torch.Tensor | None], ids: Sequence[torch.
         else None
         for row, sampled in zip(log_probs, ids, strict=True)
     ]
-    rows = [i for i, row in enumerate(log_probs) if row is not None and len(row) and found[i] is None]
-    if not rows:
+    rows = {i: np.asarray(row) for i, row in enumerate(log_probs) if row is not None and found[i] is None}
+    flat = np.concatenate(list(rows.values())) if rows else np.empty(0)
+    # Both are NaN where one value is.
+    if not len(flat) or (float(flat.min()) > -float("inf") and float(flat.max()) <= _ROUNDING):
         return found
-    flat = torch.cat([row for row in log_probs if row is not None]).numpy()  # numpy: as for the ids
-    if float(flat.min()) > -float("inf") and float(flat.max()) <= _ROUNDING:  # both are NaN where one value is
-        return found
-    for i in rows:
-        for place, value in enumerate(log_probs[i].tolist()):  # type: ignore[union-attr]
+    for i, row in rows.items():
+        for place, value in enumerate(row.tolist()):
             if not -float("inf") < value <= _ROUNDING:
                 found[i] = (
                     f"('log_probs', 'response') has {value:g} at position {place}, for the id {int(ids[i][place])}: the "

@@ -8,8 +8,10 @@ another environment of the same configuration.
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
@@ -561,16 +563,12 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         batch, device = self.batch_size, self.device
         leaves: dict[str, Any] = {"transcript": columns.objects(transcripts, batch, device)}
         if self.template is not None:
-            for name, container, key, rows in (
-                ("tokens", Tokens, "prompt", [t.tokens for t in transcripts]),
-                ("masks", Masks, "all_assistant_mask", [t.mask for t in transcripts]),
-                ("log_probs", LogProbs, "prompt", [t.log_probs for t in transcripts]),
-            ):
-                leaves[name] = columns.ragged(container, key, _to(rows, device), batch, device)
+            for name, container, key, shown in _LEDGER:
+                rows = columns.Deferred(len(transcripts), partial(_shown, shown, transcripts, device))
+                leaves[name] = columns.ragged(container, key, rows, batch, device)
         if self.input_mode == "text":
-            leaves["text"] = columns.texts(
-                "prompt", [reading.shown_text(t, self.template) for t in transcripts], batch, device
-            )
+            shown_texts = [reading.shown_text(t, self.template) for t in transcripts]
+            leaves["text"] = columns.texts("prompt", shown_texts, batch, device)
         elif self.input_mode == "history":
             leaves["history"] = columns.conversations("prompt", [t.messages for t in transcripts], batch, device)
         return TensorDict._new_unsafe(leaves, batch_size=batch, device=device, names=None, lock=False)
@@ -584,8 +582,18 @@ def _composite(entries: dict[str, Any], batch: torch.Size, device: torch.device 
     return composite if device is None else composite.to(device)
 
 
-def _to(rows: list[torch.Tensor], device: torch.device | None) -> list[torch.Tensor]:
-    """Rows on the environment's device, with one transfer for all of them."""
+_LEDGER: tuple[tuple[str, type, str, Callable[[Transcript], torch.Tensor]], ...] = (
+    ("tokens", Tokens, "prompt", operator.attrgetter("tokens")),
+    ("masks", Masks, "all_assistant_mask", operator.attrgetter("mask")),
+    ("log_probs", LogProbs, "prompt", operator.attrgetter("log_probs")),
+)
+
+
+def _shown(
+    part: Callable[[Transcript], torch.Tensor], transcripts: list[Transcript], device: torch.device | None
+) -> list[torch.Tensor]:
+    """One part of the ledgers on the environment's device, with one transfer for all of them."""
+    rows = list(map(part, transcripts))
     if device is None or device.type == "cpu" or not rows:
         return rows
     return list(torch.cat(rows).to(device, non_blocking=True).split([len(row) for row in rows]))

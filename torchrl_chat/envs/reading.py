@@ -74,16 +74,16 @@ class Reader:
             return [None] * len(self.goes)
         ids = None if self.template is None else self._ids()
         texts = self._texts(mode) if ids is None else None
-        turns: list[Turn | None] = [
-            (Turn(ids=ids[i]) if ids is not None else Turn(text=texts[i]))  # type: ignore[index]
-            if going and i not in self.faults
-            else None
-            for i, going in enumerate(self.goes)
-        ]
+        nothing = [None] * len(self.goes)
+        rest: tuple[Sequence[Any], ...] = (nothing, nothing, nothing, [()] * len(nothing))
         if self.template is not None:
-            self._read_log_probs(turns)
-            self._read_ends(turns)
-        return turns
+            rest = (self._log_probs(), *self._ends())
+        return [
+            Turn(row, scores, text, reason, limit, versions) if going and i not in self.faults else None
+            for i, (going, row, text, scores, reason, limit, versions) in enumerate(
+                zip(self.goes, ids or nothing, texts or nothing, *rest, strict=True)
+            )
+        ]
 
     def _rows(self, container: Any, key: str) -> list[Any] | None:
         """A field's rows; ``None`` where it is not there, or no row that is stepped has it."""
@@ -183,34 +183,28 @@ class Reader:
             )
         return full[len(held) :]
 
-    def _read_log_probs(self, turns: Sequence[Turn | None]) -> None:
-        rows = self._rows(self.td.get("log_probs", None), "response")
+    def _log_probs(self) -> Sequence[torch.Tensor | None]:
+        rows = self._rows(self.td.get("log_probs", None), "response") or [None] * len(self.goes)
         scored = [
-            (turn, row)
-            for turn, row in zip(turns, rows or (), strict=False)
-            if turn is not None and isinstance(row, torch.Tensor)
+            i for i, (row, going) in enumerate(zip(rows, self.goes, strict=True)) if going and torch.is_tensor(row)
         ]
-        for (turn, _), row in zip(scored, _to_cpu([row.detach().float() for _, row in scored]), strict=True):
-            turn.log_probs = row
+        found: list[torch.Tensor | None] = [None] * len(rows)
+        for i, row in zip(scored, _to_cpu([_as_scores(rows[i]) for i in scored]), strict=True):
+            found[i] = row
+        return found
 
-    def _read_ends(self, turns: Sequence[Turn | None]) -> None:
+    def _ends(self) -> tuple[Sequence[str | None], Sequence[int | None], Sequence[Versions]]:
         """Why the policy stopped, how far it might go (where a budget wrote it), and with which weights it went."""
         batch = self.td.batch_size
         reasons, limits, versions = (
             self.td.get(key, None) for key in ("finish_reason", "tokens_left", VERSIONS_KEY)
         )
-        said = None if reasons is None else columns.read_objects(reasons, batch)
-        left = None if limits is None else limits.reshape(batch.numel()).tolist()
-        weights = None if versions is None else _versions(versions, batch)
-        for i, turn in enumerate(turns):
-            if turn is None:
-                continue
-            if said is not None:
-                turn.finish_reason = said[i]
-            if left is not None:
-                turn.limit = left[i]
-            if weights is not None:
-                turn.versions = weights[i]
+        rows = batch.numel()
+        return (
+            [None] * rows if reasons is None else columns.read_objects(reasons, batch),
+            [None] * rows if limits is None else limits.reshape(rows).tolist(),
+            [()] * rows if versions is None else _versions(versions, batch),
+        )
 
     # ------------------------------------------------------------------ texts
     def _texts(self, mode: str) -> list[str]:
@@ -292,14 +286,10 @@ def check_ledgers(transcripts: Sequence[Transcript]) -> None:
         ResponseError: naming the first such row and column.
     """
     for i, transcript in enumerate(transcripts):
-        if (name := transcript.tape.overwritten) is not None:
-            key = {
-                "ids": ("tokens", "prompt"),
-                "mask": ("masks", "all_assistant_mask"),
-                "log_probs": ("log_probs", "prompt"),
-            }
+        if (at := transcript.tape.overwritten) is not None:
+            key = (("tokens", "prompt"), ("masks", "all_assistant_mask"), ("log_probs", "prompt"))[at]
             raise ResponseError(
-                f"row {i}: {key[name]} of an observation of this conversation was written to in place, and it is a view of "
+                f"row {i}: {key} of an observation of this conversation was written to in place, and it is a view of "
                 "the ledger, which is append-only. Write into a clone; begin again with a reset."
             )
 
@@ -365,6 +355,11 @@ def _as_ids(value: Any, row: int, key: tuple[str, str], faults: Errors) -> torch
             raise ResponseError(f"row {row}: {key} has shape {tuple(value.shape)}, expected (tokens,).")
         value = value.reshape(-1)
     return value
+
+
+def _as_scores(row: torch.Tensor) -> torch.Tensor:
+    """Log-probs as float32 without a graph."""
+    return row.detach().float() if row.requires_grad or row.dtype != torch.float32 else row
 
 
 def _as_text(value: Any, row: int, key: tuple[str, str], faults: Errors) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,34 +66,50 @@ class Course:
 
     def then(self, messages: Iterable[Message]) -> Course:
         """The course after further messages."""
-        policy, roles, last, texts = self.policy, self.roles, self.last, self.texts
-        answered, calls, extra, begun = self.answered, self.calls, self.extra, self.begun
-        call_ids = self.call_ids
+        course = self
         for message in messages:
-            role = message["role"]
-            if calls and (roles is None or role != roles.tool) and role in (policy, roles and roles.user):
-                answered = False
-            if last == policy and not calls and roles is not None and role not in (policy, roles.user):
-                answered = False  # a result that no structured call asked for
-            begun = begun or role == policy
-            roles = _then(roles, last, role, policy, begun)
-            last, calls = role, False
-            content = message.get("content")
-            texts = texts and (content is None or type(content) is str)
-            if len(message) != 2 or content is None:
-                extra = extra | (message.keys() - _PLAIN)
-                if made := message.get("tool_calls"):
-                    calls = True
-                    ids = tuple(str(call.get("id")) for call in made)
-                    # Of two calls of one id, a template may take the one for the other.
-                    answered = answered and len({*call_ids, *ids}) == len(call_ids) + len(ids)
-                    call_ids += ids
-        return Course(policy, roles, last, texts, answered, calls, extra, begun, call_ids)
+            plain = len(message) == 2 and type(message.get("content")) is str
+            course = _after_text(course, message["role"]) if plain else course._after(message)
+        return course
+
+    def _after(self, message: Message) -> Course:
+        policy, roles, last, extra, call_ids = self.policy, self.roles, self.last, self.extra, self.call_ids
+        role, content, answered, calls = message["role"], message.get("content"), self.answered, False
+        if self.calls and (roles is None or role != roles.tool) and role in (policy, roles and roles.user):
+            answered = False
+        if last == policy and not self.calls and roles is not None and role not in (policy, roles.user):
+            answered = False  # a result that no structured call asked for
+        begun = self.begun or role == policy
+        if len(message) != 2 or content is None:
+            extra = extra | (message.keys() - _PLAIN)
+            if made := message.get("tool_calls"):
+                calls = True
+                ids = tuple(str(call.get("id")) for call in made)
+                # Of two calls of one id, a template may take the one for the other.
+                answered = answered and len({*call_ids, *ids}) == len(call_ids) + len(ids)
+                call_ids += ids
+        return Course(
+            policy=policy,
+            roles=_then(roles, last, role, policy, begun),
+            last=role,
+            texts=self.texts and (content is None or type(content) is str),
+            answered=answered,
+            calls=calls,
+            extra=extra,
+            begun=begun,
+            call_ids=call_ids,
+        )
 
     @property
     def shape(self) -> Roles:
         """The roles, or those of the simplest conversation if this one is irregular."""
         return self.roles or Roles(None, "user", None, self.policy)
+
+
+@functools.lru_cache(maxsize=1024)
+def _after_text(course: Course, role: str) -> Course:
+    """The course after a message of a role and a text: the same few, turn after turn and row after row."""
+    return course._after({"role": role, "content": ""})
 
 
 _PLAIN = {"role", "content"}
