@@ -2,7 +2,7 @@
 
     python examples/guessing_game.py                      # by hand, in the browser; --help says how else
     torchrl-chat serve --env examples/guessing_game.py:GuessingGame         # for OpenEnv's clients
-    python examples/grpo.py --dataset examples/guessing_game.py:GuessingGame
+    torchrl-chat train --dataset examples/guessing_game.py:GuessingGame
 
 In a batch: ``MessageChatEnv(GuessingGame, tokenizer=tokenizer, num_envs=64)``.
 """

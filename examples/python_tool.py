@@ -8,7 +8,7 @@ random weights, so it is first shown conversations in which the program uses any
 was asked: it learns the form, and is right little more than one time in three. Reinforcement has to find out which operation
 is meant.
 
-This is examples/grpo.py without its options, and with its environment made in sight: what to copy for tools of your own.
+This is torchrl_chat/recipes/grpo.py without its options, and with its environment made in sight: what to copy for tools of your own.
 Ctrl-C ends a run behind its step, with a checkpoint; --out FOLDER --resume goes on.
 """
 

@@ -1,6 +1,6 @@
 """A self-correcting task: a wrong answer is sent back once, without the right one.
 
-python examples/grpo.py --dataset examples/self_correction.py:SelfCorrection --max_new_tokens 2
+torchrl-chat train --dataset examples/self_correction.py:SelfCorrection --max_new_tokens 2
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def jsonl(path: Path) -> list[dict]:
 
 def learn(folder: Path, name: str, backend: str, seed: int, *arguments: str) -> dict:
     """Run a script as a user does; its result."""
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--backend", backend, "--seed", str(seed)]
+    script = ["-m", "torchrl_chat.cli.main", "train"] if name == "grpo" else [str(ROOT / "examples" / f"{name}.py")]
+    command = [sys.executable, *script, "--backend", backend, "--seed", str(seed)]
     done = subprocess.run(
         [*command, "--out", str(folder), *arguments],
         capture_output=True, text=True, timeout=2400, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -31,7 +31,9 @@ SHORT = [
 
 
 def example(name: str) -> ModuleType:
-    """A script of the examples as a module of its own."""
+    """A script of the examples as a module of its own; of the one that is in the package, that."""
+    if name == "grpo":
+        return importlib.import_module("torchrl_chat.recipes.grpo")
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

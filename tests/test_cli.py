@@ -16,50 +16,63 @@ from torchrl_chat.cli.main import main
 QUICK = ["train", "--steps", "2", "--prompts", "2", "--group-size", "2", "--minibatch", "4", "--eval", "4"]
 
 
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("mode", ["tokens", "text", "history"])
 def test_train_writes_everything(tmp_path, capsys, mode):
     assert main([*QUICK, "--out", str(tmp_path), "--input-mode", mode]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        "checkpoint", "config.json", "curve.png", "metrics.jsonl", "samples.jsonl"
+        "checkpoints", "config.json", "curve.png", "evaluations.jsonl", "lock", "metrics.jsonl", "result.json",
+        "rollouts.jsonl", "trained.jsonl",
     }  # fmt: skip
-    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    metrics = jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1]
-    assert {"reward", "pass_rate", "loss", "ess", "response_length", "seconds"} <= metrics[0].keys()
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 4
-    assert [m["role"] for m in samples[0]["messages"]] == ["user", "assistant"]
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2
+    assert {"reward", "pass_rate", "loss", "ess", "length", "seconds"} <= metrics[0].keys()
+    rollouts = jsonl(tmp_path / "rollouts.jsonl")
+    assert len(rollouts) == 8
+    assert [m["role"] for m in rollouts[0]["messages"]] == ["user", "assistant"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["steps"], config["input_mode"]) == (2, mode)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "sample conversations:" in printed
+    assert "sample, reward" in printed
     assert f"files in {tmp_path}" in printed
 
 
 def test_checkpoint_is_a_model_to_go_on_with(tmp_path):
     assert main([*QUICK, "--out", str(tmp_path / "a")]) == 0
-    again = [*QUICK, "--model", str(tmp_path / "a" / "checkpoint"), "--out", str(tmp_path / "b"), "--epochs", "1"]
+    model = tmp_path / "a" / "checkpoints" / "step-000002"
+    again = [*QUICK, "--model", str(model), "--out", str(tmp_path / "b"), "--epochs", "1"]
     assert main([*again, "--lr", "1e-4", "--max-new-tokens", "2"]) == 0
+
+
+def test_it_goes_on(tmp_path, capsys):
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    assert main([*QUICK, "--out", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    more = [word if word != "2" else "3" for word in QUICK[:3]] + QUICK[3:]
+    assert main([*more, "--out", str(tmp_path), "--resume"]) == 0
+    assert [row["step"] for row in jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_gsm8k_from_a_local_file(tmp_path):
     path = need_shared("data/gsm8k/test.jsonl")
     extra = ["--dataset", "gsm8k", "--data", str(path), "--max-new-tokens", "4"]
-    assert main([*QUICK, *extra, "--out", str(tmp_path), "--no-checkpoint"]) == 0
-    samples = (tmp_path / "samples.jsonl").read_text()
-    assert "####" in samples
+    assert main([*QUICK, *extra, "--out", str(tmp_path)]) == 0
+    assert "####" in (tmp_path / "rollouts.jsonl").read_text()
 
 
 def test_reasoning_gym(tmp_path):
-    extra = ["--dataset", "reasoning-gym:chain_sum", "--max-new-tokens", "4", "--no-checkpoint"]
+    extra = ["--dataset", "reasoning-gym:chain_sum", "--max-new-tokens", "4"]
     assert main([*QUICK, *extra, "--out", str(tmp_path)]) == 0
 
 
 def test_same_seed_same_run(tmp_path):
     for name in "ab":
-        assert main([*QUICK, "--seed", "5", "--out", str(tmp_path / name), "--no-checkpoint"]) == 0
-    first, second = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "ab"
-    )
+        assert main([*QUICK, "--seed", "5", "--out", str(tmp_path / name)]) == 0
+    first, second = (jsonl(tmp_path / name / "metrics.jsonl") for name in "ab")
     for a, b in zip(first, second, strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
@@ -74,11 +87,13 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
     while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err[-2000:]
-    assert "interrupted after" in out
+    assert "interrupted behind" in err
     assert "Traceback" not in err
-    assert {"curve.png", "samples.jsonl", "checkpoint"} <= {path.name for path in tmp_path.iterdir()}
+    steps = len(jsonl(metrics))
+    assert (tmp_path / "checkpoints" / f"step-{steps:06}").is_dir()
+    assert (tmp_path / "curve.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +102,6 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--dataset", "nothing"], "--dataset is 'nothing'"),
         (["--dataset", "gsm8k", "--data", "/no/such/file.jsonl"], "no such dataset file or folder"),
         (["--dataset", "reasoning-gym:nothing"], "no task 'nothing'"),
-        (["--group-size", "3"], "not a multiple"),
         (["--model", "/no/such/model"], "/no/such/model"),
     ],
 )

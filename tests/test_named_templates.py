@@ -186,7 +186,10 @@ def test_a_base_model_on_the_command_line(command, tmp_path, capsys):
     if command == "train":
         from transformers import AutoTokenizer
 
-        assert "Assistant:" in AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint").chat_template
+        assert (
+            "Assistant:"
+            in AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "step-000001").chat_template
+        )
         return
     [first, _] = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
     prompt = json.loads(first)["sequences"][0]["ids"]

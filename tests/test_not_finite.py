@@ -303,5 +303,6 @@ def test_the_command_line_trains_on_and_keeps_good_weights(tmp_path, monkeypatch
     metrics = jsonl(tmp_path / "metrics.jsonl")
     assert [row["skipped"] for row in metrics] == [1, 0, 0]
     assert all(
-        weight.isfinite().all() for weight in load_file(tmp_path / "checkpoint" / "model.safetensors").values()
+        weight.isfinite().all()
+        for weight in load_file(tmp_path / "checkpoints" / "step-000003" / "model.safetensors").values()
     )

@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from torchrl.collectors.llm import LLMCollector
 from torchrl.envs import ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
 from torchrl.envs.transforms import Compose
+from torchrl_grpo import grpo
 
 from torchrl_chat import (
     Budget,
@@ -29,7 +30,6 @@ from torchrl_chat import (
     columns,
     training_view,
 )
-from torchrl_chat.cli.grpo import GRPOConfig, grpo
 from torchrl_chat.openenv.batch import FAILED, OpenEnvChatEnv
 from torchrl_chat.openenv.batch_adapters import Adapter, text_adapter
 from torchrl_chat.openenv.client_errors import ConnectFailed, ServerError
@@ -499,10 +499,10 @@ def test_grpo(server):
         env, RewardTransform(lambda text, reference: float("a" in text), reference_key="episode_seed")
     )
     policy = policy_for(tokenizer)
-    config = GRPOConfig(steps=2, group_size=4, epochs=1, minibatch=8, lr=1e-3, final_lr_share=1.0, entropy=0.0)
-    metrics = list(grpo(env, policy, config))
+    metrics = list(grpo(env, policy, steps=2, group_size=4, minibatch=8))
     assert [step.step for step in metrics] == [0, 1]
     assert all(step.reward > 0 for step in metrics)
+    assert metrics[0].ess == pytest.approx([1.0])  # the first update is exactly on-policy
     env.close()
 
 

@@ -27,9 +27,9 @@ from conftest import bpe_tokenizer, respond
 from tensordict import TensorDict
 from torchrl.envs import StepCounter, Transform, TransformedEnv, check_env_specs
 from torchrl.envs.transforms import Compose
+from torchrl_grpo import grpo
 
 from torchrl_chat import DatasetChatEnv, RewardTransform, StopReason, TransformersPolicy, columns
-from torchrl_chat.cli.grpo import GRPOConfig, grpo
 from torchrl_chat.openenv.batch import OpenEnvChatEnv
 from torchrl_chat.openenv.batch_adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, text_adapter
 from torchrl_chat.openenv.client import GenericClient
@@ -571,9 +571,8 @@ def train(env, steps=3):
     env = env.append_transform(Record())
     tokenizer = tiny_tokenizer()
     policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=3, seeded=True)
-    config = GRPOConfig(steps=steps, group_size=4, epochs=1, minibatch=16, lr=1e-3, final_lr_share=1.0, entropy=0.0)
     torch.manual_seed(0)
-    list(grpo(env, policy, config))
+    list(grpo(env, policy, steps=steps, group_size=4, minibatch=16))
     return env.transform[-1].steps, policy.model.state_dict()
 
 

@@ -306,9 +306,9 @@ class TestSettings:
             ("--prompts 0", "--prompts is 0: expected at least 1"),
             ("--lr -1", "--lr is -1.0: expected more than 0"),
             ("--lr nan", "--lr is nan: expected a finite number"),
-            ("--max-grad-norm 0", "--max_grad_norm is 0.0: expected more than 0"),
-            ("--final_lr_share -0.5", "--final_lr_share is -0.5: expected at least 0"),
-            ("--vllm-memory 1.5", "--vllm_memory is 1.5: expected at most 1"),
+            ("--max-grad-norm 0", "--max-grad-norm is 0.0: expected more than 0"),
+            ("--final_lr_share -0.5", "--final-lr-share is -0.5: expected at least 0"),
+            ("--vllm-memory 1.5", "--vllm-memory is 1.5: expected at most 1"),
             ("--temperature inf", "--temperature is inf: expected a finite number"),
             ("--device foo", "--device: 'foo' is no device of this machine"),
             ("--resume", "--resume goes on with the run in a folder: give it with --out"),
@@ -324,8 +324,8 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("name", "given", "named"),
         [
-            ("grpo", "--group_size 1", "--group_size is 1: expected at least 2"),
-            ("python_tool", "--group-size 1", "--group_size is 1: expected at least 2"),
+            ("grpo", "--group_size 1", "--group-size is 1: expected at least 2"),
+            ("python_tool", "--group-size 1", "--group-size is 1: expected at least 2"),
             ("grpo", "--clip 1", "--clip is 1.0: expected at most 0.999"),
             ("grpo", "--kl -1", "--kl is -1.0: expected at least 0"),
             ("ppo", "--gamma 1.1", "--gamma is 1.1: expected at most 1"),
@@ -347,20 +347,21 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("given", "named"),
         [
-            ("--steps -1", "argument --steps: -1 is too small: expected at least 1"),
-            ("--prompts 0", "argument --prompts: 0 is too small"),
-            ("--group-size 1", "argument --group-size: 1 is too small: expected at least 2"),
-            ("--group_size 1", "argument --group-size: 1 is too small: expected at least 2"),
-            ("--lr -1", "argument --lr: -1: expected more than 0"),
-            ("--lr fast", "argument --lr: 'fast' is no number"),
-            ("--lr nan", "argument --lr: nan is not finite"),
-            ("--entropy -1", "argument --entropy: -1: expected at least 0"),
-            ("--final-lr-share 2", "argument --final-lr-share: 2: expected 0 to 1"),
-            ("--temperature 0", "argument --temperature: 0: expected more than 0"),
-            ("--eval 0", "argument --eval: 0 is too small"),
-            ("--epochs 1.5", "argument --epochs: '1.5' is no whole number"),
-            ("--max_new_tokens 0", "argument --max-new-tokens: 0 is too small"),
-            ("--device foo", "argument --device: 'foo' is no device of this machine"),
+            ("--steps -1", "--steps is -1: expected at least 1"),
+            ("--prompts 0", "--prompts is 0: expected at least 1"),
+            ("--group-size 1", "--group-size is 1: expected at least 2"),
+            ("--group_size 1", "--group-size is 1: expected at least 2"),
+            ("--lr -1", "--lr is -1.0: expected more than 0"),
+            ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+            ("--lr nan", "--lr is nan: expected a finite number"),
+            ("--entropy -1", "--entropy is -1.0: expected at least 0"),
+            ("--final-lr-share 2", "--final-lr-share is 2.0: expected at most 1"),
+            ("--temperature 0", "--temperature is 0.0: expected more than 0"),
+            ("--eval 0", "--eval is 0: expected at least 1"),
+            ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
+            ("--max_new_tokens 0", "--max-new-tokens is 0: expected at least 1"),
+            ("--device foo", "--device: 'foo' is no device of this machine"),
+            ("--nothing", "unrecognized arguments: --nothing"),
         ],
     )
     def test_of_the_command(self, given, named, capsys):
@@ -432,18 +433,18 @@ def test_train_is_seen_by_the_viewer_and_says_nothing_of_others(tmp_path):
     assert done.returncode == 0, done.stderr
     told = done.stderr.splitlines()
     assert len(told) == 2
-    assert all(line.startswith("train: step ") for line in told)
+    assert all(line.startswith("grpo: step ") for line in told)
     assert "shards" not in done.stdout + done.stderr
     assert "Warning" not in done.stdout + done.stderr
     go(run_of(tmp_path / "runs" / "two"))  # the books of a recipe, which holds no conversation here
     with TestClient(viewer_app(tmp_path / "runs"), base_url="http://localhost") as http:
         files = [file["name"] for file in http.get("/web/files").json()["files"]]
-        assert files == ["one/samples.jsonl"]
+        assert files == ["one/rollouts.jsonl"]
         lines = http.get(f"/web/files/{files[0]}").text.splitlines()
     shown = [json.loads(line) for line in lines]
-    assert len(shown) == 6
-    assert shown == list(read_rollouts(tmp_path / "runs" / "one" / "samples.jsonl", on_error="raise"))
-    assert all(episode["metadata"]["step"] == 2 for episode in shown)
+    assert len(shown) == 16
+    assert shown == list(read_rollouts(tmp_path / "runs" / "one" / "rollouts.jsonl", on_error="raise"))
+    assert [episode["metadata"]["step"] for episode in shown] == [0] * 8 + [1] * 8
     assert all(episode["sequences"][0]["log_probs"] for episode in shown)
 
 

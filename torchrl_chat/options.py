@@ -96,3 +96,18 @@ def both_spellings(parser: argparse.ArgumentParser) -> None:
     for name, action in list(known.items()):
         if name.startswith("--"):
             known.setdefault("--" + name[2:].replace("-", "_"), action)
+
+
+def show_one_spelling(parser: argparse.ArgumentParser) -> None:
+    """Of options that are taken in two spellings, show the one with hyphens in the help.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> _ = parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int)
+        >>> show_one_spelling(parser)
+        >>> "--max_new_tokens" in parser.format_help()
+        False
+    """
+    for action in parser._actions:
+        if len(action.option_strings) > 1 and "_" in action.option_strings[0]:
+            action.option_strings = [name for name in action.option_strings if "_" not in name]

@@ -43,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments and run the command; the result is the exit code."""
     command = ""
     try:
-        arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
+        parser = make_parser()
+        arguments, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        if hasattr(arguments, "takes_words"):
+            arguments.words = words
+        elif words:
+            parser.error(f"unrecognized arguments: {' '.join(words)}")
         command = f" {arguments.command}"
         return arguments.run(arguments)
     except KeyboardInterrupt:  # also while libraries are imported: what a command has to save, it has saved

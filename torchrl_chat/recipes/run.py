@@ -8,6 +8,7 @@ lists of trained episodes) is cut off when the run is resumed, and these steps a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -60,6 +61,7 @@ class Run:
     - ``trained.jsonl``: a line a step, ``{"step", "episodes": [[row, epoch, place], ...]}``, every trained episode;
     - ``rollouts.jsonl``: conversations, see ``docs/rollouts.md``;
     - ``checkpoints/step-...``: model and tokenizer as transformers reads them, and the state;
+    - ``curve.png``: the pass rates, where matplotlib is installed;
     - ``result.json``: the pass rates before and after.
 
     With ``config.resume`` the last checkpoint (or that of ``config.checkpoint``) is loaded here, into the objects that are given:
@@ -266,6 +268,7 @@ class Run:
                         self.save()
             except Interrupted:
                 self._interrupted()
+        self._draw()
         first, *others = self._evaluations()
         result = {
             "before": first["pass_rate"],
@@ -290,6 +293,13 @@ class Run:
         path = self._files["evaluations"]
         return [_evaluation(path, number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1)]
 
+    def _draw(self) -> None:
+        from torchrl_chat.recipes.curve import draw_curve
+
+        metrics = [json.loads(line) for line in self._files["metrics"].read_bytes().splitlines()]
+        with contextlib.suppress(ImportError):  # a run can do without a picture
+            draw_curve(self.folder / "curve.png", metrics, self._evaluations(), self.name)
+
     def _evaluated(self) -> set[int]:
         return {entry["step"] for entry in self._evaluations()}
 
@@ -297,6 +307,7 @@ class Run:
         """End the run between two steps."""
         if self._saved != self.step:
             self.save()
+        self._draw()
         print(
             f"interrupted behind {self.step} of {self.config.steps} steps, with a checkpoint; --out {self.folder} --resume goes on",
             file=sys.stderr,

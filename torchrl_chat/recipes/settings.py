@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from torchrl_chat.options import TEMPLATE_HELP, device
+from torchrl_chat.options import TEMPLATE_HELP, device, show_one_spelling
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -45,6 +45,7 @@ class RunConfig:
     )
     seed: int = setting(0, "of weights, data and sampling")
     # sampling
+    input_mode: Literal["tokens", "text", "history"] = setting("tokens", "what the policy reads and writes")
     steps: int = setting(100, "batches to collect and learn from")
     prompts: int = setting(8, "questions a batch")
     group_size: int = setting(16, "answers to each question")
@@ -90,7 +91,7 @@ class RunConfig:
     positive: ClassVar[frozenset[str]] = frozenset({"lr", "max_grad_norm", "temperature"})
     """Settings that are more than 0."""
 
-    greatest: ClassVar[dict[str, float]] = {"vllm_memory": 1}
+    greatest: ClassVar[dict[str, float]] = {"vllm_memory": 1, "final_lr_share": 1}
     """The greatest value of each setting that has one; settings that are no whole numbers are finite anyway."""
 
     @property
@@ -124,6 +125,7 @@ def parse(
     description: str | None,
     defaults: Callable[[argparse.Namespace], dict[str, Any]] = lambda namespace: {},
     arguments: Sequence[str] | None = None,
+    prog: str | None = None,
 ) -> C:
     """Read the command line into a config.
 
@@ -132,6 +134,7 @@ def parse(
         description: the script's docstring.
         defaults: other defaults than the class's, given what was asked for (``--model``, say); ``--help`` shows these.
         arguments: the words of the command line; those of this process if ``None``.
+        prog: what the help calls the command; by default what this process was started as.
 
     Raises:
         SystemExit: an argument is unknown, none of the choices, or a number that can mean nothing; the text says which.
@@ -143,13 +146,14 @@ def parse(
     from transformers import HfArgumentParser
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser: Any = HfArgumentParser(cast(Any, kind), description=description, formatter_class=_Help)
+    parser: Any = HfArgumentParser(cast(Any, kind), prog=prog, description=description, formatter_class=_Help)
+    show_one_spelling(parser)
     asked, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
     parser.set_defaults(**defaults(asked))
     config = kind(**vars(parser.parse_args(words)))
     for name, value in vars(config).items():
         if (wrong := _wrong(kind, name, value)) is not None:
-            parser.error(f"--{name} is {value}: {wrong}.")
+            parser.error(f"--{name.replace('_', '-')} is {value}: {wrong}.")
     if config.device is not None:
         try:
             device(config.device)

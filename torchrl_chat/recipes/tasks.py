@@ -66,7 +66,7 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
 
     shared: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "input_mode": "tokens",
+        "input_mode": config.input_mode,
         "num_envs": prompts,
         "repeats": group_size,
         "group_repeats": True,

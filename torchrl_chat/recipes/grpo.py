@@ -1,0 +1,253 @@
+"""GRPO on exact tokens, with the options of DAPO and Dr. GRPO: ``torchrl-chat train``. Collect, score, learn, repeat.
+
+With no arguments a tiny model learns, from random weights, to say the last of two digits: a minute or two on two CPU cores,
+nothing is downloaded. Other tasks and models:
+
+    torchrl-chat train --dataset python-tool             # ... and to use an interpreter, in two turns
+    torchrl-chat train --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --kl 0.001
+    torchrl-chat train --variant dapo --backend vllm
+    torchrl-chat train --dataset my_environment.py:Class # a MessageEnv of yours
+
+A group is the answers to one question; what counts is how much better an answer is than its group. What the variants set
+can also be set one by one:
+
+    grpo     arXiv:2402.03300  mean over sequences of the mean over their tokens, rewards divided by the group's deviation
+    dapo     arXiv:2503.14476  mean over tokens, a wider clip upwards, groups with equal rewards resampled, overlong shaping
+    dr-grpo  arXiv:2503.20783  sum over tokens divided by a constant, rewards not divided by the group's deviation
+
+The folder of the run holds config.json, metrics.jsonl (a line a step), rollouts.jsonl (conversations: torchrl-chat view FOLDER
+shows them), checkpoints/ (model and tokenizer), curve.png and result.json. Ctrl-C ends a run behind its step, with a
+checkpoint. With --resume it goes on: the same data in the same order, nothing trained twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_chat.playing import play
+from torchrl_chat.recipes.run import Run, averaged, set_rate
+from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
+from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
+from torchrl_chat.rewards import Episode, OverlongPenalty
+from torchrl_chat.training import (
+    group_advantages,
+    kl_estimate,
+    masked_mean,
+    microbatches,
+    policy_loss,
+    sequence_log_probs,
+    take_step,
+    training_view,
+)
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(RunConfig):
+    """The settings of the run (see RunConfig) and of the algorithm."""
+
+    variant: Literal["grpo", "dapo", "dr-grpo"] = setting("grpo", "sets the defaults of what follows")
+    clip: float = setting(0.2, "how far the ratio may fall")
+    clip_high: float = setting(0.2, "how far the ratio may rise")
+    aggregation: Literal["sequence", "token", "constant"] = setting("sequence", "how token losses become one")
+    normalize: Literal["std", "none"] = setting("std", "whether rewards are divided by their group's deviation")
+    dynamic_sampling: bool = setting(False, "leave out groups with equal rewards, and ask other questions instead")
+    max_batches: int = setting(4, "batches that dynamic sampling collects at most in a step")
+    overlong: int = setting(
+        0, "answers lose up to 1 over their last so many tokens before --max-new-tokens; 0: none do"
+    )
+    kl: float = setting(0.0, "coefficient of the KL divergence from the model before training")
+    kl_kind: Literal["k1", "k2", "k3"] = setting("k3", "its estimator; the gradient of k1 is 0 on average")
+    entropy: float = setting(0.0, "coefficient of an entropy bonus")
+
+    least = (
+        RunConfig.least
+        | {"group_size": 2, "max_batches": 1}
+        | dict.fromkeys(("overlong", "clip", "clip_high", "kl", "entropy"), 0)
+    )
+    greatest = RunConfig.greatest | {"clip": 0.999}
+
+
+def defaults(asked: argparse.Namespace) -> dict[str, Any]:
+    """Other defaults, given the model, the dataset and the variant that were asked for."""
+    found: dict[str, Any] = dict(FULL)
+    if asked.model == "tiny":
+        found = (
+            dict(TINY_TOOL)
+            if asked.dataset == "python-tool"
+            else {"prompts": 16, "group_size": 8, "entropy": 0.05, "lr": 7e-4}
+        )
+    if asked.variant == "dapo":
+        given = asked.max_new_tokens != GRPOConfig.max_new_tokens
+        limit = asked.max_new_tokens if given else found.get("max_new_tokens", asked.max_new_tokens)
+        long = max(1, limit // 4)
+        found |= {
+            "clip_high": 0.28,
+            "aggregation": "token",
+            "dynamic_sampling": True,
+            "overlong": 0 if long == 1 else long,
+        }
+    if asked.variant == "dr-grpo":
+        found |= {"aggregation": "constant", "normalize": "none"}
+    return found
+
+
+def mixed_groups(finished: TensorDictBase, config: GRPOConfig) -> torch.Tensor:
+    """Which groups of a batch hold rewards that differ, (G,); what could not be graded has none."""
+    view = training_view(finished, layout="padded", group=config.group_size)
+    trained = view["masks"].all_assistant_mask.any(-1)
+    groups, rewards = view["group"][trained], view["reward"].flatten()[trained]
+    none = rewards.new_full((config.prompts,), torch.inf)
+    return -none.scatter_reduce(0, groups, -rewards, "amin") > none.scatter_reduce(0, groups, rewards, "amin")
+
+
+def collect(env: Any, policy: Any, config: GRPOConfig) -> tuple[list[TensorDictBase], torch.Tensor]:
+    """Finished batches of whole groups, and which of their groups are trained."""
+    finished: list[TensorDictBase] = []
+    kept: list[torch.Tensor] = []
+    for _ in range(config.max_batches if config.dynamic_sampling else 1):
+        finished.append(play(env, policy, max_turns=config.max_turns))
+        kept.append(
+            mixed_groups(finished[-1], config) if config.dynamic_sampling else torch.ones(config.prompts).bool()
+        )
+        if sum(int(groups.sum()) for groups in kept) >= config.prompts:
+            break
+    groups = torch.cat(kept)
+    return finished, groups & (groups.cumsum(0) <= config.prompts)
+
+
+def longest_answers(mask: torch.Tensor) -> torch.Tensor:
+    """How many tokens the longest answer of each sequence has, (N,); an answer is a run of sampled tokens.
+
+    Example:
+        >>> longest_answers(torch.tensor([[True, True, False, True]]))
+        tensor([2])
+    """
+    counted = mask.cumsum(-1)
+    return (counted - counted.where(~mask, 0).cummax(-1).values).amax(-1)
+
+
+def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRPOConfig, vocab_size: int) -> Any:
+    """The loss of some sequences, as their share of a minibatch, and what to log."""
+    scores = sequence_log_probs(
+        model, part, temperature=config.temperature, vocab_size=vocab_size, entropy=config.entropy > 0
+    )
+    sampled = whole["masks"].all_assistant_mask
+    share: dict[str, Any] = {
+        "aggregation": config.aggregation,
+        "constant": float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
+        "denominator": sampled.sum() if config.aggregation == "token" else sampled.any(-1).sum().clamp(min=1),
+    }
+    old = part["log_probs"].full
+    loss, metrics = policy_loss(
+        scores.log_probs, old, part["advantage"], scores.mask, clip=(config.clip, config.clip_high), **share
+    )
+    if config.kl:
+        divergence = kl_estimate(scores.log_probs, part["reference"], config.kl_kind)
+        metrics["kl_reference"] = masked_mean(divergence.detach(), scores.mask)
+        loss = loss + config.kl * masked_mean(divergence, scores.mask, **share)
+    if scores.entropy is not None:
+        metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
+        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, **share)
+    return loss, metrics | {"loss": loss.detach()}
+
+
+def learn(
+    model: Any, optimizer: Any, view: TensorDictBase, config: GRPOConfig, vocab_size: int
+) -> dict[str, float]:
+    """Some passes over a batch in random minibatches."""
+    view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "reference", strict=False)
+    logged: list[list[dict[str, Any]]] = []
+    skipped = 0
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(view)).split(config.minibatch):
+            whole = view[rows]
+            parts = microbatches(whole, config.max_tokens)
+            if not parts:  # none of them could be graded
+                continue
+            optimizer.zero_grad()
+            logged.append([])
+            for few in parts:
+                loss, metrics = loss_of(model, whole[few], whole, config, vocab_size)
+                loss.backward()
+                logged[-1].append(metrics)
+            losses = [metrics["loss"] for metrics in logged[-1]]
+            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
+                logged.pop()  # not finite: it was not taken, and says nothing of the others
+                skipped += 1
+    return averaged(logged) | {"skipped": skipped}
+
+
+def average(batches: list[TensorDictBase], key: str) -> float:
+    """The mean over all conversations."""
+    return float(torch.cat([batch[key].float().flatten() for batch in batches]).mean())
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Collect, score, learn, repeat.
+
+    Args:
+        arguments: the words of the command line; those of this process if ``None``.
+        prog: what the help calls the command.
+
+    Raises:
+        SystemExit: a word of the command line is wrong; or, with the code 130, behind Ctrl-C.
+    """
+    config = parse(GRPOConfig, __doc__, defaults, arguments, prog)
+    overlong = OverlongPenalty(config.max_new_tokens, config.overlong) if config.overlong else None
+    torch.manual_seed(config.seed)
+    model, tokenizer = make_model(config)
+    env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
+    judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    policy, sync = make_policy(config, model, tokenizer)
+    run = Run(
+        config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env, "judge": judge}
+    )
+    if not run.resumed:
+        warm_start(config, model, optimizer, tokenizer)
+    sync()
+    reference = run.reference() if config.kl else None
+    vocab_size = policy.codec.vocab_size
+
+    for step in run.steps(lambda: ask(judge, policy, config)):
+        set_rate(optimizer, config.rate(step))
+
+        # 1. Answers: each conversation to its end, the prompt of a turn being the very tokens of the turns before it.
+        finished, trained = collect(env, policy, config)
+
+        metrics = {
+            "reward": average(finished, "reward"),
+            "pass_rate": average(finished, "success"),
+            "groups": float(trained.sum()),
+        }
+        if not trained.any():  # dynamic sampling found nothing to compare
+            run.log(metrics, finished=finished[0])
+            continue
+
+        # 2. One sequence an episode, with a mask on what the policy sampled and the log-probs it was sampled with.
+        view = training_view(finished, layout="padded", group=config.group_size)
+        view = view[trained[view["group"].clamp(min=0)]]  # -1 has nothing to train, wherever it stands
+        if reference is not None:
+            scoring = {"vocab_size": vocab_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
+            with torch.no_grad():
+                view["reference"] = sequence_log_probs(reference, view, **scoring).log_probs
+
+        # 3. How much better than its group each answer is.
+        mask = view["masks"].all_assistant_mask
+        lengths = mask.sum(-1)
+        if overlong is not None:
+            punished = [overlong(Episode.of("", length=length)).score for length in longest_answers(mask).tolist()]
+            view["reward"] = view["reward"] + torch.tensor(punished).reshape(view["reward"].shape)
+        # What could not be graded is in no group, and says nothing of the others.
+        view["advantage"] = group_advantages(view, normalize="std" if config.normalize == "std" else None)
+
+        # 4. Learn, and give what samples the new weights.
+        metrics |= learn(model, optimizer, view.to(model.device), config, vocab_size)
+        sync()
+        run.log(metrics | {"length": float(lengths.float().mean())}, finished=finished[0], trained=view)
