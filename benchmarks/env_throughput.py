@@ -12,6 +12,7 @@ message follows every answer. One turn is ``step``, ``step_mdp`` and the new mes
 
     python benchmarks/env_throughput.py [--quick] [--json] [--tokenizer FOLDER]
     python benchmarks/env_throughput.py --build FOLDER        # beside another checkout of this project
+    python benchmarks/env_throughput.py --where               # what a turn is made of, in each mode
 
 The second table is the cost of a turn from turn 1 to turn 64, ours. With ``--build`` the environments of two checkouts and the
 floor run in processes of their own, in turn, five rounds; the medians are shown, and the turn 64 / turn 1 of history mode.
@@ -33,7 +34,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict, lazy_stack
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data.llm import History
 from torchrl.envs.llm import ChatEnv as TorchRLChatEnv
 from torchrl.envs.llm.transforms import IncrementalTokenizer
@@ -174,6 +175,11 @@ def run_ours(mode: str, tokenizer, script: Script, turns: int) -> list[float]:
     rows = len(script.queries)
     env = ChatEnv(input_mode=mode, tokenizer=tokenizer, batch_size=(rows,))
     td = env.reset(TensorDict(query=list(script.queries), batch_size=(rows,)))
+    return play(env, td, script, mode, turns)
+
+
+def play(env: ChatEnv, td: TensorDictBase, script: Script, mode: str, turns: int) -> list[float]:
+    """Seconds of each turn of conversations that have begun."""
     spent = []
     for _ in range(turns):
         td.set("tokens", columns.ragged(Tokens, "response", script.ids, td.batch_size, None))
@@ -284,6 +290,69 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+def stages() -> list[tuple[object, str, str]]:
+    """What a turn is made of: the functions whose own time is a stage's, less that of stages within."""
+    from torchrl_chat.conversation import transcript
+    from torchrl_chat.envs import reading
+    from torchrl_chat.templates.codec import TokenCodec
+
+    return [
+        (TokenCodec, "encode", "tokenizing what is new"),
+        (TokenCodec, "decode", "decoding the answer"),
+        (ChatTemplate, "parse_batch", "reading the answer as a message"),
+        (ChatTemplate, "follow_batch", "the template's text of what is new"),
+        (reading.Reader, "turns", "reading the policy's columns"),
+        (transcript.Transcript, "sampled", "writing the ledger"),
+        (transcript.Transcript, "appended", "writing the ledger"),
+        (ChatEnv, "_observe", "making the columns of the observation"),
+        (ChatEnv, "_step", "the rest of step"),
+        (ChatEnv, "append_messages", "the rest of append_messages"),
+        (ChatEnv, "step", "torchrl's step and step_mdp"),
+        (ChatEnv, "step_mdp", "torchrl's step and step_mdp"),
+    ]
+
+
+def where(args: argparse.Namespace) -> dict:
+    """Microseconds of a turn by stage, of each mode; the run with the least of several."""
+    tokenizer, name = load_tokenizer(args.tokenizer)
+    script = Script(tokenizer, args.rows, args.length)
+    spent: dict[str, float] = {}
+    inside = [0.0]  # seconds of the stages within, for each stage that is open
+
+    def timed(function, stage: str):
+        def run(*given, **named):
+            inside.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                passed = time.perf_counter() - start
+                spent[stage] = spent.get(stage, 0.0) + passed - inside.pop()
+                inside[-1] += passed
+
+        return run
+
+    for owner, function, stage in stages():
+        setattr(owner, function, timed(getattr(owner, function), stage))
+    found = {}
+    for mode in ("tokens", "text", "history"):
+        runs = []
+        for _ in range(args.repeats + 1):
+            rows = len(script.queries)
+            env = ChatEnv(input_mode=mode, tokenizer=tokenizer, batch_size=(rows,))
+            td = env.reset(TensorDict(query=list(script.queries), batch_size=(rows,)))
+            spent.clear()
+            gc.collect()
+            total = time.perf_counter()
+            play(env, td, script, mode, args.turns)
+            total = time.perf_counter() - total
+            rest = total - sum(spent.values())
+            runs.append({**spent, "what policy and benchmark do": rest})
+        best = min(runs[1:], key=lambda run: sum(run.values()))
+        found[mode] = {stage: value / rows / args.turns * 1e6 for stage, value in best.items()}
+    return {"tokenizer": name, "rows": args.rows, "turns": args.turns, "us a turn": found}
+
+
 class Build:
     """A process with one checkout's environments, which runs what it is asked for and says how long it took."""
 
@@ -366,6 +435,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--build", metavar="FOLDER", help="another checkout, to be measured in the same run")
+    parser.add_argument("--where", action="store_true", help="what a turn is made of")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -377,6 +447,17 @@ def main() -> None:
         return
     args.repeats, args.slow_repeats, args.growth_repeats = (5, 1, 2) if args.quick else (15, 3, 5)
     warnings.filterwarnings("ignore")
+    if args.where:
+        result = where(args)
+        if args.json:
+            print(json.dumps(result))
+            return
+        for mode, stages_of_mode in result["us a turn"].items():
+            total = sum(stages_of_mode.values())
+            print(f"\n{mode}: {total:.0f} us a turn and conversation")
+            for stage, value in sorted(stages_of_mode.items(), key=lambda item: -item[1]):
+                print(f"  {stage:38s} {value:6.1f} us {value / total:5.0%}")
+        return
     result = measure(args)
     if args.json:
         print(json.dumps(result))
