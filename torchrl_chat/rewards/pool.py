@@ -21,11 +21,13 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torchrl_chat.rewards.worker import SIZE, Nursery, PoolError, Worker, frame
+from torchrl_chat.processes import SIZE, frame
+from torchrl_chat.rewards.worker import Nursery, PoolError, Worker
 
 _PATIENCE = 0.1  # seconds: what takes longer gets company
 _CHUNK = 32  # rows: more would wait behind one another, fewer would cost a system call each
 _CHUNK_BYTES = 1 << 16  # what a socket takes without waiting for the worker, about
+_CALL_BYTES = 1 << 31  # of one call, whose frame says its length in 32 bits
 _CALLS = 2000  # what a worker grades before it is replaced, as SymPy and others gather memory
 
 
@@ -202,10 +204,11 @@ class _Batch:
                 self.calls.append(b"")
                 self._settle(row, f"error: the call cannot be pickled: {type(error).__name__}: {error}")
                 continue
-            if pool.memory_limit is not None and 2 * len(self.calls[row]) > pool.memory_limit:
-                self._settle(
-                    row, f"memory: the call has {len(self.calls[row]):,} bytes, half of what a worker may have"
-                )
+            size = len(self.calls[row])
+            if pool.memory_limit is not None and 2 * size > pool.memory_limit:
+                self._settle(row, f"memory: the call has {size:,} bytes, half of what a worker may have")
+            elif size >= _CALL_BYTES:
+                self._settle(row, f"memory: the call has {size:,} bytes, of {_CALL_BYTES:,} that can be sent")
         self.chunks: deque[list[int]] = deque()
         rows, size = 0, 0
         waiting = [row for row, result in enumerate(self.results) if result is None]

@@ -13,26 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
 import pickle
-import select
 import signal
 import socket
-import struct
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-SIZE = struct.Struct("<Q")
-"""What stands before each frame: its length in bytes."""
-ORDER = struct.Struct("<cq")
-"""What the pool asks of the nursery: ``b"F"`` (fork; a socket comes with it) or ``b"K"`` (kill), and a process id.
+from torchrl_chat.processes import FORK, KILL, ORDER, SIZE, ForkServer, Silent, frame, receive, receive_frame, serve
 
-The answer to ``b"F"`` is the new worker's id, or the negative error number where there can be no more processes.
-"""
 MAX_REPLY = 16 << 20
 """A verdict of more bytes than this is a failure, not a verdict."""
 START = 120.0
@@ -53,29 +44,6 @@ class Reason(str):
         with contextlib.suppress(Exception):  # an error that cannot be spelled, or no memory for it
             reason.traceback = "".join(traceback.format_exception(error, limit=-20))[-8000:]
         return reason
-
-
-def frame(payload: bytes) -> bytes:
-    """The payload with its length before it."""
-    return SIZE.pack(len(payload)) + payload
-
-
-def receive(sock: socket.socket, size: int) -> bytearray | None:
-    """Exactly ``size`` bytes, or ``None`` when the other side has gone."""
-    data = bytearray(size)
-    rest = memoryview(data)
-    while rest:
-        got = sock.recv_into(rest)
-        if not got:
-            return None
-        rest = rest[got:]
-    return data
-
-
-def receive_frame(sock: socket.socket) -> bytearray | None:
-    """One frame's payload, or ``None`` when the other side has gone."""
-    size = receive(sock, SIZE.size)
-    return None if size is None else receive(sock, SIZE.unpack(size)[0])
 
 
 def nursery(fd: int, parent: int) -> None:
@@ -100,47 +68,38 @@ def nursery(fd: int, parent: int) -> None:
     except BaseException as error:
         control.sendall(frame(pickle.dumps(f"{type(error).__name__}: {error}")))
         return
-    gc.collect()
-    gc.freeze()  # or every collection in a worker would copy the pages that it shares
     _flush()  # or every worker would print it again
     control.sendall(frame(pickle.dumps({"pid": os.getpid(), "seconds": time.perf_counter() - started})))
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a dead worker leaves behind becomes a child of the nursery
     workers: set[int] = set()
     dying: set[int] = set()
-    poll = select.poll()  # unlike select() it takes any number of a file
-    poll.register(control, select.POLLIN)
+
+    def fork(_: int, descriptors: list[int]) -> None:
+        """Answers with the new worker's id, or the negative error number where there can be no more processes."""
+        try:
+            pid = os.fork()
+        except OSError as error:
+            pid = -(error.errno or errno.EAGAIN)
+        if pid == 0:
+            control.close()
+            _worker(socket.socket(fileno=descriptors[0]), verifier, settings["memory_limit"], resource)
+        if pid > 0:
+            workers.add(pid)
+        control.sendall(ORDER.pack(FORK, pid))
+
+    def kill(pid: int) -> None:
+        # Workers are waited for behind this only: until then their ids, and their groups', are nobody else's.
+        if pid in workers:
+            _kill(pid)
+            workers.discard(pid)
+            dying.add(pid)
+
+    def goes_on() -> bool:
+        _reap(workers, dying)
+        return os.getppid() == parent
+
     try:
-        while os.getppid() == parent:
-            if not poll.poll(500):
-                _reap(workers, dying)
-                continue
-            data, fds, _, _ = socket.recv_fds(control, ORDER.size, 1)
-            while data and len(data) < ORDER.size and (more := control.recv(ORDER.size - len(data))):
-                data += more
-            if len(data) < ORDER.size:
-                return
-            order, pid = ORDER.unpack(data)
-            if order == b"K":
-                # Only here are workers waited for: until then their ids, and their groups', are nobody else's.
-                if pid in workers:
-                    _kill(pid)
-                    workers.discard(pid)
-                    dying.add(pid)
-                _reap(workers, dying)
-                continue
-            try:
-                pid = os.fork()
-            except OSError as error:
-                pid = -(error.errno or errno.EAGAIN)
-            if pid == 0:
-                control.close()
-                _worker(socket.socket(fileno=fds[0]), verifier, settings["memory_limit"], resource)
-            os.close(fds[0])
-            if pid > 0:
-                workers.add(pid)
-            control.sendall(ORDER.pack(b"F", pid))
-    except (ConnectionError, KeyboardInterrupt):
-        pass
+        serve(control, fork, kill, goes_on)
     finally:
         for pid in workers:
             _kill(pid)
@@ -313,47 +272,28 @@ class Worker:
         return replies
 
 
-class Nursery:
-    """The process that forks workers, the idle ones among them, and the lock over both."""
+class Nursery(ForkServer):
+    """The process that forks workers, and the idle ones among them.
+
+    Raises:
+        PoolError: it cannot be started, or cannot load the verifier.
+    """
 
     def __init__(self, verifier: bytes, memory_limit: int | None):
-        self.lock = threading.Lock()
         self.idle: list[Worker] = []
-        self.owner = os.getpid()
-        import subprocess  # the nursery, which imports this file, needs it not
-
+        parent = os.getpid()
         home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = [*sys.path, *([] if home in sys.path else [home])]
-        greeting: Any = "it ended without a word"
+        program = f"import sys; sys.path[:] = {path!r}; from torchrl_chat.rewards.worker import nursery; nursery"
         try:
-            self.control, there = socket.socketpair()
-            with there:
-                program = (
-                    f"import sys; sys.path[:] = {path!r}; from torchrl_chat.rewards.worker import nursery; "
-                    f"nursery({there.fileno()}, {self.owner})"
-                )
-                # In a process group of its own: the terminal's Ctrl-C is the pool's to handle.
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", program],
-                    pass_fds=[there.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    process_group=0,
-                )
+            super().__init__(lambda fd: [sys.executable, "-c", f"{program}({fd}, {parent})"], process_group=0)
         except OSError as error:
             raise PoolError(f"no worker process can be started: {error}") from error
+        hello = frame(pickle.dumps({"verifier": verifier, "memory_limit": memory_limit}))
         try:
-            self.control.settimeout(START)
-            self.control.sendall(frame(pickle.dumps({"verifier": verifier, "memory_limit": memory_limit})))
-            hello = receive_frame(self.control)
-            greeting = greeting if hello is None else pickle.loads(hello)
-        except TimeoutError:
-            greeting = f"it took more than {START:g} s"
-            self.process.kill()
-        except OSError:
-            pass  # it ended while it was spoken to
-        except BaseException:
-            self.close()
-            raise
+            greeting: Any = pickle.loads(self.greet(hello, within=START))
+        except Silent as error:
+            greeting = str(error)
         if isinstance(greeting, str):
             self.close()
             raise PoolError(f"the verifier cannot be loaded in a worker process: {greeting}")
@@ -369,7 +309,7 @@ class Nursery:
         near, there = socket.socketpair()
         try:
             with there, self.lock:
-                socket.send_fds(self.control, [ORDER.pack(b"F", 0)], [there.fileno()])
+                self.order(FORK, 0, [there.fileno()])
                 reply = receive(self.control, ORDER.size)
         except BaseException as error:  # Ctrl-C: a reply still on its way would be taken for the next one
             near.close()
@@ -387,31 +327,11 @@ class Nursery:
     def kill(self, worker: Worker) -> None:
         """End a worker, whatever it does."""
         worker.sock.close()
-        with self.lock, contextlib.suppress(OSError):
-            self.control.sendall(ORDER.pack(b"K", worker.pid))
-
-    def alive(self) -> bool:
-        """Whether the process is up. It says nothing unasked, so a readable control socket is a closed one."""
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            poll = select.poll()
-            poll.register(self.control, select.POLLIN)
-            return not poll.poll(0)
-        return False
+        with contextlib.suppress(OSError):
+            self.order(KILL, worker.pid)
 
     def close(self) -> None:
         """End all processes. In a forked copy of the pool's process: only let go of them."""
-        mine = os.getpid() == self.owner
-        if mine:
-            with contextlib.suppress(OSError):
-                self.control.shutdown(socket.SHUT_RDWR)  # closing is not enough: a forked process may have a copy
-        with self.lock if mine else contextlib.nullcontext():
-            self.control.close()
+        super().close()
         while self.idle:
             self.idle.pop().sock.close()
-        if not mine:
-            return
-        try:
-            self.process.wait(5.0)
-        except Exception:  # pragma: no cover  # it does nothing that could hang
-            self.process.kill()
-            self.process.wait()

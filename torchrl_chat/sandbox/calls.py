@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torchrl_chat.processes import SIZE
 from torchrl_chat.sandbox import wire
 from torchrl_chat.sandbox.launch import Process, Warden, decode, encode
 from torchrl_chat.sandbox.result import Result, Status
@@ -145,15 +146,15 @@ class Call:
         if self._killed is not None:
             return
         buffer += data
-        while not self.done and len(buffer) >= wire.SIZE.size:
-            size = wire.SIZE.unpack_from(buffer)[0]
+        while not self.done and len(buffer) >= SIZE.size:
+            size = SIZE.unpack_from(buffer)[0]
             if size > wire.most(self.limit):
                 self._kill("crash")
                 return
-            if len(buffer) < wire.SIZE.size + size:
+            if len(buffer) < SIZE.size + size:
                 return
-            message = decode(buffer[wire.SIZE.size : wire.SIZE.size + size])
-            del buffer[: wire.SIZE.size + size]
+            message = decode(buffer[SIZE.size : SIZE.size + size])
+            del buffer[: SIZE.size + size]
             self._take(message)
 
     def _take(self, message: dict[str, Any] | None) -> None:

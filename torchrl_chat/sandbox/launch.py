@@ -6,15 +6,13 @@ import contextlib
 import itertools
 import json
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections import deque
 from typing import Any
 
+from torchrl_chat.processes import FORK, KILL, ForkServer, Silent
 from torchrl_chat.sandbox import wire
 from torchrl_chat.sandbox.settings import SandboxError, Settings
 
@@ -63,7 +61,7 @@ class Process:
         self.close()  # a session that was dropped: unlike sockets, descriptors of pipes do not close by themselves
 
 
-class Warden:
+class Warden(ForkServer):
     """The process that forks sandboxes.
 
     Raises:
@@ -71,48 +69,31 @@ class Warden:
     """
 
     def __init__(self, settings: Settings):
-        self.owner = os.getpid()
-        self.lock = threading.RLock()  # the collector may call close() while it is held
         self._numbers = itertools.count(1)
         self._idle: deque[Process] = deque()  # made ahead of need
         home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        self.control, there = socket.socketpair()
-        answer: dict[str, Any] | None = None
-        reason = "it ended without a word"
+        # The interpreter itself, not that of a virtual environment, whose folder is not to be seen inside.
+        python = getattr(sys, "_base_executable", None) or sys.executable
         try:
-            with there:
-                # The interpreter itself, not that of a virtual environment, whose folder is not to be seen inside.
-                python = getattr(sys, "_base_executable", None) or sys.executable
-                self.process = subprocess.Popen(
-                    [python, "-I", "-S", "-c", _BOOT, str(there.fileno())],
-                    pass_fds=[there.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env={"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-                    cwd="/",
-                    start_new_session=True,
-                )
+            super().__init__(
+                lambda fd: [python, "-I", "-S", "-c", _BOOT, str(fd)],
+                stdout=subprocess.DEVNULL,
+                env={"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                cwd="/",
+                start_new_session=True,
+            )
         except OSError as error:
-            self.control.close()
             raise SandboxError(f"no warden process can be started: {error}") from error
+        settled = {"home": home, "settings": settings.to_json(), "caller": self.owner}
         try:
-            self.control.settimeout(_START)
-            self.control.sendall(wire.frame({"home": home}))
-            self.control.sendall(wire.frame({"home": home, "settings": settings.to_json(), "caller": self.owner}))
-            answer = wire.receive(self.control)
-        except TimeoutError:
-            reason = f"it took more than {_START:g} s to start"
-        except OSError:
-            pass
-        except BaseException:
+            answer = json.loads(self.greet(wire.frame({"home": home}), wire.frame(settled), within=_START))
+        except Silent as error:
+            answer = {"ready": False, "reason": str(error)}
+        if not answer["ready"]:
             self.close()
-            raise
-        if answer is None or not answer["ready"]:
-            self.close()
-            reason = reason if answer is None else answer["reason"]
             raise SandboxError(
-                f"isolation={settings.isolation!r} cannot be had: {reason} Nothing was run. Without any isolation, at "
-                "your own risk: isolation='none'."
+                f"isolation={settings.isolation!r} cannot be had: {answer['reason']} Nothing was run. Without any isolation, "
+                "at your own risk: isolation='none'."
             )
         self.control.settimeout(None)
         self.landlock: int = answer["landlock"]
@@ -160,9 +141,8 @@ class Warden:
                 os.set_blocking(read, False)
                 near.append(read)
                 far.append(write)
-            with self.lock:
-                number = next(self._numbers)
-                socket.send_fds(self.control, [wire.ORDER.pack(b"N", number)], far)
+            number = next(self._numbers)
+            self.order(FORK, number, far)
         except OSError as error:
             for end in near:
                 if isinstance(end, int):
@@ -177,36 +157,14 @@ class Warden:
 
     def kill(self, process: Process) -> None:
         """End a sandbox with all its processes, whatever they do."""
-        with self.lock, contextlib.suppress(OSError):
-            self.control.sendall(wire.ORDER.pack(b"K", process.number))
-
-    def alive(self) -> bool:
-        """Whether it is up. It says nothing unasked, so a readable control socket is a closed one."""
-        if os.getpid() == self.owner and self.process.poll() is not None:
-            return False
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            poll = select.poll()
-            poll.register(self.control, select.POLLIN)
-            return not poll.poll(0)
-        return False
+        with contextlib.suppress(OSError):
+            self.order(KILL, process.number)
 
     def close(self) -> None:
         """End it with all sandboxes. In a forked copy of the caller: only let go of it."""
         while self._idle:
             self._idle.pop().close()
-        if os.getpid() != self.owner:
-            self.control.close()
-            return
-        with contextlib.suppress(OSError):
-            self.control.shutdown(socket.SHUT_RDWR)
-        with self.lock:
-            self.control.close()
-        try:
-            self.process.wait(5.0)
-        except subprocess.TimeoutExpired:  # pragma: no cover
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        super().close()
 
 
 def encode(kind: str, code: str, stdin: str | None, last: bool, token: str) -> bytes:

@@ -8,16 +8,15 @@ never pass through it: nothing that one left behind could be found in the memory
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import os
-import select
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from torchrl_chat.processes import serve
 from torchrl_chat.sandbox import wire
 from torchrl_chat.sandbox.settings import Settings
 
@@ -143,40 +142,27 @@ def _serve(
         caller: the process to end with, where this one can see it.
         end: kills a sandbox, given that process.
     """
-    gc.collect()
-    gc.freeze()  # or every collection in a sandbox would copy the pages that it shares
     sandboxes: dict[int, int] = {}  # number -> the id of its first process
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
+
+    def fork(number: int, descriptors: list[int]) -> None:
+        try:
+            sandboxes[number] = build(descriptors)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                socket.socket(fileno=os.dup(descriptors[1])).send(
+                    b'{"failure": "no process: %s"}' % str(error).encode()
+                )
+
+    def kill(number: int) -> None:
+        if number in sandboxes:
+            end(sandboxes[number])
+
+    def goes_on() -> bool:
+        _reap(sandboxes)
+        return not caller or os.getppid() == caller
+
     try:
-        while True:
-            ready = poll.poll(500)
-            _reap(sandboxes)
-            if not ready:
-                if caller and os.getppid() != caller:
-                    return
-                continue
-            data, fds, _, _ = socket.recv_fds(control, wire.ORDER.size, 4)
-            while data and len(data) < wire.ORDER.size and (more := control.recv(wire.ORDER.size - len(data))):
-                data += more
-            if len(data) < wire.ORDER.size:
-                return
-            order, number = wire.ORDER.unpack(data)
-            if order == b"K":
-                if number in sandboxes:
-                    end(sandboxes[number])
-                continue
-            try:
-                sandboxes[number] = build(fds)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    socket.socket(fileno=os.dup(fds[1])).send(
-                        b'{"failure": "no process: %s"}' % str(error).encode()
-                    )
-            for fd in fds:
-                os.close(fd)
-    except (ConnectionError, KeyboardInterrupt):
-        pass
+        serve(control, fork, kill, goes_on)
     finally:
         for pid in sandboxes.values():
             end(pid)

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 from typing import Any
 
-_NOTE = 64  # characters that a note of what was cut may have
-SIZE = struct.Struct("!I")  # how long a frame is
-ORDER = struct.Struct(
-    "!cQ"
-)  # to the warden: b"N"ew (with four descriptors) or b"K"ill, and the number of a sandbox
+from torchrl_chat import processes
 
+_NOTE = 64  # characters that a note of what was cut may have
 # To a keeper, one byte a message:
 RUN = b"R"  # a call begins
 HOLD = b"H"  # a call has ended: stop everything until the next
@@ -23,26 +19,13 @@ HOLD = b"H"  # a call has ended: stop everything until the next
 
 def frame(message: dict[str, Any]) -> bytes:
     """A message, as it is sent."""
-    data = json.dumps(message).encode("ascii")
-    return SIZE.pack(len(data)) + data
+    return processes.frame(json.dumps(message).encode("ascii"))
 
 
 def receive(sock: socket.socket) -> dict[str, Any] | None:
     """The next message from a trusted end, or ``None`` when that has gone."""
-    head = _exactly(sock, SIZE.size)
-    data = None if head is None else _exactly(sock, SIZE.unpack(head)[0])
+    data = processes.receive_frame(sock)
     return None if data is None else json.loads(data)
-
-
-def _exactly(sock: socket.socket, size: int) -> bytearray | None:
-    data = bytearray(size)
-    rest = memoryview(data)
-    while rest:
-        got = sock.recv_into(rest)
-        if not got:
-            return None
-        rest = rest[got:]
-    return data
 
 
 def most(output: int) -> int:
