@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat import DatasetChatEnv, NumberVerifier, RewardTransform
+from torchrl_chat import DatasetChatEnv, NumberVerifier, RewardTransform, tiny
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, parse, setting
-from torchrl_chat.recipes.tasks import arithmetic_rows, ask, make_model, make_policy, warm_start
+from torchrl_chat.recipes.tasks import ask, make_model, make_policy, warm_start
 from torchrl_chat.sandbox import Sandbox
 from torchrl_chat.training import (
     group_advantages,
@@ -53,7 +53,7 @@ def make_env(
 ) -> DatasetChatEnv:
     """Questions, what runs programs, who ends the conversation, and what the answer is worth."""
     env = DatasetChatEnv(
-        dataset=config.data or arithmetic_rows(4096, seed), tokenizer=tokenizer, input_mode="tokens",
+        dataset=config.data or tiny.arithmetic_rows(4096, seed), tokenizer=tokenizer, input_mode="tokens",
         num_envs=prompts, repeats=group, group_repeats=True, seed=seed,
     )  # fmt: skip
     env = env.append_transform(PythonInterpreter(box))

@@ -11,7 +11,7 @@ from conftest import bpe_tokenizer
 
 from torchrl_chat import pretrained
 from torchrl_chat.cli import main as cli
-from torchrl_chat.cli.eval_tasks import check_dataset
+from torchrl_chat.gallery import check_name
 
 BAD = [
     "serve --port 99999",
@@ -119,7 +119,8 @@ def test_eval_checks_names_before_it_loads_a_model(words, said, monkeypatch, cap
 def test_names_that_are_right_pass(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
     for words in (["--dataset", "gsm8k"], ["--dataset", "gsm8k", "--data", str(tmp_path / "rows.jsonl")]):
-        check_dataset(cli.make_parser().parse_args(["eval", *words]))
+        arguments = cli.make_parser().parse_args(["eval", *words])
+        check_name(arguments.dataset, arguments.data)
 
 
 # ---------------------------------------------------------------------- what is not installed

@@ -21,6 +21,7 @@ TINY_TEMPLATE = (
 
 _SPECIAL = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 DIGIT_ALPHABET = "0123456789last(,)= "
+TOOL_ALPHABET = "0123456789 \nadmulsbpythonri()*+-`"
 TEXT_ALPHABET = "\n\t" + "".join(map(chr, range(32, 127)))
 
 
@@ -84,3 +85,23 @@ def last_digit_rows(count: int = 2048, seed: int = 0) -> Dataset:
     draw = random.Random(seed)
     pairs = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(count)]
     return Dataset.from_dict({"query": [f"last({a},{b})=" for a, b in pairs], "answer": [str(b) for _, b in pairs]})
+
+
+SIGNS = {"mul": "*", "add": "+", "sub": "-"}
+"""The operations of :func:`arithmetic_rows`, and how Python writes them."""
+
+
+def arithmetic_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Rows such as ``{"query": "mul 3 8", "answer": "24"}``.
+
+    Example:
+        >>> sorted(arithmetic_rows(1, 0)[0])
+        ['answer', 'query']
+    """
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        name, a, b = draw.choice(list(SIGNS)), draw.randint(2, 9), draw.randint(2, 9)
+        value = {"mul": a * b, "add": a + b, "sub": a - b}[name]
+        rows.append({"query": f"{name} {a} {b}", "answer": str(value)})
+    return rows

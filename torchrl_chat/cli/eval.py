@@ -14,7 +14,8 @@ from typing import Any
 
 from torchrl_chat._endpoint import HIDDEN, shown_url
 from torchrl_chat.cli.eval_stats import Figures
-from torchrl_chat.cli.eval_tasks import DATASETS, check_dataset, make_env, make_policy
+from torchrl_chat.cli.eval_tasks import make_env, make_policy
+from torchrl_chat.gallery import NAMES, check_name
 from torchrl_chat.options import TEMPLATE_HELP, device, number, whole
 
 DESCRIPTION = """\
@@ -54,9 +55,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     task = parser.add_argument_group("dataset")
-    task.add_argument(
-        "--dataset", default="digits", metavar="NAME", help=f"{', '.join(DATASETS)} (default: digits)"
-    )
+    task.add_argument("--dataset", default="digits", metavar="NAME", help=f"{', '.join(NAMES)} (default: digits)")
     task.add_argument("--data", metavar="PATH", help="a local copy: a folder, or a JSONL, Parquet or CSV file")
     task.add_argument("--split", metavar="NAME", help="default: test, where there is one")
     task.add_argument(
@@ -112,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Play, sum up, and say where the files are; the result is the exit code."""
     folder = _folder(arguments)
     _settle(arguments)
-    check_dataset(arguments)
+    check_name(arguments.dataset, arguments.data)
     _compare(folder, arguments)  # what is refused anyway is refused before a model is loaded
     from torchrl_chat.cli.eval_run import DatasetRun
     from torchrl_chat.recipes.progress import Progress

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
+from torchrl_chat.gallery import NAMES
 from torchrl_chat.options import TEMPLATE_HELP, device, show_one_spelling
 
 C = TypeVar("C", bound="RunConfig")
@@ -29,9 +30,7 @@ def setting(default: Any, text: str) -> Any:
 class RunConfig:
     """What every training script can be told. The defaults are for the tiny model on the built-in task."""
 
-    dataset: str = setting(
-        "digits", "digits, python-tool, gsm8k, reasoning-gym:TASK, or module:Class or file.py:Class of a MessageEnv"
-    )
+    dataset: str = setting("digits", ", ".join(NAMES))
     data: str | None = setting(None, "a local copy of the dataset: a folder or a JSONL or Parquet file")
     model: str = setting("tiny", "tiny (random weights, made on the spot), or the name or folder of a model")
     chat_template: str | None = setting(None, TEMPLATE_HELP)

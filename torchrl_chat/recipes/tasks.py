@@ -1,8 +1,4 @@
-"""What the training scripts train on: models, environments and policies by the names of the command line.
-
-This file stands above the environments and policies that it makes, unlike the rest of this room; they are imported where
-they are made.
-"""
+"""What the training scripts train on: models, environments and policies by the names of the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.named import is_name, named
+from torchrl_chat import gallery, tiny
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
@@ -26,10 +22,6 @@ from torchrl_chat.training.view import training_view
 if TYPE_CHECKING:
     from torchrl_chat.envs import DatasetChatEnv
 
-DATASETS = ("digits", "python-tool", "gsm8k", "reasoning-gym:TASK", "module:Class or file.py:Class of a MessageEnv")
-
-TOOL_ALPHABET = "0123456789 \nadmulsbpythonri()*+-`"
-_SIGNS = {"mul": "*", "add": "+", "sub": "-"}
 _HINT = 0.06  # the share of demonstrations with the operation that was asked for, beyond chance
 
 
@@ -37,13 +29,10 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
     """The model of ``--model``, in float32 on ``--device``, and its tokenizer."""
     import transformers
 
-    from torchrl_chat import tiny
-
     transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.model == "tiny":
-        alphabets = {"digits": tiny.DIGIT_ALPHABET, "python-tool": TOOL_ALPHABET}
-        made = tiny.tiny_tokenizer(alphabets.get(config.dataset, tiny.TEXT_ALPHABET))
+        made = tiny.tiny_tokenizer(gallery.tiny_alphabet(config.dataset))
         tokenizer: Any = with_template(made, config.chat_template)
         # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
         return tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096).to(device), tokenizer
@@ -58,49 +47,17 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
     Raises:
         ValueError: there is no such dataset, or it takes no ``--data``.
     """
-    from torchrl.envs import StepCounter
-
-    from torchrl_chat import envs, transforms
-    from torchrl_chat.rewards import NumberVerifier
-    from torchrl_chat.tiny import last_digit_rows
-
-    shared: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "input_mode": config.input_mode,
-        "num_envs": prompts,
-        "repeats": group_size,
-        "group_repeats": True,
-        "seed": seed,
-    }
-    kind, _, task = config.dataset.partition(":")
-    if kind == "reasoning-gym" and task:
-        if config.data is not None:
-            raise ValueError(f"--data is {config.data}: {config.dataset} makes its rows itself.")
-        return envs.ReasoningGymEnv(task, **shared)
-    if config.data is not None:
-        shared["dataset"] = config.data
-    if is_name(config.dataset):
-        env = envs.MessageChatEnv(named(config.dataset), **shared)
-        return env.append_transform(
-            transforms.Budget(max_turns=config.max_turns, max_turn_tokens=config.max_new_tokens)
-        )
-    if kind == "gsm8k":
-        return envs.GSM8KEnv(**shared)
-    if kind == "digits":
-        shared.setdefault("dataset", last_digit_rows(seed=seed))
-        env = envs.DatasetChatEnv(**shared)
-        env = env.append_transform(StepCounter(max_steps=1))
-        env = env.append_transform(transforms.RewardTransform(NumberVerifier()))
-        return env
-    if kind != "python-tool":
-        raise ValueError(f"--dataset is {config.dataset!r}: expected {', '.join(DATASETS)}.")
-    shared.setdefault("dataset", arithmetic_rows(4096, seed))
-    env = envs.DatasetChatEnv(**shared)
-    env = env.append_transform(transforms.PythonInterpreter(deadline=2.0))
-    env = env.append_transform(transforms.UserSimulator([]))  # an answer without a program is the last one
-    env = env.append_transform(transforms.Budget(max_turns=2, max_turn_tokens=config.max_new_tokens))
-    env = env.append_transform(transforms.RewardTransform(NumberVerifier(surrounded=0.0), end_on_answer=False))
-    return env
+    return gallery.make_env(
+        config.dataset,
+        data=config.data,
+        limits={"max_turns": config.max_turns, "max_turn_tokens": config.max_new_tokens},
+        seed=seed,
+        tokenizer=tokenizer,
+        input_mode=config.input_mode,
+        num_envs=prompts,
+        repeats=group_size,
+        group_repeats=True,
+    )
 
 
 def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Callable[[], None]]:
@@ -140,22 +97,6 @@ def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:
 
 
 # ---------------------------------------------------------------------- the two-turn tool task
-def arithmetic_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Rows such as ``{"query": "mul 3 8", "answer": "24"}``.
-
-    Example:
-        >>> sorted(arithmetic_rows(1, 0)[0])
-        ['answer', 'query']
-    """
-    draw = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        name, a, b = draw.choice(list(_SIGNS)), draw.randint(2, 9), draw.randint(2, 9)
-        value = {"mul": a * b, "add": a + b, "sub": a - b}[name]
-        rows.append({"query": f"{name} {a} {b}", "answer": str(value)})
-    return rows
-
-
 def demonstrations(env: DatasetChatEnv, seed: int) -> TensorDictBase:
     """A batch of conversations that show the form of the tool task: a program, and its output as the answer.
 
@@ -178,7 +119,7 @@ def demonstrations(env: DatasetChatEnv, seed: int) -> TensorDictBase:
                 texts.append(last["content"].strip())
             else:
                 name, a, b = last["content"].split()
-                sign = _SIGNS[name] if draw.random() < _HINT else draw.choice(list(_SIGNS.values()))
+                sign = tiny.SIGNS[name] if draw.random() < _HINT else draw.choice(list(tiny.SIGNS.values()))
                 texts.append(f"```python\nprint({a}{sign}{b})\n```")
         ids = [torch.tensor(row) for row in codec.encode([text + stop for text in texts])]
         td["tokens"] = columns.ragged(Tokens, "response", ids, td.batch_size, None)
