@@ -15,6 +15,7 @@ from typing import Any
 from torchrl_chat._endpoint import HIDDEN, shown_url
 from torchrl_chat.cli.eval_stats import Figures
 from torchrl_chat.cli.eval_tasks import make_env, make_policy
+from torchrl_chat.files import replacing
 from torchrl_chat.gallery import NAMES, check_name
 from torchrl_chat.options import TEMPLATE_HELP, device, number, whole
 
@@ -315,6 +316,5 @@ def _remember(folder: Path, arguments: argparse.Namespace) -> None:
     """Write the settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
-    beside = path.with_name("config.json.part")
-    beside.write_text(json.dumps(_kept(arguments), indent=2) + "\n")
-    beside.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(_kept(arguments), indent=2) + "\n").encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from torchrl_chat.envs import DatasetChatEnv
 from torchrl_chat.envs.episodes import DatasetEpisodes
 from torchrl_chat.envs.rows import Rows
+from torchrl_chat.files import replacing
 from torchrl_chat.playing import play
 from torchrl_chat.rollouts import as_line, episodes, read_rollouts, write_lines
 
@@ -212,7 +212,5 @@ def _rewrite(path: Path) -> None:
 
 
 def _exchange(path: Path, parts: Iterable[bytes]) -> None:
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
+    with replacing(path) as file:
         file.writelines(parts)
-    os.replace(beside, path)

@@ -8,16 +8,15 @@ data: an environment that loads the state, and steps the TensorDict, goes on as 
 from __future__ import annotations
 
 import os
-import secrets
-import stat
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import is_tensor_collection
 from torchrl.envs import AsyncEnvPool
+
+from torchrl_chat.files import replacing
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -36,26 +35,8 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         >>> env.load_state_dict(state["env"])  # doctest: +SKIP
         >>> td = env.step(policy(state["td"]))  # doctest: +SKIP
     """
-    target = Path(path)
-    name = target.parent / f".{target.name}.{secrets.token_hex(6)}"
-    # Opened, not made by tempfile, which gives it to its owner alone whatever the umask says.
-    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if target.exists():
-                os.fchmod(handle, stat.S_IMODE(target.stat().st_mode))
-            torch.save({key: _compact(value) for key, value in state.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name is on the disk too
-    finally:
-        os.close(folder)
+    with replacing(path) as file:
+        torch.save({key: _compact(value) for key, value in state.items()}, file)
 
 
 def load_state(path: str | os.PathLike[str], device: torch.device | str | None = None) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_chat import envs
+from torchrl_chat.files import to_disk
 from torchrl_chat.training.updates import NotFiniteError, not_finite
 
 _STATE = "state.pt"
@@ -59,7 +61,7 @@ def save_model(
         path: the folder; it must not exist.
         model: a transformers model.
         tokenizer: its tokenizer.
-        state: what ``torch.save`` takes; none is written if ``None``.
+        state: what :func:`~torchrl_chat.save_state` takes; none is written if ``None``.
 
     Raises:
         NotFiniteError: a weight, or a number of the state, is NaN or infinite: nothing is written.
@@ -74,7 +76,7 @@ def save_model(
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if state is not None:
-        torch.save(dict(state), partial / _STATE)
+        envs.save_state(partial / _STATE, state)
     files = {file.relative_to(partial).as_posix(): _summed(file) for file in partial.rglob("*") if file.is_file()}
     (partial / _FILES).write_text(json.dumps(files, indent=2) + "\n")
     for file in partial.rglob("*"):
@@ -196,7 +198,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         DamagedCheckpoint: it cannot be read.
     """
     try:
-        return torch.load(Path(path) / _STATE, map_location="cpu", weights_only=False)
+        return envs.load_state(Path(path) / _STATE, "cpu")
     except Exception as error:  # a pickle that was cut may raise anything
         raise DamagedCheckpoint(f"{path} is damaged: {_STATE} cannot be read ({error}).") from error
 
@@ -210,12 +212,3 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """
     found = Path(folder).glob("step-*")
     return sorted((path for path in found if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
-
-
-def to_disk(path: str | os.PathLike[str]) -> None:
-    """See that what was written to a file, or the names in a folder, survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns
+from torchrl_chat.files import replacing, to_disk
 from torchrl_chat.recipes.checkpoints import (
     DamagedCheckpoint,
     check_files,
@@ -36,7 +37,6 @@ from torchrl_chat.recipes.checkpoints import (
     save_checkpoint,
     save_model,
     set_random_states,
-    to_disk,
 )
 from torchrl_chat.recipes.interrupts import EXIT, Interrupted, Interrupts
 from torchrl_chat.recipes.progress import Progress
@@ -139,9 +139,8 @@ class Run:
                 changes = ", ".join(f"{key}={begun[key]!r}, now {settings[key]!r}" for key in sorted(other))
                 raise ValueError(f"{self.folder} was begun with {changes}. Resume with the same settings.")
         state = self._restored()
-        partial = written.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(partial, written)
+        with replacing(written) as file:
+            file.write((json.dumps(settings, indent=2) + "\n").encode())
         for key, path in self._files.items():
             path.touch()
             size = 0 if state is None else state["sizes"][key]
