@@ -137,7 +137,7 @@ def _arguments(settings: Settings, root: bool) -> list[str]:
     for path in ["/dev/", "/etc/", f"{_PACKAGE}/", *jail.visible_paths(settings)]:
         _show(path, binds, shown)
     here = os.path.dirname(os.path.abspath(__file__))
-    for name in ("__init__.py", "_lazy.py", "sandbox"):
+    for name in ("__init__.py", "_lazy.py", "processes.py", "sandbox"):
         binds += ["--ro-bind", os.path.join(os.path.dirname(here), name), f"{_PACKAGE}/{name}"]
     for name, device in jail.DEVICES.items():
         binds += ["--dev-bind", f"/dev/{device}", f"/dev/{name}"]
