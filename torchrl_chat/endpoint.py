@@ -216,6 +216,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     """
 
     reserved: ClassVar[Sequence[str]] = RESERVED  # what ``extra`` must not hold
+    least: ClassVar[Mapping[str, int]] = {"concurrency": 1, "retries": 0}
     hides: ClassVar[bool] = False  # whether a reply that repeats a secret is taken, without it, instead of refused
 
     model: str
@@ -228,7 +229,9 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     deadline: float = field(default=300.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        self.check_least(concurrency=1, retries=0)
+        for name, bound in self.least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {bound} or more.")
         for name in ("timeout", "deadline"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected seconds, more than 0.")
@@ -237,16 +240,6 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                 f"extra has {taken}: these are set by options of {type(self).__name__}, or not supported."
             )
         self._begin()
-
-    def check_least(self, **least: int) -> None:
-        """Refuse options that are below what they must be at least.
-
-        Raises:
-            ValueError: naming the option and its value.
-        """
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {bound} or more.")
 
     def _begin(self) -> None:
         """Make what a process has for itself; its names stand in ``_own``."""

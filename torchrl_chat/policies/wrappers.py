@@ -28,47 +28,18 @@ from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
 # Options of the sampling that change the distribution in ways that a forward pass over the sequence does not see, and the
-# values at which they do not.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+# values at which they do not: those of one, those of nothing, and those of which only ``None`` is nothing.
+_ONES = "top_p typical_p repetition_penalty encoder_repetition_penalty length_penalty guidance_scale num_beams num_beam_groups"
+_ZEROS = """min_p epsilon_cutoff eta_cutoff presence_penalty frequency_penalty diversity_penalty no_repeat_ngram_size min_length
+    min_new_tokens min_tokens ignore_eos early_stopping"""
+_NONES = """top_h exponential_decay_length_penalty penalty_alpha suppress_tokens begin_suppress_tokens forced_bos_token_id
+    forced_eos_token_id sequence_bias logit_bias allowed_token_ids bad_words bad_words_ids force_words_ids watermarking_config
+    logits_processor prefix_allowed_tokens_fn stop_sequences stop_strings"""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (None, 0, -1),
-    "top_p": (None, 1.0),
-    "min_p": (None, 0.0),
-    "top_h": (None,),
-    "typical_p": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "repetition_penalty": (None, 1.0),
-    "presence_penalty": (None, 0.0),
-    "frequency_penalty": (None, 0.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "diversity_penalty": (None, 0.0),
-    "length_penalty": (None, 1.0),
-    "exponential_decay_length_penalty": (None,),
-    "penalty_alpha": (None,),
-    "no_repeat_ngram_size": (None, 0),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "min_tokens": (None, 0),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "sequence_bias": (None,),
-    "logit_bias": (None,),
-    "allowed_token_ids": (None,),
-    "bad_words": (None,),
-    "bad_words_ids": (None,),
-    "force_words_ids": (None,),
-    "guidance_scale": (None, 1.0),
-    "watermarking_config": (None,),
-    "logits_processor": (None,),
-    "prefix_allowed_tokens_fn": (None,),
-    "ignore_eos": (None, False),
-    "stop_sequences": (None,),
-    "stop_strings": (None,),
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "early_stopping": (None, False),
+    **dict.fromkeys(_ONES.split(), (None, 1)),
+    **dict.fromkeys(_ZEROS.split(), (None, 0)),
+    **dict.fromkeys(_NONES.split(), (None,)),
 }
 _TAKEN = ("max_new_tokens", "do_sample", "temperature", "eos_token_id")
 _COUNTS = ("num_return_sequences", "n")
@@ -230,8 +201,8 @@ def _check_settings(settings: Mapping[str, Any], cls: str) -> None:
                     f"generate_kwargs has {name}={value!r}, and {cls} gives a row of the environment one answer: let the "
                     f"environment repeat its rows (repeats=...)."
                 )
-        elif name in NEUTRAL:
-            if value not in NEUTRAL[name]:
+        elif name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
                 raise ValueError(
                     f"generate_kwargs has {name}={value!r}: the loss, which has the model's own distribution at one "
                     f"temperature, would train on samples of another. Leave {name} out."

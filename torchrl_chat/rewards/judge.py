@@ -130,6 +130,7 @@ class LLMJudge(Endpoint):
     grades: ClassVar[Level] = "episode"
 
     hides: ClassVar[bool] = True
+    least: ClassVar[Mapping[str, int]] = {**Endpoint.least, "samples": 1, "cache": 0}
 
     rubric: str | None = None
     prompt: str | None = None
@@ -147,7 +148,6 @@ class LLMJudge(Endpoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_least(samples=1, cache=0)
         if not self.scale[0] < self.scale[1]:
             raise ValueError(f"scale={self.scale!r}: expected (lowest, highest), such as (0, 10).")
         if self.samples > 1 and self.temperature == 0:

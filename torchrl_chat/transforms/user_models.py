@@ -6,16 +6,17 @@ text, and nothing but text: the tokens that such a model reads and samples are i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from torchrl_chat.endpoint import Endpoint, broken, filled
 from torchrl_chat.messages import Message, content_text
+from torchrl_chat.policies import Prompt, TransformersPolicy
 from torchrl_chat.rewards.marked import after_reasoning
-from torchrl_chat.sampling import default_stop_ids, generate
+from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate
 
@@ -131,25 +132,22 @@ class ModelUser:
         max_new_tokens: int = 128,
         temperature: float = 1.0,
         seed: int | None = None,
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: Collection[int] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         user_role: str = "user",
         policy_role: str = "assistant",
     ):
-        if max_new_tokens < 1 or temperature < 0:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1, and 0 or more."
-            )
         self.template = ChatTemplate(tokenizer, **dict(template_kwargs or {}))
-        self.model = model
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.generator: torch.Generator | None = None
         if stop_ids is None:
             eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-            self.stop_ids = default_stop_ids(self.template.tokenizer, eos) | self.template.stop_ids
-        else:
-            self.stop_ids = frozenset(stop_ids)
+            stop_ids = default_stop_ids(self.template.tokenizer, eos) | self.template.stop_ids
+        self.policy = TransformersPolicy(
+            model,
+            self.template.tokenizer,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop_ids=stop_ids,
+        )
         self.system_prompt = system_prompt
         self.opening = opening
         self.seed = seed
@@ -168,75 +166,53 @@ class ModelUser:
         """What the user says next in each conversation; an exception where that failed."""
         drawn = [None] * len(conversations) if seeds is None else seeds
         known = [{}] * len(conversations) if rows is None else rows
-        prompts = [self.view(messages, row) for messages, row in zip(conversations, known, strict=True)]
-        rendered = [self._rendered(prompt) for prompt in prompts]
-        replies: list[str | Exception] = [r if isinstance(r, Exception) else "" for r in rendered]
-        places = [i for i, reply in enumerate(replies) if not isinstance(reply, Exception)]
-        said = self._sampled([rendered[i] for i in places], [drawn[i] for i in places])
-        for i, reply in zip(places, said, strict=True):
-            replies[i] = reply
+        replies: list[str | Exception] = [""] * len(conversations)
+        prompts: dict[int, Prompt] = {}
+        for i, (messages, row, seed) in enumerate(zip(conversations, known, drawn, strict=True)):
+            try:
+                prompts[i] = self._prompt(self.view(messages, row), seed)
+            except Exception as error:  # a template may raise anything
+                replies[i] = error
+        if any(prompt.seed is None for prompt in prompts.values()):  # not in the environment of a dataset
+            prompts = {i: replace(prompt, seed=None) for i, prompt in prompts.items()}
+            if self.seed is not None and self.policy.generator is None:
+                self.policy.generator = torch.Generator(self.policy.device).manual_seed(self.seed)
+        turns = self.policy.sample(list(prompts.values()))
+        for i, read in zip(prompts, self.template.parse_batch([t.sampled.tolist() for t in turns]), strict=True):
+            try:
+                replies[i] = _words(content_text(read.message), self.policy.max_new_tokens)
+            except ValueError as error:
+                replies[i] = error
         return replies
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state of the generator, if there is one already."""
-        return {} if self.generator is None else {"generator": self.generator.get_state()}
+        generator = self.policy.generator
+        return {} if generator is None else {"generator": generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on with that generator."""
-        self.generator = None
+        self.policy.generator = None
         if "generator" in state:
-            self.generator = torch.Generator(self._device)
-            self.generator.set_state(state["generator"])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+            self.policy.generator = torch.Generator(self.policy.device)
+            self.policy.generator.set_state(state["generator"])
 
     def view(self, messages: Sequence[Message], row: Mapping[str, Any] | None = None) -> list[Message]:
         """The conversation as the model is given it."""
         return _view(self, messages, row)
 
-    def _rendered(self, prompt: list[Message]) -> Any:
-        try:
-            ids = self.template.render(prompt)
-            room = self._room(len(ids))
-            if room < 1:
-                raise ValueError(f"the user model's prompt of {len(ids)} tokens fills its context")
-            return ids
-        except Exception as error:  # a template may raise anything
-            return error
+    def _prompt(self, view: list[Message], seed: int | None) -> Prompt:
+        """What the model is asked.
 
-    def _room(self, length: int) -> int:
-        """How many tokens may follow a prompt of this length."""
-        context = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        return self.max_new_tokens if context is None else min(self.max_new_tokens, context - length)
-
-    @torch.no_grad()
-    def _sampled(self, ids: list[list[int]], seeds: list[int | None]) -> list[str | Exception]:
-        if not ids:
-            return []
-        device = self._device
-        inputs = [torch.tensor(row, dtype=torch.int64, device=device) for row in ids]
-        own = [seed if self.seed is None else mixed(self.seed, seed) for seed in seeds if seed is not None]
-        if self.seed is not None and self.generator is None and len(own) < len(ids):
-            self.generator = torch.Generator(device).manual_seed(self.seed)
-        sampled, _ = generate(
-            self.model,
-            inputs,
-            stop_ids=self.stop_ids,
-            most=[self._room(len(row)) for row in ids],
-            vocab_size=self.template.codec.vocab_size,
-            temperature=self.temperature,
-            seeds=own if len(own) == len(ids) else None,
-            generator=self.generator,
-        )
-        replies: list[str | Exception] = []
-        for read in self.template.parse_batch([row.tolist() for row in sampled]):
-            try:
-                replies.append(_words(content_text(read.message), self.max_new_tokens))
-            except ValueError as error:
-                replies.append(error)
-        return replies
+        Raises:
+            ValueError: the prompt leaves no room for a reply.
+        """
+        ids = torch.tensor(self.template.render(view), dtype=torch.int64)
+        context = getattr(getattr(self.policy.model, "config", None), "max_position_embeddings", None)
+        room = None if context is None else context - len(ids)
+        if room is not None and room < 1:
+            raise ValueError(f"the user model's prompt of {len(ids)} tokens fills its context")
+        return Prompt(ids, limit=room, seed=mixed(self.seed, seed) if None not in (self.seed, seed) else seed)
 
 
 @dataclass(eq=False, repr=False)
