@@ -215,9 +215,13 @@ class Endpoint:
 concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     """
 
-    reserved: ClassVar[Sequence[str]] = RESERVED  # what ``extra`` must not hold
+    reserved: ClassVar[Sequence[str]] = RESERVED
+    """What ``extra`` must not hold."""
     least: ClassVar[Mapping[str, int]] = {"concurrency": 1, "retries": 0}
-    hides: ClassVar[bool] = False  # whether a reply that repeats a secret is taken, without it, instead of refused
+    """What options must be at least."""
+    hides: ClassVar[bool] = False
+    """Whether a reply that repeats a secret is taken, without it, instead of refused."""
+    _own: ClassVar[Sequence[str]] = ("usage", "_lock", "_loops")  # what _begin makes, for this process
 
     model: str
     base_url: str | None = None
@@ -242,12 +246,10 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         self._begin()
 
     def _begin(self) -> None:
-        """Make what a process has for itself; its names stand in ``_own``."""
+        """Make what a process has for itself, and copies make anew."""
         self.usage = Usage()
         self._lock = threading.Lock()
         self._loops: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore]] = {}
-
-    _own: ClassVar[Sequence[str]] = ("usage", "_lock", "_loops")
 
     def __repr__(self) -> str:
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}

@@ -128,9 +128,9 @@ class LLMJudge(Endpoint):
     """
 
     grades: ClassVar[Level] = "episode"
-
     hides: ClassVar[bool] = True
     least: ClassVar[Mapping[str, int]] = {**Endpoint.least, "samples": 1, "cache": 0}
+    _own: ClassVar[Sequence[str]] = (*Endpoint._own, "_calls", "_memory")
 
     rubric: str | None = None
     prompt: str | None = None
@@ -176,8 +176,6 @@ class LLMJudge(Endpoint):
                 raise ValueError(
                     f"prompt names {place[0]}: there are {known}, and what is listed in columns=[...]."
                 )
-
-    _own: ClassVar[Sequence[str]] = (*Endpoint._own, "_calls", "_memory")
 
     def _begin(self) -> None:
         super()._begin()
@@ -298,11 +296,11 @@ class LLMJudge(Endpoint):
     async def _fetch(self, key: str, request: dict[str, Any]) -> _Reply:
         """The reply from the file or the endpoint."""
         if self.cache_path is not None:
-            kept = await asyncio.to_thread(self._kept, key)
-            if kept is not None and self.score(kept) is not None:
+            kept = await asyncio.to_thread(self._sql, "SELECT reply FROM replies WHERE key = ?", key)
+            if kept is not None and self.score(kept[0]) is not None:
                 self.count(cached=1)
-                self._remember(key, kept)
-                return _Reply(kept)
+                self._remember(key, kept[0])
+                return _Reply(kept[0])
         try:
             said = await self.ask(request)
         except Exception as error:
@@ -314,7 +312,8 @@ class LLMJudge(Endpoint):
             return _Reply(said.text, why if cut else None)
         self._remember(key, said.text)
         if self.cache_path is not None:
-            await asyncio.to_thread(self._keep, key, said.text)
+            keep = "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)"
+            await asyncio.to_thread(self._sql, keep, key, self.model, said.text)
         return _Reply(said.text)
 
     # --- The cache ---
@@ -324,13 +323,6 @@ class LLMJudge(Endpoint):
             self._memory[key] = text
             while len(self._memory) > self.cache:
                 self._memory.popitem(last=False)
-
-    def _kept(self, key: str) -> str | None:
-        row = self._sql("SELECT reply FROM replies WHERE key = ?", key)
-        return row[0] if row else None
-
-    def _keep(self, key: str, text: str) -> None:
-        self._sql("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", key, self.model, text)
 
     def _sql(self, statement: str, *values: str) -> Any:
         # A connection for each statement: it outlives no fork and no thread, and costs little beside a judge's reply.

@@ -212,7 +212,9 @@ class ModelUser:
         room = None if context is None else context - len(ids)
         if room is not None and room < 1:
             raise ValueError(f"the user model's prompt of {len(ids)} tokens fills its context")
-        return Prompt(ids, limit=room, seed=mixed(self.seed, seed) if None not in (self.seed, seed) else seed)
+        if self.seed is not None and seed is not None:
+            seed = mixed(self.seed, seed)
+        return Prompt(ids, limit=room, seed=seed)
 
 
 @dataclass(eq=False, repr=False)
