@@ -146,11 +146,12 @@ class Policy(TensorDictModuleBase):
         errors: Errors = {}
         sampled = self.sample([prompts[i] for i in places], errors)
         turns = {i: turn for k, (i, turn) in enumerate(zip(places, sampled, strict=True)) if k not in errors}
-        every = [turns.get(i) or self._left_out(prompt) for i, prompt in enumerate(prompts)]
-        failed = {places[k]: error for k, error in errors.items()}
         if shown is not None:
             shown = dataclasses.replace(shown, asked=list(turns))
-        return self._write(tensordict, shown, every, failed)
+        others = [i for i in range(len(prompts)) if i not in turns]
+        turns |= zip(others, self._left_out([prompts[i] for i in others]), strict=True)
+        failed = {places[k]: error for k, error in errors.items()}
+        return self._write(tensordict, shown, [turns[i] for i in range(len(prompts))], failed)
 
     def _read(self, td: TensorDictBase) -> tuple[list[Prompt], Prompts | None]:
         """What each row is asked; and the columns of its ids, if that is what is to be written."""
@@ -183,12 +184,13 @@ class Policy(TensorDictModuleBase):
             td.set("policy_error", columns.objects(told, batch, device))
         return td
 
-    def _left_out(self, prompt: Prompt) -> Turn:
-        """What stands in a row that was not sampled, and enters no ledger."""
+    def _left_out(self, prompts: Sequence[Prompt]) -> list[Turn]:
+        """What stands in rows that were not sampled, and enters no ledger."""
         if self.codec is None:
-            return Turn(text=".", finish_reason="stop")
-        full = prompt.limit is not None and prompt.limit <= 0
-        return self._turns([prompt], [[] if full else [min(self.stop_ids)]], [[] if full else [0.0]])[0]
+            return [Turn(text=".", finish_reason="stop")] * len(prompts)
+        full = [prompt.limit is not None and prompt.limit <= 0 for prompt in prompts]
+        ids = [[] if nothing else [min(self.stop_ids)] for nothing in full]
+        return self._turns(prompts, ids, [[0.0] * len(row) for row in ids])
 
 
 def _write_texts(td: TensorDictBase, texts: Sequence[str]) -> None:
