@@ -311,6 +311,10 @@ class TestSample:
         monkeypatch.setattr(act, "generate", None)
         act.sample([Prompt(torch.tensor([5]), limit=0)])
 
+    def test_a_prompt_of_nothing(self):
+        with pytest.raises(ValueError, match="neither"):
+            Prompt(limit=3)
+
     def test_seeds_for_all_or_for_none(self):
         with pytest.raises(ValueError, match="some prompts have a seed and others none"):
             policy(generator=None).sample([Prompt(torch.tensor([5]), seed=1), Prompt(torch.tensor([5]))])
@@ -332,6 +336,7 @@ class TestSample:
         act, errors, prompt = Mine(env.tokenizer), {}, torch.tensor([5])
         assert [len(turn.ids) for turn in act.sample([prompt, prompt], errors)] == [0, 2]
         assert str(errors[0]) == "no idea"
+        assert [len(turn.ids) for turn in act.sample([prompt] * 3, {0: ValueError()})] == [0, 0, 2]
         with pytest.raises(RuntimeError, match="no idea"):
             act.sample([prompt, prompt])
         td = act(td)

@@ -27,6 +27,9 @@ from torchrl_chat.templates import ChatTemplate
 class Prompt:
     """What a policy is asked in one row: the ids of a conversation, its messages, or both.
 
+    Raises:
+        ValueError: there are neither.
+
     Example:
         >>> prompt = Prompt(ids=transcript.tokens, messages=transcript.messages, limit=64)
     """
@@ -39,6 +42,10 @@ class Prompt:
     """How many tokens may be sampled; ``None``: as many as the policy's own settings allow."""
     seed: int | None = None
     """Sample from this seed, whatever the other rows are. Of the prompts of one call, all have one or none."""
+
+    def __post_init__(self) -> None:
+        if self.ids is None and self.messages is None:
+            raise ValueError("a prompt has ids, messages or both, and this one has neither.")
 
     @classmethod
     def of(cls, given: Prompt | torch.Tensor | Sequence[int] | Sequence[Message]) -> Prompt:
@@ -75,7 +82,7 @@ class Policy(TensorDictModuleBase):
 
         Args:
             prompts: a :class:`Prompt` each, or its ids, or its messages.
-            errors: takes what is wrong with single rows, by row.
+            errors: takes what is wrong with single rows, by row; rows that stand in it already are left out.
 
         Returns:
             a turn a prompt, with the sampled ids, stop id included, their log-probs where they are known, the text and the
@@ -94,8 +101,8 @@ class Policy(TensorDictModuleBase):
         if len({row.seed is None for row in rows}) > 1:
             raise ValueError("some prompts have a seed and others none: give one to all of them.")
         turns = [Turn(torch.empty(0, dtype=torch.int64), torch.empty(0), "", "length", row.limit) for row in rows]
-        places = [i for i, row in enumerate(rows) if row.limit is None or row.limit > 0]
         found: Errors = {} if errors is None else errors
+        places = [i for i, row in enumerate(rows) if i not in found and (row.limit is None or row.limit > 0)]
         for i, turn in zip(places, self._sample([rows[i] for i in places]) if places else (), strict=True):
             if isinstance(turn, Turn):
                 turns[i] = turn

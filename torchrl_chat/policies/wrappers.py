@@ -47,7 +47,7 @@ _COUNTS = ("num_return_sequences", "n")
 _OUTPUT = {"max_tokens", "pad_token_id", "output_scores", "output_logits", "return_dict_in_generate", "logprobs"}
 _OUTPUT |= {"prompt_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"}
 _OUTPUT |= {"include_stop_str_in_output"}
-Sampled = tuple[list[list[int]], list[torch.Tensor]]
+Sampled = tuple[list[list[int]], list[Any]]  # ids and log-probs of each row
 
 
 class LedgerWrapper(Policy, LLMWrapperBase):
@@ -173,23 +173,22 @@ class LedgerWrapper(Policy, LLMWrapperBase):
     def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
         raise NotImplementedError
 
-    def _whole(self, tensordict: TensorDictBase) -> list[torch.Tensor]:
-        """The sequences to score."""
-        fulls = columns.read_field(tensordict.get("tokens", None), "full", tensordict.batch_size)
+    def _sequences(self, tensordict: TensorDictBase) -> tuple[list[torch.Tensor], list[torch.Tensor], TensorDict]:
+        """The sequences to score, which of their ids are no padding, and the masks, beside which the scores are written."""
+        batch, device = tensordict.batch_size, tensordict.device
+        fulls = columns.read_field(tensordict.get("tokens", None), "full", batch)
         if fulls is None:
             raise KeyError(
                 "('tokens', 'full') is not there: a policy of this package and training_view() write it. Text or messages "
                 "are not tokenized again."
             )
-        return fulls
-
-    def _masks(self, tensordict: TensorDictBase, attention: list[torch.Tensor]) -> Masks:
-        """The masks of whole sequences: padding is what the mask says, whatever the ids."""
-        sampled = columns.read_field(tensordict.get("masks", None), "all_assistant_mask", tensordict.batch_size)
-        fields = {"all_attention_mask": attention}
+        attention = read_attention(tensordict, fulls)
+        fields = {"all_attention_mask": attention}  # padding is what the mask says, whatever the ids
+        sampled = columns.read_field(tensordict.get("masks", None), "all_assistant_mask", batch)
         if sampled is not None and all(len(m) == len(row) for m, row in zip(sampled, attention, strict=True)):
             fields["all_assistant_mask"] = sampled
-        return container(Masks, rows_of(fields), tensordict.batch_size, tensordict.device)
+        masks = container(Masks, rows_of(fields), batch, device)
+        return fulls, attention, TensorDict({self.masks_key: masks}, batch_size=batch, device=device)
 
 
 def _check_settings(settings: Mapping[str, Any], cls: str) -> None:
@@ -326,16 +325,12 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
         return rows, [row_scores[: len(row)] for row, row_scores in zip(rows, scores, strict=True)]
 
     def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
-        fulls = self._whole(tensordict)
-        attention = read_attention(tensordict, fulls)
+        fulls, attention, written = self._sequences(tensordict)
         logits, attended = token_logits(self.model, fulls, attention, self.codec.vocab_size, self.temperature)
 
         def unpadded(rows: torch.Tensor) -> list[torch.Tensor]:
             return [row[len(row) - len(full) :].to(full.device) for row, full in zip(rows, fulls, strict=True)]
 
-        batch, device = tensordict.batch_size, tensordict.device
-        masks = self._masks(tensordict, attention)
-        written = TensorDict({self.masks_key: masks}, batch_size=batch, device=device)
         if logits_only or "logits" in self.out_keys:  # a distribution, which torchrl pads anew, row by row
             written = written.to_lazystack(0)
             for row, values in zip(written.tensordicts, unpadded(logits), strict=True):
@@ -347,7 +342,7 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
         scores = scores.masked_fill(~(attended & attended.roll(1, -1)), 0.0)
         scores[:, 0] = 0.0
         rows = [{"full": row} for row in unpadded(scores)]
-        return written.set(self.log_probs_key, container(LogProbs, rows, batch, device))
+        return written.set(self.log_probs_key, container(LogProbs, rows, written.batch_size, written.device))
 
     def _get_dist_with_assistant_mask(self, tensordict: TensorDictBase, *args: Any, **options: Any) -> Any:
         # torchrl writes what it got into the TensorDict, which fails for ragged columns of a dense one.
@@ -428,25 +423,16 @@ class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
             sampling_params=sampling_params(self.stop_ids, **settings),
             use_tqdm=False,
         )
-        ids, log_probs = sampled(outputs)
-        return ids, list(map(torch.tensor, log_probs))
+        return sampled(outputs)
 
     def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
-        fulls = self._whole(tensordict)
-        attention = read_attention(tensordict, fulls)
+        fulls, attention, written = self._sequences(tensordict)
         rows = [full[mask].tolist() for full, mask in zip(fulls, attention, strict=True)]
         outputs = self._call_generate(prompt_token_ids=rows, sampling_params=self.sampling_params, use_tqdm=False)
-        batch, device = tensordict.batch_size, tensordict.device
         scores = []
         for output, row, mask in zip(outputs, rows, attention, strict=True):
             steps = zip(output.prompt_logprobs[1:], row[1:], strict=True)
             values = torch.tensor([0.0, *(step[token].logprob for step, token in steps)], device=mask.device)
             scores.append(torch.zeros(len(mask), device=mask.device).masked_scatter(mask, values))
-        return TensorDict(
-            {
-                self.masks_key: self._masks(tensordict, attention),
-                self.log_probs_key: container(LogProbs, [{"full": row} for row in scores], batch, device),
-            },
-            batch_size=batch,
-            device=device,
-        )
+        scored = container(LogProbs, [{"full": row} for row in scores], written.batch_size, written.device)
+        return written.set(self.log_probs_key, scored)
