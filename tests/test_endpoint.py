@@ -392,6 +392,15 @@ class TestMaking:
         with pytest.raises(ValueError, match="EndpointPolicy.*cannot connect"):
             EndpointPolicy("m")
 
+    def test_a_key_that_is_gone_is_no_row_s_error(self, monkeypatch):
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+        monkeypatch.setenv("OPENAI_API_KEY", "some-key")
+        policy = EndpointPolicy("m")
+        monkeypatch.delenv("OPENAI_API_KEY")
+        with pytest.raises(ValueError, match="EndpointPolicy.*cannot connect"):
+            policy.sample([[{"role": "user", "content": "x"}]], {})
+        policy.close()
+
     def test_without_the_library(self, monkeypatch):
         import sys
 

@@ -155,6 +155,7 @@ class EndpointPolicy(Endpoint, Policy):
             self._loop = LoopThread("torchrl_chat.endpoint")
 
         async def every() -> list[Turn | Exception]:
+            self.here()  # no key, no library: that is the whole batch's affair
             return await asyncio.gather(*map(self._answer, prompts))
 
         return self._loop.run(every())
