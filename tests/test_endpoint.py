@@ -26,6 +26,7 @@ from torchrl_chat import (
     columns,
 )
 from torchrl_chat.playing import play
+from torchrl_chat.policies import Prompt
 from torchrl_chat.policies.endpoint import EndpointPolicy, as_sent
 from torchrl_chat.rollouts import episodes
 
@@ -175,6 +176,30 @@ class TestChat:
         assert [row["stop"] for row in rows] == ["max_turns", "context_full"]
         assert [row["error"] for row in rows] == [None, None]
         assert len(endpoint.requests) == 1
+
+
+class TestSample:
+    def test_turns_of_values(self, endpoint, policy_of, tokenizer):
+        """What the face writes, without a TensorDict: a refused request is its row's error only."""
+        endpoint.script = lambda body, number: (400, b"{}") if row_of(body) == 1 else f"It is {row_of(body)}."
+        policy, errors = policy_of(tokenizer=tokenizer, temperature=0.5), {}
+        td = env_of("tokens", 3, tokenizer).reset()
+        held = ledgers(td)
+        turns = policy.sample([Prompt(t.tokens, t.messages, limit=9, seed=i) for i, t in enumerate(held)], errors)
+        assert list(errors) == [1]
+        assert (endpoint.requests[0]["max_tokens"], {body["seed"] for body in endpoint.requests}) == (9, {0, 1, 2})
+        written = columns.read_field(policy(td)["tokens"], "response", td.batch_size)
+        for i in (0, 2):
+            assert turns[i].text == f"It is {i}."
+            assert turns[i].ids.tolist() == written[i].tolist()
+        messages = [list(t.messages) for t in held]
+        with pytest.raises(Exception, match="400"):
+            policy.sample(messages)
+        [turn] = policy.sample(messages[:1])  # a text: nobody said behind which ids it comes
+        assert (turn.ids, turn.text, turn.finish_reason) == (None, "It is 0.", "stop")
+        with pytest.raises(ValueError, match="ids only"):
+            policy.sample([[5, 6]])
+        assert (policy.usage.calls, policy.usage.failed) == (10, 3)
 
 
 class TestExactIds:
@@ -366,6 +391,15 @@ class TestMaking:
         monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
         with pytest.raises(ValueError, match="EndpointPolicy.*cannot connect"):
             EndpointPolicy("m")
+
+    def test_a_key_that_is_gone_is_no_row_s_error(self, monkeypatch):
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+        monkeypatch.setenv("OPENAI_API_KEY", "some-key")
+        policy = EndpointPolicy("m")
+        monkeypatch.delenv("OPENAI_API_KEY")
+        with pytest.raises(ValueError, match="EndpointPolicy.*cannot connect"):
+            policy.sample([[{"role": "user", "content": "x"}]], {})
+        policy.close()
 
     def test_without_the_library(self, monkeypatch):
         import sys

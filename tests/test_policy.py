@@ -14,8 +14,9 @@ from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.objectives.llm.grpo import GRPOLoss
 
-from torchrl_chat import ChatEnv, TransformersPolicy, columns
-from torchrl_chat.policies import VLLMPolicy
+from torchrl_chat import ChatEnv, ChatTemplate, TransformersPolicy, columns
+from torchrl_chat.conversation import Turn, answer
+from torchrl_chat.policies import Policy, Prompt, VLLMPolicy
 from torchrl_chat.policies.writing import read_prompts, read_seeds, write_answers
 from torchrl_chat.sampling import GumbelNoise, default_stop_ids, stream_seed
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
@@ -265,6 +266,88 @@ class TestSeeded:
         assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+class TestSample:
+    """``sample`` knows no TensorDict, and the face says what it says."""
+
+    @pytest.mark.parametrize("given", ["ids", "lists", "messages"])
+    def test_the_turns_of_values_are_those_of_the_face(self, mode, given):
+        act = policy(generator=None, seeded=True)
+        env, td = start(mode)
+        td["episode_seed"] = torch.arange(4)
+        td["tokens_left"] = torch.tensor([[9], [3], [9], [9]])
+        prompts = []
+        for seed, ledger in enumerate(columns.read_objects(td["transcript"], td.batch_size)):
+            content = {
+                "ids": {"ids": ledger.tokens},
+                "lists": {"ids": Prompt.of(ledger.tokens.tolist()).ids},
+                "messages": {"messages": ledger.messages},
+            }[given]
+            prompts.append(Prompt(**content, limit=[9, 3, 9, 9][seed], seed=seed))
+        turns, td = act.sample(prompts), act(td)
+        for i, turn in enumerate(turns):
+            for container, field in (("tokens", "ids"), ("log_probs", "log_probs"), ("text", "text")):
+                written = columns.read_field(td[container], "response", td.batch_size)[i]
+                found = getattr(turn, field)
+                assert torch.equal(written, found) if isinstance(found, torch.Tensor) else written == found
+        assert columns.read_objects(td["finish_reason"], td.batch_size) == [turn.finish_reason for turn in turns]
+        held, stepped = td["transcript"], env.step(td)["next", "transcript"]
+        entered = answer(columns.read_objects(held, td.batch_size), turns, env.template)
+        assert entered == columns.read_objects(stepped, td.batch_size)
+
+    def test_without_a_prompt_object(self):
+        act = policy(temperature=0)
+        said = [{"role": "user", "content": "what is 2"}]
+        ids = ChatTemplate(act.tokenizer).render(said)
+        one, two, three = act.sample([ids, torch.tensor(ids), said])
+        assert one.ids.tolist() == two.ids.tolist() == three.ids.tolist()
+        assert one.text == act.codec.decode([one.ids.tolist()])[0]
+        assert act.sample([]) == []
+
+    def test_who_may_sample_nothing_is_left_out(self, monkeypatch):
+        act = policy()
+        [none, some] = act.sample([Prompt(torch.tensor([5, 6]), limit=0), Prompt(torch.tensor([5, 6]), limit=2)])
+        assert (len(none.ids), none.may_sample, none.finish_reason) == (0, False, "length")
+        assert 1 <= len(some.ids) <= 2
+        monkeypatch.setattr(act, "generate", None)
+        act.sample([Prompt(torch.tensor([5]), limit=0)])
+
+    def test_a_prompt_of_nothing(self):
+        with pytest.raises(ValueError, match="neither"):
+            Prompt(limit=3)
+
+    def test_seeds_for_all_or_for_none(self):
+        with pytest.raises(ValueError, match="some prompts have a seed and others none"):
+            policy(generator=None).sample([Prompt(torch.tensor([5]), seed=1), Prompt(torch.tensor([5]))])
+
+    def test_errors_and_versions_of_a_policy_of_ones_own(self):
+        class Mine(Policy):
+            def __init__(self, tokenizer):
+                super().__init__()
+                self.in_keys, self.out_keys = [("tokens", "prompt")], [("tokens", "response"), "policy_error"]
+                self.tokenizer, self.codec = tokenizer, ChatTemplate(tokenizer).codec
+                self.stop_ids = default_stop_ids(tokenizer)
+
+            def _sample(self, prompts):
+                ids = torch.tensor([9, *self.stop_ids])
+                turns = [Turn(ids, None, "x", "stop", versions=((0, 3), (1, 4))) for _ in prompts]
+                return [RuntimeError("no idea"), *turns[1:]]
+
+        env, td = start("tokens", 3)
+        act, errors, prompt = Mine(env.tokenizer), {}, torch.tensor([5])
+        assert [len(turn.ids) for turn in act.sample([prompt, prompt], errors)] == [0, 2]
+        assert str(errors[0]) == "no idea"
+        assert [len(turn.ids) for turn in act.sample([prompt] * 3, {0: ValueError()})] == [0, 0, 2]
+        with pytest.raises(RuntimeError, match="no idea"):
+            act.sample([prompt, prompt])
+        td = act(td)
+        assert td["_step"].tolist() == [False, True, True]
+        assert td["policy_error"] == ["RuntimeError: no idea", "", ""]
+        assert not columns.read_field(td["masks"], "all_assistant_mask", td.batch_size)[0].any()
+        first, second, _ = columns.read_objects(env.step(td)["next", "transcript"], td.batch_size)
+        assert (len(first.messages), first.versions) == (1, ())
+        assert [version for _, version in second.versions][-2:] == [3, 4]
+
+
 class TestWriting:
     def test_rows_without_log_probs_are_left_out(self):
         """A row whose log-probs are not known is not scored in the ledger; the others are."""
@@ -278,9 +361,7 @@ class TestWriting:
 
     def test_a_budget_limits_every_row(self):
         _, td = start("tokens", 3)
-        assert read_prompts(td).most(5) == [5, 5, 5]
         td["tokens_left"] = torch.tensor([[9], [2], [0]])
-        assert read_prompts(td).most(5) == [5, 2, 1]
         lengths = [len(r) for r in columns.read_field(policy()(td)["tokens"], "response", td.batch_size)]
         assert 1 <= lengths[1] <= 2
         assert lengths[2] == 0

@@ -164,5 +164,8 @@ def test_a_full_conversation_does_not_end_the_batch_of_vllm(monkeypatch, query, 
     reasons = fin["stop_reason"].flatten().tolist()
     assert (reasons[0] == StopReason.CONTEXT_FULL) == (query != "a")
     assert reasons[1:] == [StopReason.MAX_TURNS] * 3
+    [turn] = policy.sample([torch.tensor([5, 7])])
+    assert turn.ids.tolist() == [30] * 20
+    assert turn.log_probs.tolist() == [-1.0] * 20
     with pytest.raises(ValueError, match=r"row 1: its prompt of 120 tokens .* Budget\(max_context=...\)"):
         policy.generate([[5], [7] * 120])

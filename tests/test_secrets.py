@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 import json
 import logging
 import pickle
@@ -12,7 +13,8 @@ import pytest
 from tensordict import TensorDict
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, Grader, UserSimulator, columns, play
-from torchrl_chat._endpoint import HIDDEN, Secrets, shown_url, without_login
+from torchrl_chat import endpoint as endpoint_module
+from torchrl_chat.endpoint import HIDDEN, Secrets, shown_url, without_login
 from torchrl_chat.policies.endpoint import EndpointPolicy
 from torchrl_chat.rewards import Episode, LLMJudge
 from torchrl_chat.rollouts import write_rollouts
@@ -25,7 +27,7 @@ WITHIN = "pass%20word%2F%C3%BC9"
 
 
 def secret(text: str) -> bool:
-    from torchrl_chat._endpoint import basic
+    from torchrl_chat.endpoint import basic
 
     spelled = (KEY, PASSWORD, WITHIN, HEADER, basic("me", PASSWORD)[6:], json.dumps(PASSWORD)[1:-1])
     return any(word in text for word in spelled)
@@ -140,7 +142,7 @@ class TestEchoes:
         env, start = one_row()
         policy(env.reset(start))
         policy.close()
-        from torchrl_chat._endpoint import basic
+        from torchrl_chat.endpoint import basic
 
         for headers, path in seen:
             assert headers["Authorization"] == basic("me", PASSWORD)
@@ -200,7 +202,7 @@ class TestShown:
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://me:{WITHIN}@h/v1")
         judge = LLMJudge("m")
         assert secret(f"{KEY}")
-        assert not secret(Secrets.of(judge).hide(f"{KEY} {PASSWORD} {WITHIN}"))
+        assert not secret(judge.secrets.hide(f"{KEY} {PASSWORD} {WITHIN}"))
 
     def test_tools_and_servers(self):
         from torchrl_chat.openenv.client_link import Link
@@ -233,3 +235,9 @@ class TestShown:
         assert main(["eval", "--resume", str(out), "--endpoint", url]) == 0
         shown = capsys.readouterr()
         assert not secret(shown.out + shown.err)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(endpoint_module)
+    assert result.attempted
+    assert not result.failed

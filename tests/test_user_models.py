@@ -19,8 +19,8 @@ from torchrl.envs.utils import check_env_specs
 from user_turns import begin, env_of, flags, ledgers, respond, said
 
 from torchrl_chat import ChatTemplate, ChatTemplateError, DatasetChatEnv
+from torchrl_chat.policies import transformers
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
-from torchrl_chat.transforms import user_models
 from torchrl_chat.transforms.user import UserSimulator
 from torchrl_chat.transforms.user_models import EndpointUser, ModelUser, as_user_sees
 
@@ -168,11 +168,11 @@ class TestModelUser:
         other = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|pad|>{% endfor %}<|assistant|>"
         model = tiny_model(len(small), context=100)
         user = ModelUser(model, small, max_new_tokens=30, template_kwargs={"chat_template": other})
-        assert small.pad_token_id in user.stop_ids
+        assert small.pad_token_id in user.policy.stop_ids
         conversations = [turns("q", "a"), turns("q", "a" * 50)]
-        given, generate = [], user_models.generate
+        given, generate = [], transformers.generate
         monkeypatch.setattr(
-            user_models, "generate", lambda *a, most, **k: given.extend(most) or generate(*a, most=most, **k)
+            transformers, "generate", lambda *a, most, **k: given.extend(most) or generate(*a, most=most, **k)
         )
         user(conversations)
         lengths = [len(user.template.render(user.view(conversation))) for conversation in conversations]
@@ -192,7 +192,7 @@ class TestModelUser:
     def test_what_it_says_aloud(self, small, monkeypatch, sampled, expected):
         user = ModelUser(tiny_model(len(small)), small, max_new_tokens=40)
         ids = torch.tensor(small(sampled, add_special_tokens=False)["input_ids"])
-        monkeypatch.setattr(user_models, "generate", lambda *_, **__: ([ids], [ids.float()]))
+        monkeypatch.setattr(transformers, "generate", lambda *_, **__: ([ids], [ids.float()]))
         [reply] = user([turns("q", "a")])
         if expected is None:
             assert isinstance(reply, ValueError)

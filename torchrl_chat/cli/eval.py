@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torchrl_chat._endpoint import HIDDEN, shown_url
 from torchrl_chat.cli.eval_stats import Figures
 from torchrl_chat.cli.eval_tasks import make_env, make_policy
+from torchrl_chat.endpoint import HIDDEN, shown_url
 from torchrl_chat.files import replacing
 from torchrl_chat.gallery import NAMES, check_name
 from torchrl_chat.options import TEMPLATE_HELP, device, number, whole

@@ -14,8 +14,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torchrl_chat._endpoint import shown_url
 from torchrl_chat._loop import LoopThread, shared_loop
+from torchrl_chat.endpoint import shown_url
 from torchrl_chat.openenv.client_channel import Channel
 from torchrl_chat.openenv.client_docker import Container
 from torchrl_chat.openenv.client_errors import OpenEnvError, SessionLost

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from torchrl_chat._endpoint import shown_url
+from torchrl_chat.endpoint import shown_url
 from torchrl_chat.openenv.client_errors import OpenEnvError, ReplyLost, SessionLost
 from torchrl_chat.openenv.client_link import CLOSE_SECONDS, Link
 from torchrl_chat.openenv.client_session import Session

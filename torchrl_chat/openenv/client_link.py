@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from torchrl_chat._endpoint import shown_url
+from torchrl_chat.endpoint import shown_url
 from torchrl_chat.openenv.client_errors import ConnectFailed
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from torchrl_chat._endpoint import shown_url
+from torchrl_chat.endpoint import shown_url
 from torchrl_chat.openenv.client_errors import RequestTimeout, ServerError, SessionLost
 from torchrl_chat.openenv.client_link import Link
 from torchrl_chat.openenv.protocol import CloseCode, ErrorCode

@@ -8,6 +8,7 @@ from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
     from torchrl_chat.policies.endpoint import EndpointPolicy
+    from torchrl_chat.policies.policy import Policy, Prompt
     from torchrl_chat.policies.transformers import TransformersPolicy
     from torchrl_chat.policies.vllm import VLLMPolicy
     from torchrl_chat.policies.wrappers import ExactTransformersWrapper, ExactVLLMWrapper
@@ -16,10 +17,20 @@ _HOMES = {
     "EndpointPolicy": "endpoint",
     "ExactTransformersWrapper": "wrappers",
     "ExactVLLMWrapper": "wrappers",
+    "Policy": "policy",
+    "Prompt": "policy",
     "TransformersPolicy": "transformers",
     "VLLMPolicy": "vllm",
 }
 
-__all__ = ["EndpointPolicy", "ExactTransformersWrapper", "ExactVLLMWrapper", "TransformersPolicy", "VLLMPolicy"]
+__all__ = [
+    "EndpointPolicy",
+    "ExactTransformersWrapper",
+    "ExactVLLMWrapper",
+    "Policy",
+    "Prompt",
+    "TransformersPolicy",
+    "VLLMPolicy",
+]
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,48 +1,40 @@
-"""``EndpointPolicy``: a model behind an OpenAI-compatible endpoint as a policy, for evaluation.
-
-Law of this file: a row whose request fails is left as it is, with the reason beside it. It is not stepped, so that
-nothing that no policy sampled enters a ledger, and the other rows go on.
-"""
+"""``EndpointPolicy``: a model behind an OpenAI-compatible endpoint as a policy, for evaluation."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 
 from torchrl_chat import columns
-from torchrl_chat._endpoint import RESERVED, Secrets, check_options, make_client, sent
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.conversation import Turn
+from torchrl_chat.conversation.turn import Errors
+from torchrl_chat.endpoint import RESERVED, Endpoint, Reply
 from torchrl_chat.messages import Message
-from torchrl_chat.policies.writing import asked, read_prompts, read_seeds, write_answers
+from torchrl_chat.policies.policy import Policy, Prompt
+from torchrl_chat.policies.writing import Prompts, read_prompts, read_seeds
 from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.templates import ChatTemplate
 
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
-_RESERVED = (*RESERVED, "prompt", "tools", "logprobs")
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What the endpoint said to one row."""
+@dataclass(slots=True, eq=False)
+class EndpointTurn(Turn):
+    """A turn of an endpoint's model."""
 
-    text: str = ""
-    finish_reason: str | None = None
-    ids: list[int] | None = None
-    log_probs: list[float] | None = None
-    prompt_ids: list[int] | None = None
-    calls: tuple[Mapping[str, Any], ...] = ()
-    error: str = ""
+    prompt_differs: bool | None = None
+    """Whether the server read another prompt than the conversation's ids; ``None`` where it does not tell."""
 
 
-class EndpointPolicy(TensorDictModuleBase):
+class EndpointPolicy(Endpoint, Policy):
     """Asks an OpenAI-compatible endpoint for the answers of all rows at once, in any input mode.
 
     With ``api="chat"`` (default) it sends the messages of the ledger, and the server applies its own template. With
@@ -57,21 +49,17 @@ class EndpointPolicy(TensorDictModuleBase):
       environment leaves it as it is, and :func:`~torchrl_chat.playing.play` ends it;
     - ``"prompt_differs"``: bool (B,), where the server reports its prompt: whether that is not the ledger's.
 
-    Rows whose ``"_step"`` is false already, or that may sample nothing more, are not asked for. Rate limits (429), errors of the server (5xx), timeouts
-    and lost connections are tried again with exponential backoff; other refusals are not.
-
-    **Secrets.** The key, a name and a password in the URL, and the headers in ``extra`` are sent, and are in no message, log,
-    ``repr`` or rollout file: where the server's error repeats them they are hidden, and an answer that repeats them is none.
+    Rows whose ``"_step"`` is false already, or that may sample nothing more, are not asked for. :meth:`sample` does the same on
+    values, without a TensorDict. What is tried again, what is counted, and what keeps the secrets: see
+    :class:`~torchrl_chat.endpoint.Endpoint`; they are in no rollout file either, and an answer that repeats them is none.
 
     What a chat server takes out of the text is not in the text that it returns: reasoning, where it parses that, and
     tool calls, which are written again by the tokenizer's template. Ask for ids where it matters.
 
     Args:
-        model: the model's name at the endpoint.
-        base_url: the endpoint, ``"http://localhost:8000/v1"``; ``None``: the environment's ``OPENAI_BASE_URL``, or OpenAI.
+        model, base_url: see :class:`~torchrl_chat.endpoint.Endpoint`.
 
     Keyword Args:
-        api_key: ``None``: the environment's ``OPENAI_API_KEY``; with a ``base_url`` there may be none.
         api: ``"chat"`` or ``"completions"``.
         tokenizer: the environment's; ``None`` where that has none.
         tools: JSON schemas, sent with every chat request. Give them to the environment too.
@@ -83,11 +71,7 @@ class EndpointPolicy(TensorDictModuleBase):
         seeded: send a seed with each request, made of the row's ``"episode_seed"`` and its turn; a server that keeps to it
             (vLLM) gives the same answers again.
         log_probs: ask for log-probs; taken where there is one for each sampled id.
-        extra: further arguments of the request: ``{"seed": 1, "extra_body": {"top_k": 20}}``.
-        concurrency: how many requests are on their way at once.
-        retries: how often a request is tried again.
-        timeout: seconds without a sign of life after which one try is given up.
-        deadline: seconds after which a request is given up with all its tries; waiting for a free slot does not count.
+        api_key, extra, concurrency, retries, timeout, deadline: see :class:`~torchrl_chat.endpoint.Endpoint`.
 
     Raises:
         ValueError: an option has no such value, or there is no key.
@@ -97,6 +81,9 @@ class EndpointPolicy(TensorDictModuleBase):
         >>> policy = EndpointPolicy("Qwen/Qwen3-8B", "http://localhost:8000/v1", tokenizer=tokenizer, temperature=0.6)
         >>> finished = play(env, policy)  # doctest: +SKIP
     """
+
+    reserved = (*RESERVED, "prompt", "tools", "logprobs")
+    _own = (*Endpoint._own, "_loop")
 
     def __init__(
         self,
@@ -118,7 +105,7 @@ class EndpointPolicy(TensorDictModuleBase):
         timeout: float = 600.0,
         deadline: float = 1800.0,
     ):
-        super().__init__()
+        Policy.__init__(self)
         if api not in ("chat", "completions"):
             raise ValueError(f"api={api!r}: expected 'chat' or 'completions'.")
         if api == "completions" and tokenizer is None:
@@ -127,163 +114,104 @@ class EndpointPolicy(TensorDictModuleBase):
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected at least 1, or None.")
         self.in_keys = ["transcript", "episode_seed"] if seeded else ["transcript"]
         self.out_keys = ["finish_reason", "policy_error"]
-        self.model = model
-        self.base_url = base_url
-        self.api_key = api_key
-        self.api = api
+        self.api: Literal["chat", "completions"] = api
         self.tools = list(tools or ())
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.token_ids = api == "completions" if token_ids is None else token_ids
         self.seeded = seeded
         self.log_probs = log_probs
-        self.extra = dict(extra or {})
-        self.concurrency = concurrency
-        self.retries = retries
-        self.timeout = timeout
-        self.deadline = deadline
-        check_options(self, _RESERVED)
+        Endpoint.__init__(
+            self,
+            model,
+            base_url,
+            api_key,
+            extra=dict(extra or {}),
+            concurrency=concurrency,
+            retries=retries,
+            timeout=timeout,
+            deadline=deadline,
+        )
         self.template = None if tokenizer is None else ChatTemplate(tokenizer, tools=self.tools or None)
         self.tokenizer = None if self.template is None else self.template.tokenizer
+        self.codec = None if self.template is None else self.template.codec
         self.stop_ids = frozenset() if self.tokenizer is None else default_stop_ids(self.tokenizer)
-        make_client(self)  # a missing library or key is the whole run's affair: it must not wait for the first row
-        self._forget()
+        self.connect()  # a missing library or key is the whole run's affair: it must not wait for the first row
 
-    def _forget(self) -> None:
+    def _begin(self) -> None:
+        super()._begin()
         self._loop: LoopThread | None = None
-        self._client: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loop": None, "_client": None}
 
     def close(self) -> None:
         """Close the connections; they are made anew if the policy is asked again."""
-        loop, client = self._loop, self._client
-        self._forget()
+        loop, self._loop = self._loop, None
         if loop is not None and loop.alive:
-            loop.run(client.close())
+            loop.run(self.aclose())
             loop.close()
 
-    # ------------------------------------------------------------------ acting
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Ask for an answer to every row that is to be stepped."""
-        batch = tensordict.batch_size
-        goes, limits = asked(tensordict), self._limits(tensordict)
-        replies = self._replies(tensordict, goes, limits)
-        if self.template is not None and tensordict.get("tokens", None) is not None:
-            replies = self._write_tokens(tensordict, replies, goes)
-        else:
-            replies = self._write_texts(tensordict, replies, goes)
-        failed = [bool(reply.error) for reply in replies]
-        if any(failed):
-            stays = [going and not bad for going, bad in zip(columns.stepped(tensordict), failed, strict=True)]
-            tensordict.set("_step", torch.tensor(stays, device=tensordict.device).reshape(batch))
-        reasons = [reply.finish_reason or "stop" for reply in replies]
-        tensordict.set("finish_reason", columns.objects(reasons, batch, tensordict.device))
-        tensordict.set("policy_error", columns.objects([r.error for r in replies], batch, tensordict.device))
-        return tensordict
-
-    def _limits(self, td: TensorDictBase) -> list[int | None]:
-        """How many tokens each row may sample: the environment leaves one with none as it is, so it is not asked for."""
-        left = td.get("tokens_left", None)  # a budget's
-        return [None] * td.batch_size.numel() if left is None else left.reshape(-1).tolist()
-
-    def _replies(self, td: TensorDictBase, goes: Sequence[bool], limits: Sequence[int | None]) -> list[Reply]:
-        transcripts = columns.read_objects(td.get("transcript"), td.batch_size)
-        if self.seeded:
-            read_seeds(td)  # which says what is wrong where there are none
-        seeds = turn_seeds(td, transcripts, "endpoint") if self.seeded else [None] * len(transcripts)
-        requests = [
-            self._request(transcript, limit, seed) if going else None
-            for transcript, limit, seed, going in zip(transcripts, limits, seeds, goes, strict=True)
-        ]
+    # ------------------------------------------------------------------ asking
+    def _sample(self, prompts: Sequence[Prompt]) -> list[Turn | Exception]:
         if self._loop is None or not self._loop.alive:  # not in a forked child, either
-            self._loop, self._client = LoopThread("torchrl_chat.endpoint"), make_client(self)
-        return self._loop.run(self._ask_all(requests))
+            self._loop = LoopThread("torchrl_chat.endpoint")
 
-    def _request(self, transcript: Any, left: int | None, seed: int | None) -> dict[str, Any]:
-        most = [limit for limit in (self.max_new_tokens, left) if limit is not None]
-        request: dict[str, Any] = {"model": self.model, **sent(self.extra)}
-        if most:
-            request["max_tokens"] = min(most)
-        if seed is not None:
-            request["seed"] = seed
-        if self.temperature is not None:
-            request["temperature"] = self.temperature
+        async def every() -> list[Turn | Exception]:
+            self.here()  # no key, no library: that is the whole batch's affair
+            return await asyncio.gather(*map(self._answer, prompts))
+
+        return self._loop.run(every())
+
+    async def _answer(self, prompt: Prompt) -> Turn | Exception:
+        if self.api == "completions":
+            prompt = replace(prompt, ids=self._ids([prompt])[0])
+        try:
+            return self._turn(await self.ask(self._request(prompt), self.api, text=False), prompt)
+        except Exception as error:  # of the endpoint, or of a tokenizer that stumbles over what is no text
+            return error
+
+    def _request(self, prompt: Prompt) -> dict[str, Any]:
+        most = [limit for limit in (self.max_new_tokens, prompt.limit) if limit is not None]
+        asked: dict[str, Any] = {"max_tokens": min(most, default=None), "seed": prompt.seed}
+        if self.api == "completions":
+            assert prompt.ids is not None
+            asked |= {"prompt": prompt.ids.tolist(), "logprobs": 1 if self.log_probs else None}
+        elif prompt.messages is None:
+            raise ValueError("api='chat' sends messages, and the prompt has ids only")
+        else:
+            asked |= {"messages": as_sent(prompt.messages), "tools": self.tools or None}
+            asked["logprobs"] = self.log_probs or None
+        request = self.request(temperature=self.temperature, **asked)
         if self.token_ids:
             request["extra_body"] = {"return_token_ids": True, **request.get("extra_body", {})}
-        if self.api == "completions":
-            request["prompt"] = transcript.tokens.tolist()
-            if self.log_probs:
-                request["logprobs"] = 1
-            return request
-        request["messages"] = as_sent(transcript.messages)
-        if self.tools:
-            request["tools"] = self.tools
-        if self.log_probs:
-            request["logprobs"] = True
         return request
 
-    async def _ask_all(self, requests: Sequence[dict[str, Any] | None]) -> list[Reply]:
-        slots = asyncio.Semaphore(self.concurrency)
-        return list(await asyncio.gather(*(self._ask(request, slots) for request in requests)))
+    def _turn(self, reply: Reply, prompt: Prompt) -> Turn:
+        """The turn of a reply: with the ids that the server sampled, or those of its text, where the prompt has ids.
 
-    async def _ask(self, request: dict[str, Any] | None, slots: asyncio.Semaphore) -> Reply:
-        if request is None:
-            return Reply()
-        endpoint = self._client.chat.completions if self.api == "chat" else self._client.completions
-        async with slots:
-            try:
-                async with asyncio.timeout(self.deadline) as limit:
-                    reply = _read(await endpoint.create(**request))
-                if f"{reply.text} {reply.calls}" in Secrets.of(self):
-                    return Reply(
-                        error="ValueError: the endpoint's answer repeats a key or a password; it is left out"
-                    )
-                return reply
-            except Exception as error:  # the library's errors, and whatever it stumbles over in a malformed reply
-                late = limit.expired() and isinstance(error, TimeoutError)
-                said = Secrets.of(self).hide(f"{error}")
-                what = f"no reply within {self.deadline:g} s, with all tries" if late else said[:300]
-                return Reply(error=f"{type(error).__name__}: {what}")
+        Raises:
+            ValueError: the reply says nothing that can be entered.
+        """
+        turn = EndpointTurn(text=reply.text, finish_reason=reply.finish_reason or "stop", limit=prompt.limit)
+        if self.template is None or prompt.ids is None:
+            if reply.calls or not reply.text:
+                what = "a tool call, which takes a tokenizer" if reply.calls else "no text"
+                raise ValueError(f"the endpoint returned {what}")
+            return turn
+        ids = self._said(reply, prompt.ids, prompt.messages or ())
+        turn.ids = torch.tensor(ids, dtype=torch.int64)
+        if ids == reply.ids and reply.log_probs is not None and len(reply.log_probs) == len(ids):
+            turn.log_probs = torch.tensor(reply.log_probs, dtype=torch.float32)
+        [turn.text] = self.template.codec.decode([ids])
+        if reply.prompt_ids is not None:
+            turn.prompt_differs = reply.prompt_ids != prompt.ids.tolist()
+        return turn
 
-    # ------------------------------------------------------------------ writing
-    def _write_tokens(self, td: TensorDictBase, replies: list[Reply], goes: Sequence[bool]) -> list[Reply]:
-        assert self.template is not None
-        prompts = read_prompts(td)
-        transcripts = columns.read_objects(td.get("transcript"), td.batch_size)
-        nothing = [next(iter(self.stop_ids))]  # stands in a row that is not stepped, and enters no ledger
-        ids: list[list[int]] = []
-        scores: list[torch.Tensor | None] = []
-        for i, (reply, transcript, going) in enumerate(zip(replies, transcripts, goes, strict=True)):
-            sampled = nothing
-            if going and not reply.error:
-                try:
-                    sampled = self._ids(reply, transcript)
-                except Exception as error:  # a tokenizer stumbles over what is no text
-                    replies[i] = Reply(error=f"{type(error).__name__}: {error}")
-            exact = sampled == reply.ids and reply.log_probs is not None and len(reply.log_probs) == len(sampled)
-            ids.append(sampled)
-            scores.append(torch.tensor(reply.log_probs, dtype=torch.float32) if exact else None)
-        responses = [torch.tensor(row, dtype=torch.int64) for row in ids]
-        reasons = [reply.finish_reason or "stop" for reply in replies]
-        write_answers(td, prompts, responses, scores, self.template.codec.decode(ids), reasons)
-        if any(reply.prompt_ids is not None for reply in replies):
-            differs = [
-                reply.prompt_ids is not None and reply.prompt_ids != transcript.tokens.tolist()
-                for reply, transcript in zip(replies, transcripts, strict=True)
-            ]
-            td.set("prompt_differs", torch.tensor(differs, device=td.device).reshape(td.batch_size))
-        return replies
-
-    def _ids(self, reply: Reply, transcript: Any) -> list[int]:
-        """The ids of a reply: those that the server sampled, or those of its text.
+    def _said(self, reply: Reply, prompt: torch.Tensor, messages: Sequence[Message]) -> list[int]:
+        """The ids of a reply.
 
         Raises:
             ValueError: there are none, or they are no ids of this tokenizer.
         """
-        assert self.template is not None
-        codec = self.template.codec
+        codec = self.codec
         if reply.ids:
             if not all(0 <= token < codec.vocab_size for token in reply.ids):
                 raise ValueError(
@@ -291,9 +219,9 @@ class EndpointPolicy(TensorDictModuleBase):
                 )
             return reply.ids
         if reply.calls:
-            return self._spelled(reply, transcript.messages)
+            return self._spelled(reply, messages)
         if reply.text:
-            return codec.encode_continuation([reply.text], [int(transcript.tokens[-1])])[0]
+            return codec.encode_continuation([reply.text], [int(prompt[-1])])[0]
         if reply.finish_reason == "length":
             raise ValueError("the endpoint returned no text before it cut the answer")
         return [min(self.stop_ids)]  # it ended the turn at once
@@ -312,29 +240,30 @@ class EndpointPolicy(TensorDictModuleBase):
         ends = [place for place, token in enumerate(said) if token in self.stop_ids]
         return said[: ends[0] + 1] if ends else said
 
-    def _write_texts(self, td: TensorDictBase, replies: list[Reply], goes: Sequence[bool]) -> list[Reply]:
-        texts = []
-        for i, reply in enumerate(replies):
-            if goes[i] and not reply.error and (reply.calls or not reply.text):
-                what = "a tool call, which takes a tokenizer" if reply.calls else "no text"
-                replies[i] = Reply(error=f"ValueError: the endpoint returned {what}")
-            texts.append(reply.text or ".")  # the dot enters no ledger: such a row is not stepped
-        history, text = td.get("history", None), td.get("text", None)
-        if history is not None:
-            entries = [columns.history_messages([{"role": "assistant", "content": said}]) for said in texts]
-            written = columns.histories("response", entries, td.batch_size, td.device)
-            history = columns.shallow(history)
-            history.response = written.response
-            td.set("history", history)
-        elif text is not None:
-            text = columns.shallow(text)
-            text.response = columns.texts("response", texts, td.batch_size, td.device).response
-            td.set("text", text)
-        else:
-            raise KeyError(
-                "the policy has no tokenizer, and the environment is in tokens mode: pass EndpointPolicy(tokenizer=...)."
+    # ------------------------------------------------------------------ the face
+    def _read(self, td: TensorDictBase) -> tuple[list[Prompt], Prompts | None]:
+        if self.seeded:
+            read_seeds(td)  # which says what is wrong where there are none
+        transcripts = columns.read_objects(td.get("transcript"), td.batch_size)
+        shown = None if self.template is None or td.get("tokens", None) is None else read_prompts(td)
+        left = td.get("tokens_left", None)  # a budget's
+        limits = [None] * len(transcripts) if left is None else left.reshape(-1).tolist()
+        seeds = turn_seeds(td, transcripts, "endpoint") if self.seeded else [None] * len(transcripts)
+        rows = zip(transcripts, limits, seeds, strict=True)
+        return [
+            Prompt(None if shown is None else transcript.tokens, transcript.messages, limit, seed)
+            for transcript, limit, seed in rows
+        ], shown
+
+    def _write(
+        self, td: TensorDictBase, shown: Prompts | None, turns: Sequence[Turn], errors: Errors
+    ) -> TensorDictBase:
+        differs = [getattr(turn, "prompt_differs", None) for turn in turns]
+        if any(known is not None for known in differs):
+            td.set(
+                "prompt_differs", torch.tensor(list(map(bool, differs)), device=td.device).reshape(td.batch_size)
             )
-        return replies
+        return super()._write(td, shown, turns, errors)
 
 
 def as_sent(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -363,44 +292,3 @@ def _call(call: Mapping[str, Any], fallback: str) -> dict[str, Any]:
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
-
-
-def _read(completion: Any) -> Reply:
-    """The reply of either API.
-
-    Raises:
-        ValueError: there is no choice in it.
-    """
-    choices = getattr(completion, "choices", None)
-    if not choices:
-        raise ValueError(f"the endpoint returned no choice: {completion!r}")
-    choice = choices[0]
-    message = getattr(choice, "message", None)
-    text = getattr(choice, "text", None) if message is None else getattr(message, "content", None)
-    ids, prompt = getattr(choice, "token_ids", None), getattr(choice, "prompt_token_ids", None)
-    if prompt is None:  # vLLM has it beside the choices of a chat
-        prompt = getattr(completion, "prompt_token_ids", None)
-    return Reply(
-        text if isinstance(text, str) else "",
-        choice.finish_reason,
-        list(ids) if ids else None,
-        _log_probs(getattr(choice, "logprobs", None)),
-        list(prompt) if prompt else None,
-        tuple(_parsed(call) for call in getattr(message, "tool_calls", None) or ()),
-    )
-
-
-def _parsed(call: Any) -> dict[str, Any]:
-    """A call of a reply, as a message of the ledger has it."""
-    try:
-        arguments = json.loads(call.function.arguments)
-    except (TypeError, ValueError):
-        arguments = call.function.arguments
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def _log_probs(reported: Any) -> list[float] | None:
-    values = getattr(reported, "token_logprobs", None)
-    if values is None and getattr(reported, "content", None) is not None:
-        values = [entry.logprob for entry in reported.content]
-    return None if values is None or any(value is None for value in values) else [float(v) for v in values]

@@ -9,31 +9,23 @@ Law of this file: a log-prob is that of the sampled id under the distribution th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 
 from torchrl_chat import columns
-from torchrl_chat.policies.writing import (
-    IN_KEYS,
-    OUT_KEYS,
-    read_attention,
-    read_prompts,
-    read_seeds,
-    sample_answers,
-    write_answers,
-)
+from torchrl_chat.policies.policy import Policy
+from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_attention
 from torchrl_chat.sampling import default_stop_ids, generate
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
 
-class TransformersPolicy(TensorDictModuleBase):
+class TransformersPolicy(Policy):
     """Samples answers to the prompts of a :class:`~torchrl_chat.envs.ChatEnv`, in any of its input modes.
 
     Reads ``("tokens", "prompt")``, and the mask and log-probs that come with it. Only rows that are stepped (torchrl's
@@ -46,7 +38,7 @@ class TransformersPolicy(TensorDictModuleBase):
     - ``("masks", "all_assistant_mask")``, true on sampled tokens, ``("masks", "all_attention_mask")``, bool (P + R,);
     - ``("text", "response")``, a string a row.
 
-    It also answers torchrl's losses: :meth:`get_dist` gives the distribution over each token of
+    :meth:`sample` does the same on values, without a TensorDict. It also answers torchrl's losses: :meth:`get_dist` gives the distribution over each token of
     ``("tokens", "full")``, so it is the ``actor_network`` of ``GRPOLoss``.
 
     Args:
@@ -107,33 +99,16 @@ class TransformersPolicy(TensorDictModuleBase):
         return next(self.model.parameters()).device
 
     # ------------------------------------------------------------------ acting
-    @torch.no_grad()
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Sample an answer to every row that is to be stepped and may still sample.
-
-        Raises:
-            KeyError: there is no ``("tokens", "prompt")``, or, for seeded sampling, no ``"episode_seed"``.
-        """
-        prompts, device = read_prompts(tensordict), self.device
-        answers = sample_answers(
-            prompts,
-            lambda rows, limits, seeds: self.generate([row.to(device) for row in rows], limits, seeds),
-            stop_ids=self.stop_ids,
-            codec=self.codec,
-            seeds=read_seeds(tensordict) if self.seeded else None,
-        )
-        return write_answers(tensordict, prompts, *answers)
-
     def generate(
         self,
-        prompts: list[torch.Tensor],
-        limits: list[int] | None = None,
-        seeds: list[int] | None = None,
+        prompts: Sequence[torch.Tensor],
+        limits: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Sample an answer to each prompt: :func:`~torchrl_chat.sampling.generate` with this policy's settings.
 
         Args:
-            prompts: int64 ids, each of shape (P,), on the model's device.
+            prompts: int64 ids, each of shape (P,).
             limits: how many tokens each row may sample at most, at least 1, below ``max_new_tokens``.
             seeds: a seed a row.
 
@@ -142,7 +117,7 @@ class TransformersPolicy(TensorDictModuleBase):
         """
         return generate(
             self.model,
-            prompts,
+            [row.to(self.device) for row in prompts],
             stop_ids=self.stop_ids,
             most=[min(limit, self.max_new_tokens) for limit in limits or [self.max_new_tokens] * len(prompts)],
             vocab_size=self.vocab_size,

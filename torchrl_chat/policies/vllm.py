@@ -16,18 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.policies.writing import (
-    IN_KEYS,
-    OUT_KEYS,
-    read_prompts,
-    read_seeds,
-    sample_answers,
-    write_answers,
-)
+from torchrl_chat.policies.policy import Policy
+from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS
 from torchrl_chat.sampling import default_stop_ids, stream_seed
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
@@ -36,7 +28,7 @@ _WORKER = "torchrl_chat.policies.vllm_worker.WeightLoader"
 _LEAST_TEMPERATURE = 0.01  # vLLM raises what is below
 
 
-class VLLMPolicy(TensorDictModuleBase):
+class VLLMPolicy(Policy):
     """Samples answers with vLLM, for a :class:`~torchrl_chat.envs.ChatEnv` in any of its input modes.
 
     Reads and writes what :class:`~torchrl_chat.TransformersPolicy` does: ``("tokens", "prompt")``, and ``"tokens_left"``
@@ -179,27 +171,9 @@ class VLLMPolicy(TensorDictModuleBase):
         )
 
     # ------------------------------------------------------------------ acting
-    @torch.no_grad()
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Sample an answer to every row that is to be stepped and may still sample.
-
-        Raises:
-            KeyError: there is no ``("tokens", "prompt")``, or, for seeded sampling, no ``"episode_seed"``.
-            ValueError: the prompt of such a row fills the model's context.
-        """
-        prompts = read_prompts(tensordict)
-        answers = sample_answers(
-            prompts,
-            lambda rows, limits, seeds: self.generate([row.tolist() for row in rows], limits, seeds),
-            stop_ids=self.stop_ids,
-            codec=self.codec,
-            seeds=read_seeds(tensordict) if self.seeded else None,
-        )
-        return write_answers(tensordict, prompts, *answers)
-
     def generate(
         self,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[torch.Tensor | list[int]],
         limits: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> tuple[list[list[int]], list[list[float]]]:
@@ -239,8 +213,11 @@ class VLLMPolicy(TensorDictModuleBase):
         self.cached_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
         return sampled(outputs)
 
-    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    def _run(self, prompts: Sequence[torch.Tensor | list[int]], params: Sequence[Any]) -> list[Any]:
+        requests = [
+            {"prompt_token_ids": prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt}
+            for prompt in prompts
+        ]
         if self._loop is None:
             return self.engine.generate(requests, list(params), use_tqdm=False)
 

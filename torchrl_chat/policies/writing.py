@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -42,24 +42,6 @@ class Prompts:
     log_probs: list[torch.Tensor]
     limits: list[int] | None
     asked: list[int]
-
-    def most(self, max_new_tokens: int) -> list[int]:
-        """How many tokens each row may sample, where a policy cuts every answer at ``max_new_tokens``; at least 1.
-
-        Where nothing is left, the environment leaves the row as it is, whatever the policy writes.
-        """
-        if self.limits is None:
-            return [max_new_tokens] * len(self.ids)
-        return [max(1, min(max_new_tokens, limit)) for limit in self.limits]
-
-
-class Answers(NamedTuple):
-    """The answers of a batch, a value a row: what :func:`write_answers` takes."""
-
-    responses: list[torch.Tensor]
-    scores: list[torch.Tensor]
-    texts: list[str]
-    finish_reasons: list[str]
 
 
 def read_prompts(tensordict: TensorDictBase) -> Prompts:
@@ -141,44 +123,6 @@ def read_seeds(tensordict: TensorDictBase) -> list[int]:
     return column.flatten().tolist()
 
 
-def sample_answers(
-    prompts: Prompts,
-    generate: Callable[[list[Any], list[int] | None, list[int] | None], tuple[Sequence[Any], Sequence[Any]]],
-    *,
-    stop_ids: Collection[int],
-    codec: Any,
-    seeds: Sequence[int] | None = None,
-) -> Answers:
-    """Let a model answer the rows that are to be sampled, and no others; without any such row it is not called.
-
-    The others get what :class:`~torchrl_chat.ChatEnv` takes and puts into no ledger: an empty answer where nothing may
-    be sampled, and where the row is not stepped, for which it wants a token, one stop id that is under no mask.
-
-    Args:
-        prompts: those of all rows.
-        generate: gets prompts, limits (``None`` without a budget) and seeds (``None`` without any) of the rows to be
-            sampled, and returns the ids that it sampled for each, and their log-probs.
-        stop_ids: ids that end an answer.
-        codec: decodes ids.
-        seeds: a seed a row, of all rows.
-    """
-
-    def chosen(values: Sequence[int] | None) -> list[int] | None:
-        return None if values is None else [values[i] for i in prompts.asked]
-
-    full = [prompts.limits is not None and prompts.limits[i] <= 0 for i in range(len(prompts.ids))]
-    responses = [torch.tensor([] if nothing else [min(stop_ids)], dtype=torch.int64) for nothing in full]
-    scores = [torch.zeros(len(row)) for row in responses]
-    if prompts.asked:
-        answered = generate([prompts.ids[i] for i in prompts.asked], chosen(prompts.limits), chosen(seeds))
-        for i, row, score in zip(prompts.asked, *answered, strict=True):
-            responses[i] = torch.as_tensor(row, dtype=torch.int64)
-            scores[i] = torch.as_tensor(score, dtype=torch.float32)
-    ids = [row.tolist() for row in responses]
-    reasons = ["stop" if row and row[-1] in stop_ids else "length" for row in ids]
-    return Answers(responses, scores, codec.decode(ids), reasons)
-
-
 def write_answers(
     tensordict: TensorDictBase,
     prompts: Prompts,
@@ -204,52 +148,24 @@ def write_answers(
         The TensorDict itself.
     """
     batch, device = tensordict.batch_size, tensordict.device
-    sampled = [row.to(prompt.device) for row, prompt in zip(responses, prompts.ids, strict=True)]
-    scored = [
-        None if row is None else row.to(before.device)
-        for row, before in zip(scores, prompts.log_probs, strict=True)
-    ]
-
-    def column(cls: type, rows: list[dict[str, Any]]) -> Any:
-        return container(cls, rows, batch, device)
-
-    fulls = [torch.cat(pair) for pair in zip(prompts.ids, sampled, strict=True)]
     theirs = set(prompts.asked)
-    tensordict.set(
-        "tokens",
-        column(
-            Tokens,
-            [
-                {"prompt": prompt, "response": row, "full": full}
-                for prompt, row, full in zip(prompts.ids, sampled, fulls, strict=True)
-            ],
-        ),
-    )
-    tensordict.set(
-        "log_probs",
-        column(
-            LogProbs,
-            [
-                {"prompt": before}
-                if row is None
-                else {"prompt": before, "response": row, "full": torch.cat((before, row))}
-                for before, row in zip(prompts.log_probs, scored, strict=True)
-            ],
-        ),
-    )
-    tensordict.set(
-        "masks",
-        column(
-            Masks,
-            [
-                {
-                    "all_assistant_mask": torch.cat((mask, torch.full_like(row, i in theirs, dtype=torch.bool))),
-                    "all_attention_mask": torch.ones_like(full, dtype=torch.bool),
-                }
-                for i, (mask, row, full) in enumerate(zip(prompts.masks, sampled, fulls, strict=True))
-            ],
-        ),
-    )
+    tokens, log_probs, masks = [], [], []
+    for i, (prompt, before, mask) in enumerate(zip(prompts.ids, prompts.log_probs, prompts.masks, strict=True)):
+        row, score = responses[i].to(prompt.device), scores[i]
+        full, its = torch.cat((prompt, row)), torch.full_like(row, i in theirs, dtype=torch.bool)
+        tokens.append({"prompt": prompt, "response": row, "full": full})
+        masks.append(
+            {
+                "all_assistant_mask": torch.cat((mask, its)),
+                "all_attention_mask": torch.ones_like(full, dtype=torch.bool),
+            }
+        )
+        log_probs.append({"prompt": before})
+        if score is not None:
+            score = score.to(before.device)
+            log_probs[i] |= {"response": score, "full": torch.cat((before, score))}
+    for key, cls, rows in (("tokens", Tokens, tokens), ("log_probs", LogProbs, log_probs), ("masks", Masks, masks)):
+        tensordict.set(key, container(cls, rows, batch, device))
     written = columns.texts("response", texts, batch, device)
     if (text := tensordict.get("text", None)) is not None:
         text = columns.shallow(text)

@@ -17,8 +17,8 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torchrl_chat._endpoint import without_login
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.endpoint import without_login
 from torchrl_chat.tools.function import ToolBase, checked_deadline, is_name
 from torchrl_chat.tools.mcp_link import Forgotten, Link, Lost, NotSent, Server, Unreachable, http_pool
 from torchrl_chat.tools.results import ToolError, ToolTimeout

@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrl_chat._endpoint import shown_url
+from torchrl_chat.endpoint import shown_url
 
 NOT_SENT = -32801  # our own error codes, outside of those that JSON-RPC and MCP use
 LOST = -32802

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDict
 
-from torchrl_chat._endpoint import Secrets, of_url, shown_url, without_login
+from torchrl_chat.endpoint import Secrets, of_url, shown_url, without_login
 from torchrl_chat.training import layouts, sequence_log_probs
 
 RemoteLogProbs = Callable[[list[list[int]]], Sequence[Sequence[float | None]]]

@@ -183,10 +183,10 @@ class UserSimulator(Transform):
         return tensordict_reset
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        env, batch = self._env, next_tensordict.batch_size
+        env, batch = chat_env(self), next_tensordict.batch_size
         transcripts = env._transcripts(next_tensordict)
-        over = _flags(next_tensordict, "done", False)
-        stepped = _flags(tensordict, "_step", True)  # torchrl's way to leave finished rows as they are
+        over = next_tensordict.get("done").reshape(len(transcripts), -1).any(-1).tolist()
+        stepped = columns.stepped(tensordict)  # torchrl's way to leave finished rows as they are
         asked = [
             i
             for i, transcript in enumerate(transcripts)
@@ -196,35 +196,33 @@ class UserSimulator(Transform):
             and not is_replied_to(self, transcript.messages[-1])
         ]
         counts = self._counts(tensordict, transcripts)
-        values = self._replies(tensordict, next_tensordict, transcripts, asked, counts)
-        replies = dict(zip(asked, values, strict=True))
+        replies = self._replies(tensordict, next_tensordict, transcripts, asked, counts)
         said = {i: r.messages for i, r in replies.items() if r.messages and (self.keep_closing or not r.ends)}
         if said:
             errors: dict[int, Any] = {}
             lines = [said.get(i) for i in range(len(transcripts))]
             next_tensordict = env.append_messages(next_tensordict, lines, errors=errors)
-            for i, error in errors.items():
-                replies[i] = _Reply(failure=f"error: {type(error).__name__}: {error}")
-        told = [replies[i].failure if i in replies else "" for i in range(len(transcripts))]
-        told = tell_failures(next_tensordict, tensordict, told)
-        self._warn([(i, why) for i, why in enumerate(told) if why], len(asked))
-
-        ends = [i in replies and replies[i].ends for i in range(len(transcripts))]
-        cut = [i in replies and (replies[i].limit or bool(replies[i].failure)) for i in range(len(transcripts))]
-        both = [end or short for end, short in zip(ends, cut, strict=True)]
-        for key, flags in (("terminated", ends), ("truncated", cut), ("done", both)):
-            column = torch.tensor(flags, device=next_tensordict.device).reshape(*batch, 1)
+            replies |= {i: _Reply(failure=f"error: {type(e).__name__}: {e}") for i, e in errors.items()}
+        rows = [replies.get(i, _Reply()) for i in range(len(transcripts))]
+        told = tell_failures(next_tensordict, tensordict, [row.failure for row in rows])
+        if failed := [(i, why) for i, why in enumerate(told) if why]:
+            warnings.warn(
+                f"{len(failed)} of {len(asked)} simulated users failed; their rows are truncated. The first, row "
+                f"{failed[0][0]}: {failed[0][1]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        ends = torch.tensor([row.ends for row in rows], device=next_tensordict.device).reshape(*batch, 1)
+        cut = torch.tensor([row.limit or bool(row.failure) for row in rows], device=ends.device).reshape(*batch, 1)
+        for key, column in (("terminated", ends), ("truncated", cut), ("done", ends | cut)):
             before = next_tensordict.get(key, None)
             next_tensordict.set(key, column if before is None else before | column)
         for i, messages in said.items():
-            if not replies[i].failure:
+            if not rows[i].failure:
                 counts[i] += sum(message["role"] == env.user_role for message in messages)
         known = tensordict.get("user_failure", None)
-        failures = [""] * len(transcripts) if known is None else columns.read_objects(known, batch)
-        for i, ran in enumerate(stepped):
-            if ran:
-                failures[i] = told[i]
-        self._write(next_tensordict, counts, failures)
+        failures = [""] * len(rows) if known is None else columns.read_objects(known, batch)
+        self._write(next_tensordict, counts, [told[i] if ran else failures[i] for i, ran in enumerate(stepped)])
         return next_tensordict
 
     @staticmethod
@@ -249,9 +247,12 @@ class UserSimulator(Transform):
     def _counts(self, root: TensorDictBase, transcripts: list[Transcript]) -> list[int]:
         """How many messages the user has said in each row."""
         known = root.get("user_turns", None)
-        if known is None:  # the rows come from an environment without a simulator
-            return [_times(transcript, self._env.user_role) for transcript in transcripts]
-        return known.flatten().tolist()
+        if known is not None:
+            return known.flatten().tolist()
+        # The rows come from an environment without a simulator: what stands behind the policy's first answer.
+        role = chat_env(self).user_role
+        behind = [t.messages[t.spans[0].message if t.spans else 0 :] for t in transcripts]
+        return [sum(message["role"] == role for message in messages) for messages in behind]
 
     def _replies(
         self,
@@ -260,40 +261,35 @@ class UserSimulator(Transform):
         transcripts: list[Transcript],
         asked: list[int],
         counts: list[int],
-    ) -> list[_Reply]:
+    ) -> dict[int, _Reply]:
         """What becomes of each row that is asked."""
         going = [i for i in asked if self.turns is None or counts[i] < self.turns]
-        if self.script is not None:
-            values: list[Any] = [self._line(self.script, counts[i]) for i in going]
-        elif self.script_key is not None:
-            scripts = self._read(root, following, self.script_key, "script_key")
-            values = [
-                _tried(lambda i: self._line(_script(scripts[i], f"{self.script_key!r}"), counts[i]), i)
-                for i in going
-            ]
+        if self.user is None:
+            scripts, name = [self.script] * len(transcripts), "user"
+            if self.script_key is not None:
+                scripts, name = self._column(root, following, self.script_key, "script_key"), f"{self.script_key!r}"
+            values = [_tried(_line, scripts[i], counts[i], name) for i in going]
         else:
-            named = {key: self._read(root, following, key, "row_keys") for key in self.row_keys}
-            known = [{key: column[i] for key, column in named.items()} for i in going]
+            named = {key: self._column(root, following, key, "row_keys") for key in self.row_keys}
+            rows = [{key: column[i] for key, column in named.items()} for i in going]
             seeds = turn_seeds(root, transcripts, "user")
             conversations = [[dict(m) for m in transcripts[i].messages] for i in going]
-            values = self._asked(conversations, known, [seeds[i] for i in going])
+            values = self._asked(conversations, rows, [seeds[i] for i in going]) if going else []
         replies = {i: self._reply(value) for i, value in zip(going, values, strict=True)}
-        return [replies.get(i, _Reply(limit=True)) for i in asked]
-
-    @staticmethod
-    def _line(script: list[str | Message], count: int) -> str | Message | None:
-        return script[count] if count < len(script) else None
+        return {i: replies.get(i, _Reply(limit=True)) for i in asked}
 
     def _asked(
         self, conversations: list[list[Message]], rows: list[dict[Any, Any]], seeds: list[int | None]
     ) -> list[Any]:
         """What the function returns for each conversation, or the exception that it raises."""
-        if not conversations:
-            return []
-        values = [
-            _tried(self.user, *((said, row) if self.row_keys else (said,)), **given)
-            for said, row, given in self._calls(conversations, rows, seeds)
-        ]
+        given: tuple[list[Any], ...] = (conversations, rows) if self.row_keys else (conversations,)
+        if self.batched:
+            values = [_tried(self.user, *given, **({"seeds": seeds} if self.seeded else {}))]
+        else:
+            values = [
+                _tried(self.user, *arguments, **({"seed": seed} if self.seeded else {}))
+                for *arguments, seed in zip(*given, seeds, strict=True)
+            ]
         if any(hasattr(value, "__await__") for value in values):
             if self._loop is None or not self._loop.alive:  # a forked child has no thread
                 self._loop = LoopThread("torchrl_chat.user")
@@ -302,21 +298,11 @@ class UserSimulator(Transform):
         if not self.batched:
             return values
         [value] = values
-        if isinstance(value, Exception):
-            return [value] * len(conversations)
-        if not isinstance(value, (list, tuple)) or len(value) != len(conversations):
-            wrong = f"a batched user returned {value!r:.80} for {len(conversations)} conversations"
-            return [ValueError(wrong)] * len(conversations)
-        return list(value)
-
-    def _calls(
-        self, conversations: list[list[Message]], rows: list[dict[Any, Any]], seeds: list[int | None]
-    ) -> list[tuple[Any, Any, dict[str, Any]]]:
-        """What the function is called with: conversations, their rows, and keyword arguments."""
-        if self.batched:
-            return [(conversations, rows, {"seeds": seeds} if self.seeded else {})]
-        given = [{"seed": seed} if self.seeded else {} for seed in seeds]
-        return list(zip(conversations, rows, given, strict=True))
+        if isinstance(value, (list, tuple)) and len(value) == len(conversations):
+            return list(value)
+        if not isinstance(value, Exception):
+            value = ValueError(f"a batched user returned {value!r:.80} for {len(conversations)} conversations")
+        return [value] * len(conversations)
 
     def _reply(self, value: Any) -> _Reply:
         """What a value that the user returned means."""
@@ -325,7 +311,8 @@ class UserSimulator(Transform):
         try:
             if isinstance(value, Exception):
                 raise value
-            user, policy = self._env.user_role, self._env.policy_role
+            env = chat_env(self)
+            user, policy = env.user_role, env.policy_role
             messages = as_messages(value, role=user, where="the user's reply")
             roles = [message["role"] for message in messages]
             if policy in roles or user not in roles:
@@ -334,34 +321,15 @@ class UserSimulator(Transform):
                     f"policy speaks"
                 )
             words = "\n".join(content_text(message) for message in messages if message["role"] == user)
-            return _Reply(messages, ends=self._stops(words))
+            ends = self.stop in words if isinstance(self.stop, str) else self.stop is not None and self.stop(words)
+            return _Reply(messages, ends=bool(ends))
         except TimeoutError as error:
             return _Reply(failure=f"timeout: {error}")
         except Exception as error:  # whatever a user does, the other rows are not lost
             return _Reply(failure=f"error: {type(error).__name__}: {error}")
 
-    def _stops(self, words: str) -> bool:
-        if self.stop is None:
-            return False
-        return self.stop in words if isinstance(self.stop, str) else bool(self.stop(words))
-
-    @staticmethod
-    def _warn(failed: list[tuple[int, str]], asked: int) -> None:
-        if failed:
-            row, reason = failed[0]
-            warnings.warn(
-                f"{len(failed)} of {asked} simulated users failed; their rows are truncated. The first, row {row}: "
-                f"{reason}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
     # ------------------------------------------------------------------ reading
-    @property
-    def _env(self) -> Any:
-        return chat_env(self)
-
-    def _read(self, root: TensorDictBase, following: TensorDictBase, key: NestedKey, what: str) -> list[Any]:
+    def _column(self, root: TensorDictBase, following: TensorDictBase, key: NestedKey, what: str) -> list[Any]:
         value = following.get(key, None)
         value = root.get(key, None) if value is None else value
         if value is None:
@@ -381,17 +349,10 @@ def _script(lines: Any, where: str) -> list[str | Message]:
     return [line if isinstance(line, str) else check_message(line, f"{where}[{i}]") for i, line in enumerate(lines)]
 
 
-def _times(transcript: Transcript, role: str) -> int:
-    """How many messages of a role stand behind the policy's first answer."""
-    first = transcript.spans[0].message if transcript.spans else 0
-    return sum(message["role"] == role for message in transcript.messages[first:])
-
-
-def _flags(td: TensorDictBase, key: str, default: bool) -> list[bool]:
-    value = td.get(key, None)
-    if value is None:
-        return [default] * td.batch_size.numel()
-    return value.reshape(td.batch_size.numel(), -1).any(-1).tolist()
+def _line(script: Any, count: int, where: str) -> str | Message | None:
+    """The next line of a script; ``None`` behind the last."""
+    lines = _script(script, where)
+    return lines[count] if count < len(lines) else None
 
 
 def _tried(function: Any, *arguments: Any, **given: Any) -> Any:
