@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from openenv_live import HELLO, ask, connect, live, wait_for
 
 from torchrl_chat import ChatTemplate
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits, ProtocolError, parse_frame
 
 pytestmark = pytest.mark.services

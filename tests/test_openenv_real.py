@@ -30,11 +30,11 @@ from torchrl.envs.transforms import Compose
 
 from torchrl_chat import DatasetChatEnv, RewardTransform, StopReason, TransformersPolicy, columns
 from torchrl_chat.cli.grpo import GRPOConfig, grpo
-from torchrl_chat.openenv.batch import OpenEnvChatEnv
-from torchrl_chat.openenv.batch_adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, text_adapter
-from torchrl_chat.openenv.client import GenericClient
-from torchrl_chat.openenv.client_chat import ChatEnv
-from torchrl_chat.openenv.client_errors import ReplyLost, ServerError, SessionLost
+from torchrl_chat.openenv.batch.adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, text_adapter
+from torchrl_chat.openenv.batch.env import OpenEnvChatEnv
+from torchrl_chat.openenv.client.chat import ChatEnv
+from torchrl_chat.openenv.client.errors import ReplyLost, ServerError, SessionLost
+from torchrl_chat.openenv.client.generic import GenericClient
 from torchrl_chat.openenv.models import ChatAction
 from torchrl_chat.rewards import NumberVerifier
 from torchrl_chat.tiny import last_digit_rows, tiny_model, tiny_tokenizer

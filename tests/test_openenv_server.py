@@ -21,8 +21,8 @@ from conftest import bpe_tokenizer
 from openenv_live import HELLO, TEMPLATE, arguments, ask, connect, live, wait_for
 
 from torchrl_chat.cli import serve
-from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.pool import EnvPool, TorchRLEnvironment
 from torchrl_chat.openenv.models import Action, ChatAction, Observation, State
 from torchrl_chat.openenv.protocol import Limits, dumps
 from torchrl_chat.openenv.server import create_app
@@ -547,7 +547,7 @@ def test_a_port_that_others_reach_needs_a_token_or_a_word():
 def test_the_command_serves_until_sigterm_and_finishes_steps(tmp_path):
     (tmp_path / "slow_env.py").write_text(
         "import time\n"
-        "from torchrl_chat.openenv.environment import ChatEnvironment\n"
+        "from torchrl_chat.openenv.chat.environment import ChatEnvironment\n"
         "def rubric(action, observation):\n    time.sleep(1.0)\n    return 1.0\n"
         "def make(tokenizer):\n    return ChatEnvironment(tokenizer, rubric=rubric)\n"
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 from torchrl_chat.conversation import MessageEnv
 from torchrl_chat.named import named
-from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.pool import EnvPool, TorchRLEnvironment
 
 NAMES = ("chat", "countdown", "digits", "gsm8k", "ifeval", "math", "reasoning-gym:TASK")
 
@@ -37,7 +37,7 @@ def factory_of(
         seed: of generated problems.
         python_tool: whether fenced Python code in an answer is run in a sandbox, its output appended.
         template: arguments of :class:`~torchrl_chat.ChatTemplate`.
-        **limits: see :class:`~torchrl_chat.openenv.episode.EpisodeLimits`.
+        **limits: see :class:`~torchrl_chat.openenv.chat.episode.EpisodeLimits`.
 
     Raises:
         ValueError: there is no such environment.

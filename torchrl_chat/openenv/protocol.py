@@ -47,7 +47,7 @@ class CloseCode(enum.IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ServerLimits:
     """What a client may ask for.
 
     Attributes:
@@ -87,6 +87,10 @@ class Limits:
         if self.max_sessions_per_address is not None:
             return min(self.max_sessions_per_address, self.max_sessions)
         return math.ceil(0.75 * self.max_sessions)
+
+
+Limits = ServerLimits
+"""The name from before :class:`~torchrl_chat.conversation.Limits` were those of a conversation everywhere."""
 
 
 class ProtocolError(Exception):
@@ -131,7 +135,7 @@ def _fallback(value: Any) -> Any:
     return str(value)
 
 
-def loads(raw: bytes | str, limits: Limits) -> Any:
+def loads(raw: bytes | str, limits: ServerLimits) -> Any:
     """A JSON value within the limits.
 
     Raises:
@@ -174,7 +178,7 @@ def _too_deep(value: Any, depth: int) -> bool:
     return False
 
 
-def parse_frame(raw: bytes | str, limits: Limits) -> Frame:
+def parse_frame(raw: bytes | str, limits: ServerLimits) -> Frame:
     """The frame that a client sent.
 
     Raises:

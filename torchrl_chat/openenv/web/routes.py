@@ -11,7 +11,7 @@ from typing import Any
 
 from torchrl_chat.conversation import Transcript
 from torchrl_chat.openenv.protocol import ProtocolError, dumps
-from torchrl_chat.openenv.security import Guard, OwnNames
+from torchrl_chat.openenv.server.security import Guard, OwnNames
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.rollouts import sequence as written_sequence
 

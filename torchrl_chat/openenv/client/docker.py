@@ -10,7 +10,7 @@ import urllib.request
 import weakref
 from collections.abc import Mapping, Sequence
 
-from torchrl_chat.openenv.client_errors import ConnectFailed
+from torchrl_chat.openenv.client.errors import ConnectFailed
 
 _PORT = 8000  # where the server listens in every image of OpenEnv
 _COMMAND_SECONDS = 600.0  # the image may have to be pulled first

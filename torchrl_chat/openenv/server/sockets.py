@@ -9,11 +9,11 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from torchrl_chat.openenv import mcp
-from torchrl_chat.openenv.metrics import Metrics
-from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, Limits, ProtocolError, parse_frame, short
-from torchrl_chat.openenv.security import Bucket, Guard, address_of
-from torchrl_chat.openenv.sessions import Session, Sessions
+from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, ServerLimits, parse_frame, short
+from torchrl_chat.openenv.server import mcp
+from torchrl_chat.openenv.server.metrics import Metrics
+from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
+from torchrl_chat.openenv.server.sessions import Session, Sessions
 
 log = logging.getLogger("torchrl_chat.openenv")
 _GONE = (WebSocketDisconnect, RuntimeError, OSError)  # what sending to a closed socket raises
@@ -28,11 +28,17 @@ class Connection:
         receive, send: the server's side of it.
         sessions: the server's sessions.
         metrics: the server's counters.
-        limits: see :class:`Limits`.
+        limits: see :class:`ServerLimits`.
     """
 
     def __init__(
-        self, socket: WebSocket, receive: Receive, send: Send, sessions: Sessions, metrics: Metrics, limits: Limits
+        self,
+        socket: WebSocket,
+        receive: Receive,
+        send: Send,
+        sessions: Sessions,
+        metrics: Metrics,
+        limits: ServerLimits,
     ):
         self._socket = socket
         self._receive = receive
@@ -167,10 +173,10 @@ class Endpoint:
         sessions: the server's sessions.
         guard: who may connect.
         metrics: the server's counters.
-        limits: see :class:`Limits`.
+        limits: see :class:`ServerLimits`.
     """
 
-    def __init__(self, sessions: Sessions, guard: Guard, metrics: Metrics, limits: Limits):
+    def __init__(self, sessions: Sessions, guard: Guard, metrics: Metrics, limits: ServerLimits):
         self._sessions = sessions
         self._guard = guard
         self._metrics = metrics

@@ -12,8 +12,8 @@ from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
 from torchrl_chat.conversation import StopReason
-from torchrl_chat.openenv.batch_sessions import Reply
-from torchrl_chat.openenv.client_errors import OpenEnvError
+from torchrl_chat.openenv.batch.pool import Reply
+from torchrl_chat.openenv.client.errors import OpenEnvError
 from torchrl_chat.seeds import SEED
 
 

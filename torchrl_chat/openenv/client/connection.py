@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from torchrl_chat._endpoint import shown_url
-from torchrl_chat.openenv.client_errors import RequestTimeout, ServerError, SessionLost
-from torchrl_chat.openenv.client_link import Link
+from torchrl_chat.openenv.client.errors import RequestTimeout, ServerError, SessionLost
+from torchrl_chat.openenv.client.link import Link
 from torchrl_chat.openenv.protocol import CloseCode, ErrorCode
 
 if TYPE_CHECKING:
-    from torchrl_chat.openenv.client_socket import Socket
+    from torchrl_chat.openenv.client.socket import Socket
 
 _REPLIES = {"reset": "observation", "step": "observation", "state": "state", "mcp": "mcp"}
 # Sent unasked, in front of the end of the connection; they answer no request.

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from torchrl_chat.openenv.metrics import Metrics
 from torchrl_chat.openenv.models import ResetRequest
-from torchrl_chat.openenv.protocol import ErrorCode, Limits, ProtocolError, dumps, invalid, short
-from torchrl_chat.openenv.replies import Replies
-from torchrl_chat.openenv.workers import Late, Workers
+from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, ServerLimits, dumps, invalid, short
+from torchrl_chat.openenv.server.metrics import Metrics
+from torchrl_chat.openenv.server.replies import Replies
+from torchrl_chat.openenv.server.workers import Late, Workers
 
 log = logging.getLogger("torchrl_chat.openenv")
 _GRACE = 0.25  # seconds
@@ -41,7 +41,7 @@ class Session:
     Args:
         env: the environment.
         action_cls: the model of its actions.
-        limits: see :class:`Limits`.
+        limits: see :class:`ServerLimits`.
         workers: where its heavy work runs.
         metrics: the server's counters.
         resumable: whether it outlives its socket.
@@ -52,7 +52,7 @@ class Session:
         self,
         env: Any,
         action_cls: type[BaseModel],
-        limits: Limits,
+        limits: ServerLimits,
         workers: Workers,
         metrics: Metrics,
         resumable: bool = False,
@@ -231,7 +231,7 @@ class Sessions:
     Args:
         factory: makes the environment of a session.
         action_cls: the model of its actions.
-        limits: see :class:`Limits`.
+        limits: see :class:`ServerLimits`.
         metrics: the server's counters.
         workers: threads for heavy work.
     """
@@ -240,7 +240,7 @@ class Sessions:
         self,
         factory: Callable[[], Any],
         action_cls: type[BaseModel],
-        limits: Limits,
+        limits: ServerLimits,
         metrics: Metrics,
         workers: int = 4,
     ):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from torchrl_chat._endpoint import shown_url
-from torchrl_chat.openenv.client_errors import ConnectFailed
+from torchrl_chat.openenv.client.errors import ConnectFailed
 
 if TYPE_CHECKING:
-    from torchrl_chat.openenv.client_socket import Socket
+    from torchrl_chat.openenv.client.socket import Socket
 
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 CLOSE_SECONDS = 2.0
@@ -84,7 +84,7 @@ class Link:
         need_websockets()
         from websockets.asyncio.client import connect
 
-        from torchrl_chat.openenv.client_socket import Socket
+        from torchrl_chat.openenv.client.socket import Socket
 
         address, loop = self.address(query), asyncio.get_running_loop()
         give_up, delay = loop.time() + self.connect_timeout, 0.05

@@ -11,14 +11,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from torchrl_chat.openenv import mcp
-from torchrl_chat.openenv.catalog import Catalog
-from torchrl_chat.openenv.documents import page
-from torchrl_chat.openenv.metrics import Metrics
 from torchrl_chat.openenv.models import StepRequest, TaskRequest
-from torchrl_chat.openenv.protocol import ErrorCode, Limits, ProtocolError, dumps, invalid, loads, short
-from torchrl_chat.openenv.security import Buckets, Guard, address_of
-from torchrl_chat.openenv.sessions import Session, Sessions
+from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, ServerLimits, dumps, invalid, loads, short
+from torchrl_chat.openenv.server import mcp
+from torchrl_chat.openenv.server.catalog import Catalog
+from torchrl_chat.openenv.server.documents import page
+from torchrl_chat.openenv.server.metrics import Metrics
+from torchrl_chat.openenv.server.security import Buckets, Guard, address_of
+from torchrl_chat.openenv.server.sessions import Session, Sessions
 
 log = logging.getLogger("torchrl_chat.openenv")
 _STATUS = {
@@ -48,10 +48,10 @@ class Routes:
         catalog: what it knows of its environment.
         guard: who may pass.
         metrics: its counters.
-        limits: see :class:`Limits`.
+        limits: see :class:`ServerLimits`.
     """
 
-    def __init__(self, sessions: Sessions, catalog: Catalog, guard: Guard, metrics: Metrics, limits: Limits):
+    def __init__(self, sessions: Sessions, catalog: Catalog, guard: Guard, metrics: Metrics, limits: ServerLimits):
         self._sessions = sessions
         self._catalog = catalog
         self._guard = guard

@@ -22,11 +22,11 @@ from torchrl_chat import columns
 from torchrl_chat.conversation import StopReason, Transcript
 from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.messages import Message, as_messages, content_text
-from torchrl_chat.openenv.batch_adapters import CHAT, Adapter, Answer
-from torchrl_chat.openenv.batch_rows import Row, Seen, end_columns, read_reply, row_columns, row_specs
-from torchrl_chat.openenv.batch_sessions import Sessions
-from torchrl_chat.openenv.client_errors import ConnectFailed, OpenEnvError, ServerError
-from torchrl_chat.openenv.client_link import Link, need_websockets
+from torchrl_chat.openenv.batch.adapters import CHAT, Adapter, Answer
+from torchrl_chat.openenv.batch.pool import Sessions
+from torchrl_chat.openenv.batch.rows import Row, Seen, end_columns, read_reply, row_columns, row_specs
+from torchrl_chat.openenv.client.errors import ConnectFailed, OpenEnvError, ServerError
+from torchrl_chat.openenv.client.link import Link, need_websockets
 from torchrl_chat.seeds import mixed
 
 FAILED = StopReason.ERROR
@@ -78,7 +78,7 @@ class OpenEnvChatEnv(ChatEnv):
         headers, token: HTTP headers, and a bearer token.
         connect_timeout: seconds for connecting, within which a server that is starting or full is tried again.
         reset_timeout, step_timeout: seconds for the replies; ``None`` for no limit.
-        link: further fields of the :class:`~torchrl_chat.openenv.client_link.Link`, such as ``max_bytes``; with
+        link: further fields of the :class:`~torchrl_chat.openenv.client.link.Link`, such as ``max_bytes``; with
             ``{"resume": True}`` the sessions of this package's server outlive their connections.
         chat: arguments of :class:`~torchrl_chat.ChatEnv`: ``input_mode``, ``batch_size``, ``tokenizer``,
             ``system_prompt`` ...

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchrl_chat._endpoint import shown_url
-from torchrl_chat.openenv.client_errors import OpenEnvError, ReplyLost, SessionLost
-from torchrl_chat.openenv.client_link import CLOSE_SECONDS, Link
-from torchrl_chat.openenv.client_session import Session
+from torchrl_chat.openenv.client.connection import Session
+from torchrl_chat.openenv.client.errors import OpenEnvError, ReplyLost, SessionLost
+from torchrl_chat.openenv.client.link import CLOSE_SECONDS, Link
 
 _RESETS = 2  # in sessions that may have ended since they were last used
 

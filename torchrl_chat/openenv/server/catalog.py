@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from torchrl_chat.openenv.documents import openapi_of
 from torchrl_chat.openenv.models import State
+from torchrl_chat.openenv.server.documents import openapi_of
 
 
 class Catalog:

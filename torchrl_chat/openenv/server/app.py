@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
-from torchrl_chat.openenv.protocol import Limits
+from torchrl_chat.openenv.protocol import ServerLimits
 
 try:
     from starlette.applications import Starlette
@@ -30,12 +30,12 @@ try:
 except ImportError as error:
     raise ImportError("the server needs starlette and uvicorn: pip install 'torchrl_chat[serve]'") from error
 
-from torchrl_chat.openenv import sockets
-from torchrl_chat.openenv.catalog import Catalog
-from torchrl_chat.openenv.http import Routes
-from torchrl_chat.openenv.metrics import Metrics
-from torchrl_chat.openenv.security import Guard, OwnNames
-from torchrl_chat.openenv.sessions import Sessions
+from torchrl_chat.openenv.server import sockets
+from torchrl_chat.openenv.server.catalog import Catalog
+from torchrl_chat.openenv.server.http import Routes
+from torchrl_chat.openenv.server.metrics import Metrics
+from torchrl_chat.openenv.server.security import Guard, OwnNames
+from torchrl_chat.openenv.server.sessions import Sessions
 
 log = logging.getLogger("torchrl_chat.openenv")
 
@@ -48,7 +48,7 @@ def create_app(
     *,
     state_cls: type[BaseModel] = ChatState,
     max_concurrent_envs: int | None = None,
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
     token: str | None = None,
     allowed_origins: Collection[str] = (),
     loopback: bool = False,
@@ -63,7 +63,7 @@ def create_app(
         action_cls, observation_cls, state_cls: the models of what crosses the wire.
         env_name: the environment's name in the Task API.
         max_concurrent_envs: OpenEnv's name for ``limits.max_sessions``; wins over it.
-        limits: see :class:`Limits`.
+        limits: see :class:`ServerLimits`.
         token: the bearer token that every request must carry (but ``/health``); ``None`` for none.
         allowed_origins: origins of web pages that may talk to the server, besides its own; ``"*"`` for any.
         loopback: refuse requests under a name that is not this machine's, see :class:`OwnNames`.
@@ -77,9 +77,9 @@ def create_app(
         >>> template = ChatTemplate(tokenizer)
         >>> app = create_app(lambda: ChatEnvironment(template, system_prompt="Be brief."))
     """
-    limits = limits or Limits()
+    limits = limits or ServerLimits()
     if max_concurrent_envs is not None:
-        limits = Limits(**{**vars(limits), "max_sessions": max_concurrent_envs})
+        limits = ServerLimits(**{**vars(limits), "max_sessions": max_concurrent_envs})
     made = env.func if isinstance(env, functools.partial) else env
     if (
         inspect.isclass(made)
@@ -168,7 +168,7 @@ def make_server(
     """The uvicorn server of :func:`run`, not yet running."""
     import uvicorn
 
-    from torchrl_chat.openenv.connections import timed_protocol
+    from torchrl_chat.openenv.server.connections import timed_protocol
 
     config = uvicorn.Config(
         app,

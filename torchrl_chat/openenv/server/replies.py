@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from torchrl_chat.openenv.episode import Outcome
+from torchrl_chat.openenv.chat.episode import Outcome
 from torchrl_chat.openenv.protocol import dumps
 
 

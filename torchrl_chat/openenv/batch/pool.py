@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.openenv.client_channel import Channel
-from torchrl_chat.openenv.client_errors import OpenEnvError, RequestTimeout, SessionLost
-from torchrl_chat.openenv.client_link import Link
+from torchrl_chat.openenv.client.channel import Channel
+from torchrl_chat.openenv.client.errors import OpenEnvError, RequestTimeout, SessionLost
+from torchrl_chat.openenv.client.link import Link
 from torchrl_chat.openenv.protocol import ErrorCode
 
 _HANDSHAKES = 32  # at once: a server that starts an environment for each is slow enough

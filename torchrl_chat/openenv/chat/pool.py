@@ -22,7 +22,7 @@ from torchrl_chat import columns
 from torchrl_chat.conversation import ResponseError, StopReason, Transcript
 from torchrl_chat.conversation.turn import check_ids
 from torchrl_chat.messages import MessageError, as_messages
-from torchrl_chat.openenv.episode import EpisodeEnded, Outcome
+from torchrl_chat.openenv.chat.episode import EpisodeEnded, Outcome
 from torchrl_chat.openenv.interfaces import Environment
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata
 from torchrl_chat.openenv.protocol import short

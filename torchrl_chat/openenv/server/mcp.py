@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, dumps, short
-from torchrl_chat.openenv.sessions import Sessions
+from torchrl_chat.openenv.server.sessions import Sessions
 
 _KEYS = frozenset({"jsonrpc", "method", "params", "id"})
 _PARSE, _REQUEST, _METHOD, _PARAMS, _INTERNAL, _SERVER = -32700, -32600, -32601, -32602, -32603, -32000

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message
-from torchrl_chat.openenv.episode import EpisodeEnded, Outcome
+from torchrl_chat.openenv.chat.episode import EpisodeEnded, Outcome
+from torchrl_chat.openenv.chat.ledger import Ledger, Writer, writer_of
 from torchrl_chat.openenv.interfaces import Environment, Rubric
-from torchrl_chat.openenv.ledger import Ledger, Writer, writer_of
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata, ResetRequest
 from torchrl_chat.openenv.tokens import behind_prompt
 

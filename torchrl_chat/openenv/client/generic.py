@@ -1,4 +1,4 @@
-"""Clients of OpenEnv servers: ``GenericClient`` for any of them, ``ChatEnv`` for the chat environment.
+"""Clients of OpenEnv servers: ``GenericClient`` for any of them, ``ChatClient`` for the chat environment.
 
 Connections live on an event loop in a thread of their own, one for all clients of the process. However long the caller
 computes between two calls (a ``generate`` of minutes), pings are answered, and the session stays.
@@ -16,10 +16,10 @@ from typing import Any, Self
 
 from torchrl_chat._endpoint import shown_url
 from torchrl_chat._loop import LoopThread, shared_loop
-from torchrl_chat.openenv.client_channel import Channel
-from torchrl_chat.openenv.client_docker import Container
-from torchrl_chat.openenv.client_errors import OpenEnvError, SessionLost
-from torchrl_chat.openenv.client_link import Link, need_websockets
+from torchrl_chat.openenv.client.channel import Channel
+from torchrl_chat.openenv.client.docker import Container
+from torchrl_chat.openenv.client.errors import OpenEnvError, SessionLost
+from torchrl_chat.openenv.client.link import Link, need_websockets
 
 _DEFAULT: Any = object()
 
