@@ -156,7 +156,7 @@ def test_sessions_that_nobody_attaches_to_end_and_the_others_stay():
             assert "result" in made(server)
         assert "sessions" in made(server)["error"]["message"]
         assert wait_for(lambda: len(server.sessions) == 3)  # those that somebody came to
-        assert server.metrics.total("sessions_closed_total", 'reason="idle"') == 97
+        assert server.metrics.total("sessions_closed_total", reason="idle") == 97
         for socket_ in (taken, opened):
             assert ask(socket_, "reset")["type"] == "observation"
         step = {"session_id": kept, "action": {"text": "hi"}}

@@ -433,4 +433,4 @@ def test_errors_are_counted_and_the_next_episode_is_as_ever(server):
         assert ask(ws, "step", HELLO)["type"] == "observation"
     assert refused == len(FRAMES)
     assert server.metrics.total("errors_total") - before == refused
-    assert server.metrics.total("errors_total", 'code="INTERNAL"') == 0
+    assert server.metrics.total("errors_total", code="INTERNAL") == 0

@@ -11,11 +11,12 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+M = TypeVar("M", bound=BaseModel)
 FRAME_TYPES = ("reset", "step", "state", "mcp", "close")
 _KEYS = frozenset({"type", "data"})
 _MAX_ERRORS = 8
@@ -110,7 +111,8 @@ class ProtocolError(Exception):
 
     def frame(self) -> bytes:
         """The reply."""
-        return error_frame(self.code, self.message, **self.details)
+        data = {"message": self.message, "code": str(self.code), **self.details}
+        return b'{"type":"error","data":%b}' % dumps(data)
 
 
 class Frame(NamedTuple):
@@ -206,24 +208,21 @@ def parse_frame(raw: bytes | str, limits: ServerLimits) -> Frame:
     return Frame(kind, data)
 
 
-def frame(kind: str, data: Any) -> bytes:
-    """A reply."""
-    return b'{"type":%b,"data":%b}' % (orjson.dumps(kind), dumps(data))
+def checked(model: type[M], data: Any, what: str) -> M:
+    """The data as a model.
 
-
-def error_frame(code: ErrorCode, message: str, **details: Any) -> bytes:
-    """An error reply."""
-    return frame("error", {"message": message, "code": str(code), **details})
-
-
-def invalid(error: ValidationError, what: str) -> ProtocolError:
-    """The reply to data that a model refuses: which fields, and why; the input itself is not repeated."""
-    found = [
-        {"type": item["type"], "loc": list(item["loc"])[:8], "msg": item["msg"][:_MAX_SHOWN]}
-        for item in error.errors(include_url=False, include_input=False, include_context=False)[:_MAX_ERRORS]
-    ]
+    Raises:
+        ProtocolError: the model refuses them: which fields, and why; the input itself is not repeated.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found = [
+            {"type": item["type"], "loc": list(item["loc"])[:8], "msg": item["msg"][:_MAX_SHOWN]}
+            for item in error.errors(include_url=False, include_input=False, include_context=False)[:_MAX_ERRORS]
+        ]
     lines = "; ".join(f"{'.'.join(map(str, item['loc'])) or what}: {item['msg']}" for item in found)
-    return ProtocolError(ErrorCode.VALIDATION_ERROR, f"Invalid {what}: {lines}", errors=found)
+    raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"Invalid {what}: {lines}", errors=found)
 
 
 def short(value: Any) -> str:

@@ -14,30 +14,21 @@ import contextlib
 import functools
 import gc
 import inspect
-import logging
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
 from torchrl_chat.openenv.protocol import ServerLimits
-
-try:
-    from starlette.applications import Starlette
-    from starlette.middleware.cors import CORSMiddleware
-    from starlette.routing import BaseRoute, WebSocketRoute
-except ImportError as error:
-    raise ImportError("the server needs starlette and uvicorn: pip install 'torchrl_chat[serve]'") from error
-
-from torchrl_chat.openenv.server import sockets
 from torchrl_chat.openenv.server.catalog import Catalog
 from torchrl_chat.openenv.server.http import Routes
-from torchrl_chat.openenv.server.metrics import Metrics
 from torchrl_chat.openenv.server.security import Guard, OwnNames
 from torchrl_chat.openenv.server.sessions import Sessions
-
-log = logging.getLogger("torchrl_chat.openenv")
+from torchrl_chat.openenv.server.sockets import Endpoint
 
 
 def create_app(
@@ -89,11 +80,9 @@ def create_app(
         raise ValueError(
             f"{made.__name__} does not say SUPPORTS_CONCURRENT_SESSIONS = True: serve it with max_concurrent_envs=1."
         )
-    metrics = Metrics()
-    sessions = Sessions(env, action_cls, limits, metrics, workers)
+    sessions = Sessions(env, action_cls, limits, workers)
     catalog = Catalog(env, action_cls, observation_cls, state_cls, env_name)
     guard = Guard(token, allowed_origins)
-    routes = Routes(sessions, catalog, guard, metrics, limits)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -108,8 +97,8 @@ def create_app(
     app = Starlette(
         routes=[
             *extra_routes,
-            WebSocketRoute("/ws", sockets.Endpoint(sessions, guard, metrics, limits)),
-            *routes.all(),
+            WebSocketRoute("/ws", Endpoint(sessions, guard)),
+            *Routes(sessions, catalog, guard).all(),
         ],
         lifespan=lifespan,
     )
@@ -123,7 +112,7 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    app.state.sessions, app.state.metrics, app.state.limits = sessions, metrics, limits
+    app.state.sessions, app.state.metrics, app.state.limits = sessions, sessions.metrics, limits
     app.state.env_name, app.state.guard = env_name, guard
     return app
 

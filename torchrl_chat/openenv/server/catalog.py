@@ -1,16 +1,46 @@
-"""What a server tells of its environment: metadata, schemas, tasks. One environment is made for that, and kept."""
+"""What a server tells of its environment: metadata, schemas, tasks, documents. One environment is made for that, and kept."""
 
 from __future__ import annotations
 
+import asyncio
+import html
 import inspect
+import json
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
+from starlette.requests import Request
+from starlette.responses import Response
 
 from torchrl_chat.openenv.models import State
-from torchrl_chat.openenv.server.documents import openapi_of
+
+Handler = Callable[[Request], Awaitable[Response]]
+_RESULT = {
+    "type": "object",
+    "properties": {
+        "observation": {"type": "object"},
+        "reward": {"type": ["number", "null"]},
+        "done": {"type": "boolean"},
+        "metadata": {"type": "object"},
+    },
+    "required": ["observation", "reward", "done"],
+}
+
+
+class Entry(NamedTuple):
+    """A route of the server, as its table of routes and its OpenAPI document have it."""
+
+    path: str
+    handler: Handler
+    summary: str = ""  # the document names those only that have one
+    body: type | None = None  # what a POST sends; a route without one is a GET
+
+    @property
+    def method(self) -> str:
+        """The HTTP method."""
+        return "GET" if self.body is None else "POST"
 
 
 class Catalog:
@@ -49,9 +79,41 @@ class Catalog:
             self._schema = {name: model.model_json_schema() for name, model in self._models.items()}
         return self._schema
 
-    def openapi(self) -> dict[str, Any]:
-        """The reply of ``/openapi.json``."""
-        return openapi_of(self.name, self.schema())
+    def openapi(self, routes: Iterable[Entry]) -> dict[str, Any]:
+        """The OpenAPI 3.1 document of a server with these routes."""
+        schema = self.schema()
+        results = {"/reset": _RESULT, "/step": _RESULT, "/state": schema["state"]}
+        paths: dict[str, Any] = {}
+        for entry in routes:
+            if not entry.summary:
+                continue
+            answer = {"application/json": {"schema": results.get(entry.path, {"type": "object"})}}
+            route: dict[str, Any] = {
+                "summary": entry.summary,
+                "responses": {
+                    "200": {"description": "done", "content": answer},
+                    "422": {"description": "bad request"},
+                },
+            }
+            if entry.body is not None:
+                body = TypeAdapter(entry.body).json_schema()
+                if "action" in body.get("properties", ()):
+                    body["properties"]["action"] = schema["action"]
+                route["requestBody"] = {"content": {"application/json": {"schema": body}}}
+            if "{env_name}" in entry.path:
+                name = {"name": "env_name", "in": "path", "required": True, "schema": {"type": "string"}}
+                route["parameters"] = [name]
+            paths[entry.path] = {entry.method.lower(): route}
+        return {
+            "openapi": "3.1.0",
+            "info": {
+                "title": f"{self.name} (OpenEnv)",
+                "version": "1.0.0",
+                "description": "An environment that speaks OpenEnv's protocol. Episodes run over the WebSocket /ws.",
+            },
+            "paths": paths,
+            "components": {"schemas": {key.capitalize(): value for key, value in schema.items()}},
+        }
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the Task API.
@@ -63,11 +125,7 @@ class Catalog:
         if not callable(function):
             raise NotImplementedError
         found = function(*arguments)
-        if inspect.isawaitable(found):
-            import asyncio
-
-            return asyncio.run(_awaited(found))
-        return found
+        return asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
 
     def close(self) -> None:
         """Close the environment that was made for the descriptions."""
@@ -81,6 +139,28 @@ class Catalog:
             if self._env is None:
                 self._env = self._factory()
             return self._env
+
+
+def page(document: dict[str, Any]) -> str:
+    """An OpenAPI document as a plain page; it loads nothing from elsewhere."""
+    rows = "".join(
+        f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
+        f"<td>{html.escape(route['summary'])}</td></tr>"
+        for path, methods in document["paths"].items()
+        for method, route in methods.items()
+    )
+    schemas = "".join(
+        f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(schema, indent=2))}</pre>"
+        for name, schema in document["components"]["schemas"].items()
+    )
+    title = html.escape(document["info"]["title"])
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "td{padding:.2rem 1rem .2rem 0;vertical-align:top}pre{overflow:auto;background:#f4f4f4;padding:1rem}</style>"
+        f"</head><body><h1>{title}</h1><p>{html.escape(document['info']['description'])}</p>"
+        f'<table>{rows}</table>{schemas}<p><a href="openapi.json">openapi.json</a></p></body></html>'
+    )
 
 
 async def _awaited(value: Any) -> Any:

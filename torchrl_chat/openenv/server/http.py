@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
-from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from torchrl_chat.openenv.models import StepRequest, TaskRequest
-from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, ServerLimits, dumps, invalid, loads, short
+from torchrl_chat.openenv.models import CloseRequest, KeepingResetRequest, StepRequest, TaskRequest
+from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, checked, dumps, loads
 from torchrl_chat.openenv.server import mcp
-from torchrl_chat.openenv.server.catalog import Catalog
-from torchrl_chat.openenv.server.documents import page
-from torchrl_chat.openenv.server.metrics import Metrics
+from torchrl_chat.openenv.server.catalog import Catalog, Entry, Handler, page
 from torchrl_chat.openenv.server.security import Buckets, Guard, address_of
 from torchrl_chat.openenv.server.sessions import Session, Sessions
 
@@ -34,12 +33,6 @@ _STATUS = {
 _OPEN = frozenset({"/health"})  # what load balancers ask without a token
 
 
-class _Refused(Exception):
-    def __init__(self, status: int, detail: str):
-        super().__init__(detail)
-        self.status = status
-
-
 class Routes:
     """The routes of a server.
 
@@ -47,219 +40,198 @@ class Routes:
         sessions: its sessions.
         catalog: what it knows of its environment.
         guard: who may pass.
-        metrics: its counters.
-        limits: see :class:`ServerLimits`.
     """
 
-    def __init__(self, sessions: Sessions, catalog: Catalog, guard: Guard, metrics: Metrics, limits: ServerLimits):
+    def __init__(self, sessions: Sessions, catalog: Catalog, guard: Guard):
         self._sessions = sessions
         self._catalog = catalog
         self._guard = guard
-        self._metrics = metrics
-        self._limits = limits
-        self._buckets = Buckets(limits.requests_per_second)
+        self._buckets = Buckets(sessions.limits.requests_per_second)
+        task, env = self._task_api, "/{env_name}"
+        self._table = [
+            Entry(
+                "/reset",
+                self._reset,
+                "Begin an episode: of a new environment, or of the session that session_id names",
+                KeepingResetRequest,
+            ),
+            Entry(
+                "/step",
+                self._step,
+                "Take a step: in a new environment, or in the session that session_id names",
+                StepRequest,
+            ),
+            Entry("/close", self._close, "End the session that session_id names", CloseRequest),
+            Entry("/state", self._state, "The state of a session"),
+            Entry("/metadata", self._metadata, "Name, description and version of the environment"),
+            Entry("/schema", self._schema, "JSON schemas of actions, observations and states"),
+            Entry("/health", self._health, "Whether the server runs"),
+            Entry("/metrics", self._metrics, "Counters for Prometheus"),
+            Entry("/mcp", self._mcp, "JSON-RPC 2.0: openenv/session/create and openenv/session/close", dict),
+            Entry("/openapi.json", self._openapi),
+            Entry("/docs", self._docs),
+            Entry("/redoc", self._docs),
+            Entry("/list_environments", self._environments, "The environments of this server"),
+            Entry(f"{env}/splits", self._splits, "The splits of the environment's tasks"),
+            Entry(f"{env}/tasks", task("list_tasks", "tasks"), "The tasks of a split", TaskRequest),
+            Entry(f"{env}/num_tasks", task("num_tasks", "num_tasks"), "How many tasks a split has", TaskRequest),
+            Entry(f"{env}/task", task("get_task", "task", "index"), "One task", TaskRequest),
+            Entry(
+                f"{env}/task_range",
+                task("get_task_range", "tasks", "start", "stop"),
+                "The tasks from start to stop",
+                TaskRequest,
+            ),
+        ]
 
     def all(self) -> list[Route]:
         """Every route, ready for Starlette."""
-        get, post = ["GET"], ["POST"]
-        table: list[tuple[str, Callable[[Request], Awaitable[Response]], list[str]]] = [
-            ("/reset", self.reset, post),
-            ("/step", self.step, post),
-            ("/close", self.close, post),
-            ("/state", self.state, get),
-            ("/metadata", self.metadata, get),
-            ("/schema", self.schema, get),
-            ("/health", self.health, get),
-            ("/metrics", self.metrics, get),
-            ("/mcp", self.mcp, post),
-            ("/openapi.json", self.openapi, get),
-            ("/docs", self.docs, get),
-            ("/redoc", self.docs, get),
-            ("/list_environments", self.environments, get),
-            ("/{env_name}/splits", self.splits, get),
-            ("/{env_name}/tasks", self.tasks, post),
-            ("/{env_name}/num_tasks", self.num_tasks, post),
-            ("/{env_name}/task", self.task, post),
-            ("/{env_name}/task_range", self.task_range, post),
+        return [
+            Route(entry.path, self._guarded(entry.path, entry.handler), methods=[entry.method])
+            for entry in self._table
         ]
-        return [Route(path, self._guarded(path, handler), methods=methods) for path, handler, methods in table]
 
     # ------------------------------------------------------------------ reset, step, state
-    async def reset(self, request: Request) -> Response:
-        """``POST /reset``: of a new environment, or of the session that ``session_id`` names."""
-        body = await self._body(request)
-        keep = body.pop("keep", False)
-        if not isinstance(keep, bool):
-            raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"'keep' is {short(keep)}: expected true or false.")
-        wanted = body.pop("session_id", None)
-        if not keep or wanted is not None:
-            return await self._with_session(request, wanted, lambda session: session.reset(body))
-        session = await self._sessions.open(address_of(request), resumable=True)
-        try:
-            return _json(await session.reset(body))
-        except BaseException:
-            await self._sessions.close(session, "failed")
-            raise
+    async def _reset(self, request: Request) -> Response:
+        body = checked(KeepingResetRequest, await self._body(request), "reset")
+        data = body.model_dump(exclude={"keep", "session_id"}, exclude_unset=True)
+        async with self._session(request, body.session_id, keep=body.keep) as session:
+            return _json(await session.reset(data))
 
-    async def step(self, request: Request) -> Response:
-        """``POST /step``: in a new environment, or in the session that ``session_id`` names."""
-        body = await self._body(request)
-        try:
-            wanted = StepRequest.model_validate(body)
-        except ValidationError as error:
-            raise invalid(error, "step") from None
-        return await self._with_session(
-            request, body.get("session_id"), lambda session: session.step(wanted.action, wanted.timeout_s)
-        )
+    async def _step(self, request: Request) -> Response:
+        body = checked(StepRequest, await self._body(request), "step")
+        async with self._session(request, body.session_id) as session:
+            return _json(await session.step(body.action, body.timeout_s))
 
-    async def state(self, request: Request) -> Response:
-        """``GET /state``: of a new environment, or of the session that ``session_id`` names."""
+    async def _state(self, request: Request) -> Response:
         wanted = request.query_params.get("session_id")
         if wanted is None:
             return _json(b'{"episode_id":null,"step_count":0}')
         return _json(await self._sessions.find(wanted).state())
 
-    async def close(self, request: Request) -> Response:
-        """``POST /close``: end the session that ``session_id`` names."""
-        body = await self._body(request)
-        await self._sessions.close(self._sessions.find(body.get("session_id")), "closed")
+    async def _close(self, request: Request) -> Response:
+        body = checked(CloseRequest, await self._body(request), "close")
+        await self._sessions.close(self._sessions.find(body.session_id), "closed")
         return _json(b'{"closed":true}')
 
-    async def _with_session(
-        self, request: Request, wanted: Any, use: Callable[[Session], Awaitable[bytes]]
-    ) -> Response:
+    @contextlib.asynccontextmanager
+    async def _session(self, request: Request, wanted: str | None, keep: bool = False) -> AsyncIterator[Session]:
+        """The session that is wanted; or a new one, for this request only if it is not to be kept."""
         if wanted is not None:
-            return _json(await use(self._sessions.find(wanted)))
-        session = await self._sessions.open(address_of(request), listed=False)
+            yield self._sessions.find(wanted)
+            return
+        session = await self._sessions.open(address_of(request), resumable=keep, listed=keep)
         try:
-            return _json(await use(session))
+            yield session
+        except BaseException:
+            await self._sessions.close(session, "failed")
+            raise
         finally:
-            await session.end()
+            if not keep:
+                await session.end()
 
     # ------------------------------------------------------------------ about the server
-    async def metadata(self, request: Request) -> Response:
-        """``GET /metadata``."""
-        return _json(dumps(await self._sessions.call(self._catalog.metadata)))
+    async def _metadata(self, request: Request) -> Response:
+        return _json(dumps(await self._sessions.workers.run(self._catalog.metadata)))
 
-    async def schema(self, request: Request) -> Response:
-        """``GET /schema``."""
+    async def _schema(self, request: Request) -> Response:
         return _json(dumps(self._catalog.schema()))
 
-    async def health(self, request: Request) -> Response:
-        """``GET /health``."""
+    async def _health(self, request: Request) -> Response:
         return _json(b'{"status":"draining"}' if self._sessions.draining else b'{"status":"healthy"}')
 
-    async def metrics(self, request: Request) -> Response:
-        """``GET /metrics``."""
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self._sessions.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def mcp(self, request: Request) -> Response:
-        """``POST /mcp``."""
+    async def _mcp(self, request: Request) -> Response:
         try:
-            value = loads(await self._raw(request), self._limits)
+            value = loads(await self._raw(request), self._sessions.limits)
         except ProtocolError as error:
             return _json(mcp.unreadable(error.message))
         return _json(await mcp.answer(value, self._sessions, address_of(request)))
 
-    async def openapi(self, request: Request) -> Response:
-        """``GET /openapi.json``."""
-        return _json(dumps(self._catalog.openapi()))
+    async def _openapi(self, request: Request) -> Response:
+        return _json(dumps(self._catalog.openapi(self._table)))
 
-    async def docs(self, request: Request) -> Response:
-        """``GET /docs``."""
-        return HTMLResponse(page(self._catalog.openapi()))
+    async def _docs(self, request: Request) -> Response:
+        return HTMLResponse(page(self._catalog.openapi(self._table)))
 
     # ------------------------------------------------------------------ the Task API
-    async def environments(self, request: Request) -> Response:
-        """``GET /list_environments``."""
+    async def _environments(self, request: Request) -> Response:
         return _json(dumps([self._catalog.name]))
 
-    async def splits(self, request: Request) -> Response:
-        """``GET /{env_name}/splits``."""
+    async def _splits(self, request: Request) -> Response:
         return _json(dumps([_split(split) for split in await self._ask(request, "list_splits")]))
 
-    async def tasks(self, request: Request) -> Response:
-        """``POST /{env_name}/tasks``."""
-        wanted = await self._wanted(request)
-        tasks = await self._ask(request, "list_tasks", wanted.split)
-        return _json(dumps({"tasks": tasks, "env_name": self._catalog.name}))
+    def _task_api(self, method: str, answer: str, *fields: str) -> Handler:
+        """What answers with the environment's method, under that name; the method is given the split and further fields."""
 
-    async def num_tasks(self, request: Request) -> Response:
-        """``POST /{env_name}/num_tasks``."""
-        wanted = await self._wanted(request)
-        return _json(dumps({"num_tasks": await self._ask(request, "num_tasks", wanted.split)}))
+        async def ask(request: Request) -> Response:
+            self._named(request)
+            wanted = checked(TaskRequest, await self._body(request), "task request")
+            if "index" in fields and wanted.index is None:
+                raise HTTPException(422, "'index' is required.")
+            found = await self._ask(request, method, wanted.split, *(getattr(wanted, name) for name in fields))
+            more = {"env_name": self._catalog.name} if method == "list_tasks" else {}
+            return _json(dumps({answer: found, **more}))
 
-    async def task(self, request: Request) -> Response:
-        """``POST /{env_name}/task``."""
-        wanted = await self._wanted(request)
-        if wanted.index is None:
-            raise _Refused(422, "'index' is required.")
-        return _json(dumps({"task": await self._ask(request, "get_task", wanted.split, wanted.index)}))
-
-    async def task_range(self, request: Request) -> Response:
-        """``POST /{env_name}/task_range``."""
-        wanted = await self._wanted(request)
-        found = await self._ask(request, "get_task_range", wanted.split, wanted.start, wanted.stop)
-        return _json(dumps({"tasks": found}))
-
-    async def _wanted(self, request: Request) -> TaskRequest:
-        self._named(request)
-        try:
-            return TaskRequest.model_validate(await self._body(request))
-        except ValidationError as error:
-            raise invalid(error, "task request") from None
+        return ask
 
     def _named(self, request: Request) -> None:
         if request.path_params["env_name"] != self._catalog.name:
-            raise _Refused(404, f"there is no environment of that name: this server has {self._catalog.name!r}.")
+            raise HTTPException(
+                404, f"there is no environment of that name: this server has {self._catalog.name!r}."
+            )
 
     async def _ask(self, request: Request, method: str, *arguments: Any) -> Any:
         self._named(request)
         try:
-            return await self._sessions.call(self._catalog.ask, method, *arguments)
+            return await self._sessions.workers.run(lambda: self._catalog.ask(method, *arguments))
         except NotImplementedError:
-            raise _Refused(501, f"{method} is not supported for this environment") from None
+            raise HTTPException(501, f"{method} is not supported for this environment") from None
         except IndexError as error:
-            raise _Refused(400, f"Invalid task index: {error}") from None
+            raise HTTPException(400, f"Invalid task index: {error}") from None
         except (KeyError, ValueError) as error:
-            raise _Refused(400, str(error.args[0]) if error.args else str(error)) from None
+            raise HTTPException(400, str(error.args[0]) if error.args else str(error)) from None
 
     # ------------------------------------------------------------------ one request
-    def _guarded(self, path: str, handler: Callable[[Request], Awaitable[Response]]) -> Any:
+    def _guarded(self, path: str, handler: Handler) -> Handler:
+        metrics = self._sessions.metrics
+
         async def guarded(request: Request) -> Response:
             refusal = None if path in _OPEN else self._guard.refusal(request)
             if refusal is None and not self._buckets.takes(address_of(request)):
                 refusal = 429, "too many requests a second."
             if refusal is not None:
-                self._metrics.count("refused_total", f'reason="{refusal[0]}"')
-                return _failure(refusal[0], refusal[1])
-            self._metrics.count("requests_total", f'kind="{path}"')
+                metrics.count("refused_total", reason=str(refusal[0]))
+                return _failure(*refusal)
+            metrics.count("requests_total", kind=path)
             try:
                 return await handler(request)
-            except _Refused as error:
-                return _failure(error.status, str(error))
+            except HTTPException as error:
+                return _failure(error.status_code, error.detail)
             except ProtocolError as error:
-                self._metrics.count("errors_total", f'code="{error.code}"')
+                metrics.count("errors_total", code=error.code)
                 detail = error.details.get("errors") or error.message
                 return _failure(_STATUS.get(error.code, 400), detail, code=str(error.code), message=error.message)
             except ClientDisconnect:
                 return _failure(400, "the client has left.")
             except Exception as error:  # a defect of ours
                 log.error("internal error", extra={"path": path, "error": repr(error)[:2000]})
-                self._metrics.count("errors_total", 'code="INTERNAL"')
+                metrics.count("errors_total", code="INTERNAL")
                 return _failure(500, "internal error")
 
         return guarded
 
     async def _raw(self, request: Request) -> bytes:
-        body = bytearray()
+        body, most = bytearray(), self._sessions.limits.max_message_bytes
         async for chunk in request.stream():
             body += chunk
-            if len(body) > self._limits.max_message_bytes:
-                raise _Refused(413, f"the body has more than {self._limits.max_message_bytes} bytes.")
+            if len(body) > most:
+                raise HTTPException(413, f"the body has more than {most} bytes.")
         if body and not _says_json(request):
             # A web page may send texts and forms to any server without being asked; JSON it may not (Fetch, section 4.8).
-            raise _Refused(
+            raise HTTPException(
                 415, "the body's type is not application/json: send the header 'Content-Type: application/json'."
             )
         return bytes(body)
@@ -268,7 +240,7 @@ class Routes:
         raw = await self._raw(request)
         if not raw.strip() and request.url.path == "/reset":
             return {}
-        value = loads(raw, self._limits)
+        value = loads(raw, self._sessions.limits)
         if not isinstance(value, dict):
             raise ProtocolError(ErrorCode.VALIDATION_ERROR, "the body is not a JSON object.")
         return value

@@ -43,27 +43,32 @@ class Replies:
         return self._delta(turn) if self.delta else self._whole(turn)
 
     def _whole(self, turn: Outcome) -> bytes:
-        messages, tokens = map(min, self._counts, turn.kept)
-        if messages < self._counts[0] or not messages:
+        had = self._counts
+        messages, tokens = self._kept(turn)
+        if messages < had[0] or not messages:
             self._messages.clear()
             messages = 0
-        if tokens < self._counts[1] or not tokens:
+        if tokens < had[1] or not tokens:
             self._tokens.clear()
             tokens = 0
         _extend(self._messages, dumps(list(turn.messages[messages:])))
         _extend(self._tokens, _ids(turn, tokens))
-        self._counts = len(turn.messages), len(turn.transcript)
         return _result(turn, self._messages, self._tokens)
 
     def _delta(self, turn: Outcome) -> bytes:
-        messages, tokens = map(min, self._counts, turn.kept)
-        self._counts = len(turn.messages), len(turn.transcript)
+        messages, tokens = self._kept(turn)
         delta = b',"delta":{"messages":%d,"tokens":%d}' % (messages, tokens)
         return _result(turn, dumps(list(turn.messages[messages:]))[1:-1], _ids(turn, tokens)[1:-1], delta)
 
+    def _kept(self, turn: Outcome) -> tuple[int, int]:
+        """How many messages and tokens the client has, and will go on to have."""
+        messages, tokens = map(min, self._counts, turn.ledger.kept)
+        self._counts = len(turn.messages), len(turn.ledger.transcript)
+        return messages, tokens
+
 
 def _ids(turn: Outcome, start: int) -> bytes:
-    return orjson.dumps(turn.transcript.tokens[start:].numpy(), option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(turn.ledger.transcript.tokens[start:].numpy(), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _extend(kept: bytearray, items: bytes) -> None:

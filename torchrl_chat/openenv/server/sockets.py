@@ -9,9 +9,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, ServerLimits, parse_frame, short
+from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, parse_frame, short
 from torchrl_chat.openenv.server import mcp
-from torchrl_chat.openenv.server.metrics import Metrics
 from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
 from torchrl_chat.openenv.server.sessions import Session, Sessions
 
@@ -20,33 +19,22 @@ _GONE = (WebSocketDisconnect, RuntimeError, OSError)  # what sending to a closed
 _YES = frozenset({"1", "true", "yes"})
 
 
-class Connection:
+class Line:
     """One socket and its session.
 
     Args:
         socket: the accepted socket. Frames go past it, straight to and from the server: it would look at each twice.
         receive, send: the server's side of it.
         sessions: the server's sessions.
-        metrics: the server's counters.
-        limits: see :class:`ServerLimits`.
     """
 
-    def __init__(
-        self,
-        socket: WebSocket,
-        receive: Receive,
-        send: Send,
-        sessions: Sessions,
-        metrics: Metrics,
-        limits: ServerLimits,
-    ):
+    def __init__(self, socket: WebSocket, receive: Receive, send: Send, sessions: Sessions):
         self._socket = socket
         self._receive = receive
         self._to_client = send
         self._sessions = sessions
-        self._metrics = metrics
-        self._limits = limits
-        self._bucket = Bucket(limits.requests_per_second)
+        self._metrics = sessions.metrics
+        self._bucket = Bucket(sessions.limits.requests_per_second)
         self._busy = False
         self._leaving: tuple[ProtocolError | None, int, str] | None = None
 
@@ -55,7 +43,7 @@ class Connection:
         try:
             session = await self._session()
         except ProtocolError as error:
-            self._metrics.count("errors_total", f'code="{error.code}"')
+            self._metrics.count("errors_total", code=error.code)
             await self._send(error.frame())
             await self._close(CloseCode.NORMAL, str(error.code))
             return
@@ -111,10 +99,11 @@ class Connection:
         try:
             if not self._bucket.takes():
                 raise ProtocolError(
-                    ErrorCode.RATE_LIMITED, f"more than {self._limits.requests_per_second:g} requests a second."
+                    ErrorCode.RATE_LIMITED,
+                    f"more than {self._sessions.limits.requests_per_second:g} requests a second.",
                 )
-            kind, data = parse_frame(raw, self._limits)
-            self._metrics.count("requests_total", f'kind="{kind}"')
+            kind, data = parse_frame(raw, self._sessions.limits)
+            self._metrics.count("requests_total", kind=kind)
             if kind == "step":
                 return b'{"type":"observation","data":%b}' % await session.step(data)
             if kind == "reset":
@@ -127,11 +116,11 @@ class Connection:
                 )
             return None
         except ProtocolError as error:
-            self._metrics.count("errors_total", f'code="{error.code}"')
+            self._metrics.count("errors_total", code=error.code)
             return error.frame()
         except Exception as error:  # a defect of ours: this session is told, the others go on
             log.error("internal error", extra={"session": session.id, "error": repr(error)[:2000]})
-            self._metrics.count("errors_total", 'code="INTERNAL"')
+            self._metrics.count("errors_total", code="INTERNAL")
             return ProtocolError(ErrorCode.EXECUTION_ERROR, f"internal error: {short(error)}").frame()
 
     async def _send(self, reply: bytes) -> bool:
@@ -158,40 +147,30 @@ class Connection:
             pass  # it is closed, as wanted
 
 
-async def refuse(socket: WebSocket, status: int, reason: str) -> None:
-    """Answer a handshake with an HTTP error."""
-    try:
-        await socket.send_denial_response(JSONResponse({"detail": reason}, status_code=status))
-    except _GONE:
-        pass  # the client has left
-
-
 class Endpoint:
     """The endpoint of ``/ws``, an ASGI application.
 
     Args:
         sessions: the server's sessions.
         guard: who may connect.
-        metrics: the server's counters.
-        limits: see :class:`ServerLimits`.
     """
 
-    def __init__(self, sessions: Sessions, guard: Guard, metrics: Metrics, limits: ServerLimits):
+    def __init__(self, sessions: Sessions, guard: Guard):
         self._sessions = sessions
         self._guard = guard
-        self._metrics = metrics
-        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one socket."""
         socket = WebSocket(scope, receive, send)
         refusal = self._guard.refusal(socket)
-        if refusal is not None:
-            self._metrics.count("refused_total", f'reason="{refusal[0]}"')
-            await refuse(socket, *refusal)
-            return
         try:
-            await socket.accept()
+            if refusal is None:
+                await socket.accept()
+            else:
+                status, reason = refusal
+                self._sessions.metrics.count("refused_total", reason=str(status))
+                await socket.send_denial_response(JSONResponse({"detail": reason}, status_code=status))
         except _GONE:
             return
-        await Connection(socket, receive, send, self._sessions, self._metrics, self._limits).serve()
+        if refusal is None:
+            await Line(socket, receive, send, self._sessions).serve()

@@ -5,39 +5,30 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+
 from torchrl_chat.conversation import Transcript
 from torchrl_chat.openenv.protocol import ProtocolError, dumps
+from torchrl_chat.openenv.server.catalog import Handler
 from torchrl_chat.openenv.server.security import Guard, OwnNames
+from torchrl_chat.openenv.web import assets
+from torchrl_chat.openenv.web.socket import TokenSocket
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.rollouts import sequence as written_sequence
 
-try:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
-    from starlette.routing import BaseRoute, Route, WebSocketRoute
-except ImportError as error:
-    raise ImportError("the web page needs starlette and uvicorn: pip install 'torchrl_chat[serve]'") from error
-
-from torchrl_chat.openenv.web import assets
-from torchrl_chat.openenv.web.socket import TokenSocket
-
-Handler = Callable[[Request], Awaitable[Response]]
 Answerer = Callable[[list[int]], tuple[list[int], list[float]]]
 """A policy for the page: prompt ids -> sampled ids and their log-probs."""
 
 _MAX_FILES = 1000
 _FIRST_LINE = 1 << 20  # bytes of a file's first line that are read to see what it holds
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, detail: str):
-        super().__init__(detail)
-        self.status = status
 
 
 def web_routes(
@@ -131,15 +122,17 @@ class _Page:
     async def answer(self, request: Request) -> Response:
         """What the policy answers to a session's prompt; the page sends it as an action of its own."""
         if self._policy is None:
-            raise _Refused(404, "this server has no model that answers.")
+            raise HTTPException(404, "this server has no model that answers.")
         transcript = self._transcript(request)
         if transcript is None or not len(transcript) or transcript.ended is not None:
-            raise _Refused(409, "it is not the policy's turn.")
+            raise HTTPException(409, "it is not the policy's turn.")
         async with self._turn:
             try:
                 tokens, log_probs = await asyncio.to_thread(self._policy, transcript.tokens.tolist())
             except Exception as error:  # of any model: the person is told, the page goes on
-                raise _Refused(500, f"the model has no answer: {type(error).__name__}: {error}"[:2000]) from error
+                raise HTTPException(
+                    500, f"the model has no answer: {type(error).__name__}: {error}"[:2000]
+                ) from error
         return _json({"tokens": tokens, "log_probs": log_probs})
 
     async def files(self, request: Request) -> Response:
@@ -155,13 +148,14 @@ class _Page:
         except (OSError, ValueError):  # a name that no file can have
             path = None
         if path is None:
-            raise _Refused(404, f"there is no rollout file {name[:200]!r}.")
+            raise HTTPException(404, f"there is no rollout file {name[:200]!r}.")
         return FileResponse(path, headers=assets.HEADERS, media_type="application/x-ndjson")
 
     # ------------------------------------------------------------------ how it is found
     def _transcript(self, request: Request) -> Transcript | None:
+        """The ledger of a session's environment; ``None`` where it has none, or none yet."""
         session = request.app.state.sessions.find(request.query_params.get("session_id"))
-        return transcript_of(session.env)
+        return getattr(session.env, "transcript", None)
 
     def _written(self, transcript: Transcript) -> dict[str, Any]:
         scored = transcript.scored
@@ -197,17 +191,12 @@ class _Page:
                 return _json({"detail": refusal[1]}, refusal[0])
             try:
                 return await handler(request)
-            except _Refused as error:
-                return _json({"detail": str(error)}, error.status)
+            except HTTPException as error:
+                return _json({"detail": error.detail}, error.status_code)
             except ProtocolError as error:
                 return _json({"detail": error.message, "code": str(error.code)}, 404)  # no such session
 
         return guarded
-
-
-def transcript_of(env: Any) -> Transcript | None:
-    """The ledger of a session's environment; ``None`` where it has none, or none yet."""
-    return getattr(env, "transcript", None)
 
 
 def _place(rollouts: str | os.PathLike[str] | None) -> tuple[Path | None, Path | None]:
