@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Bounded, Composite, NonTensor, Unbounded
+from torchrl.data import Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
-from torchrl_chat.conversation import StopReason, Transcript
+from torchrl_chat.conversation import StopReason
 from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.messages import Message, as_messages, content_text
 from torchrl_chat.openenv.batch.adapters import CHAT, Adapter, Answer
-from torchrl_chat.openenv.batch.pool import Sessions
+from torchrl_chat.openenv.batch.pool import Pool
 from torchrl_chat.openenv.batch.rows import Row, Seen, end_columns, read_reply, row_columns, row_specs
 from torchrl_chat.openenv.client.errors import ConnectFailed, OpenEnvError, ServerError
 from torchrl_chat.openenv.client.link import Link, need_websockets
@@ -146,29 +146,23 @@ class OpenEnvChatEnv(ChatEnv):
         self._add_specs()
 
     def _forget(self) -> None:
-        self._sessions: Sessions | None = None
+        self._sessions: Pool | None = None
         # Tickets of two environments never agree, so that rows cannot be mixed up between them.
         first = secrets.randbits(38) << 24
         self._rows = [Row(ticket=first) for _ in range(self.batch_size.numel())]
 
     def _add_specs(self) -> None:
         batch, device = self.batch_size, self.device
-        one = (*batch, 1)
         observation = self.full_observation_spec.clone()
         observation.update(row_specs(batch, device, self.adapter.keep))
         self.full_observation_spec = observation
         # What reset reads: torchrl hands a reset only what stands here.
         read = {key: NonTensor(batch, device=device, example_data=0) for key in self.task_keys}
         if self._begins:
-            read[self.data_key] = NonTensor(batch, device=device, example_data="a question")
+            read[self.data_key] = self.full_state_spec[self.data_key]
         self.full_state_spec = Composite(read, shape=batch, device=device)
-        self.full_reward_spec = Composite(
-            {"reward": Unbounded((*one, 1), dtype=torch.float32, device=device)}, shape=batch, device=device
-        )
-        flag = Bounded(0, 1, shape=one, dtype=torch.bool, device=device)
-        self.full_done_spec = Composite(
-            {key: flag.clone() for key in ("done", "terminated", "truncated")}, shape=batch, device=device
-        )
+        reward = Unbounded((*batch, 1, 1), dtype=torch.float32, device=device)
+        self.full_reward_spec = Composite({"reward": reward}, shape=batch, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sessions": None}
@@ -258,7 +252,7 @@ class OpenEnvChatEnv(ChatEnv):
             self._worked = True
             return
         outage = all(isinstance(error, ConnectFailed) for error in errors.values())
-        if not self._worked or (outage and not self._pool.open_rows()):
+        if not self._worked or (outage and not self._pool.connected):
             raise errors[chosen[0]]
 
     # ------------------------------------------------------------------ step
@@ -272,8 +266,13 @@ class OpenEnvChatEnv(ChatEnv):
         following: TensorDictBase = self._observe(transcripts)
 
         faults = {i: error for i, error in faults.items() if live[i]}
-        answered = [on and i not in faults for i, on in enumerate(live)]
-        actions, errors = self._actions(transcripts, answered)
+        actions: dict[int, dict[str, Any]] = {}
+        errors: dict[int, Exception] = {}
+        for i in (i for i, on in enumerate(live) if on and i not in faults):
+            try:
+                actions[i] = dict(self.adapter.to_action(Answer.of(transcripts[i])))
+            except Exception as error:
+                errors[i] = error
         refused = dict(errors)
         errors.update(faults)
         try:
@@ -307,20 +306,6 @@ class OpenEnvChatEnv(ChatEnv):
         for key, column in end_columns(rows, rewards, batch, self.device).items():
             following.set(key, column)
         return self._marked(following)
-
-    def _actions(
-        self, transcripts: list[Transcript], live: list[bool]
-    ) -> tuple[dict[int, dict[str, Any]], dict[int, Exception]]:
-        """The action of each row that goes on, or why its answer is none."""
-        actions: dict[int, dict[str, Any]] = {}
-        errors: dict[int, Exception] = {}
-        for i, transcript in enumerate(transcripts):
-            if live[i]:
-                try:
-                    actions[i] = dict(self.adapter.to_action(Answer.of(transcript)))
-                except Exception as error:
-                    errors[i] = error
-        return actions, errors
 
     def _following(self, row: Row, seen: Seen) -> list[Message] | None:
         """The messages that follow an answer; none when the episode is over."""
@@ -382,9 +367,9 @@ class OpenEnvChatEnv(ChatEnv):
             )
 
     @property
-    def _pool(self) -> Sessions:
+    def _pool(self) -> Pool:
         if self._sessions is None or not self._sessions.alive:
             links = [self._links[i % len(self._links)] for i in range(len(self._rows))]
-            self._sessions = Sessions(links, self.reset_timeout, self.step_timeout)
+            self._sessions = Pool(links, self.reset_timeout, self.step_timeout)
             self.is_closed = False
         return self._sessions

@@ -44,11 +44,9 @@ class Seen:
 
 
 def row_specs(batch: torch.Size, device: torch.device | None, observation: bool) -> Composite:
-    """The specs of :func:`row_columns`."""
+    """The specs of those of :func:`row_columns` that a chat environment does not have anyway."""
     one = (*batch, 1)
     specs: dict[str, Any] = {
-        "stop_reason": Bounded(0, len(StopReason) - 1, shape=one, dtype=torch.int64, device=device),
-        "env_failure": NonTensor(batch, device=device, example_data=""),
         "graded": Bounded(0, 1, shape=(*one, 1), dtype=torch.bool, device=device),
         "grade_failure": NonTensor(batch, device=device, example_data=""),
         "query": NonTensor(batch, device=device, example_data="a question"),
