@@ -44,7 +44,6 @@ class CloseCode(enum.IntEnum):
 
     NORMAL = 1000
     GOING_AWAY = 1001
-    TOO_BIG = 1009
     TAKEN_OVER = 4001  # another socket has resumed this session
 
 

@@ -9,29 +9,56 @@ a row can be stepped only from where its session stands, and anything else is re
 
 from __future__ import annotations
 
+import math
 import secrets
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Composite, NonTensor, Unbounded
+from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
 from torchrl_chat.conversation import StopReason
 from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.messages import Message, as_messages, content_text
 from torchrl_chat.openenv.batch.adapters import CHAT, Adapter, Answer
-from torchrl_chat.openenv.batch.pool import Pool
-from torchrl_chat.openenv.batch.rows import Row, Seen, end_columns, read_reply, row_columns, row_specs
+from torchrl_chat.openenv.batch.pool import Pool, Reply
 from torchrl_chat.openenv.client.errors import ConnectFailed, OpenEnvError, ServerError
 from torchrl_chat.openenv.client.link import Link, need_websockets
-from torchrl_chat.seeds import mixed
+from torchrl_chat.seeds import SEED, mixed
 
 FAILED = StopReason.ERROR
 _SEEDS = 2**31  # what every library's generators take
 _NO_CONVERSATION = "(the environment could not be reset)"
+
+
+@dataclass
+class Row:
+    """Where one row's session stands."""
+
+    ticket: int = 0  # of the last observation; a TensorDict that carries another one is refused
+    live: bool = False  # whether the episode goes on
+    failure: str = ""  # why it does not, where it failed
+    graded: bool = True  # whether its reward means something
+    known: int = 0  # how many messages the server's conversation has, where it shows the whole of it
+    episode: int = 0  # how many episodes were begun
+    seed: int = 0
+    query: str = ""  # what the conversation begins with
+    stop: StopReason = StopReason.RUNNING
+    observation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A server's reply, read."""
+
+    observation: dict[str, Any]
+    reward: float
+    done: bool
+    stop: StopReason
 
 
 class OpenEnvChatEnv(ChatEnv):
@@ -153,8 +180,17 @@ class OpenEnvChatEnv(ChatEnv):
 
     def _add_specs(self) -> None:
         batch, device = self.batch_size, self.device
+        own: dict[str, Any] = {
+            "graded": Bounded(0, 1, shape=(*batch, 1, 1), dtype=torch.bool, device=device),
+            "grade_failure": NonTensor(batch, device=device, example_data=""),
+            "query": NonTensor(batch, device=device, example_data="a question"),
+            SEED: Unbounded(batch, dtype=torch.int64, device=device),
+            "ticket": Unbounded((*batch, 1), dtype=torch.int64, device=device),
+        }
+        if self.adapter.keep:
+            own["observation"] = NonTensor(batch, device=device, example_data={})
         observation = self.full_observation_spec.clone()
-        observation.update(row_specs(batch, device, self.adapter.keep))
+        observation.update(Composite(own, shape=batch, device=device))
         self.full_observation_spec = observation
         # What reset reads: torchrl hands a reset only what stands here.
         read = {key: NonTensor(batch, device=device, example_data=0) for key in self.task_keys}
@@ -257,7 +293,7 @@ class OpenEnvChatEnv(ChatEnv):
 
     # ------------------------------------------------------------------ step
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        batch, rows = self.batch_size, self._rows
+        rows = self._rows
         goes = columns.stepped(tensordict)
         self._check_tickets(tensordict, goes)
         live = [going and row.live for going, row in zip(goes, rows, strict=True)]
@@ -303,8 +339,13 @@ class OpenEnvChatEnv(ChatEnv):
         self._fail({**errors, **unproved}, sum(live), refused)
         for row, stepped in zip(rows, live, strict=True):
             row.ticket += stepped
-        for key, column in end_columns(rows, rewards, batch, self.device).items():
-            following.set(key, column)
+        over = [not row.live for row in rows]
+        natural = [row.stop == StopReason.ANSWERED for row in rows]  # which no row is that goes on
+        cut = [end and not by_itself for end, by_itself in zip(over, natural, strict=True)]
+        for key, flags in (("terminated", natural), ("truncated", cut), ("done", over)):
+            following.set(key, torch.tensor(flags, device=self.device).reshape(*self.batch_size, 1))
+        reward = torch.tensor(rewards, dtype=torch.float32, device=self.device)
+        following.set("reward", reward.reshape(*self.batch_size, 1, 1))
         return self._marked(following)
 
     def _following(self, row: Row, seen: Seen) -> list[Message] | None:
@@ -340,10 +381,22 @@ class OpenEnvChatEnv(ChatEnv):
 
     # ------------------------------------------------------------------ rows
     def _marked(self, td: TensorDictBase) -> TensorDictBase:
-        own = self._begins and self.data_key == "query"
-        for key, column in row_columns(self._rows, self.batch_size, self.device).items():
-            if not (key == "query" and own) and not (key == "observation" and not self.adapter.keep):
-                td.set(key, column)
+        """The TensorDict with the columns that say where each row's session stands."""
+        rows, graded = self._rows, torch.tensor([row.graded for row in self._rows], device=self.device)
+        td.set("stop_reason", self._integers([row.stop for row in rows]))
+        td.set("ticket", self._integers([row.ticket for row in rows]))
+        td.set(SEED, self._integers([row.seed for row in rows]).squeeze(-1))
+        td.set("graded", graded.reshape(*self.batch_size, 1, 1))
+        texts: dict[str, list[Any]] = {
+            "env_failure": [row.failure for row in rows],
+            "grade_failure": ["" if row.graded else row.failure for row in rows],
+        }
+        if not (self._begins and self.data_key == "query"):
+            texts["query"] = [row.query for row in rows]
+        if self.adapter.keep:
+            texts["observation"] = [row.observation for row in rows]
+        for key, values in texts.items():
+            td.set(key, columns.objects(values, self.batch_size, self.device))
         return td
 
     def _end(self, rows: Iterable[int], reason: str) -> None:
@@ -373,3 +426,23 @@ class OpenEnvChatEnv(ChatEnv):
             self._sessions = Pool(links, self.reset_timeout, self.step_timeout)
             self.is_closed = False
         return self._sessions
+
+
+def read_reply(reply: Reply) -> Seen:
+    """A server's reply.
+
+    Raises:
+        OpenEnvError: it is an error, or not what the protocol says.
+    """
+    if isinstance(reply, Exception):
+        raise reply
+    observation, reward, done = reply.get("observation"), reply.get("reward"), reply.get("done")
+    number = 0.0 if reward is None else reward
+    if not isinstance(observation, dict) or not isinstance(done, (bool, type(None))):
+        raise OpenEnvError(f"the server's reply has no observation, or a strange 'done': {reply!r:.120}")
+    if not isinstance(number, (bool, int, float)) or not math.isfinite(number):
+        raise OpenEnvError(f"the server's reward is {reward!r:.60}: expected a number.")
+    metadata = observation.get("metadata") or reply.get("metadata") or {}
+    name = str(metadata.get("stop_reason", "")).upper() if isinstance(metadata, dict) else ""
+    stop = StopReason.__members__.get(name, StopReason.ANSWERED) if done else StopReason.RUNNING
+    return Seen(observation, float(number), bool(done), stop)

@@ -86,7 +86,6 @@ class Link:
         Raises:
             ConnectFailed: not within ``connect_timeout``, or the server refuses.
         """
-        need_websockets()
         from websockets.asyncio.client import connect
 
         from torchrl_chat.openenv.client.connection import Connection

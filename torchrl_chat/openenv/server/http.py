@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,10 +16,10 @@ from torchrl_chat.openenv.models import CloseRequest, KeepingResetRequest, StepR
 from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, checked, dumps, loads
 from torchrl_chat.openenv.server import mcp
 from torchrl_chat.openenv.server.catalog import Catalog, Entry, Handler, page
-from torchrl_chat.openenv.server.security import Buckets, Guard, address_of
+from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
 from torchrl_chat.openenv.server.sessions import Session, Sessions
 
-log = logging.getLogger("torchrl_chat.openenv")
+_MAX_ADDRESSES = 10_000  # whose rates are known
 _STATUS = {
     ErrorCode.INVALID_JSON: 422,
     ErrorCode.VALIDATION_ERROR: 422,
@@ -28,7 +28,6 @@ _STATUS = {
     ErrorCode.CAPACITY_REACHED: 503,
     ErrorCode.FACTORY_ERROR: 500,
     ErrorCode.SESSION_ERROR: 404,
-    ErrorCode.UNAUTHORIZED: 401,
 }
 _OPEN = frozenset({"/health"})  # what load balancers ask without a token
 
@@ -46,22 +45,16 @@ class Routes:
         self._sessions = sessions
         self._catalog = catalog
         self._guard = guard
-        self._buckets = Buckets(sessions.limits.requests_per_second)
-        task, env = self._task_api, "/{env_name}"
+        rate = sessions.limits.requests_per_second
+        self._buckets = functools.lru_cache(_MAX_ADDRESSES)(lambda address: Bucket(rate))
+        task, env, named = self._task_api, "/{env_name}", "the session that session_id names"
+        task_range = task("get_task_range", "tasks", "start", "stop")
         self._table = [
             Entry(
-                "/reset",
-                self._reset,
-                "Begin an episode: of a new environment, or of the session that session_id names",
-                KeepingResetRequest,
+                "/reset", self._reset, f"Begin an episode: of a new environment, or of {named}", KeepingResetRequest
             ),
-            Entry(
-                "/step",
-                self._step,
-                "Take a step: in a new environment, or in the session that session_id names",
-                StepRequest,
-            ),
-            Entry("/close", self._close, "End the session that session_id names", CloseRequest),
+            Entry("/step", self._step, f"Take a step: in a new environment, or in {named}", StepRequest),
+            Entry("/close", self._close, f"End {named}", CloseRequest),
             Entry("/state", self._state, "The state of a session"),
             Entry("/metadata", self._metadata, "Name, description and version of the environment"),
             Entry("/schema", self._schema, "JSON schemas of actions, observations and states"),
@@ -76,12 +69,7 @@ class Routes:
             Entry(f"{env}/tasks", task("list_tasks", "tasks"), "The tasks of a split", TaskRequest),
             Entry(f"{env}/num_tasks", task("num_tasks", "num_tasks"), "How many tasks a split has", TaskRequest),
             Entry(f"{env}/task", task("get_task", "task", "index"), "One task", TaskRequest),
-            Entry(
-                f"{env}/task_range",
-                task("get_task_range", "tasks", "start", "stop"),
-                "The tasks from start to stop",
-                TaskRequest,
-            ),
+            Entry(f"{env}/task_range", task_range, "The tasks from start to stop", TaskRequest),
         ]
 
     def all(self) -> list[Route]:
@@ -147,7 +135,7 @@ class Routes:
         try:
             value = loads(await self._raw(request), self._sessions.limits)
         except ProtocolError as error:
-            return _json(mcp.unreadable(error.message))
+            return _json(mcp.failure(mcp.PARSE, error.message))
         return _json(await mcp.answer(value, self._sessions, address_of(request)))
 
     async def _openapi(self, request: Request) -> Response:
@@ -200,7 +188,7 @@ class Routes:
 
         async def guarded(request: Request) -> Response:
             refusal = None if path in _OPEN else self._guard.refusal(request)
-            if refusal is None and not self._buckets.takes(address_of(request)):
+            if refusal is None and not self._buckets(address_of(request)).takes():
                 refusal = 429, "too many requests a second."
             if refusal is not None:
                 metrics.count("refused_total", reason=str(refusal[0]))
@@ -210,16 +198,14 @@ class Routes:
                 return await handler(request)
             except HTTPException as error:
                 return _failure(error.status_code, error.detail)
-            except ProtocolError as error:
-                metrics.count("errors_total", code=error.code)
-                detail = error.details.get("errors") or error.message
-                return _failure(_STATUS.get(error.code, 400), detail, code=str(error.code), message=error.message)
             except ClientDisconnect:
                 return _failure(400, "the client has left.")
-            except Exception as error:  # a defect of ours
-                log.error("internal error", extra={"path": path, "error": repr(error)[:2000]})
-                metrics.count("errors_total", code="INTERNAL")
-                return _failure(500, "internal error")
+            except Exception as error:
+                told = self._sessions.told(error, path=path)
+                if told is not error:
+                    return _failure(500, "internal error")
+                detail = told.details.get("errors") or told.message
+                return _failure(_STATUS.get(told.code, 400), detail, code=str(told.code), message=told.message)
 
         return guarded
 

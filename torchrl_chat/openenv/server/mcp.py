@@ -8,7 +8,7 @@ from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, dumps, short
 from torchrl_chat.openenv.server.sessions import Sessions
 
 _KEYS = frozenset({"jsonrpc", "method", "params", "id"})
-_PARSE, _REQUEST, _METHOD, _PARAMS, _INTERNAL, _SERVER = -32700, -32600, -32601, -32602, -32603, -32000
+PARSE, _REQUEST, _METHOD, _PARAMS, _INTERNAL, _SERVER = -32700, -32600, -32601, -32602, -32603, -32000
 
 
 class _Refused(Exception):
@@ -33,11 +33,6 @@ def failure(code: int, message: str, identity: Any = None, data: Any = None) -> 
     """An error reply."""
     error = {"code": code, "message": message} | ({} if data is None else {"data": data})
     return dumps({"jsonrpc": "2.0", "id": identity, "error": error})
-
-
-def unreadable(message: str) -> bytes:
-    """The reply to what is no JSON."""
-    return failure(_PARSE, message)
 
 
 async def _result(request: Any, sessions: Sessions, address: str) -> Any:

@@ -13,8 +13,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from torchrl_chat.openenv.protocol import is_loopback
 
-_MAX_ADDRESSES = 10_000
-
 
 def names_loopback(host: str) -> bool:
     """Whether a ``Host`` header (RFC 9110, section 7.2) names this machine as only this machine can: ``localhost:8000``."""
@@ -117,25 +115,3 @@ class Bucket:
             return False
         self._left -= 1
         return True
-
-
-class Buckets:
-    """A bucket for every address; the oldest are forgotten.
-
-    Args:
-        rate: requests a second of one address.
-    """
-
-    def __init__(self, rate: float | None):
-        self._rate = rate
-        self._table: dict[str, Bucket] = {}
-
-    def takes(self, address: str) -> bool:
-        """Whether another request of this address may pass now."""
-        if self._rate is None:
-            return True
-        bucket = self._table.pop(address, None) or Bucket(self._rate)
-        self._table[address] = bucket
-        if len(self._table) > _MAX_ADDRESSES:
-            del self._table[next(iter(self._table))]
-        return bucket.takes()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from torchrl_chat.openenv.models import ResetRequest
-from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, ServerLimits, checked, dumps, short
+from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, ServerLimits, checked, dumps, short
 from torchrl_chat.openenv.server.metrics import Metrics
 from torchrl_chat.openenv.server.replies import Replies
 from torchrl_chat.openenv.server.workers import Late, Workers
@@ -280,6 +280,17 @@ class Sessions:
             log.info("session opened", extra={"session": session.id, "sessions": len(self)})
         return session
 
+    def told(self, error: Exception, **where: str) -> ProtocolError:
+        """An error, counted, as a client is told of it: one that is no :class:`ProtocolError` is a defect of ours."""
+        code, told = "INTERNAL", error
+        if isinstance(told, ProtocolError):
+            code = told.code
+        else:
+            log.error("internal error", extra={**where, "error": repr(error)[:2000]})
+            told = ProtocolError(ErrorCode.EXECUTION_ERROR, f"internal error: {short(error)}")
+        self.metrics.count("errors_total", code=code)
+        return told
+
     def _forget(self, address: str) -> None:
         self._addresses[address] -= 1
         if self._addresses[address] <= 0:
@@ -311,7 +322,7 @@ class Sessions:
         session.closed = True
         if line is not None:
             error = ProtocolError(ErrorCode.SESSION_ERROR, f"the session has been closed: {reason}.")
-            await line.end(error, 1000, reason)
+            await line.end(error, CloseCode.NORMAL, reason)
         await session.end()
 
     async def detach(self, session: Session, line: Line) -> None:
@@ -352,7 +363,7 @@ class Sessions:
     async def _leave(self, session: Session) -> None:
         line = session.line
         if line is not None:
-            await line.end(None, 1001, "the server is shutting down")
+            await line.end(None, CloseCode.GOING_AWAY, "the server is shutting down")
         while session.busy:
             await asyncio.sleep(0.005)
         session.line = None

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, parse_frame, short
+from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, parse_frame
 from torchrl_chat.openenv.server import mcp
 from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
 from torchrl_chat.openenv.server.sessions import Session, Sessions
 
-log = logging.getLogger("torchrl_chat.openenv")
 _GONE = (WebSocketDisconnect, RuntimeError, OSError)  # what sending to a closed socket raises
 _YES = frozenset({"1", "true", "yes"})
 
@@ -43,8 +41,7 @@ class Line:
         try:
             session = await self._session()
         except ProtocolError as error:
-            self._metrics.count("errors_total", code=error.code)
-            await self._send(error.frame())
+            await self._send(self._sessions.told(error).frame())
             await self._close(CloseCode.NORMAL, str(error.code))
             return
         try:
@@ -115,13 +112,8 @@ class Line:
                     data, self._sessions, address_of(self._socket)
                 )
             return None
-        except ProtocolError as error:
-            self._metrics.count("errors_total", code=error.code)
-            return error.frame()
-        except Exception as error:  # a defect of ours: this session is told, the others go on
-            log.error("internal error", extra={"session": session.id, "error": repr(error)[:2000]})
-            self._metrics.count("errors_total", code="INTERNAL")
-            return ProtocolError(ErrorCode.EXECUTION_ERROR, f"internal error: {short(error)}").frame()
+        except Exception as error:  # this session is told, the others go on
+            return self._sessions.told(error, session=session.id).frame()
 
     async def _send(self, reply: bytes) -> bool:
         try:
