@@ -297,9 +297,8 @@ class ChatEnvironment(Conversation):
         changed = self._apply_transform(observation)
         if not isinstance(changed, ChatObservation):
             try:
-                changed = ChatObservation.model_validate(
-                    {name: getattr(changed, name) for name in _fields(changed)}
-                )
+                fields = {n: getattr(changed, n) for n in ChatObservation.model_fields if hasattr(changed, n)}
+                changed = ChatObservation.model_validate(fields)
             except (ValidationError, TypeError) as error:
                 raise ValueError(f"the transform returned no observation: {error}") from error
         return replace(
@@ -318,10 +317,6 @@ class ChatEnvironment(Conversation):
             else:
                 outcome = replace(outcome, reward=observation.reward)
         return self._stepped(outcome)
-
-
-def _fields(observation: Any) -> list[str]:
-    return [name for name in ChatObservation.model_fields if hasattr(observation, name)]
 
 
 def _reward(value: Any) -> float:

@@ -183,7 +183,9 @@ class TorchRLEnvironment(Conversation):
                 reward, done = _number(after.get("reward", None)) or 0.0, bool(after["done"].any())
         metadata = _told(after)
         if done and "stop_reason" not in metadata:
-            metadata["stop_reason"] = StopReason.of(None, terminated=_flag(after, "terminated"), done=True).word
+            metadata["stop_reason"] = StopReason.of(
+                None, terminated=bool(after["terminated"].any()), done=True
+            ).word
         self._td = root
         ledger = self._ledger.then(_transcript(after))
         return self._stepped(Outcome(ledger=ledger, reward=reward, done=done, metadata=metadata))
@@ -276,11 +278,6 @@ def _told(td: TensorDictBase) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     return float(value.flatten()[0]) if isinstance(value, torch.Tensor) and value.numel() else None
-
-
-def _flag(td: TensorDictBase, key: str) -> bool:
-    value = td.get(key, None)
-    return value is not None and bool(value.any())
 
 
 # ---------------------------------------------------------------------- rows

@@ -7,16 +7,17 @@ import html
 import inspect
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter
 from starlette.requests import Request
-from starlette.responses import Response
 
 from torchrl_chat.openenv.models import State
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Any]
+"""What answers a request: with a response, or with what its JSON says; or with an awaitable of one of them."""
+
 _RESULT = {
     "type": "object",
     "properties": {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncIterator
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -12,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from torchrl_chat.openenv.models import CloseRequest, KeepingResetRequest, StepRequest, TaskRequest
+from torchrl_chat.openenv.models import CloseRequest, KeepingResetRequest, State, StepRequest, TaskRequest
 from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, checked, dumps, loads
 from torchrl_chat.openenv.server import mcp
 from torchrl_chat.openenv.server.catalog import Catalog, Entry, Handler, page
@@ -29,6 +30,7 @@ _STATUS = {
     ErrorCode.FACTORY_ERROR: 500,
     ErrorCode.SESSION_ERROR: 404,
 }
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _OPEN = frozenset({"/health"})  # what load balancers ask without a token
 
 
@@ -48,6 +50,7 @@ class Routes:
         rate = sessions.limits.requests_per_second
         self._buckets = functools.lru_cache(_MAX_ADDRESSES)(lambda address: Bucket(rate))
         task, env, named = self._task_api, "/{env_name}", "the session that session_id names"
+        docs: Handler = lambda _: HTMLResponse(page(catalog.openapi(self._table)))  # noqa: E731
         task_range = task("get_task_range", "tasks", "start", "stop")
         self._table = [
             Entry(
@@ -56,15 +59,27 @@ class Routes:
             Entry("/step", self._step, f"Take a step: in a new environment, or in {named}", StepRequest),
             Entry("/close", self._close, f"End {named}", CloseRequest),
             Entry("/state", self._state, "The state of a session"),
-            Entry("/metadata", self._metadata, "Name, description and version of the environment"),
-            Entry("/schema", self._schema, "JSON schemas of actions, observations and states"),
-            Entry("/health", self._health, "Whether the server runs"),
-            Entry("/metrics", self._metrics, "Counters for Prometheus"),
+            Entry(
+                "/metadata",
+                lambda _: sessions.workers.run(catalog.metadata),
+                "Name, description and version of the environment",
+            ),
+            Entry("/schema", lambda _: catalog.schema(), "JSON schemas of actions, observations and states"),
+            Entry(
+                "/health",
+                lambda _: {"status": "draining" if sessions.draining else "healthy"},
+                "Whether the server runs",
+            ),
+            Entry(
+                "/metrics",
+                lambda _: Response(sessions.metrics.text(), media_type=_PROMETHEUS),
+                "Counters for Prometheus",
+            ),
             Entry("/mcp", self._mcp, "JSON-RPC 2.0: openenv/session/create and openenv/session/close", dict),
-            Entry("/openapi.json", self._openapi),
-            Entry("/docs", self._docs),
-            Entry("/redoc", self._docs),
-            Entry("/list_environments", self._environments, "The environments of this server"),
+            Entry("/openapi.json", lambda _: catalog.openapi(self._table)),
+            Entry("/docs", docs),
+            Entry("/redoc", docs),
+            Entry("/list_environments", lambda _: [catalog.name], "The environments of this server"),
             Entry(f"{env}/splits", self._splits, "The splits of the environment's tasks"),
             Entry(f"{env}/tasks", task("list_tasks", "tasks"), "The tasks of a split", TaskRequest),
             Entry(f"{env}/num_tasks", task("num_tasks", "num_tasks"), "How many tasks a split has", TaskRequest),
@@ -80,27 +95,25 @@ class Routes:
         ]
 
     # ------------------------------------------------------------------ reset, step, state
-    async def _reset(self, request: Request) -> Response:
+    async def _reset(self, request: Request) -> bytes:
         body = checked(KeepingResetRequest, await self._body(request), "reset")
         data = body.model_dump(exclude={"keep", "session_id"}, exclude_unset=True)
         async with self._session(request, body.session_id, keep=body.keep) as session:
-            return _json(await session.reset(data))
+            return await session.reset(data)
 
-    async def _step(self, request: Request) -> Response:
+    async def _step(self, request: Request) -> bytes:
         body = checked(StepRequest, await self._body(request), "step")
         async with self._session(request, body.session_id) as session:
-            return _json(await session.step(body.action, body.timeout_s))
+            return await session.step(body.action, body.timeout_s)
 
-    async def _state(self, request: Request) -> Response:
+    async def _state(self, request: Request) -> Any:
         wanted = request.query_params.get("session_id")
-        if wanted is None:
-            return _json(b'{"episode_id":null,"step_count":0}')
-        return _json(await self._sessions.find(wanted).state())
+        return State() if wanted is None else await self._sessions.find(wanted).state()
 
-    async def _close(self, request: Request) -> Response:
+    async def _close(self, request: Request) -> dict[str, bool]:
         body = checked(CloseRequest, await self._body(request), "close")
         await self._sessions.close(self._sessions.find(body.session_id), "closed")
-        return _json(b'{"closed":true}')
+        return {"closed": True}
 
     @contextlib.asynccontextmanager
     async def _session(self, request: Request, wanted: str | None, keep: bool = False) -> AsyncIterator[Session]:
@@ -118,50 +131,28 @@ class Routes:
             if not keep:
                 await session.end()
 
-    # ------------------------------------------------------------------ about the server
-    async def _metadata(self, request: Request) -> Response:
-        return _json(dumps(await self._sessions.workers.run(self._catalog.metadata)))
-
-    async def _schema(self, request: Request) -> Response:
-        return _json(dumps(self._catalog.schema()))
-
-    async def _health(self, request: Request) -> Response:
-        return _json(b'{"status":"draining"}' if self._sessions.draining else b'{"status":"healthy"}')
-
-    async def _metrics(self, request: Request) -> Response:
-        return Response(self._sessions.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def _mcp(self, request: Request) -> Response:
+    async def _mcp(self, request: Request) -> bytes:
         try:
             value = loads(await self._raw(request), self._sessions.limits)
         except ProtocolError as error:
-            return _json(mcp.failure(mcp.PARSE, error.message))
-        return _json(await mcp.answer(value, self._sessions, address_of(request)))
-
-    async def _openapi(self, request: Request) -> Response:
-        return _json(dumps(self._catalog.openapi(self._table)))
-
-    async def _docs(self, request: Request) -> Response:
-        return HTMLResponse(page(self._catalog.openapi(self._table)))
+            return mcp.failure(mcp.PARSE, error.message)
+        return await mcp.answer(value, self._sessions, address_of(request))
 
     # ------------------------------------------------------------------ the Task API
-    async def _environments(self, request: Request) -> Response:
-        return _json(dumps([self._catalog.name]))
-
-    async def _splits(self, request: Request) -> Response:
-        return _json(dumps([_split(split) for split in await self._ask(request, "list_splits")]))
+    async def _splits(self, request: Request) -> list[Any]:
+        return [_split(split) for split in await self._ask(request, "list_splits")]
 
     def _task_api(self, method: str, answer: str, *fields: str) -> Handler:
         """What answers with the environment's method, under that name; the method is given the split and further fields."""
 
-        async def ask(request: Request) -> Response:
+        async def ask(request: Request) -> dict[str, Any]:
             self._named(request)
             wanted = checked(TaskRequest, await self._body(request), "task request")
             if "index" in fields and wanted.index is None:
                 raise HTTPException(422, "'index' is required.")
             found = await self._ask(request, method, wanted.split, *(getattr(wanted, name) for name in fields))
             more = {"env_name": self._catalog.name} if method == "list_tasks" else {}
-            return _json(dumps({answer: found, **more}))
+            return {answer: found, **more}
 
         return ask
 
@@ -183,7 +174,7 @@ class Routes:
             raise HTTPException(400, str(error.args[0]) if error.args else str(error)) from None
 
     # ------------------------------------------------------------------ one request
-    def _guarded(self, path: str, handler: Handler) -> Handler:
+    def _guarded(self, path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         metrics = self._sessions.metrics
 
         async def guarded(request: Request) -> Response:
@@ -195,7 +186,11 @@ class Routes:
                 return _failure(*refusal)
             metrics.count("requests_total", kind=path)
             try:
-                return await handler(request)
+                found = handler(request)
+                found = await found if inspect.isawaitable(found) else found
+                if isinstance(found, Response):
+                    return found
+                return Response(found if isinstance(found, bytes) else dumps(found), media_type="application/json")
             except HTTPException as error:
                 return _failure(error.status_code, error.detail)
             except ClientDisconnect:
@@ -235,10 +230,6 @@ class Routes:
 def _says_json(request: Request) -> bool:
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
-
-
-def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
 
 
 def _failure(status: int, detail: Any, **more: Any) -> Response:

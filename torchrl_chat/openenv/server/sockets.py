@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -139,30 +140,25 @@ class Line:
             pass  # it is closed, as wanted
 
 
+@dataclass(frozen=True)
 class Endpoint:
-    """The endpoint of ``/ws``, an ASGI application.
+    """The endpoint of ``/ws``, an ASGI application."""
 
-    Args:
-        sessions: the server's sessions.
-        guard: who may connect.
-    """
-
-    def __init__(self, sessions: Sessions, guard: Guard):
-        self._sessions = sessions
-        self._guard = guard
+    sessions: Sessions
+    guard: Guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one socket."""
         socket = WebSocket(scope, receive, send)
-        refusal = self._guard.refusal(socket)
+        refusal = self.guard.refusal(socket)
         try:
             if refusal is None:
                 await socket.accept()
             else:
                 status, reason = refusal
-                self._sessions.metrics.count("refused_total", reason=str(status))
+                self.sessions.metrics.count("refused_total", reason=str(status))
                 await socket.send_denial_response(JSONResponse({"detail": reason}, status_code=status))
         except _GONE:
             return
         if refusal is None:
-            await Line(socket, receive, send, self._sessions).serve()
+            await Line(socket, receive, send, self.sessions).serve()

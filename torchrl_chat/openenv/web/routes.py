@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from starlette.types import Scope
 
 from torchrl_chat.conversation import Transcript
 from torchrl_chat.openenv.protocol import ProtocolError, dumps
-from torchrl_chat.openenv.server.catalog import Handler
 from torchrl_chat.openenv.server.security import Guard, OwnNames
 from torchrl_chat.openenv.web.socket import TokenSocket
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.rollouts import sequence as written_sequence
 
+Handler = Callable[[Request], Awaitable[Response]]
 Answerer = Callable[[list[int]], tuple[list[int], list[float]]]
 """A policy for the page: prompt ids -> sampled ids and their log-probs."""
 
@@ -146,7 +146,11 @@ class _Page:
         transcript = self._transcript(request)
         if transcript is None:
             return _json({"sequences": []})
-        return _json(await asyncio.to_thread(self._written, transcript))
+        written = [
+            await asyncio.to_thread(written_sequence, branch, self._spell, transcript.scored)
+            for branch in transcript.sequences
+        ]
+        return _json({"sequences": written})
 
     async def answer(self, request: Request) -> Response:
         """What the policy answers to a session's prompt; the page sends it as an action of its own."""
@@ -185,10 +189,6 @@ class _Page:
         """The ledger of a session's environment; ``None`` where it has none, or none yet."""
         session = request.app.state.sessions.find(request.query_params.get("session_id"))
         return getattr(session.env, "transcript", None)
-
-    def _written(self, transcript: Transcript) -> dict[str, Any]:
-        scored = transcript.scored
-        return {"sequences": [written_sequence(branch, self._spell, scored) for branch in transcript.sequences]}
 
     def _shown(self, name: Path) -> Path | None:
         """The file of that name; ``None`` where the page may not open it: links out of the folder are not followed."""
