@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.conversation import Limits, StopReason, Turn
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message
-from torchrl_chat.openenv.chat.episode import Conversation, EpisodeEnded, Outcome
+from torchrl_chat.openenv.chat.episode import Conversation, EpisodeEnded, StepOutcome
 from torchrl_chat.openenv.chat.ledger import Ledger, Writer, writer_of
 from torchrl_chat.openenv.interfaces import Rubric
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, EnvironmentMetadata, ResetRequest
@@ -101,7 +101,7 @@ class ChatEnvironment(Conversation):
         self._loop: LoopThread | None = None
 
     # ------------------------------------------------------------------ OpenEnv's methods
-    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Outcome:
+    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> StepOutcome:
         """Begin an episode.
 
         Args:
@@ -117,7 +117,7 @@ class ChatEnvironment(Conversation):
         self._reset_rubric()
         return self._begin(*prepared)
 
-    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Outcome:
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> StepOutcome:
         """Append one turn.
 
         Args:
@@ -221,13 +221,13 @@ class ChatEnvironment(Conversation):
             metadata["ignored"] = ignored
         return self._writer.start(messages), request.episode_id, metadata
 
-    def _begin(self, ledger: Ledger, episode_id: str | None, metadata: dict[str, Any]) -> Outcome:
+    def _begin(self, ledger: Ledger, episode_id: str | None, metadata: dict[str, Any]) -> StepOutcome:
         self._started = time.monotonic()
         outcome = self._begun(ledger, episode_id, metadata | self._left(ledger))
         return outcome if self.transform is None else self._transformed(outcome, outcome.as_observation())
 
     # ------------------------------------------------------------------ one step
-    def _propose(self, action: ChatAction) -> tuple[Outcome, ChatObservation | None]:
+    def _propose(self, action: ChatAction) -> tuple[StepOutcome, ChatObservation | None]:
         """What a step would make of the episode, none of which has happened yet; as an observation where anybody looks at it."""
         self._check_running()
         ledger = self._current
@@ -244,7 +244,7 @@ class ChatEnvironment(Conversation):
         if transcript.turns > ledger.transcript.turns and transcript.spans:
             span = transcript.spans[-1]
             metadata["sampled"] = [span.start, span.end]
-        outcome = Outcome(ledger=after, reward=0.0, done=stop is not StopReason.RUNNING, metadata=metadata)
+        outcome = StepOutcome(ledger=after, reward=0.0, done=stop is not StopReason.RUNNING, metadata=metadata)
         return outcome, None if self.rubric is self.transform is None else outcome.as_observation()
 
     def _written(self, ledger: Ledger, messages: Sequence[Message] | None, action: ChatAction | None) -> Ledger:
@@ -292,7 +292,7 @@ class ChatEnvironment(Conversation):
             return {}
         return {"tokens_left": self.limits.tokens_left(ledger.transcript, self._writer.template)}
 
-    def _transformed(self, outcome: Outcome, observation: ChatObservation) -> Outcome:
+    def _transformed(self, outcome: StepOutcome, observation: ChatObservation) -> StepOutcome:
         """The outcome with what the transform makes of its observation."""
         changed = self._apply_transform(observation)
         if not isinstance(changed, ChatObservation):
@@ -309,7 +309,7 @@ class ChatEnvironment(Conversation):
             metadata=changed.metadata,
         )
 
-    def _commit(self, outcome: Outcome, observation: ChatObservation | None) -> Outcome:
+    def _commit(self, outcome: StepOutcome, observation: ChatObservation | None) -> StepOutcome:
         """Let the step happen; everything that may fail has gone well, but for the transform, which is called first."""
         if observation is not None:
             if self.transform is not None:

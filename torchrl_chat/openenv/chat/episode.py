@@ -25,7 +25,7 @@ class EpisodeEnded(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class StepOutcome:
     """The conversation after a reset or a step, and how much of it is new.
 
     Attributes:
@@ -75,11 +75,11 @@ class Conversation(Environment[ChatAction, ChatObservation, ChatState]):
         self._stop: str | None = None  # why the episode has ended
 
     @abstractmethod
-    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Outcome:
+    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> StepOutcome:
         """Begin an episode, as servers do: of the result nothing is copied."""
 
     @abstractmethod
-    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Outcome:
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> StepOutcome:
         """Take one turn, as servers do: of the result nothing is copied."""
 
     def reset(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> ChatObservation:
@@ -110,12 +110,12 @@ class Conversation(Environment[ChatAction, ChatObservation, ChatState]):
     def _current(self) -> Ledger | None:
         return self._ledger
 
-    def _begun(self, ledger: Ledger, episode_id: str | None, metadata: dict[str, Any]) -> Outcome:
+    def _begun(self, ledger: Ledger, episode_id: str | None, metadata: dict[str, Any]) -> StepOutcome:
         self._ledger, self._step_count, self._stop = ledger, 0, None
         self._episode_id = uuid.uuid4().hex if episode_id is None else episode_id
-        return Outcome(ledger=ledger, metadata=metadata)
+        return StepOutcome(ledger=ledger, metadata=metadata)
 
-    def _stepped(self, outcome: Outcome) -> Outcome:
+    def _stepped(self, outcome: StepOutcome) -> StepOutcome:
         self._ledger = outcome.ledger
         self._step_count += 1
         if outcome.done:

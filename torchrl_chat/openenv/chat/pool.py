@@ -20,7 +20,7 @@ from torchrl_chat import columns
 from torchrl_chat.conversation import ResponseError, StopReason, Transcript
 from torchrl_chat.conversation.turn import check_ids
 from torchrl_chat.messages import MessageError, as_messages
-from torchrl_chat.openenv.chat.episode import Conversation, EpisodeEnded, Outcome
+from torchrl_chat.openenv.chat.episode import Conversation, EpisodeEnded, StepOutcome
 from torchrl_chat.openenv.chat.ledger import Ledger
 from torchrl_chat.openenv.models import ChatAction, EnvironmentMetadata
 from torchrl_chat.openenv.protocol import short
@@ -119,7 +119,7 @@ class TorchRLEnvironment(Conversation):
         messages: Any = None,
         query: Any = None,
         **kwargs: Any,
-    ) -> Outcome:
+    ) -> StepOutcome:
         """Begin an episode.
 
         Args:
@@ -161,7 +161,7 @@ class TorchRLEnvironment(Conversation):
         self._td, self._split = td, split
         return self._begun(Ledger.of(_transcript(td)), episode_id, metadata | _told(td))
 
-    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Outcome:
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> StepOutcome:
         """Take one turn; the episode stays as it was if anything is raised.
 
         Raises:
@@ -188,7 +188,7 @@ class TorchRLEnvironment(Conversation):
             ).word
         self._td = root
         ledger = self._ledger.then(_transcript(after))
-        return self._stepped(Outcome(ledger=ledger, reward=reward, done=done, metadata=metadata))
+        return self._stepped(StepOutcome(ledger=ledger, reward=reward, done=done, metadata=metadata))
 
     def get_metadata(self) -> EnvironmentMetadata:
         """Name, description and version."""
@@ -226,8 +226,7 @@ class TorchRLEnvironment(Conversation):
 
     def list_tasks(self, split: str) -> list[Any]:
         """The rows of a split, the first thousand at most."""
-        with self._pool.lend(split) as env:
-            return [_task(env, split, index) for index in range(min(_PREVIEW, _rows(env)))]
+        return self.get_task_range(split, 0, _PREVIEW)
 
 
 # ---------------------------------------------------------------------- TensorDicts

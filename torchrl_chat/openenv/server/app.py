@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import inspect
@@ -27,7 +28,7 @@ from torchrl_chat.openenv.protocol import ServerLimits
 from torchrl_chat.openenv.server.catalog import Catalog
 from torchrl_chat.openenv.server.http import Routes
 from torchrl_chat.openenv.server.security import Guard, OwnNames
-from torchrl_chat.openenv.server.sessions import Sessions
+from torchrl_chat.openenv.server.sessions import SessionTable
 from torchrl_chat.openenv.server.sockets import Endpoint
 
 
@@ -70,7 +71,7 @@ def create_app(
     """
     limits = limits or ServerLimits()
     if max_concurrent_envs is not None:
-        limits = ServerLimits(**{**vars(limits), "max_sessions": max_concurrent_envs})
+        limits = dataclasses.replace(limits, max_sessions=max_concurrent_envs)
     made = env.func if isinstance(env, functools.partial) else env
     if (
         inspect.isclass(made)
@@ -80,8 +81,9 @@ def create_app(
         raise ValueError(
             f"{made.__name__} does not say SUPPORTS_CONCURRENT_SESSIONS = True: serve it with max_concurrent_envs=1."
         )
-    sessions = Sessions(env, action_cls, limits, workers)
-    catalog = Catalog(env, action_cls, observation_cls, state_cls, env_name)
+    sessions = SessionTable(env, action_cls, limits, workers)
+    models = {"action": action_cls, "observation": observation_cls, "state": state_cls}
+    catalog = Catalog(env, models, env_name)
     guard = Guard(token, allowed_origins)
 
     @contextlib.asynccontextmanager

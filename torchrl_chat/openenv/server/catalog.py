@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import html
 import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter
 from starlette.requests import Request
-
-from torchrl_chat.openenv.models import State
 
 Handler = Callable[[Request], Any]
 """What answers a request: with a response, or with what its JSON says; or with an awaitable of one of them."""
@@ -44,29 +44,18 @@ class Entry(NamedTuple):
         return "GET" if self.body is None else "POST"
 
 
+@dataclass
 class Catalog:
-    """The description of a server's environment.
+    """The description of a server's environment."""
 
-    Args:
-        factory: makes an environment.
-        action_cls, observation_cls, state_cls: the models of what crosses the wire.
-        name: the environment's name in the Task API.
-    """
-
-    def __init__(
-        self,
-        factory: Callable[[], Any],
-        action_cls: type[BaseModel],
-        observation_cls: type[BaseModel],
-        state_cls: type[BaseModel] = State,
-        name: str = "chat_env",
-    ):
-        self.name = name
-        self._factory = factory
-        self._models = {"action": action_cls, "observation": observation_cls, "state": state_cls}
-        self._env: Any = None
-        self._lock = threading.Lock()
-        self._schema: dict[str, Any] = {}
+    factory: Callable[[], Any]
+    """Makes an environment."""
+    models: dict[str, type[BaseModel]]
+    """Its ``action``, ``observation`` and ``state``, as they cross the wire."""
+    name: str
+    """The environment's name in the Task API."""
+    _env: Any = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def metadata(self) -> dict[str, Any]:
         """The reply of ``/metadata``."""
@@ -74,15 +63,14 @@ class Catalog:
         fields = found.model_dump() if hasattr(found, "model_dump") else dict(found)
         return {"name": self.name, "description": f"{self.name} environment", **fields}
 
+    @functools.cached_property
     def schema(self) -> dict[str, Any]:
         """The reply of ``/schema``."""
-        if not self._schema:
-            self._schema = {name: model.model_json_schema() for name, model in self._models.items()}
-        return self._schema
+        return {name: model.model_json_schema() for name, model in self.models.items()}
 
     def openapi(self, routes: Iterable[Entry]) -> dict[str, Any]:
         """The OpenAPI 3.1 document of a server with these routes."""
-        schema = self.schema()
+        schema = self.schema
         results = {"/reset": _RESULT, "/step": _RESULT, "/state": schema["state"]}
         paths: dict[str, Any] = {}
         for entry in routes:
@@ -138,7 +126,7 @@ class Catalog:
     def _probe(self) -> Any:
         with self._lock:
             if self._env is None:
-                self._env = self._factory()
+                self._env = self.factory()
             return self._env
 
 

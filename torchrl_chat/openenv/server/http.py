@@ -18,7 +18,7 @@ from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, checked, dum
 from torchrl_chat.openenv.server import mcp
 from torchrl_chat.openenv.server.catalog import Catalog, Entry, Handler, page
 from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
-from torchrl_chat.openenv.server.sessions import Session, Sessions
+from torchrl_chat.openenv.server.sessions import ServerSession, SessionTable
 
 _MAX_ADDRESSES = 10_000  # whose rates are known
 _STATUS = {
@@ -43,7 +43,7 @@ class Routes:
         guard: who may pass.
     """
 
-    def __init__(self, sessions: Sessions, catalog: Catalog, guard: Guard):
+    def __init__(self, sessions: SessionTable, catalog: Catalog, guard: Guard):
         self._sessions = sessions
         self._catalog = catalog
         self._guard = guard
@@ -64,7 +64,7 @@ class Routes:
                 lambda _: sessions.workers.run(catalog.metadata),
                 "Name, description and version of the environment",
             ),
-            Entry("/schema", lambda _: catalog.schema(), "JSON schemas of actions, observations and states"),
+            Entry("/schema", lambda _: catalog.schema, "JSON schemas of actions, observations and states"),
             Entry(
                 "/health",
                 lambda _: {"status": "draining" if sessions.draining else "healthy"},
@@ -116,7 +116,9 @@ class Routes:
         return {"closed": True}
 
     @contextlib.asynccontextmanager
-    async def _session(self, request: Request, wanted: str | None, keep: bool = False) -> AsyncIterator[Session]:
+    async def _session(
+        self, request: Request, wanted: str | None, keep: bool = False
+    ) -> AsyncIterator[ServerSession]:
         """The session that is wanted; or a new one, for this request only if it is not to be kept."""
         if wanted is not None:
             yield self._sessions.find(wanted)

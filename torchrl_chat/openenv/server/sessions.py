@@ -30,7 +30,7 @@ log = logging.getLogger("torchrl_chat.openenv")
 _GRACE = 0.25  # seconds
 
 
-class Session:
+class ServerSession:
     """One environment and what its client has seen of it.
 
     Args:
@@ -40,7 +40,7 @@ class Session:
         resumable: whether it outlives its socket.
     """
 
-    def __init__(self, env: Any, sessions: Sessions, address: str, resumable: bool):
+    def __init__(self, env: Any, sessions: SessionTable, address: str, resumable: bool):
         self.id = uuid.uuid4().hex
         self.env = env
         self.resumable = resumable
@@ -198,7 +198,7 @@ def _is_async(env: Any, name: str) -> bool:
     return method is not None and not method.__module__.endswith((".interfaces", "env_server.interfaces"))
 
 
-class Sessions:
+class SessionTable:
     """The table of sessions.
 
     Args:
@@ -209,11 +209,7 @@ class Sessions:
     """
 
     def __init__(
-        self,
-        factory: Callable[[], Any],
-        action_cls: type[BaseModel],
-        limits: ServerLimits,
-        workers: int = 4,
+        self, factory: Callable[[], Any], action_cls: type[BaseModel], limits: ServerLimits, workers: int = 4
     ):
         self.action_cls = action_cls
         self.limits = limits
@@ -221,7 +217,7 @@ class Sessions:
         self.workers = Workers(workers)
         self.draining = False
         self._factory = factory
-        self._table: dict[str, Session] = {}
+        self._table: dict[str, ServerSession] = {}
         self._opening = 0
         self._addresses: Counter[str] = Counter()
         self.metrics.gauge("sessions", "Sessions open now.", lambda: len(self._table))
@@ -231,7 +227,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._table)
 
-    async def open(self, address: str, *, resumable: bool = False, listed: bool = True) -> Session:
+    async def open(self, address: str, *, resumable: bool = False, listed: bool = True) -> ServerSession:
         """A new session.
 
         Args:
@@ -273,7 +269,7 @@ class Sessions:
             self._opening -= 1
             if not kept:
                 self._forget(address)
-        session = Session(env, self, address, resumable)
+        session = ServerSession(env, self, address, resumable)
         if listed:
             self._table[session.id] = session
             self.metrics.count("sessions_opened_total")
@@ -296,7 +292,7 @@ class Sessions:
         if self._addresses[address] <= 0:
             del self._addresses[address]  # the table of addresses does not grow for ever
 
-    def find(self, session_id: Any) -> Session:
+    def find(self, session_id: Any) -> ServerSession:
         """The session of an id.
 
         Raises:
@@ -311,7 +307,7 @@ class Sessions:
         session.attached = True
         return session
 
-    async def close(self, session: Session, reason: str) -> None:
+    async def close(self, session: ServerSession, reason: str) -> None:
         """End a session."""
         if self._table.pop(session.id, None) is None:
             return
@@ -325,7 +321,7 @@ class Sessions:
             await line.end(error, CloseCode.NORMAL, reason)
         await session.end()
 
-    async def detach(self, session: Session, line: Line) -> None:
+    async def detach(self, session: ServerSession, line: Line) -> None:
         """The socket of a session is gone: so is the session, unless it can be resumed."""
         if session.line is not line:
             return
@@ -360,7 +356,7 @@ class Sessions:
                 task.cancel()
         self.workers.close()
 
-    async def _leave(self, session: Session) -> None:
+    async def _leave(self, session: ServerSession) -> None:
         line = session.line
         if line is not None:
             await line.end(None, CloseCode.GOING_AWAY, "the server is shutting down")

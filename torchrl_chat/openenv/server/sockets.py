@@ -12,55 +12,53 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, parse_frame
 from torchrl_chat.openenv.server import mcp
 from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
-from torchrl_chat.openenv.server.sessions import Session, Sessions
+from torchrl_chat.openenv.server.sessions import ServerSession, SessionTable
 
 _GONE = (WebSocketDisconnect, RuntimeError, OSError)  # what sending to a closed socket raises
 _YES = frozenset({"1", "true", "yes"})
 
 
+@dataclass(eq=False)
 class Line:
-    """One socket and its session.
+    """One socket and its session."""
 
-    Args:
-        socket: the accepted socket. Frames go past it, straight to and from the server: it would look at each twice.
-        receive, send: the server's side of it.
-        sessions: the server's sessions.
-    """
+    socket: WebSocket
+    """The accepted socket. Frames go past it, straight to and from the server: it would look at each twice."""
+    receive: Receive
+    send: Send
+    sessions: SessionTable
+    busy: bool = False
+    """Whether a frame is being answered."""
+    leaving: tuple[ProtocolError | None, int, str] | None = None
+    """Why the server closes the socket."""
 
-    def __init__(self, socket: WebSocket, receive: Receive, send: Send, sessions: Sessions):
-        self._socket = socket
-        self._receive = receive
-        self._to_client = send
-        self._sessions = sessions
-        self._metrics = sessions.metrics
-        self._bucket = Bucket(sessions.limits.requests_per_second)
-        self._busy = False
-        self._leaving: tuple[ProtocolError | None, int, str] | None = None
+    def __post_init__(self) -> None:
+        self._bucket = Bucket(self.sessions.limits.requests_per_second)
 
     async def serve(self) -> None:
         """Answer frames until either side closes."""
         try:
             session = await self._session()
         except ProtocolError as error:
-            await self._send(self._sessions.told(error).frame())
+            await self._send(self.sessions.told(error).frame())
             await self._close(CloseCode.NORMAL, str(error.code))
             return
         try:
             await self._talk(session)
         finally:
-            await self._sessions.detach(session, self)
+            await self.sessions.detach(session, self)
 
     async def end(self, error: ProtocolError | None, code: int, reason: str) -> None:
         """Close the socket, after the step that is under way."""
-        self._leaving = error, code, reason
-        if not self._busy:
+        self.leaving = error, code, reason
+        if not self.busy:
             await self._leave()
 
-    async def _session(self) -> Session:
-        query = self._socket.query_params
+    async def _session(self) -> ServerSession:
+        query = self.socket.query_params
         wanted = query.get("session_id")
         if wanted:
-            session = self._sessions.find(wanted)
+            session = self.sessions.find(wanted)
             before, session.line = session.line, self
             session.resumable = True
             session.replies.forget()
@@ -68,23 +66,23 @@ class Line:
                 await before.end(None, CloseCode.TAKEN_OVER, "resumed by another socket")
         else:
             resumable = query.get("resume", "").lower() in _YES
-            session = await self._sessions.open(address_of(self._socket), resumable=resumable)
+            session = await self.sessions.open(address_of(self.socket), resumable=resumable)
             session.line, session.attached = self, True
         if (delta := query.get("delta")) is not None:
             session.replies.delta = delta.lower() in _YES
         return session
 
-    async def _talk(self, session: Session) -> None:
-        while self._leaving is None:
-            message = await self._receive()
+    async def _talk(self, session: ServerSession) -> None:
+        while self.leaving is None:
+            message = await self.receive()
             if message["type"] != "websocket.receive":
                 return
             raw = message.get("text")
-            self._busy = True
+            self.busy = True
             try:
                 reply = await self._answer(session, message.get("bytes") or b"" if raw is None else raw)
             finally:
-                self._busy = False
+                self.busy = False
             if reply is None:
                 await self._close(CloseCode.NORMAL, "")
                 return
@@ -92,16 +90,16 @@ class Line:
                 return
         await self._leave()
 
-    async def _answer(self, session: Session, raw: str | bytes) -> bytes | None:
+    async def _answer(self, session: ServerSession, raw: str | bytes) -> bytes | None:
         """The reply to a frame; ``None`` where the client wants to leave."""
         try:
             if not self._bucket.takes():
                 raise ProtocolError(
                     ErrorCode.RATE_LIMITED,
-                    f"more than {self._sessions.limits.requests_per_second:g} requests a second.",
+                    f"more than {self.sessions.limits.requests_per_second:g} requests a second.",
                 )
-            kind, data = parse_frame(raw, self._sessions.limits)
-            self._metrics.count("requests_total", kind=kind)
+            kind, data = parse_frame(raw, self.sessions.limits)
+            self.sessions.metrics.count("requests_total", kind=kind)
             if kind == "step":
                 return b'{"type":"observation","data":%b}' % await session.step(data)
             if kind == "reset":
@@ -109,33 +107,31 @@ class Line:
             if kind == "state":
                 return b'{"type":"state","data":%b}' % await session.state()
             if kind == "mcp":
-                return b'{"type":"mcp","data":%b}' % await mcp.answer(
-                    data, self._sessions, address_of(self._socket)
-                )
+                return b'{"type":"mcp","data":%b}' % await mcp.answer(data, self.sessions, address_of(self.socket))
             return None
         except Exception as error:  # this session is told, the others go on
-            return self._sessions.told(error, session=session.id).frame()
+            return self.sessions.told(error, session=session.id).frame()
 
     async def _send(self, reply: bytes) -> bool:
         try:
-            await self._to_client({"type": "websocket.send", "text": reply.decode()})
+            await self.send({"type": "websocket.send", "text": reply.decode()})
         except _GONE:
             return False
-        self._metrics.count("bytes_sent_total", amount=len(reply))
+        self.sessions.metrics.count("bytes_sent_total", amount=len(reply))
         return True
 
     async def _leave(self) -> None:
-        assert self._leaving is not None
-        error, code, reason = self._leaving
+        assert self.leaving is not None
+        error, code, reason = self.leaving
         if error is not None:
             await self._send(error.frame())
         await self._close(code, reason)
 
     async def _close(self, code: int, reason: str) -> None:
-        if self._socket.application_state is WebSocketState.DISCONNECTED:
+        if self.socket.application_state is WebSocketState.DISCONNECTED:
             return
         try:
-            await asyncio.wait_for(self._socket.close(code, reason), 5.0)
+            await asyncio.wait_for(self.socket.close(code, reason), 5.0)
         except (*_GONE, TimeoutError):
             pass  # it is closed, as wanted
 
@@ -144,7 +140,7 @@ class Line:
 class Endpoint:
     """The endpoint of ``/ws``, an ASGI application."""
 
-    sessions: Sessions
+    sessions: SessionTable
     guard: Guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
