@@ -252,13 +252,10 @@ class ChatEnvironment(Conversation):
         if messages is None:
             assert action is not None
             if action.tokens is None:
-                ids: Sequence[int] = self._encoded(ledger, str(action.text))
-            elif self.strip_prompt:
-                ids = behind_prompt(action.tokens, ledger.transcript.tokens)
-            else:
-                ids = action.tokens
-            reason = action.finish_reason or (None if action.tokens is not None else "stop")
-            return self._answered(ledger, ids, reason)
+                return self._answered(ledger, Turn(text=action.text, finish_reason=action.finish_reason or "stop"))
+            strip = self.strip_prompt
+            ids = behind_prompt(action.tokens, ledger.transcript.tokens) if strip else action.tokens
+            return self._answered(ledger, Turn.of(ids, action.finish_reason))
         before, kept = len(ledger.ends), len(ledger.transcript)
         for message in messages:
             if message["role"] != "assistant":
@@ -268,19 +265,12 @@ class ChatEnvironment(Conversation):
                     raise MessageError(
                         "an assistant message is given by its 'content' alone, a string, or as tokens."
                     )
-                ledger = self._answered(ledger, self._encoded(ledger, message["content"]), "stop")
+                ledger = self._answered(ledger, Turn(text=message["content"], finish_reason="stop"))
             kept = min(kept, ledger.kept[1])
         return replace(ledger, kept=(before, kept))
 
-    def _encoded(self, ledger: Ledger, text: str) -> list[int]:
-        ids = self._writer.encode(ledger, text)
-        if not ids:
-            raise MessageError("the answer is empty: it has no tokens.")
-        return ids
-
-    def _answered(self, ledger: Ledger, ids: Sequence[int], finish_reason: str | None) -> Ledger:
+    def _answered(self, ledger: Ledger, turn: Turn) -> Ledger:
         """The ledger with an answer, without what is beyond the limits, as if the policy had been stopped there."""
-        turn = Turn.of(ids, finish_reason)
         if self.limits.in_tokens:
             turn.limit = self.limits.tokens_left(ledger.transcript, self._writer.template)
             if turn.limit == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchrl_chat.conversation import ResponseError, Transcript, Turn, answer, append
@@ -130,15 +130,15 @@ class Writer:
 
     def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
         """The ledger with further messages, and what opens the policy's turn behind them."""
-        transcript, ends = ledger.transcript, list(ledger.ends)
-        kept = len(ends), len(transcript)
         for message in messages:
-            transcript = transcript.appended(self._render(message), [message])
-            ends.append(len(transcript))
-        return Ledger(transcript, tuple(ends), transcript, kept)
+            after = ledger.transcript.appended(self._render(message), [message])
+            ledger = ledger.then(after, after)
+        return ledger
 
     def answer(self, ledger: Ledger, turn: Turn) -> Ledger:
         """The ledger with what the policy sampled, id for id, and the end of its turn."""
+        if turn.ids is None:
+            turn = replace(turn, ids=Turn.of(self._render({"role": "assistant", "content": turn.text})).ids)
         try:
             size = len(self.tokenizer)
         except TypeError:
@@ -156,10 +156,6 @@ class Writer:
         ended = cut.finish_reason != "length"
         after = ledger.transcript.sampled(cut.sampled, None, message, ended=ended)
         return ledger.then(after, after)
-
-    def encode(self, ledger: Ledger, text: str) -> list[int]:
-        """The ids of an answer that came as a text."""
-        return self._render({"role": "assistant", "content": text})
 
     def recognise(self, ids: Sequence[int]) -> Message | None:
         """The message of which these ids are the whole rendering; ``None`` if they are none, or do not show their role."""
@@ -220,12 +216,6 @@ class TemplateWriter(Writer):
         [after] = answer([before], [turn], self.template)
         self._known.proved.add(before.course.shape)
         return ledger.then(after, after)
-
-    def encode(self, ledger: Ledger, text: str) -> list[int]:
-        """See :class:`Writer`."""
-        tokens = ledger.transcript.tokens
-        after = int(tokens[-1]) if len(tokens) else None
-        return self.template.codec.encode_continuation([text], [after])[0]
 
     def recognise(self, ids: Sequence[int]) -> Message | None:
         """See :class:`Writer`. Exact: rendering the message gives the very ids."""
