@@ -72,7 +72,7 @@ if kind == "stock":
     from openenv.core.generic_client import GenericEnvClient as Client
     make, actions = (lambda: Client(base_url=url)), [{"tokens": ids} for ids in answers]
 else:
-    from torchrl_chat.openenv.client_chat import ChatEnv
+    from torchrl_chat.openenv.client.chat import ChatEnv
     from torchrl_chat.openenv.models import ChatAction
     make, actions = (lambda: ChatEnv(url)), [ChatAction(tokens=ids) for ids in answers]
 times, failed = [], []

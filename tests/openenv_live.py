@@ -15,7 +15,7 @@ from conftest import bpe_tokenizer
 
 from torchrl_chat import ChatTemplate
 from torchrl_chat.cli import serve
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits
 from torchrl_chat.openenv.server import create_app, make_server
 

@@ -30,9 +30,9 @@ from torchrl_chat import (
     columns,
     training_view,
 )
-from torchrl_chat.openenv.batch import FAILED, OpenEnvChatEnv
-from torchrl_chat.openenv.batch_adapters import Adapter, text_adapter
-from torchrl_chat.openenv.client_errors import ConnectFailed, ServerError
+from torchrl_chat.openenv.batch.adapters import Adapter, text_adapter
+from torchrl_chat.openenv.batch.env import FAILED, OpenEnvChatEnv
+from torchrl_chat.openenv.client.errors import ConnectFailed, ServerError
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.services

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from torchrl_chat import ChatTemplate, ChatTemplateError
 from torchrl_chat.messages import MessageError
-from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
-from torchrl_chat.openenv.environment import ChatEnvironment
-from torchrl_chat.openenv.episode import EpisodeEnded
-from torchrl_chat.openenv.ledger import TemplateWriter
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.episode import EpisodeEnded
+from torchrl_chat.openenv.chat.ledger import TemplateWriter
+from torchrl_chat.openenv.chat.pool import EnvPool, TorchRLEnvironment
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
 
 pytestmark = pytest.mark.services
@@ -485,8 +485,8 @@ def test_openenvs_own_tests_pass_but_for_the_import_path(tmp_path):
     paths = {
         "from openenv.core.env_server.interfaces import Message": f"{here}models import Message",
         "from ..models import": f"{here}models import",
-        "from .chat_environment import": f"{here}environment import",
-        "from envs.chat_env.server.chat_environment import": f"{here}environment import",
+        "from .chat_environment import": f"{here}chat.environment import",
+        "from envs.chat_env.server.chat_environment import": f"{here}chat.environment import",
     }
     for name in ("envs/chat_env/server/test_chat_env.py", "tests/envs/test_chat_environment.py"):
         text = (repo / name).read_text()

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from openenv_stub import StubServer
 
 from torchrl_chat.messages import MessageError
-from torchrl_chat.openenv.client import GenericClient
-from torchrl_chat.openenv.client_chat import ChatEnv
-from torchrl_chat.openenv.client_errors import ConnectFailed, RequestTimeout, ServerError, SessionLost
-from torchrl_chat.openenv.client_link import Link
-from torchrl_chat.openenv.client_session import encode
+from torchrl_chat.openenv.client.chat import ChatEnv
+from torchrl_chat.openenv.client.connection import encode
+from torchrl_chat.openenv.client.errors import ConnectFailed, RequestTimeout, ServerError, SessionLost
+from torchrl_chat.openenv.client.generic import GenericClient
+from torchrl_chat.openenv.client.link import Link
 from torchrl_chat.openenv.models import ChatAction, ChatObservation
 
 pytestmark = pytest.mark.services

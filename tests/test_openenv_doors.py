@@ -13,9 +13,9 @@ import websockets
 from openenv_live import TEMPLATE, ask, connect, live, wait_for
 
 from torchrl_chat.cli import play, serve
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits
-from torchrl_chat.openenv.security import Guard, names_loopback
+from torchrl_chat.openenv.server.security import Guard, names_loopback
 from torchrl_chat.openenv.web import web_routes
 
 pytestmark = pytest.mark.services
@@ -156,7 +156,7 @@ def test_sessions_that_nobody_attaches_to_end_and_the_others_stay():
             assert "result" in made(server)
         assert "sessions" in made(server)["error"]["message"]
         assert wait_for(lambda: len(server.sessions) == 3)  # those that somebody came to
-        assert server.metrics.total("sessions_closed_total", 'reason="idle"') == 97
+        assert server.metrics.total("sessions_closed_total", reason="idle") == 97
         for socket_ in (taken, opened):
             assert ask(socket_, "reset")["type"] == "observation"
         step = {"session_id": kept, "action": {"text": "hi"}}

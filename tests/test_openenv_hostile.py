@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from openenv_live import HELLO, ask, connect, live, wait_for
 
 from torchrl_chat import ChatTemplate
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits, ProtocolError, parse_frame
 
 pytestmark = pytest.mark.services
@@ -433,4 +433,4 @@ def test_errors_are_counted_and_the_next_episode_is_as_ever(server):
         assert ask(ws, "step", HELLO)["type"] == "observation"
     assert refused == len(FRAMES)
     assert server.metrics.total("errors_total") - before == refused
-    assert server.metrics.total("errors_total", 'code="INTERNAL"') == 0
+    assert server.metrics.total("errors_total", code="INTERNAL") == 0

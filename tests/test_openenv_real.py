@@ -30,11 +30,11 @@ from torchrl.envs.transforms import Compose
 from torchrl_grpo import grpo
 
 from torchrl_chat import DatasetChatEnv, RewardTransform, StopReason, TransformersPolicy, columns
-from torchrl_chat.openenv.batch import OpenEnvChatEnv
-from torchrl_chat.openenv.batch_adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, text_adapter
-from torchrl_chat.openenv.client import GenericClient
-from torchrl_chat.openenv.client_chat import ChatEnv
-from torchrl_chat.openenv.client_errors import ReplyLost, ServerError, SessionLost
+from torchrl_chat.openenv.batch.adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, text_adapter
+from torchrl_chat.openenv.batch.env import OpenEnvChatEnv
+from torchrl_chat.openenv.client.chat import ChatEnv
+from torchrl_chat.openenv.client.errors import ReplyLost, ServerError, SessionLost
+from torchrl_chat.openenv.client.generic import GenericClient
 from torchrl_chat.openenv.models import ChatAction
 from torchrl_chat.rewards import NumberVerifier
 from torchrl_chat.tiny import last_digit_rows, tiny_model, tiny_tokenizer
@@ -439,7 +439,7 @@ def test_our_client_with_our_server(ours):
 def test_a_session_outlives_its_connection(ours):
     def cut(client):
         async def abort():
-            client._channel._session._socket.transport.abort()
+            client._channel._held.transport.abort()
 
         client._loop.run(abort())
 
@@ -480,16 +480,16 @@ def test_a_step_is_never_done_twice(ours, done_before):
         channel = client._channel
 
         async def break_it():
-            socket = channel._session._socket
-            say = socket.say
+            held = channel._held
+            say = held._say
 
             def saying(frame):
                 if done_before:
-                    socket.taker = lambda frame: None  # the reply gets lost
+                    held._take = lambda frame: None  # the reply gets lost
                     say(frame)
-                asyncio.get_running_loop().call_later(0.3 if done_before else 0, socket.transport.abort)
+                asyncio.get_running_loop().call_later(0.3 if done_before else 0, held.transport.abort)
 
-            socket.say = saying
+            held._say = saying
 
         client._loop.run(break_it())
         if done_before:
@@ -507,7 +507,7 @@ def test_without_resumption_a_lost_session_is_lost(ours):
         client.reset(messages="Hi")
 
         async def abort():
-            client._channel._session._socket.transport.abort()
+            client._channel._held.transport.abort()
 
         client._loop.run(abort())
         with pytest.raises(SessionLost):
@@ -532,7 +532,7 @@ def test_the_batch_survives_its_connections(ours):
 
     async def cut():
         for channel in sessions._held:
-            channel._session._socket.transport.abort()
+            channel._held.transport.abort()
 
     sessions._loop.run(cut())
     td = env.base_env.append_messages(env.step_mdp(td), ["Well?"] * 8)

@@ -21,8 +21,8 @@ from conftest import bpe_tokenizer
 from openenv_live import HELLO, TEMPLATE, arguments, ask, connect, live, wait_for
 
 from torchrl_chat.cli import serve
-from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.pool import EnvPool, TorchRLEnvironment
 from torchrl_chat.openenv.models import Action, ChatAction, Observation, State
 from torchrl_chat.openenv.protocol import Limits, dumps
 from torchrl_chat.openenv.server import create_app
@@ -336,9 +336,9 @@ def test_a_hung_step_keeps_no_idle_session():
         ask(sockets[0], "step", HELLO)
         reply = ask(sockets[0], "step", HELLO)
         assert "takes longer than 0.5 s" in reply["data"]["message"]
-        assert server.app.state.sessions._workers.stuck == 1
+        assert server.app.state.sessions.workers.stuck == 1
         assert wait_for(lambda: len(server.sessions) == 0)
-        assert server.app.state.sessions._workers.stuck == 1  # before the step has come to its end
+        assert server.app.state.sessions.workers.stuck == 1  # before the step has come to its end
         for ws in sockets:
             ws.close()
 
@@ -354,7 +354,7 @@ def test_hung_steps_of_some_cost_nobody_else_anything():
             assert ask(ws, "reset")["type"] == "observation"
             assert ask(ws, "step", HELLO)["type"] == "observation"
         assert "late_calls 6" in server.http.get("/metrics").text
-        assert wait_for(lambda: server.app.state.sessions._workers.stuck == 0)
+        assert wait_for(lambda: server.app.state.sessions.workers.stuck == 0)
 
 
 def test_a_session_over_http_is_kept_while_it_is_not_idle():
@@ -477,7 +477,7 @@ def test_a_step_that_takes_too_long_is_an_error_and_reset_mends_it():
         assert "longer than" in ask(ws, "step", HELLO)["data"]["message"]
         assert "still running" in ask(ws, "reset")["data"]["message"]
         go_on.set()
-        assert wait_for(lambda: server.app.state.sessions._workers.stuck == 0)
+        assert wait_for(lambda: server.app.state.sessions.workers.stuck == 0)
         assert "reset the session" in ask(ws, "step", HELLO)["data"]["message"]
         assert ask(ws, "reset")["type"] == "observation"
         assert ask(ws, "step", HELLO)["data"]["reward"] == 1.0
@@ -547,7 +547,7 @@ def test_a_port_that_others_reach_needs_a_token_or_a_word():
 def test_the_command_serves_until_sigterm_and_finishes_steps(tmp_path):
     (tmp_path / "slow_env.py").write_text(
         "import time\n"
-        "from torchrl_chat.openenv.environment import ChatEnvironment\n"
+        "from torchrl_chat.openenv.chat.environment import ChatEnvironment\n"
         "def rubric(action, observation):\n    time.sleep(1.0)\n    return 1.0\n"
         "def make(tokenizer):\n    return ChatEnvironment(tokenizer, rubric=rubric)\n"
     )

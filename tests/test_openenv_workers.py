@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from torchrl_chat.openenv.workers import Late, Workers
+from torchrl_chat.openenv.server.workers import Late, Workers
 
 pytestmark = pytest.mark.services
 

@@ -205,7 +205,7 @@ class TestShown:
         assert not secret(judge.secrets.hide(f"{KEY} {PASSWORD} {WITHIN}"))
 
     def test_tools_and_servers(self):
-        from torchrl_chat.openenv.client_link import Link
+        from torchrl_chat.openenv.client.link import Link
         from torchrl_chat.tools.mcp_link import Server
 
         link = Link(url=f"http://me:{WITHIN}@h:1", headers={"Authorization": f"Bearer {KEY}"})

@@ -17,7 +17,7 @@ import pytest
 from conftest import skip_without
 
 from torchrl_chat import ChatTemplate, tiny
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.server import create_app, make_server
 from torchrl_chat.openenv.web import viewer_app, web_routes
 from torchrl_chat.rollouts import as_line

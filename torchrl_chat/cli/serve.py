@@ -145,9 +145,9 @@ def make_app(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: an unknown environment; or a port that others can reach without a token.
     """
-    from torchrl_chat.openenv.protocol import Limits
-    from torchrl_chat.openenv.security import is_loopback
+    from torchrl_chat.openenv.protocol import ServerLimits
     from torchrl_chat.openenv.server import create_app
+    from torchrl_chat.openenv.server.security import is_loopback
     from torchrl_chat.openenv.web import web_routes
 
     local = is_loopback(arguments.host)
@@ -161,7 +161,7 @@ def make_app(arguments: argparse.Namespace) -> Any:
     return create_app(
         factory,
         env_name=name,
-        limits=Limits(
+        limits=ServerLimits(
             max_message_bytes=int(arguments.max_message_mb * 2**20),
             max_sessions=arguments.max_sessions,
             max_sessions_per_address=arguments.max_sessions_per_address,

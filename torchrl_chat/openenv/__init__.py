@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
-    from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
-    from torchrl_chat.openenv.batch import OpenEnvChatEnv
-    from torchrl_chat.openenv.batch_adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, Adapter, text_adapter
-    from torchrl_chat.openenv.client import GenericClient, StepResult
-    from torchrl_chat.openenv.client_chat import ChatEnv
-    from torchrl_chat.openenv.client_errors import (
+    from torchrl_chat.openenv.batch.adapters import CHAT, CHAT_ENV, CHAT_TEXT, ECHO_ENV, Adapter, text_adapter
+    from torchrl_chat.openenv.batch.env import OpenEnvChatEnv
+    from torchrl_chat.openenv.chat.environment import ChatEnvironment
+    from torchrl_chat.openenv.chat.episode import EpisodeEnded, EpisodeLimits
+    from torchrl_chat.openenv.chat.pool import EnvPool, TorchRLEnvironment
+    from torchrl_chat.openenv.client.chat import ChatClient, ChatEnv
+    from torchrl_chat.openenv.client.errors import (
         ConnectFailed,
         OpenEnvError,
         ReplyLost,
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
         ServerError,
         SessionLost,
     )
-    from torchrl_chat.openenv.environment import ChatEnvironment
-    from torchrl_chat.openenv.episode import EpisodeEnded, EpisodeLimits
+    from torchrl_chat.openenv.client.generic import GenericClient, StepResult
     from torchrl_chat.openenv.interfaces import Environment, ModelTokenizer, Rubric, TaskProvider, Transform
     from torchrl_chat.openenv.models import (
         Action,
@@ -32,46 +32,22 @@ if TYPE_CHECKING:
         Observation,
         State,
     )
-    from torchrl_chat.openenv.protocol import Limits
+    from torchrl_chat.openenv.protocol import Limits, ServerLimits
     from torchrl_chat.openenv.server import create_app, run
 
 _HOMES = {
-    "Action": "models",
-    "Adapter": "batch_adapters",
-    "CHAT": "batch_adapters",
-    "CHAT_ENV": "batch_adapters",
-    "CHAT_TEXT": "batch_adapters",
-    "ChatAction": "models",
-    "ChatEnv": "client_chat",
-    "ChatEnvironment": "environment",
-    "ChatObservation": "models",
-    "ChatState": "models",
-    "ConnectFailed": "client_errors",
-    "ECHO_ENV": "batch_adapters",
-    "EnvPool": "adapter",
-    "Environment": "interfaces",
-    "EpisodeEnded": "episode",
-    "EpisodeLimits": "episode",
-    "GenericClient": "client",
-    "Limits": "protocol",
-    "Message": "models",
-    "ModelTokenizer": "interfaces",
-    "Observation": "models",
-    "OpenEnvChatEnv": "batch",
-    "OpenEnvError": "client_errors",
-    "ReplyLost": "client_errors",
-    "RequestTimeout": "client_errors",
-    "Rubric": "interfaces",
-    "ServerError": "client_errors",
-    "SessionLost": "client_errors",
-    "State": "models",
-    "StepResult": "client",
-    "TaskProvider": "interfaces",
-    "TorchRLEnvironment": "adapter",
-    "Transform": "interfaces",
-    "create_app": "server",
-    "run": "server",
-    "text_adapter": "batch_adapters",
+    "batch.adapters": "CHAT CHAT_ENV CHAT_TEXT ECHO_ENV Adapter text_adapter",
+    "batch.env": "OpenEnvChatEnv",
+    "chat.environment": "ChatEnvironment",
+    "chat.episode": "EpisodeEnded EpisodeLimits",
+    "chat.pool": "EnvPool TorchRLEnvironment",
+    "client.chat": "ChatClient ChatEnv",
+    "client.errors": "ConnectFailed OpenEnvError ReplyLost RequestTimeout ServerError SessionLost",
+    "client.generic": "GenericClient StepResult",
+    "interfaces": "Environment ModelTokenizer Rubric TaskProvider Transform",
+    "models": "Action ChatAction ChatObservation ChatState Message Observation State",
+    "protocol": "Limits ServerLimits",
+    "server": "create_app run",
 }
 
 __all__ = [
@@ -82,6 +58,7 @@ __all__ = [
     "Action",
     "Adapter",
     "ChatAction",
+    "ChatClient",
     "ChatEnv",
     "ChatEnvironment",
     "ChatObservation",
@@ -102,6 +79,7 @@ __all__ = [
     "RequestTimeout",
     "Rubric",
     "ServerError",
+    "ServerLimits",
     "SessionLost",
     "State",
     "StepResult",
@@ -113,4 +91,4 @@ __all__ = [
     "text_adapter",
 ]
 
-__getattr__, __dir__ = lazy(__name__, _HOMES)
+__getattr__, __dir__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names.split()})

@@ -8,8 +8,8 @@ from typing import Any
 
 from torchrl_chat.conversation import MessageEnv
 from torchrl_chat.named import named
-from torchrl_chat.openenv.adapter import EnvPool, TorchRLEnvironment
-from torchrl_chat.openenv.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.environment import ChatEnvironment
+from torchrl_chat.openenv.chat.pool import EnvPool, TorchRLEnvironment
 
 NAMES = ("chat", "countdown", "digits", "gsm8k", "ifeval", "math", "reasoning-gym:TASK")
 
@@ -37,7 +37,7 @@ def factory_of(
         seed: of generated problems.
         python_tool: whether fenced Python code in an answer is run in a sandbox, its output appended.
         template: arguments of :class:`~torchrl_chat.ChatTemplate`.
-        **limits: see :class:`~torchrl_chat.openenv.episode.EpisodeLimits`.
+        **limits: see :class:`~torchrl_chat.conversation.Limits`.
 
     Raises:
         ValueError: there is no such environment.
@@ -60,13 +60,17 @@ def factory_of(
             from torchrl_chat.transforms import PythonInterpreter
 
             env = env.append_transform(PythonInterpreter())
-        if given:
-            from torchrl_chat.transforms import Budget
-
-            env = env.append_transform(Budget(**given))
-        return env
+        return _limited(env, given)
 
     return functools.partial(TorchRLEnvironment, EnvPool(equipped, splits, kind)), kind
+
+
+def _limited(env: Any, limits: dict[str, Any]) -> Any:
+    if not limits:
+        return env
+    from torchrl_chat.transforms import Budget
+
+    return env.append_transform(Budget(**limits))
 
 
 def _makers(
@@ -118,33 +122,21 @@ def _digits(data: str | None, rows: dict[str, Any], split: str) -> Any:
 def _of_module(name: str, tokenizer: Any, template: dict[str, Any], limits: dict[str, Any]) -> Callable[[], Any]:
     make = named(name)
     if isinstance(make, type) and issubclass(make, MessageEnv):
-        return functools.partial(
-            TorchRLEnvironment, EnvPool(_messages(make, tokenizer, template, limits), name=make.__name__)
-        )
+        from torchrl_chat.envs import MessageChatEnv
+
+        episode: type[MessageEnv] = make
+        options: dict[str, Any] = {"input_mode": "tokens", "template_kwargs": template, "shuffle": False, "seed": 0}
+
+        def conversation(split: str) -> Any:
+            return _limited(MessageChatEnv(episode, tokenizer=tokenizer, **options), limits)
+
+        return functools.partial(TorchRLEnvironment, EnvPool(conversation, name=make.__name__))
     first = make(tokenizer)
     if isinstance(first, EnvPool):
         return functools.partial(TorchRLEnvironment, first)
     if hasattr(getattr(first, "base_env", first), "append_messages"):
-        return functools.partial(
-            TorchRLEnvironment, EnvPool(lambda split: make(tokenizer), name=name.partition(":")[2])
-        )
+        pool = EnvPool(lambda split: make(tokenizer), name=name.partition(":")[2])
+        return functools.partial(TorchRLEnvironment, pool)
     if not (hasattr(first, "reset") and hasattr(first, "step")):
         raise ValueError(f"{name} returned a {type(first).__name__}: expected an environment or an EnvPool.")
     return functools.partial(make, tokenizer)
-
-
-def _messages(
-    env: type[MessageEnv], tokenizer: Any, template: dict[str, Any], limits: dict[str, Any]
-) -> Callable[[str], Any]:
-    """What makes an environment of one conversation with a :class:`~torchrl_chat.conversation.MessageEnv`."""
-
-    def make(split: str) -> Any:
-        from torchrl_chat.envs import MessageChatEnv
-        from torchrl_chat.transforms import Budget
-
-        made = MessageChatEnv(
-            env, tokenizer=tokenizer, input_mode="tokens", template_kwargs=template, shuffle=False, seed=0
-        )
-        return made.append_transform(Budget(**limits)) if limits else made
-
-    return make

@@ -175,14 +175,31 @@ class ResetRequest(BaseModel):
     episode_id: Annotated[str, Field(max_length=255)] | None = None
 
 
+SessionId = Annotated[str, Field(description="a session made with keep=true or openenv/session/create")]
+
+
+class KeepingResetRequest(ResetRequest):
+    """The body of ``POST /reset``."""
+
+    keep: Annotated[bool, Strict()] = Field(default=False, description="keep the environment as a session")
+    session_id: SessionId | None = None
+
+
 class StepRequest(BaseModel):
-    """The body of ``POST /step``; others are handed to the environment."""
+    """The body of ``POST /step``; other entries are let through."""
 
     model_config = ConfigDict(extra="allow")
 
     action: dict[str, Any]
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     request_id: Annotated[str, Field(max_length=255)] | None = None
+    session_id: SessionId | None = None
+
+
+class CloseRequest(BaseModel):
+    """The body of ``POST /close``."""
+
+    session_id: SessionId
 
 
 class TaskRequest(_Wire):

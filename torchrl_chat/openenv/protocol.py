@@ -9,13 +9,15 @@ session goes on. Everything is as in ``openenv`` 0.10 and ``openenv-core`` 0.3; 
 from __future__ import annotations
 
 import enum
+import ipaddress
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+M = TypeVar("M", bound=BaseModel)
 FRAME_TYPES = ("reset", "step", "state", "mcp", "close")
 _KEYS = frozenset({"type", "data"})
 _MAX_ERRORS = 8
@@ -42,12 +44,11 @@ class CloseCode(enum.IntEnum):
 
     NORMAL = 1000
     GOING_AWAY = 1001
-    TOO_BIG = 1009
     TAKEN_OVER = 4001  # another socket has resumed this session
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ServerLimits:
     """What a client may ask for.
 
     Attributes:
@@ -89,6 +90,10 @@ class Limits:
         return math.ceil(0.75 * self.max_sessions)
 
 
+Limits = ServerLimits
+"""The name from before :class:`~torchrl_chat.conversation.Limits` were those of a conversation everywhere."""
+
+
 class ProtocolError(Exception):
     """A request that cannot be served.
 
@@ -106,7 +111,8 @@ class ProtocolError(Exception):
 
     def frame(self) -> bytes:
         """The reply."""
-        return error_frame(self.code, self.message, **self.details)
+        data = {"message": self.message, "code": str(self.code), **self.details}
+        return b'{"type":"error","data":%b}' % dumps(data)
 
 
 class Frame(NamedTuple):
@@ -131,7 +137,7 @@ def _fallback(value: Any) -> Any:
     return str(value)
 
 
-def loads(raw: bytes | str, limits: Limits) -> Any:
+def loads(raw: bytes | str, limits: ServerLimits) -> Any:
     """A JSON value within the limits.
 
     Raises:
@@ -145,18 +151,14 @@ def loads(raw: bytes | str, limits: Limits) -> Any:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise ProtocolError(ErrorCode.INVALID_JSON, f"Invalid JSON: {error}") from None
-    if _may_be_deep(raw, limits.max_depth) and _too_deep(value, limits.max_depth):
+    brackets = (
+        ("[", "{") if isinstance(raw, str) else (b"[", b"{")
+    )  # counting them costs less than looking at every value
+    if sum(map(raw.count, brackets)) > limits.max_depth and _too_deep(value, limits.max_depth):  # type: ignore[arg-type]
         raise ProtocolError(
             ErrorCode.VALIDATION_ERROR, f"the JSON is nested deeper than {limits.max_depth} levels."
         )
     return value
-
-
-def _may_be_deep(raw: bytes | str, depth: int) -> bool:
-    """Whether there are brackets enough; counting them costs less than looking at every value."""
-    if isinstance(raw, str):
-        return raw.count("[") + raw.count("{") > depth
-    return raw.count(b"[") + raw.count(b"{") > depth
 
 
 def _too_deep(value: Any, depth: int) -> bool:
@@ -174,7 +176,7 @@ def _too_deep(value: Any, depth: int) -> bool:
     return False
 
 
-def parse_frame(raw: bytes | str, limits: Limits) -> Frame:
+def parse_frame(raw: bytes | str, limits: ServerLimits) -> Frame:
     """The frame that a client sent.
 
     Raises:
@@ -202,24 +204,29 @@ def parse_frame(raw: bytes | str, limits: Limits) -> Frame:
     return Frame(kind, data)
 
 
-def frame(kind: str, data: Any) -> bytes:
-    """A reply."""
-    return b'{"type":%b,"data":%b}' % (orjson.dumps(kind), dumps(data))
+def checked(model: type[M], data: Any, what: str) -> M:
+    """The data as a model.
 
-
-def error_frame(code: ErrorCode, message: str, **details: Any) -> bytes:
-    """An error reply."""
-    return frame("error", {"message": message, "code": str(code), **details})
-
-
-def invalid(error: ValidationError, what: str) -> ProtocolError:
-    """The reply to data that a model refuses: which fields, and why; the input itself is not repeated."""
-    found = [
-        {"type": item["type"], "loc": list(item["loc"])[:8], "msg": item["msg"][:_MAX_SHOWN]}
-        for item in error.errors(include_url=False, include_input=False, include_context=False)[:_MAX_ERRORS]
-    ]
+    Raises:
+        ProtocolError: the model refuses them: which fields, and why; the input itself is not repeated.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found = [
+            {"type": item["type"], "loc": list(item["loc"])[:8], "msg": item["msg"][:_MAX_SHOWN]}
+            for item in error.errors(include_url=False, include_input=False, include_context=False)[:_MAX_ERRORS]
+        ]
     lines = "; ".join(f"{'.'.join(map(str, item['loc'])) or what}: {item['msg']}" for item in found)
-    return ProtocolError(ErrorCode.VALIDATION_ERROR, f"Invalid {what}: {lines}", errors=found)
+    raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"Invalid {what}: {lines}", errors=found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server of that host is on this machine, and only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def short(value: Any) -> str:

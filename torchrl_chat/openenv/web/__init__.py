@@ -1,5 +1,8 @@
 """The web page: an environment played by hand, and rollout files looked at. Plain files, served as they are."""
 
-from torchrl_chat.openenv.web.routes import viewer_app, web_routes
+try:
+    from torchrl_chat.openenv.web.routes import viewer_app, web_routes
+except ModuleNotFoundError as error:
+    raise ImportError(f"the web page needs {error.name}: pip install 'torchrl_chat[serve]'") from error
 
 __all__ = ["viewer_app", "web_routes"]

@@ -1,4 +1,9 @@
-"""The routes of the page: its files, the ledger of a session as the page draws it, rollout files of a folder."""
+"""The routes of the page: its files, the ledger of a session as the page draws it, rollout files of a folder.
+
+Law of this file: texts of models, tools and datasets never become markup. The page builds its elements itself, and the
+headers make the browser refuse whatever would slip through: scripts and styles come from this server's files only, and
+assigning markup to an element raises (Trusted Types).
+"""
 
 from __future__ import annotations
 
@@ -9,35 +14,36 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
 from torchrl_chat.conversation import Transcript
 from torchrl_chat.openenv.protocol import ProtocolError, dumps
-from torchrl_chat.openenv.security import Guard, OwnNames
+from torchrl_chat.openenv.server.security import Guard, OwnNames
+from torchrl_chat.openenv.web.socket import TokenSocket
 from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.rollouts import sequence as written_sequence
-
-try:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
-    from starlette.routing import BaseRoute, Route, WebSocketRoute
-except ImportError as error:
-    raise ImportError("the web page needs starlette and uvicorn: pip install 'torchrl_chat[serve]'") from error
-
-from torchrl_chat.openenv.web import assets
-from torchrl_chat.openenv.web.socket import TokenSocket
 
 Handler = Callable[[Request], Awaitable[Response]]
 Answerer = Callable[[list[int]], tuple[list[int], list[float]]]
 """A policy for the page: prompt ids -> sampled ids and their log-probs."""
 
+HEADERS = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; object-src 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+"""Sent with every page, script and style (CSP Level 3, Trusted Types)."""
+
 _MAX_FILES = 1000
 _FIRST_LINE = 1 << 20  # bytes of a file's first line that are read to see what it holds
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, detail: str):
-        super().__init__(detail)
-        self.status = status
 
 
 def web_routes(
@@ -77,6 +83,13 @@ def viewer_app(rollouts: str | os.PathLike[str]) -> Starlette:
     return app
 
 
+class _Static(StaticFiles):
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response
+
+
 class _Page:
     def __init__(
         self,
@@ -90,13 +103,14 @@ class _Page:
         self._policy = policy
         self._played = played
         self._turn = asyncio.Lock()
+        self._static = _Static(packages=[("torchrl_chat.openenv.web", "static")])
 
     def routes(self) -> list[BaseRoute]:
         routes: list[BaseRoute] = [
             Route("/web", _elsewhere),
-            Route("/web/", _asset("index.html" if self._played else "rollouts.html")),
-            Route("/web/rollouts", _asset("rollouts.html")),
-            Route("/web/static/{name}", _asset()),
+            Route("/web/", self._page("index.html" if self._played else "rollouts.html")),
+            Route("/web/rollouts", self._page("rollouts.html")),
+            Mount("/web/static", self._static),
             Route("/web/config", self._guarded(self.config)),
             Route("/web/files", self._guarded(self.files)),
             Route("/web/files/{path:path}", self._guarded(self.file)),
@@ -109,6 +123,12 @@ class _Page:
             Route("/web/answer", self._guarded(self.answer), methods=["POST"]),
             WebSocketRoute("/web/ws", TokenSocket()),
         ]
+
+    def _page(self, name: str) -> Handler:
+        async def page(request: Request) -> Response:
+            return await self._static.get_response(name, request.scope)
+
+        return page
 
     # ------------------------------------------------------------------ what the page asks
     async def config(self, request: Request) -> Response:
@@ -126,20 +146,26 @@ class _Page:
         transcript = self._transcript(request)
         if transcript is None:
             return _json({"sequences": []})
-        return _json(await asyncio.to_thread(self._written, transcript))
+        written = [
+            await asyncio.to_thread(written_sequence, branch, self._spell, transcript.scored)
+            for branch in transcript.sequences
+        ]
+        return _json({"sequences": written})
 
     async def answer(self, request: Request) -> Response:
         """What the policy answers to a session's prompt; the page sends it as an action of its own."""
         if self._policy is None:
-            raise _Refused(404, "this server has no model that answers.")
+            raise HTTPException(404, "this server has no model that answers.")
         transcript = self._transcript(request)
         if transcript is None or not len(transcript) or transcript.ended is not None:
-            raise _Refused(409, "it is not the policy's turn.")
+            raise HTTPException(409, "it is not the policy's turn.")
         async with self._turn:
             try:
                 tokens, log_probs = await asyncio.to_thread(self._policy, transcript.tokens.tolist())
             except Exception as error:  # of any model: the person is told, the page goes on
-                raise _Refused(500, f"the model has no answer: {type(error).__name__}: {error}"[:2000]) from error
+                raise HTTPException(
+                    500, f"the model has no answer: {type(error).__name__}: {error}"[:2000]
+                ) from error
         return _json({"tokens": tokens, "log_probs": log_probs})
 
     async def files(self, request: Request) -> Response:
@@ -155,17 +181,14 @@ class _Page:
         except (OSError, ValueError):  # a name that no file can have
             path = None
         if path is None:
-            raise _Refused(404, f"there is no rollout file {name[:200]!r}.")
-        return FileResponse(path, headers=assets.HEADERS, media_type="application/x-ndjson")
+            raise HTTPException(404, f"there is no rollout file {name[:200]!r}.")
+        return FileResponse(path, headers=HEADERS, media_type="application/x-ndjson")
 
     # ------------------------------------------------------------------ how it is found
     def _transcript(self, request: Request) -> Transcript | None:
+        """The ledger of a session's environment; ``None`` where it has none, or none yet."""
         session = request.app.state.sessions.find(request.query_params.get("session_id"))
-        return transcript_of(session.env)
-
-    def _written(self, transcript: Transcript) -> dict[str, Any]:
-        scored = transcript.scored
-        return {"sequences": [written_sequence(branch, self._spell, scored) for branch in transcript.sequences]}
+        return getattr(session.env, "transcript", None)
 
     def _shown(self, name: Path) -> Path | None:
         """The file of that name; ``None`` where the page may not open it: links out of the folder are not followed."""
@@ -197,17 +220,12 @@ class _Page:
                 return _json({"detail": refusal[1]}, refusal[0])
             try:
                 return await handler(request)
-            except _Refused as error:
-                return _json({"detail": str(error)}, error.status)
+            except HTTPException as error:
+                return _json({"detail": error.detail}, error.status_code)
             except ProtocolError as error:
                 return _json({"detail": error.message, "code": str(error.code)}, 404)  # no such session
 
         return guarded
-
-
-def transcript_of(env: Any) -> Transcript | None:
-    """The ledger of a session's environment; ``None`` where it has none, or none yet."""
-    return getattr(env, "transcript", None)
 
 
 def _place(rollouts: str | os.PathLike[str] | None) -> tuple[Path | None, Path | None]:
@@ -235,18 +253,9 @@ def _holds_episodes(path: Path) -> bool:
     return isinstance(line, dict) and "messages" in line
 
 
-def _asset(fixed: str | None = None) -> Handler:
-    async def asset(request: Request) -> Response:
-        return assets.answer(request, fixed or request.path_params["name"])
-
-    return asset
-
-
 async def _elsewhere(request: Request) -> Response:
     return RedirectResponse("web/")  # relative: the server may stand behind a path of a proxy
 
 
 def _json(value: Any, status: int = 200) -> Response:
-    if status >= 400:
-        return JSONResponse(value, status, assets.HEADERS)
-    return Response(dumps(value), status, assets.HEADERS, "application/json")
+    return Response(dumps(value), status, HEADERS, "application/json")

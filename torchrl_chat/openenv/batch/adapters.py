@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -120,27 +120,15 @@ ECHO_ENV = Adapter(_echoed, partial(_call, tool="echo_message", argument="messag
 """OpenEnv's ``echo_env``: the answer is the argument of its tool, whose result follows."""
 
 
-@dataclass(frozen=True)
-class _Field:
-    """An observation's field as text."""
-
-    name: str
-
-    def __call__(self, observation: dict[str, Any]) -> str | None:
-        value = observation.get(self.name)
-        return None if value is None or value == "" else _words(value)
+def _shown(observation: dict[str, Any], name: str) -> str | None:
+    value = observation.get(name)
+    return None if value is None or value == "" else _words(value)
 
 
-@dataclass(frozen=True)
-class _Words:
-    """The answer as an action's field."""
-
-    name: str
-    parse: Callable[[str], Any] | None
-    others: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, answer: Answer) -> dict[str, Any]:
-        return {**self.others, self.name: answer.text if self.parse is None else self.parse(answer.text)}
+def _said(
+    answer: Answer, name: str, parse: Callable[[str], Any] | None, others: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {**others, name: answer.text if parse is None else parse(answer.text)}
 
 
 def text_adapter(
@@ -158,7 +146,7 @@ def text_adapter(
         >>> text_adapter("question", "answer").to_messages({"question": "6 * 7?"})
         '6 * 7?'
     """
-    return Adapter(_Field(observation), _Words(action, parse, others))
+    return Adapter(partial(_shown, name=observation), partial(_said, name=action, parse=parse, others=others))
 
 
 def _words(value: Any) -> str:

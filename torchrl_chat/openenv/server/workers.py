@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +62,7 @@ class Workers:
         except TimeoutError:
             raise TimeoutError(f"all workers were busy for {seconds:g} s; try again later.") from None
         try:
-            call = self._start(function)
+            call = asyncio.wrap_future(self._crew.start(functools.partial(_result, function)))
             done, _ = await asyncio.wait([call], timeout=seconds)
             if not done:
                 self._stuck.add(call)
@@ -76,24 +76,17 @@ class Workers:
         """Let idle threads go. Those at work end when their calls do; nobody waits for them."""
         self._crew.close()
 
-    def _start(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        call: asyncio.Future[Any] = loop.create_future()
-
-        def work() -> None:
-            try:
-                settle, outcome = call.set_result, function()
-            except BaseException as error:
-                # No future takes a StopIteration, and sys.exit() in a rubric is no reason to end the server.
-                odd = isinstance(error, StopIteration) or not isinstance(error, Exception)
-                settle, outcome = call.set_exception, RuntimeError(repr(error)) if odd else error
-            with contextlib.suppress(RuntimeError):  # the server is gone
-                loop.call_soon_threadsafe(lambda: None if call.done() else settle(outcome))
-
-        self._crew.start(work)
-        return call
-
     def _over(self, call: asyncio.Future[Any]) -> None:
         self._stuck.discard(call)
         if not call.cancelled():
             call.exception()  # looked at: nobody else is there to be told
+
+
+def _result(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except BaseException as error:
+        # No future takes a StopIteration, and sys.exit() in a rubric is no reason to end the server.
+        if isinstance(error, StopIteration) or not isinstance(error, Exception):
+            raise RuntimeError(repr(error)) from None
+        raise

@@ -11,33 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import inspect
-import logging
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
-from torchrl_chat.openenv.protocol import Limits
-
-try:
-    from starlette.applications import Starlette
-    from starlette.middleware.cors import CORSMiddleware
-    from starlette.routing import BaseRoute, WebSocketRoute
-except ImportError as error:
-    raise ImportError("the server needs starlette and uvicorn: pip install 'torchrl_chat[serve]'") from error
-
-from torchrl_chat.openenv import sockets
-from torchrl_chat.openenv.catalog import Catalog
-from torchrl_chat.openenv.http import Routes
-from torchrl_chat.openenv.metrics import Metrics
-from torchrl_chat.openenv.security import Guard, OwnNames
-from torchrl_chat.openenv.sessions import Sessions
-
-log = logging.getLogger("torchrl_chat.openenv")
+from torchrl_chat.openenv.protocol import ServerLimits
+from torchrl_chat.openenv.server.catalog import Catalog
+from torchrl_chat.openenv.server.http import Routes
+from torchrl_chat.openenv.server.security import Guard, OwnNames
+from torchrl_chat.openenv.server.sessions import SessionTable
+from torchrl_chat.openenv.server.sockets import Endpoint
 
 
 def create_app(
@@ -48,7 +40,7 @@ def create_app(
     *,
     state_cls: type[BaseModel] = ChatState,
     max_concurrent_envs: int | None = None,
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
     token: str | None = None,
     allowed_origins: Collection[str] = (),
     loopback: bool = False,
@@ -63,7 +55,7 @@ def create_app(
         action_cls, observation_cls, state_cls: the models of what crosses the wire.
         env_name: the environment's name in the Task API.
         max_concurrent_envs: OpenEnv's name for ``limits.max_sessions``; wins over it.
-        limits: see :class:`Limits`.
+        limits: see :class:`ServerLimits`.
         token: the bearer token that every request must carry (but ``/health``); ``None`` for none.
         allowed_origins: origins of web pages that may talk to the server, besides its own; ``"*"`` for any.
         loopback: refuse requests under a name that is not this machine's, see :class:`OwnNames`.
@@ -77,9 +69,9 @@ def create_app(
         >>> template = ChatTemplate(tokenizer)
         >>> app = create_app(lambda: ChatEnvironment(template, system_prompt="Be brief."))
     """
-    limits = limits or Limits()
+    limits = limits or ServerLimits()
     if max_concurrent_envs is not None:
-        limits = Limits(**{**vars(limits), "max_sessions": max_concurrent_envs})
+        limits = dataclasses.replace(limits, max_sessions=max_concurrent_envs)
     made = env.func if isinstance(env, functools.partial) else env
     if (
         inspect.isclass(made)
@@ -89,11 +81,10 @@ def create_app(
         raise ValueError(
             f"{made.__name__} does not say SUPPORTS_CONCURRENT_SESSIONS = True: serve it with max_concurrent_envs=1."
         )
-    metrics = Metrics()
-    sessions = Sessions(env, action_cls, limits, metrics, workers)
-    catalog = Catalog(env, action_cls, observation_cls, state_cls, env_name)
+    sessions = SessionTable(env, action_cls, limits, workers)
+    models = {"action": action_cls, "observation": observation_cls, "state": state_cls}
+    catalog = Catalog(env, models, env_name)
     guard = Guard(token, allowed_origins)
-    routes = Routes(sessions, catalog, guard, metrics, limits)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -108,8 +99,8 @@ def create_app(
     app = Starlette(
         routes=[
             *extra_routes,
-            WebSocketRoute("/ws", sockets.Endpoint(sessions, guard, metrics, limits)),
-            *routes.all(),
+            WebSocketRoute("/ws", Endpoint(sessions, guard)),
+            *Routes(sessions, catalog, guard).all(),
         ],
         lifespan=lifespan,
     )
@@ -123,7 +114,7 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    app.state.sessions, app.state.metrics, app.state.limits = sessions, metrics, limits
+    app.state.sessions, app.state.metrics, app.state.limits = sessions, sessions.metrics, limits
     app.state.env_name, app.state.guard = env_name, guard
     return app
 
@@ -168,7 +159,7 @@ def make_server(
     """The uvicorn server of :func:`run`, not yet running."""
     import uvicorn
 
-    from torchrl_chat.openenv.connections import timed_protocol
+    from torchrl_chat.openenv.server.connections import timed_protocol
 
     config = uvicorn.Config(
         app,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
-import ipaddress
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from torchrl_chat.endpoint import shown_url
-from torchrl_chat.openenv.client_errors import ConnectFailed
+from torchrl_chat.openenv.client.errors import ConnectFailed
+from torchrl_chat.openenv.protocol import is_loopback
 
 if TYPE_CHECKING:
-    from torchrl_chat.openenv.client_socket import Socket
+    from torchrl_chat.openenv.client.connection import Connection
 
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 CLOSE_SECONDS = 2.0
@@ -75,25 +76,30 @@ class Link:
         joined = "&".join(filter(None, (parts.query, query)))
         return urlunsplit((_SCHEMES[parts.scheme], parts.netloc, path, joined, ""))
 
-    async def connect(self, query: str = "") -> Socket:
-        """An open WebSocket.
+    async def connect(self, query: str, on_reply: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Connection:
+        """An open connection.
+
+        Args:
+            query: a further part of the address's query string.
+            on_reply: see :class:`~torchrl_chat.openenv.client.connection.Connection`.
 
         Raises:
             ConnectFailed: not within ``connect_timeout``, or the server refuses.
         """
-        need_websockets()
         from websockets.asyncio.client import connect
 
-        from torchrl_chat.openenv.client_socket import Socket
+        from torchrl_chat.openenv.client.connection import Connection
 
         address, loop = self.address(query), asyncio.get_running_loop()
         give_up, delay = loop.time() + self.connect_timeout, 0.05
-        options: dict[str, Any] = {} if not _is_loopback(address) else {"proxy": None}
+        options: dict[str, Any] = {"proxy": None} if is_loopback(urlsplit(address).hostname or "") else {}
         while True:
             try:
-                socket = await connect(
+                connection = await connect(
                     address,
-                    create_connection=Socket,
+                    create_connection=functools.partial(  # type: ignore[arg-type]  # any callable is one
+                        Connection, url=self.url, on_reply=on_reply
+                    ),
                     additional_headers=dict(self.headers),
                     open_timeout=max(0.05, give_up - loop.time()),
                     close_timeout=CLOSE_SECONDS,
@@ -103,8 +109,9 @@ class Link:
                     compression="deflate" if self.compress else None,
                     **{**options, **self.options},
                 )
-                assert isinstance(socket, Socket)
-                return socket
+                assert isinstance(connection, Connection)
+                connection.watch()
+                return connection
             except Exception as error:
                 if not _may_pass(error) or loop.time() + delay >= give_up:
                     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -135,11 +142,3 @@ def _may_pass(error: Exception) -> bool:
     if status is not None:
         return status in (429, 502, 503, 504)
     return isinstance(error, OSError) or isinstance(error.__cause__, EOFError)
-
-
-def _is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

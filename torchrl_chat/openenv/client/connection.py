@@ -1,9 +1,12 @@
-"""One session with an OpenEnv server: one WebSocket, one environment at its other end.
+"""One connection to an OpenEnv server, one environment at its other end; ``websockets`` does all but the last step.
 
 The protocol has no request ids: a server answers in the order of the requests, one reply each. So every request takes a
 place in a queue, and a reply belongs to the oldest place. A request that is given up (a timeout, a cancelled task) keeps its
 place; the reply that comes late is recognised by it, and dropped. What contradicts this order (a reply of the wrong kind, a
 reply to nothing) ends the session: from then on nobody could tell what answers what.
+
+The connections of ``websockets`` keep messages in a queue until a task asks for them, and send in coroutines. Here a message
+is read in the very call that received it, and sent in the call that asks for it.
 """
 
 from __future__ import annotations
@@ -12,17 +15,17 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosedOK
+from websockets.frames import DATA_OPCODES, Frame
+from websockets.protocol import State
 
 from torchrl_chat.endpoint import shown_url
-from torchrl_chat.openenv.client_errors import RequestTimeout, ServerError, SessionLost
-from torchrl_chat.openenv.client_link import Link
+from torchrl_chat.openenv.client.errors import RequestTimeout, ServerError, SessionLost
 from torchrl_chat.openenv.protocol import CloseCode, ErrorCode
-
-if TYPE_CHECKING:
-    from torchrl_chat.openenv.client_socket import Socket
 
 _REPLIES = {"reset": "observation", "step": "observation", "state": "state", "mcp": "mcp"}
 # Sent unasked, in front of the end of the connection; they answer no request.
@@ -31,36 +34,28 @@ _FATAL = {ErrorCode.CAPACITY_REACHED, ErrorCode.FACTORY_ERROR, ErrorCode.SESSION
 _PLAIN = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 
 
-class Session:
-    """One connection; all of it is used on one event loop.
+class Connection(ClientConnection):
+    """An open connection, made by :meth:`~torchrl_chat.openenv.client.link.Link.connect`; used on one event loop.
 
     Args:
-        link: how to reach the server.
-        socket: an open WebSocket, from :meth:`Link.connect`.
+        url: of the server, for errors.
         on_reply: sees the data of every reply that is no error, in order, even of requests that were given up; what it
             returns is the result of the request.
     """
 
     def __init__(
-        self, link: Link, socket: Socket, on_reply: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None
+        self, *arguments: Any, url: str, on_reply: Callable[[str, dict[str, Any]], dict[str, Any]], **options: Any
     ):
-        self.link = link
+        super().__init__(*arguments, **options)
+        self._url = shown_url(url)
         self._on_reply = on_reply
-        self._socket = socket
         self._waiting: deque[tuple[str, asyncio.Future[Any]]] = deque()
         self._end: tuple[str, str | None] | None = None  # why the session is over, and the server's error code
-        self._loop = asyncio.get_running_loop()
-        self._watch = self._loop.create_task(self._see_it_end())
-        socket.taker = self._take
+        self._parts: list[bytes] = []
 
-    @classmethod
-    async def open(cls, link: Link, query: str = "", on_reply: Any = None) -> Session:
-        """Connect.
-
-        Raises:
-            ConnectFailed: the server cannot be reached.
-        """
-        return cls(link, await link.connect(query), on_reply)
+    def watch(self) -> None:
+        """Notice the end of the connection, once it is open."""
+        self._watch = self.loop.create_task(self._see_it_end())
 
     @property
     def lost(self) -> SessionLost | None:
@@ -72,7 +67,7 @@ class Session:
         """How many steps have no reply yet, those that were given up among them."""
         return sum(kind == "step" for kind, _ in self._waiting)
 
-    async def request(
+    async def ask(
         self, kind: str, data: Mapping[str, Any] | None = None, timeout: float | None = None
     ) -> dict[str, Any]:
         """The ``data`` of the reply to one request.
@@ -91,41 +86,60 @@ class Session:
         frame = encode({"type": kind} if data is None else {"type": kind, "data": data})
         if self._end is not None:
             raise SessionLost(*self._end)
-        reply: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        reply: asyncio.Future[dict[str, Any]] = self.loop.create_future()
         self._waiting.append((kind, reply))
-        self._socket.say(frame)
+        self._say(frame)
         if timeout is None:
             return await reply
-        limit = self._loop.call_later(timeout, self._too_late, kind, reply, timeout)
+        limit = self.loop.call_later(timeout, self._too_late, kind, reply, timeout)
         try:
             return await reply
         finally:
             limit.cancel()
 
-    async def close(self) -> None:
+    async def leave(self) -> None:
         """End the session; the server frees its environment."""
         if self._end is None:
             self._over("it was closed here")
-            self._socket.say(b'{"type":"close"}')
-        await self._socket.close()
+            self._say(b'{"type":"close"}')
+        await self.close()
+
+    def process_event(self, event: Any) -> None:
+        """Read a message once its last frame is here; everything else is the base class's affair."""
+        if self.response is None or not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
+            super().process_event(event)
+            return
+        self._parts.append(bytes(event.data))
+        if event.fin:
+            message, self._parts = b"".join(self._parts), []
+            self._take(message)
 
     # ------------------------------------------------------------------ the other direction
+    def _say(self, message: bytes) -> None:
+        """Send a message. One that can no longer be sent is dropped: the end of the connection is near."""
+        if self.state is State.OPEN:
+            self.protocol.send_text(message)
+            self.send_data()
+
     def _too_late(self, kind: str, reply: asyncio.Future[Any], timeout: float) -> None:
         if not reply.done():
-            reply.set_exception(
-                RequestTimeout(f"no reply to {kind!r} within {timeout:g} s from {shown_url(self.link.url)}.")
-            )
+            reply.set_exception(RequestTimeout(f"no reply to {kind!r} within {timeout:g} s from {self._url}."))
 
     async def _see_it_end(self) -> None:
         try:
-            await self._socket.wait_closed()
+            await self.wait_closed()
         except asyncio.CancelledError:
             self._over("the event loop ended")
-            self._socket.transport.abort()  # nobody will be there to close it in order
+            self.transport.abort()  # nobody will be there to close it in order
             raise
+        error, reason = self.protocol.close_exc, f" {self.close_reason}" if self.close_reason else ""
+        if isinstance(error, ConnectionClosedOK):
+            said = f"the server closed the connection ({self.close_code}{reason})"
+        else:
+            said = f"the connection broke: {error}"
         # Another connection has the session now: to take it back would begin a quarrel.
-        taken = self._socket.close_code == CloseCode.TAKEN_OVER
-        self._over(self._socket.ending(), CloseCode.TAKEN_OVER.name if taken else None)
+        taken = self.close_code == CloseCode.TAKEN_OVER
+        self._over(said, CloseCode.TAKEN_OVER.name if taken else None)
 
     def _take(self, frame: bytes) -> None:
         if self._end is not None:
@@ -145,7 +159,7 @@ class Session:
         asked, waiting = self._waiting[0]
         if kind not in ("error", _REPLIES.get(asked)):
             return self._fail(f"the server answered {asked!r} with {kind!r}")
-        if refusal is None and self._on_reply is not None:
+        if refusal is None:
             try:
                 data = self._on_reply(asked, data)
             except Exception as error:
@@ -161,12 +175,12 @@ class Session:
     def _fail(self, reason: str, code: str | None = None) -> None:
         """End the session for what the server sent."""
         self._over(reason, code)
-        self._closing = self._loop.create_task(self._socket.close())
+        self._closing = self.loop.create_task(self.close())
 
     def _over(self, reason: str, code: str | None = None) -> None:
         if self._end is not None:
             return
-        self._end = (f"the session with {shown_url(self.link.url)} is lost: {reason}", code)
+        self._end = (f"the session with {self._url} is lost: {reason}", code)
         while self._waiting:
             _, waiting = self._waiting.popleft()
             if not waiting.done():

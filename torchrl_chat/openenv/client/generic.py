@@ -1,4 +1,4 @@
-"""Clients of OpenEnv servers: ``GenericClient`` for any of them, ``ChatEnv`` for the chat environment.
+"""Clients of OpenEnv servers: ``GenericClient`` for any of them, ``ChatClient`` for the chat environment.
 
 Connections live on an event loop in a thread of their own, one for all clients of the process. However long the caller
 computes between two calls (a ``generate`` of minutes), pings are answered, and the session stays.
@@ -16,10 +16,10 @@ from typing import Any, Self
 
 from torchrl_chat._loop import LoopThread, shared_loop
 from torchrl_chat.endpoint import shown_url
-from torchrl_chat.openenv.client_channel import Channel
-from torchrl_chat.openenv.client_docker import Container
-from torchrl_chat.openenv.client_errors import OpenEnvError, SessionLost
-from torchrl_chat.openenv.client_link import Link, need_websockets
+from torchrl_chat.openenv.client.channel import Channel
+from torchrl_chat.openenv.client.docker import Container
+from torchrl_chat.openenv.client.errors import OpenEnvError, SessionLost
+from torchrl_chat.openenv.client.link import Link, need_websockets
 
 _DEFAULT: Any = object()
 
@@ -76,6 +76,10 @@ class GenericClient:
         ...     print(result.observation, result.reward, result.done)
     """
 
+    _awaits: bool | None = None  # whether calls return awaitables; None while nobody has said so
+    _container: Container | None = None
+    _leaving: weakref.finalize[Any, Any] | None = None
+
     def __init__(
         self,
         base_url: str,
@@ -106,15 +110,15 @@ class GenericClient:
             compress=compress,
             options=dict(websocket_options or {}),
         )
-        self._container: Container | None = None
         self._beginning = threading.Lock()  # two threads may make the first call
-        self._awaits: bool | None = None  # whether calls return awaitables; None while nobody has said so
-        self._begin()
+        self._let_go()
 
-    def _begin(self) -> None:
-        """Have no session."""
+    def _let_go(self) -> None:
+        """Have no session, and no thread."""
+        if self._leaving is not None:
+            self._leaving.detach()
+        self._leaving = None
         self._loop: LoopThread | None = None
-        self._leaving: weakref.finalize[Any, Any] | None = None
         self._channel = Channel(self.link)
 
     @classmethod
@@ -195,7 +199,7 @@ class GenericClient:
             RequestTimeout: no reply in time.
             SessionLost: the server ended the session, for want of capacity (``code`` ``"CAPACITY_REACHED"``), say.
         """
-        return self._call(self._reset, kwargs, timeout_s)
+        return self._call(self._ask, "reset", kwargs, timeout_s, self._parse_result)
 
     def step(self, action: Any, *, timeout_s: float | None = _DEFAULT) -> Any:
         """Send an action.
@@ -208,11 +212,11 @@ class GenericClient:
             RequestTimeout: no reply in time; the step may still be done, and :meth:`state` tells.
             SessionLost: the session is over.
         """
-        return self._call(self._step, action, timeout_s)
+        return self._call(self._ask, "step", self._step_payload(action), timeout_s, self._parse_result)
 
     def state(self, *, timeout_s: float | None = _DEFAULT) -> Any:
         """The environment's state. Raises as :meth:`step`."""
-        return self._call(self._state, timeout_s)
+        return self._call(self._ask, "state", None, timeout_s, self._parse_state)
 
     def mcp(
         self, method: str, params: Mapping[str, Any] | None = None, *, timeout_s: float | None = _DEFAULT
@@ -222,7 +226,14 @@ class GenericClient:
         Raises:
             OpenEnvError: the call failed; ``code`` is the JSON-RPC error code, as a string.
         """
-        return self._call(self._mcp, method, dict(params or {}), timeout_s)
+
+        def read(reply: dict[str, Any]) -> Any:
+            if error := reply.get("error"):
+                raise OpenEnvError(f"{method} failed: {error.get('message')}", str(error.get("code")))
+            return reply.get("result")
+
+        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": dict(params or {})}
+        return self._call(self._ask, "mcp", request, timeout_s, read)
 
     def close(self) -> Any:
         """End the session, the client's thread, and the container if there is one. A later call starts anew."""
@@ -257,8 +268,8 @@ class GenericClient:
         return {"link": self.link, "_awaits": self._awaits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _container=None, _beginning=threading.Lock())
-        self._begin()
+        self.__dict__.update(state, _beginning=threading.Lock())
+        self._let_go()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown_url(self.link.url)!r})"
@@ -268,24 +279,16 @@ class GenericClient:
             loop = self._loop
             if loop is None or not loop.alive:  # the first call, or one in a forked child
                 self._let_go()
-                self._begin()
                 loop = self._loop = shared_loop("torchrl_chat.openenv")
                 self._leaving = weakref.finalize(self, _abandon, loop, self._channel)
                 self._leaving.atexit = False
         if self._awaits or (self._awaits is None and _in_a_loop()):
             return _awaited(loop, function, arguments, then)
-        future = loop.submit(function(*arguments))
-        del loop  # the thread ends with its last client
-        try:
-            result = future.result()
-        except BaseException:  # Ctrl-C: the request is given up
-            future.cancel()
-            raise
+        result = loop.run(function(*arguments))
         if then is not None:
             then()
         return result
 
-    # ------------------------------------------------------------------ on the client's own loop
     async def _connect(self) -> Self:
         await self._channel.open()
         return self
@@ -293,36 +296,16 @@ class GenericClient:
     async def _close(self) -> None:
         await self._channel.close()
 
-    async def _reset(self, kwargs: dict[str, Any], timeout: Any) -> StepResult:
-        return self._parse_result(await self._channel.request("reset", kwargs, self._limit(timeout)))
-
-    async def _step(self, action: Any, timeout: Any) -> StepResult:
-        payload = self._step_payload(action)
-        return self._parse_result(await self._channel.request("step", payload, self._limit(timeout)))
-
-    async def _state(self, timeout: Any) -> Any:
-        return self._parse_state(await self._channel.request("state", None, self._limit(timeout)))
-
-    async def _mcp(self, method: str, params: dict[str, Any], timeout: Any) -> Any:
-        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-        reply = await self._channel.request("mcp", request, self._limit(timeout))
-        if error := reply.get("error"):
-            raise OpenEnvError(f"{method} failed: {error.get('message')}", str(error.get("code")))
-        return reply.get("result")
-
-    def _let_go(self) -> None:
-        if self._leaving is not None:
-            self._leaving.detach()
-        self._loop = self._leaving = None
+    async def _ask(self, kind: str, data: Any, timeout: Any, read: Callable[[dict[str, Any]], Any]) -> Any:
+        """What a reply says, on the clients' loop."""
+        limit = self.link.timeout if timeout is _DEFAULT else timeout
+        return read(await self._channel.request(kind, data, limit))
 
     def _wind_up(self) -> None:
         self._let_go()
         container, self._container = self._container, None
         if container is not None:
             container.remove()
-
-    def _limit(self, timeout: Any) -> float | None:
-        return self.link.timeout if timeout is _DEFAULT else timeout
 
 
 def _in_a_loop() -> bool:

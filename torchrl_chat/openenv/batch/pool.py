@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.openenv.client_channel import Channel
-from torchrl_chat.openenv.client_errors import OpenEnvError, RequestTimeout, SessionLost
-from torchrl_chat.openenv.client_link import Link
+from torchrl_chat.openenv.client.channel import Channel
+from torchrl_chat.openenv.client.errors import OpenEnvError, RequestTimeout, SessionLost
+from torchrl_chat.openenv.client.link import Link
 from torchrl_chat.openenv.protocol import ErrorCode
 
 _HANDSHAKES = 32  # at once: a server that starts an environment for each is slow enough
@@ -18,7 +18,7 @@ Reply = dict[str, Any] | Exception
 """The data of a reply, or why there is none."""
 
 
-class Sessions:
+class Pool:
     """One session a row, each opened when it is first reset.
 
     A row whose request fails keeps its session if the session is in order (the server refused); a session that is lost, or
@@ -44,9 +44,10 @@ class Sessions:
         """Whether there is a thread that serves them: not in a forked child."""
         return self._loop.alive
 
-    def open_rows(self) -> list[int]:
-        """The rows that hold a session in order."""
-        return [row for row, channel in enumerate(self._held) if channel is not None and channel.connected]
+    @property
+    def connected(self) -> bool:
+        """Whether any row holds a session in order."""
+        return any(channel is not None and channel.connected for channel in self._held)
 
     def reset(self, wanted: Mapping[int, Mapping[str, Any]]) -> dict[int, Reply]:
         """Reset some rows at once.

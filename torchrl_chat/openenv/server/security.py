@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import time
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -12,15 +11,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_MAX_ADDRESSES = 10_000
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on ``host``."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+from torchrl_chat.openenv.protocol import is_loopback
 
 
 def names_loopback(host: str) -> bool:
@@ -124,25 +115,3 @@ class Bucket:
             return False
         self._left -= 1
         return True
-
-
-class Buckets:
-    """A bucket for every address; the oldest are forgotten.
-
-    Args:
-        rate: requests a second of one address.
-    """
-
-    def __init__(self, rate: float | None):
-        self._rate = rate
-        self._table: dict[str, Bucket] = {}
-
-    def takes(self, address: str) -> bool:
-        """Whether another request of this address may pass now."""
-        if self._rate is None:
-            return True
-        bucket = self._table.pop(address, None) or Bucket(self._rate)
-        self._table[address] = bucket
-        if len(self._table) > _MAX_ADDRESSES:
-            del self._table[next(iter(self._table))]
-        return bucket.takes()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, dumps, short
-from torchrl_chat.openenv.sessions import Sessions
+from torchrl_chat.openenv.server.sessions import SessionTable
 
 _KEYS = frozenset({"jsonrpc", "method", "params", "id"})
-_PARSE, _REQUEST, _METHOD, _PARAMS, _INTERNAL, _SERVER = -32700, -32600, -32601, -32602, -32603, -32000
+PARSE, _REQUEST, _METHOD, _PARAMS, _INTERNAL, _SERVER = -32700, -32600, -32601, -32602, -32603, -32000
 
 
 class _Refused(Exception):
@@ -17,7 +17,7 @@ class _Refused(Exception):
         self.code, self.data = code, data
 
 
-async def answer(request: Any, sessions: Sessions, address: str) -> bytes:
+async def answer(request: Any, sessions: SessionTable, address: str) -> bytes:
     """The reply to a JSON-RPC request of a client at that address; errors are replies too."""
     identity = request.get("id") if isinstance(request, dict) else None
     if not isinstance(identity, (str, int, float, type(None))) or isinstance(identity, bool):
@@ -35,12 +35,7 @@ def failure(code: int, message: str, identity: Any = None, data: Any = None) -> 
     return dumps({"jsonrpc": "2.0", "id": identity, "error": error})
 
 
-def unreadable(message: str) -> bytes:
-    """The reply to what is no JSON."""
-    return failure(_PARSE, message)
-
-
-async def _result(request: Any, sessions: Sessions, address: str) -> Any:
+async def _result(request: Any, sessions: SessionTable, address: str) -> Any:
     if not isinstance(request, dict) or request.get("jsonrpc") != "2.0":
         raise _Refused(_REQUEST, 'expected a JSON-RPC request, {"jsonrpc": "2.0", "method": ..., "id": ...}.')
     if extra := request.keys() - _KEYS:

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import inspect
 import math
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn
+from torchrl_chat.conversation import Limits, StopReason, Turn
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message
-from torchrl_chat.openenv.episode import EpisodeEnded, Outcome
-from torchrl_chat.openenv.interfaces import Environment, Rubric
-from torchrl_chat.openenv.ledger import Ledger, Writer, writer_of
-from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata, ResetRequest
+from torchrl_chat.openenv.chat.episode import Conversation, EpisodeEnded, StepOutcome
+from torchrl_chat.openenv.chat.ledger import Ledger, Writer, writer_of
+from torchrl_chat.openenv.interfaces import Rubric
+from torchrl_chat.openenv.models import ChatAction, ChatObservation, EnvironmentMetadata, ResetRequest
 from torchrl_chat.openenv.tokens import behind_prompt
 
 _LIGHT_TOKENS = 2048
 _INITIAL = {"messages", "query"}
 
 
-class _Proposal(NamedTuple):
-    """What a step would make of the episode; nothing of it has happened yet."""
-
-    ledger: Ledger
-    outcome: Outcome
-
-
-class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
+class ChatEnvironment(Conversation):
     """A conversation as an OpenEnv environment: ``reset``, ``step``, ``state``.
 
     An action is what the policy sampled (``tokens``), or its answer as ``text``, or ``messages`` of others. The observation
@@ -75,8 +66,6 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         (True, 'max_turns')
     """
 
-    SUPPORTS_CONCURRENT_SESSIONS = True
-
     def __init__(
         self,
         tokenizer: Any,
@@ -108,20 +97,15 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         self.recognise_messages = recognise_messages
         self.strip_prompt = strip_prompt
         self._writer: Writer = writer_of(tokenizer, **template)
-        self._ledger: Ledger | None = None
-        self._episode_id: str | None = None
-        self._seed: int | None = None
-        self._step_count = 0
-        self._stop = StopReason.RUNNING
         self._started = time.monotonic()
         self._loop: LoopThread | None = None
 
     # ------------------------------------------------------------------ OpenEnv's methods
-    def reset(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> ChatObservation:
+    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> StepOutcome:
         """Begin an episode.
 
         Args:
-            seed: recorded with the episode; nothing here is random.
+            seed: nothing here is random; it is checked only.
             episode_id: its identifier, at most 255 characters; a new one if ``None``.
             **kwargs: ``messages`` (or ``query``): what the conversation begins with, behind the system prompt. Others
                 are not used, and are named under ``"ignored"`` in the metadata.
@@ -129,15 +113,16 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         Raises:
             ValueError: a bad seed, episode id or message.
         """
-        return self.reset_turn(seed=seed, episode_id=episode_id, **kwargs).as_observation()
+        prepared = self._prepare(seed, episode_id, kwargs)
+        self._reset_rubric()
+        return self._begin(*prepared)
 
-    def step(self, action: ChatAction, timeout_s: float | None = None, **kwargs: Any) -> ChatObservation:
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> StepOutcome:
         """Append one turn.
 
         Args:
             action: see :class:`ChatAction`.
             timeout_s: seconds that an async rubric may take.
-            **kwargs: not used.
 
         Raises:
             EpisodeEnded: the episode has ended.
@@ -145,7 +130,15 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             BridgeError: the chat template refuses the message here, or its continuation cannot be proved exact.
             TimeoutError: the rubric took too long.
         """
-        return self.step_turn(action, timeout_s).as_observation()
+        outcome, observation = self._propose(action)
+        if observation is not None and self.rubric is not None:
+            reward = self._apply_rubric(action, observation)
+            if inspect.isawaitable(reward):
+                if self._loop is None:
+                    self._loop = LoopThread("torchrl_chat.rubric")
+                reward = self._loop.run(_awaited(reward, timeout_s))
+            observation.reward = _reward(reward)
+        return self._commit(outcome, observation)
 
     async def reset_async(
         self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any
@@ -159,28 +152,11 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         self, action: ChatAction, timeout_s: float | None = None, **kwargs: Any
     ) -> ChatObservation:
         """:meth:`step`, for a running event loop; an async rubric is awaited in it."""
-        proposal = self._propose(action)
-        observation = self._seen(proposal)
+        outcome, observation = self._propose(action)
         if observation is not None and self.rubric is not None:
             async with asyncio.timeout(timeout_s):
                 observation.reward = _reward(await self._apply_rubric_async(action, observation))
-        return self._commit(proposal, observation).as_observation()
-
-    @property
-    def transcript(self) -> Transcript | None:
-        """The ledger of the conversation; ``None`` before the first reset."""
-        return None if self._ledger is None else self._ledger.transcript
-
-    @property
-    def state(self) -> ChatState:
-        """The history so far; a copy."""
-        ledger = self._current
-        return ChatState(
-            episode_id=self._episode_id,
-            step_count=self._step_count,
-            history_messages=copy.deepcopy(list(ledger.transcript.messages)),
-            history_tokens=ledger.segments(),
-        )
+        return self._commit(outcome, observation).as_observation()
 
     def message_to_action(self, message: Message) -> ChatAction:
         """The action that appends a message: its tokens as they would stand behind the present conversation.
@@ -204,33 +180,13 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
 
     def prepare(self) -> None:
         """Try a question. What is wrong with the chat template raises here."""
-        self._writer.add(self._prepare(None, None, {})[1], [{"role": "user", "content": "?"}])
+        self._writer.add(self._prepare(None, None, {})[0], [{"role": "user", "content": "?"}])
 
     def close(self) -> None:
         """End the thread in which async rubrics run."""
         if self._loop is not None:
             self._loop.close()
             self._loop = None
-
-    # ------------------------------------------------------------------ turns, as servers read them
-    def reset_turn(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Outcome:
-        """:meth:`reset`; of its result nothing is copied."""
-        prepared = self._prepare(seed, episode_id, kwargs)
-        self._reset_rubric()
-        return self._begin(*prepared)
-
-    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Outcome:
-        """:meth:`step`; of its result nothing is copied."""
-        proposal = self._propose(action)
-        observation = self._seen(proposal)
-        if observation is not None and self.rubric is not None:
-            reward = self._apply_rubric(action, observation)
-            if inspect.isawaitable(reward):
-                if self._loop is None:
-                    self._loop = LoopThread("torchrl_chat.rubric")
-                reward = self._loop.run(_awaited(reward, timeout_s))
-            observation.reward = _reward(reward)
-        return self._commit(proposal, observation)
 
     def is_light(self, action: ChatAction) -> bool:
         """Whether a step takes so little that a server may run it in its event loop."""
@@ -252,7 +208,7 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
 
     def _prepare(
         self, seed: int | None, episode_id: str | None, kwargs: dict[str, Any]
-    ) -> tuple[ResetRequest, Ledger, dict[str, Any]]:
+    ) -> tuple[Ledger, str | None, dict[str, Any]]:
         request = ResetRequest(seed=seed, episode_id=episode_id)
         messages: list[Message] = []
         if self.system_prompt is not None:
@@ -263,26 +219,17 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         metadata: dict[str, Any] = {}
         if ignored := sorted(kwargs.keys() - _INITIAL):
             metadata["ignored"] = ignored
-        return request, self._writer.start(messages), metadata
+        return self._writer.start(messages), request.episode_id, metadata
 
-    def _begin(self, request: ResetRequest, ledger: Ledger, metadata: dict[str, Any]) -> Outcome:
-        self._ledger = ledger
-        self._episode_id = uuid.uuid4().hex if request.episode_id is None else request.episode_id
-        self._seed = request.seed
-        self._step_count = 0
-        self._stop, self._started = StopReason.RUNNING, time.monotonic()
-        metadata |= self._left(ledger)
-        outcome = Outcome(
-            messages=ledger.transcript.messages, transcript=ledger.transcript, kept=(0, 0), metadata=metadata
-        )
-        if self.transform is None:
-            return outcome
-        return _with_observation(outcome, self._transformed(outcome.as_observation()))
+    def _begin(self, ledger: Ledger, episode_id: str | None, metadata: dict[str, Any]) -> StepOutcome:
+        self._started = time.monotonic()
+        outcome = self._begun(ledger, episode_id, metadata | self._left(ledger))
+        return outcome if self.transform is None else self._transformed(outcome, outcome.as_observation())
 
     # ------------------------------------------------------------------ one step
-    def _propose(self, action: ChatAction) -> _Proposal:
-        if self._stop is not StopReason.RUNNING:
-            raise EpisodeEnded(f"the episode has ended ({self._stop.word}): reset begins the next one.")
+    def _propose(self, action: ChatAction) -> tuple[StepOutcome, ChatObservation | None]:
+        """What a step would make of the episode, none of which has happened yet; as an observation where anybody looks at it."""
+        self._check_running()
         ledger = self._current
         messages = action.messages
         if messages is None and action.tokens is not None and self.recognise_messages and not ledger.awaits_policy:
@@ -297,28 +244,18 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         if transcript.turns > ledger.transcript.turns and transcript.spans:
             span = transcript.spans[-1]
             metadata["sampled"] = [span.start, span.end]
-        outcome = Outcome(
-            messages=transcript.messages,
-            transcript=transcript,
-            kept=after.kept,
-            reward=0.0,
-            done=stop is not StopReason.RUNNING,
-            metadata=metadata,
-        )
-        return _Proposal(after, outcome)
+        outcome = StepOutcome(ledger=after, reward=0.0, done=stop is not StopReason.RUNNING, metadata=metadata)
+        return outcome, None if self.rubric is self.transform is None else outcome.as_observation()
 
     def _written(self, ledger: Ledger, messages: Sequence[Message] | None, action: ChatAction | None) -> Ledger:
         """The ledger after an action."""
         if messages is None:
             assert action is not None
             if action.tokens is None:
-                ids: Sequence[int] = self._encoded(ledger, str(action.text))
-            elif self.strip_prompt:
-                ids = behind_prompt(action.tokens, ledger.transcript.tokens)
-            else:
-                ids = action.tokens
-            reason = action.finish_reason or (None if action.tokens is not None else "stop")
-            return self._answered(ledger, ids, reason)
+                return self._answered(ledger, Turn(text=action.text, finish_reason=action.finish_reason or "stop"))
+            strip = self.strip_prompt
+            ids = behind_prompt(action.tokens, ledger.transcript.tokens) if strip else action.tokens
+            return self._answered(ledger, Turn.of(ids, action.finish_reason))
         before, kept = len(ledger.ends), len(ledger.transcript)
         for message in messages:
             if message["role"] != "assistant":
@@ -328,19 +265,12 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
                     raise MessageError(
                         "an assistant message is given by its 'content' alone, a string, or as tokens."
                     )
-                ledger = self._answered(ledger, self._encoded(ledger, message["content"]), "stop")
+                ledger = self._answered(ledger, Turn(text=message["content"], finish_reason="stop"))
             kept = min(kept, ledger.kept[1])
         return replace(ledger, kept=(before, kept))
 
-    def _encoded(self, ledger: Ledger, text: str) -> list[int]:
-        ids = self._writer.encode(ledger, text)
-        if not ids:
-            raise MessageError("the answer is empty: it has no tokens.")
-        return ids
-
-    def _answered(self, ledger: Ledger, ids: Sequence[int], finish_reason: str | None) -> Ledger:
+    def _answered(self, ledger: Ledger, turn: Turn) -> Ledger:
         """The ledger with an answer, without what is beyond the limits, as if the policy had been stopped there."""
-        turn = Turn.of(ids, finish_reason)
         if self.limits.in_tokens:
             turn.limit = self.limits.tokens_left(ledger.transcript, self._writer.template)
             if turn.limit == 0:
@@ -352,48 +282,31 @@ class ChatEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             return {}
         return {"tokens_left": self.limits.tokens_left(ledger.transcript, self._writer.template)}
 
-    def _seen(self, proposal: _Proposal) -> ChatObservation | None:
-        """The observation, where somebody looks at it."""
-        return None if self.rubric is self.transform is None else proposal.outcome.as_observation()
-
-    def _transformed(self, observation: ChatObservation) -> ChatObservation:
+    def _transformed(self, outcome: StepOutcome, observation: ChatObservation) -> StepOutcome:
+        """The outcome with what the transform makes of its observation."""
         changed = self._apply_transform(observation)
-        if isinstance(changed, ChatObservation):
-            return changed
-        try:
-            return ChatObservation.model_validate({name: getattr(changed, name) for name in _fields(changed)})
-        except (ValidationError, TypeError) as error:
-            raise ValueError(f"the transform returned no observation: {error}") from error
+        if not isinstance(changed, ChatObservation):
+            try:
+                fields = {n: getattr(changed, n) for n in ChatObservation.model_fields if hasattr(changed, n)}
+                changed = ChatObservation.model_validate(fields)
+            except (ValidationError, TypeError) as error:
+                raise ValueError(f"the transform returned no observation: {error}") from error
+        return replace(
+            outcome,
+            observation=changed,
+            reward=None if changed.reward is None else float(changed.reward),
+            done=changed.done,
+            metadata=changed.metadata,
+        )
 
-    def _commit(self, proposal: _Proposal, observation: ChatObservation | None) -> Outcome:
+    def _commit(self, outcome: StepOutcome, observation: ChatObservation | None) -> StepOutcome:
         """Let the step happen; everything that may fail has gone well, but for the transform, which is called first."""
-        outcome = proposal.outcome
         if observation is not None:
-            reward = observation.reward
             if self.transform is not None:
-                outcome = _with_observation(outcome, self._transformed(observation))
+                outcome = self._transformed(outcome, observation)
             else:
-                outcome = replace(outcome, reward=reward)
-        self._ledger = proposal.ledger
-        self._step_count += 1
-        if outcome.done:
-            name = str(outcome.metadata.get("stop_reason", "truncated")).upper()
-            self._stop = StopReason.__members__.get(name, StopReason.ANSWERED)
-        return outcome
-
-
-def _with_observation(outcome: Outcome, observation: ChatObservation) -> Outcome:
-    return replace(
-        outcome,
-        observation=observation,
-        reward=None if observation.reward is None else float(observation.reward),
-        done=observation.done,
-        metadata=observation.metadata,
-    )
-
-
-def _fields(observation: Any) -> list[str]:
-    return [name for name in ChatObservation.model_fields if hasattr(observation, name)]
+                outcome = replace(outcome, reward=observation.reward)
+        return self._stepped(outcome)
 
 
 def _reward(value: Any) -> float:

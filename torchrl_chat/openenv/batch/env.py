@@ -9,9 +9,11 @@ a row can be stepped only from where its session stands, and anything else is re
 
 from __future__ import annotations
 
+import math
 import secrets
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,19 +21,44 @@ from tensordict import TensorDictBase
 from torchrl.data import Bounded, Composite, NonTensor, Unbounded
 
 from torchrl_chat import columns
-from torchrl_chat.conversation import StopReason, Transcript
+from torchrl_chat.conversation import StopReason
 from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.messages import Message, as_messages, content_text
-from torchrl_chat.openenv.batch_adapters import CHAT, Adapter, Answer
-from torchrl_chat.openenv.batch_rows import Row, Seen, end_columns, read_reply, row_columns, row_specs
-from torchrl_chat.openenv.batch_sessions import Sessions
-from torchrl_chat.openenv.client_errors import ConnectFailed, OpenEnvError, ServerError
-from torchrl_chat.openenv.client_link import Link, need_websockets
-from torchrl_chat.seeds import mixed
+from torchrl_chat.openenv.batch.adapters import CHAT, Adapter, Answer
+from torchrl_chat.openenv.batch.pool import Pool, Reply
+from torchrl_chat.openenv.client.errors import ConnectFailed, OpenEnvError, ServerError
+from torchrl_chat.openenv.client.link import Link, need_websockets
+from torchrl_chat.seeds import SEED, mixed
 
 FAILED = StopReason.ERROR
 _SEEDS = 2**31  # what every library's generators take
 _NO_CONVERSATION = "(the environment could not be reset)"
+
+
+@dataclass
+class Row:
+    """Where one row's session stands."""
+
+    ticket: int = 0  # of the last observation; a TensorDict that carries another one is refused
+    live: bool = False  # whether the episode goes on
+    failure: str = ""  # why it does not, where it failed
+    graded: bool = True  # whether its reward means something
+    known: int = 0  # how many messages the server's conversation has, where it shows the whole of it
+    episode: int = 0  # how many episodes were begun
+    seed: int = 0
+    query: str = ""  # what the conversation begins with
+    stop: StopReason = StopReason.RUNNING
+    observation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A server's reply, read."""
+
+    observation: dict[str, Any]
+    reward: float
+    done: bool
+    stop: StopReason
 
 
 class OpenEnvChatEnv(ChatEnv):
@@ -78,7 +105,7 @@ class OpenEnvChatEnv(ChatEnv):
         headers, token: HTTP headers, and a bearer token.
         connect_timeout: seconds for connecting, within which a server that is starting or full is tried again.
         reset_timeout, step_timeout: seconds for the replies; ``None`` for no limit.
-        link: further fields of the :class:`~torchrl_chat.openenv.client_link.Link`, such as ``max_bytes``; with
+        link: further fields of the :class:`~torchrl_chat.openenv.client.link.Link`, such as ``max_bytes``; with
             ``{"resume": True}`` the sessions of this package's server outlive their connections.
         chat: arguments of :class:`~torchrl_chat.ChatEnv`: ``input_mode``, ``batch_size``, ``tokenizer``,
             ``system_prompt`` ...
@@ -146,29 +173,32 @@ class OpenEnvChatEnv(ChatEnv):
         self._add_specs()
 
     def _forget(self) -> None:
-        self._sessions: Sessions | None = None
+        self._sessions: Pool | None = None
         # Tickets of two environments never agree, so that rows cannot be mixed up between them.
         first = secrets.randbits(38) << 24
         self._rows = [Row(ticket=first) for _ in range(self.batch_size.numel())]
 
     def _add_specs(self) -> None:
         batch, device = self.batch_size, self.device
-        one = (*batch, 1)
+        own: dict[str, Any] = {
+            "graded": Bounded(0, 1, shape=(*batch, 1, 1), dtype=torch.bool, device=device),
+            "grade_failure": NonTensor(batch, device=device, example_data=""),
+            "query": NonTensor(batch, device=device, example_data="a question"),
+            SEED: Unbounded(batch, dtype=torch.int64, device=device),
+            "ticket": Unbounded((*batch, 1), dtype=torch.int64, device=device),
+        }
+        if self.adapter.keep:
+            own["observation"] = NonTensor(batch, device=device, example_data={})
         observation = self.full_observation_spec.clone()
-        observation.update(row_specs(batch, device, self.adapter.keep))
+        observation.update(Composite(own, shape=batch, device=device))
         self.full_observation_spec = observation
         # What reset reads: torchrl hands a reset only what stands here.
         read = {key: NonTensor(batch, device=device, example_data=0) for key in self.task_keys}
         if self._begins:
-            read[self.data_key] = NonTensor(batch, device=device, example_data="a question")
+            read[self.data_key] = self.full_state_spec[self.data_key]
         self.full_state_spec = Composite(read, shape=batch, device=device)
-        self.full_reward_spec = Composite(
-            {"reward": Unbounded((*one, 1), dtype=torch.float32, device=device)}, shape=batch, device=device
-        )
-        flag = Bounded(0, 1, shape=one, dtype=torch.bool, device=device)
-        self.full_done_spec = Composite(
-            {key: flag.clone() for key in ("done", "terminated", "truncated")}, shape=batch, device=device
-        )
+        reward = Unbounded((*batch, 1, 1), dtype=torch.float32, device=device)
+        self.full_reward_spec = Composite({"reward": reward}, shape=batch, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sessions": None}
@@ -258,12 +288,12 @@ class OpenEnvChatEnv(ChatEnv):
             self._worked = True
             return
         outage = all(isinstance(error, ConnectFailed) for error in errors.values())
-        if not self._worked or (outage and not self._pool.open_rows()):
+        if not self._worked or (outage and not self._pool.connected):
             raise errors[chosen[0]]
 
     # ------------------------------------------------------------------ step
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        batch, rows = self.batch_size, self._rows
+        rows = self._rows
         goes = columns.stepped(tensordict)
         self._check_tickets(tensordict, goes)
         live = [going and row.live for going, row in zip(goes, rows, strict=True)]
@@ -272,8 +302,13 @@ class OpenEnvChatEnv(ChatEnv):
         following: TensorDictBase = self._observe(transcripts)
 
         faults = {i: error for i, error in faults.items() if live[i]}
-        answered = [on and i not in faults for i, on in enumerate(live)]
-        actions, errors = self._actions(transcripts, answered)
+        actions: dict[int, dict[str, Any]] = {}
+        errors: dict[int, Exception] = {}
+        for i in (i for i, on in enumerate(live) if on and i not in faults):
+            try:
+                actions[i] = dict(self.adapter.to_action(Answer.of(transcripts[i])))
+            except Exception as error:
+                errors[i] = error
         refused = dict(errors)
         errors.update(faults)
         try:
@@ -304,23 +339,14 @@ class OpenEnvChatEnv(ChatEnv):
         self._fail({**errors, **unproved}, sum(live), refused)
         for row, stepped in zip(rows, live, strict=True):
             row.ticket += stepped
-        for key, column in end_columns(rows, rewards, batch, self.device).items():
-            following.set(key, column)
+        over = [not row.live for row in rows]
+        natural = [row.stop == StopReason.ANSWERED for row in rows]  # which no row is that goes on
+        cut = [end and not by_itself for end, by_itself in zip(over, natural, strict=True)]
+        for key, flags in (("terminated", natural), ("truncated", cut), ("done", over)):
+            following.set(key, torch.tensor(flags, device=self.device).reshape(*self.batch_size, 1))
+        reward = torch.tensor(rewards, dtype=torch.float32, device=self.device)
+        following.set("reward", reward.reshape(*self.batch_size, 1, 1))
         return self._marked(following)
-
-    def _actions(
-        self, transcripts: list[Transcript], live: list[bool]
-    ) -> tuple[dict[int, dict[str, Any]], dict[int, Exception]]:
-        """The action of each row that goes on, or why its answer is none."""
-        actions: dict[int, dict[str, Any]] = {}
-        errors: dict[int, Exception] = {}
-        for i, transcript in enumerate(transcripts):
-            if live[i]:
-                try:
-                    actions[i] = dict(self.adapter.to_action(Answer.of(transcript)))
-                except Exception as error:
-                    errors[i] = error
-        return actions, errors
 
     def _following(self, row: Row, seen: Seen) -> list[Message] | None:
         """The messages that follow an answer; none when the episode is over."""
@@ -355,10 +381,22 @@ class OpenEnvChatEnv(ChatEnv):
 
     # ------------------------------------------------------------------ rows
     def _marked(self, td: TensorDictBase) -> TensorDictBase:
-        own = self._begins and self.data_key == "query"
-        for key, column in row_columns(self._rows, self.batch_size, self.device).items():
-            if not (key == "query" and own) and not (key == "observation" and not self.adapter.keep):
-                td.set(key, column)
+        """The TensorDict with the columns that say where each row's session stands."""
+        rows, graded = self._rows, torch.tensor([row.graded for row in self._rows], device=self.device)
+        td.set("stop_reason", self._integers([row.stop for row in rows]))
+        td.set("ticket", self._integers([row.ticket for row in rows]))
+        td.set(SEED, self._integers([row.seed for row in rows]).squeeze(-1))
+        td.set("graded", graded.reshape(*self.batch_size, 1, 1))
+        texts: dict[str, list[Any]] = {
+            "env_failure": [row.failure for row in rows],
+            "grade_failure": ["" if row.graded else row.failure for row in rows],
+        }
+        if not (self._begins and self.data_key == "query"):
+            texts["query"] = [row.query for row in rows]
+        if self.adapter.keep:
+            texts["observation"] = [row.observation for row in rows]
+        for key, values in texts.items():
+            td.set(key, columns.objects(values, self.batch_size, self.device))
         return td
 
     def _end(self, rows: Iterable[int], reason: str) -> None:
@@ -382,9 +420,29 @@ class OpenEnvChatEnv(ChatEnv):
             )
 
     @property
-    def _pool(self) -> Sessions:
+    def _pool(self) -> Pool:
         if self._sessions is None or not self._sessions.alive:
             links = [self._links[i % len(self._links)] for i in range(len(self._rows))]
-            self._sessions = Sessions(links, self.reset_timeout, self.step_timeout)
+            self._sessions = Pool(links, self.reset_timeout, self.step_timeout)
             self.is_closed = False
         return self._sessions
+
+
+def read_reply(reply: Reply) -> Seen:
+    """A server's reply.
+
+    Raises:
+        OpenEnvError: it is an error, or not what the protocol says.
+    """
+    if isinstance(reply, Exception):
+        raise reply
+    observation, reward, done = reply.get("observation"), reply.get("reward"), reply.get("done")
+    number = 0.0 if reward is None else reward
+    if not isinstance(observation, dict) or not isinstance(done, (bool, type(None))):
+        raise OpenEnvError(f"the server's reply has no observation, or a strange 'done': {reply!r:.120}")
+    if not isinstance(number, (bool, int, float)) or not math.isfinite(number):
+        raise OpenEnvError(f"the server's reward is {reward!r:.60}: expected a number.")
+    metadata = observation.get("metadata") or reply.get("metadata") or {}
+    name = str(metadata.get("stop_reason", "")).upper() if isinstance(metadata, dict) else ""
+    stop = StopReason.__members__.get(name, StopReason.ANSWERED) if done else StopReason.RUNNING
+    return Seen(observation, float(number), bool(done), stop)

@@ -1,4 +1,4 @@
-"""``ChatEnv``, the client of OpenEnv's chat environment: messages and token ids over the wire."""
+"""``ChatClient``, the client of OpenEnv's chat environment: messages and token ids over the wire."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.messages import check_message
-from torchrl_chat.openenv.client import GenericClient, StepResult
+from torchrl_chat.openenv.client.generic import GenericClient, StepResult
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
 from torchrl_chat.openenv.tokens import TokenRow
 from torchrl_chat.templates import ChatTemplate
 
 
-class ChatEnv(GenericClient):
+class ChatClient(GenericClient):
     """One conversation with a chat environment, OpenEnv's own or this package's.
 
-    Not to be confused with :class:`torchrl_chat.ChatEnv`, the environment itself. For many conversations at once, as one
-    TorchRL environment, see :class:`~torchrl_chat.openenv.OpenEnvChatEnv`.
+    OpenEnv calls it ``ChatEnv``, and so does ``torchrl_chat.openenv``; :class:`torchrl_chat.ChatEnv` is an environment. For
+    many conversations at once, as one TorchRL environment, see :class:`~torchrl_chat.openenv.OpenEnvChatEnv`.
 
     Arguments and behaviour are those of :class:`GenericClient`; ``delta`` is on.
 
     Example:
-        >>> with ChatEnv("http://localhost:8000") as client:  # doctest: +SKIP
+        >>> with ChatClient("http://localhost:8000") as client:  # doctest: +SKIP
         ...     client.reset()
         ...     action = client.message_to_action({"role": "user", "content": "Hello!"}, tokenizer)
         ...     print(client.step(action).observation.messages)
@@ -73,6 +73,10 @@ class ChatEnv(GenericClient):
 
     def _parse_state(self, payload: dict[str, Any]) -> ChatState:
         return ChatState.model_validate(payload)
+
+
+ChatEnv = ChatClient
+"""OpenEnv's name for it."""
 
 
 def _fields(action: ChatAction) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchrl_chat.endpoint import shown_url
-from torchrl_chat.openenv.client_errors import OpenEnvError, ReplyLost, SessionLost
-from torchrl_chat.openenv.client_link import CLOSE_SECONDS, Link
-from torchrl_chat.openenv.client_session import Session
+from torchrl_chat.openenv.client.errors import OpenEnvError, ReplyLost, SessionLost
+from torchrl_chat.openenv.client.link import CLOSE_SECONDS, Link
+
+if TYPE_CHECKING:
+    from torchrl_chat.openenv.client.connection import Connection
 
 _RESETS = 2  # in sessions that may have ended since they were last used
 
@@ -30,7 +32,7 @@ class Channel:
 
     def __init__(self, link: Link):
         self.link = link
-        self._session: Session | None = None
+        self._held: Connection | None = None
         self._opening = asyncio.Lock()
         self._id: str | None = None  # of a session that can be resumed
         self._used = False  # whether the session has ever answered: one that has may have ended since
@@ -40,97 +42,90 @@ class Channel:
     @property
     def lost(self) -> SessionLost | None:
         """Why the session is over, if it is and cannot be resumed."""
-        error = None if self._session is None else self._session.lost
+        error = None if self._held is None else self._held.lost
         return None if error is not None and self._resumable(error) else error
 
     @property
     def connected(self) -> bool:
         """Whether there is a session in order."""
-        return self._session is not None and self._session.lost is None
+        return self._held is not None and self._held.lost is None
 
-    async def open(self) -> None:
-        """Connect, if there is no session yet.
+    async def open(self, anew: bool = False) -> Connection:
+        """The connection to the session: a new one before the first request, and to resume the session.
+
+        Args:
+            anew: whether a session that is lost for good is followed by another; else its connection is returned.
 
         Raises:
             ConnectFailed: the server cannot be reached.
         """
-        await self._ready()
+        async with self._opening:
+            held = self._held
+            if held is not None:
+                error = held.lost
+                if error is None:
+                    return held
+                if not self._resumable(error):
+                    if not anew:
+                        return held
+                    self._id = None
+                await held.leave()
+            asked = [f"session_id={self._id}"] if self._id else ["resume=1"] if self.link.resume else []
+            query = "&".join(asked + (["delta=1"] if self.link.delta else []))
+            self._held = await self.link.connect(query, self._replied)
+            self._used = self._id is not None
+            return self._held
 
     async def request(self, kind: str, data: Mapping[str, Any] | None, timeout: float | None) -> dict[str, Any]:
-        """The ``data`` of the reply; see :meth:`Session.request`.
+        """The ``data`` of the reply; see :meth:`~torchrl_chat.openenv.client.connection.Connection.ask`.
 
         Raises:
             ReplyLost: see there.
         """
         if kind == "reset":
             return await self._reset(data, timeout)
-        session = await self._ready()
-        before = session.steps_under_way  # given up, and perhaps done
+        connection = await self.open()
+        before = connection.steps_under_way  # given up, and perhaps done
         try:
-            return await session.request(kind, data, timeout)
+            return await connection.ask(kind, data, timeout)
         except SessionLost as error:
             if not self._resumable(error):
                 raise
-        known, session = self._steps, await self._ready()
+        known, connection = self._steps, await self.open()
         if kind == "step":
-            count = (await session.request("state", None, timeout)).get("step_count")
+            count = (await connection.ask("state", None, timeout)).get("step_count")
             self._steps = count if isinstance(count, int) else known
             if not isinstance(count, int) or count > known + before:
                 raise ReplyLost(
                     f"the connection to {shown_url(self.link.url)} broke during a step; the server has done it (it counts {count} "
                     f"steps, replies came to {known}), and its reply is lost."
                 )
-        return await session.request(kind, data, timeout)
+        return await connection.ask(kind, data, timeout)
 
     async def _reset(self, data: Mapping[str, Any] | None, timeout: float | None) -> dict[str, Any]:
         for _ in range(_RESETS):
-            session = await self._ready(anew=True)
-            used = self._used
+            connection, used = await self.open(anew=True), self._used
             try:
-                return await session.request("reset", data, timeout)
+                return await connection.ask("reset", data, timeout)
             except SessionLost:
                 if not used:
                     raise
-        return await (await self._ready(anew=True)).request("reset", data, timeout)
+        return await (await self.open(anew=True)).ask("reset", data, timeout)
 
     async def close(self) -> None:
         """End the session, one that could be resumed too."""
-        session, self._session = self._session, None
-        if session is None:
+        held, self._held = self._held, None
+        if held is None:
             return
-        if self._id is not None and session.lost is None:
+        if self._id is not None and held.lost is None:
             params = {"session_id": self._id}
             end = {"jsonrpc": "2.0", "id": 0, "method": "openenv/session/close", "params": params}
             try:
-                await session.request("mcp", end, CLOSE_SECONDS)
+                await held.ask("mcp", end, CLOSE_SECONDS)
             except (OpenEnvError, ConnectionError):  # then the server ends it by itself after a while
                 pass
         self._id = None
-        await session.close()
-
-    # ------------------------------------------------------------------ sessions
-    async def _ready(self, anew: bool = False) -> Session:
-        """The session in order, or one that is lost for good."""
-        if self.connected:
-            assert self._session is not None
-            return self._session
-        async with self._opening:
-            session = self._session
-            error = None if session is None else session.lost
-            if session is not None and error is None:
-                return session
-            if error is not None and session is not None:
-                resumed = self._resumable(error)
-                if not resumed and not anew:
-                    return session
-                await session.close()
-                if not resumed:
-                    self._id = None
-            asked = [f"session_id={self._id}"] if self._id else ["resume=1"] if self.link.resume else []
-            query = "&".join(asked + (["delta=1"] if self.link.delta else []))
-            self._session = await Session.open(self.link, query, self._replied)
-            self._used = self._id is not None
-            return self._session
+        await held.leave()
 
     def _resumable(self, error: SessionLost) -> bool:
         # A session that the server ended with an error, or gave to another connection, is gone.

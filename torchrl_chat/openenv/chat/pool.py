@@ -6,14 +6,12 @@ TensorDict, and a few copies of the environment (one a thread, not one a session
 
 from __future__ import annotations
 
-import copy
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm.policies import Tokens
@@ -22,9 +20,9 @@ from torchrl_chat import columns
 from torchrl_chat.conversation import ResponseError, StopReason, Transcript
 from torchrl_chat.conversation.turn import check_ids
 from torchrl_chat.messages import MessageError, as_messages
-from torchrl_chat.openenv.episode import EpisodeEnded, Outcome
-from torchrl_chat.openenv.interfaces import Environment
-from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState, EnvironmentMetadata
+from torchrl_chat.openenv.chat.episode import Conversation, EpisodeEnded, StepOutcome
+from torchrl_chat.openenv.chat.ledger import Ledger
+from torchrl_chat.openenv.models import ChatAction, EnvironmentMetadata
 from torchrl_chat.openenv.protocol import short
 from torchrl_chat.openenv.tokens import behind_prompt
 from torchrl_chat.seeds import mixed
@@ -91,7 +89,7 @@ class EnvPool:
                 self._free[split].append(env)
 
 
-class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
+class TorchRLEnvironment(Conversation):
     """One conversation with an environment of an :class:`EnvPool`, by OpenEnv's interface.
 
     ``reset(split=, index=)`` begins with that row of the dataset, ``reset(seed=)`` with one that the seed chooses;
@@ -104,87 +102,14 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         pool: the environments.
     """
 
-    SUPPORTS_CONCURRENT_SESSIONS = True
-
     def __init__(self, pool: EnvPool):
         super().__init__()
         self._pool = pool
         self._split = pool.splits[0]
         self._td: TensorDictBase | None = None
-        self._episode_id: str | None = None
-        self._step_count = 0
-        self._ends: list[int] = []
-        self._done: str | None = None
         self._own = mixed(uuid.uuid4().hex)
 
     # ------------------------------------------------------------------ OpenEnv's methods
-    def reset(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> ChatObservation:
-        """Begin an episode; see :meth:`reset_turn`."""
-        return self.reset_turn(seed=seed, episode_id=episode_id, **kwargs).as_observation()
-
-    def step(self, action: ChatAction, timeout_s: float | None = None, **kwargs: Any) -> ChatObservation:
-        """Take one turn; see :meth:`step_turn`."""
-        return self.step_turn(action, timeout_s).as_observation()
-
-    @property
-    def transcript(self) -> Transcript | None:
-        """The ledger of the conversation; ``None`` before the first reset."""
-        return None if self._td is None else _transcript(self._td)
-
-    @property
-    def state(self) -> ChatState:
-        """The history so far; a copy."""
-        transcript = self.transcript
-        starts = (0, *self._ends)
-        return ChatState(
-            episode_id=self._episode_id,
-            step_count=self._step_count,
-            history_messages=[] if transcript is None else copy.deepcopy(list(transcript.messages)),
-            history_tokens=[]
-            if transcript is None
-            else [transcript.tokens[a:b].tolist() for a, b in zip(starts, self._ends, strict=False)],
-        )
-
-    def get_metadata(self) -> EnvironmentMetadata:
-        """Name, description and version."""
-        return EnvironmentMetadata(name=self._pool.name, description=self._pool.description, version="1.0.0")
-
-    def prepare(self) -> None:
-        """Try a reset. What is wrong with the dataset or the template raises here; the environment is kept for others."""
-        with self._pool.lend(self._pool.splits[0]) as env:
-            question = "?" if _episodes(env) is None else None
-        TorchRLEnvironment(self._pool).reset_turn(query=question)
-
-    # ------------------------------------------------------------------ tasks
-    def list_splits(self) -> list[Any]:
-        """The splits of the dataset."""
-        return list(self._pool.splits)
-
-    def num_tasks(self, split: str) -> int:
-        """How many rows a split has."""
-        with self._pool.lend(split) as env:
-            return _rows(env)
-
-    def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """One row: its id, index and question; not its answer."""
-        with self._pool.lend(split) as env:
-            _check_index(index, _rows(env), split)
-            return _task(env, split, index)
-
-    def get_task_range(self, split: str, start: int | None = None, stop: int | None = None) -> list[Any]:
-        """The rows from ``start`` up to ``stop``."""
-        with self._pool.lend(split) as env:
-            chosen = range(_rows(env))[slice(start, stop)]
-            if len(chosen) > _PREVIEW:
-                raise ValueError(f"{len(chosen)} tasks are wanted: ask for {_PREVIEW} at most.")
-            return [_task(env, split, index) for index in chosen]
-
-    def list_tasks(self, split: str) -> list[Any]:
-        """The rows of a split, the first thousand at most."""
-        with self._pool.lend(split) as env:
-            return [_task(env, split, index) for index in range(min(_PREVIEW, _rows(env)))]
-
-    # ------------------------------------------------------------------ turns, as servers read them
     def reset_turn(
         self,
         seed: int | None = None,
@@ -194,7 +119,7 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
         messages: Any = None,
         query: Any = None,
         **kwargs: Any,
-    ) -> Outcome:
+    ) -> StepOutcome:
         """Begin an episode.
 
         Args:
@@ -233,14 +158,10 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
                 td = env.reset()
                 metadata["task"] = {"split": split, "index": chosen}
         self._own = mixed(self._own, "next")
-        self._td, self._split, self._step_count, self._done = td, split, 0, None
-        self._episode_id = uuid.uuid4().hex if episode_id is None else episode_id
-        transcript = _transcript(td)
-        self._ends = [0] * (len(transcript.messages) - 1) + [len(transcript)]
-        metadata |= _told(td)
-        return Outcome(messages=transcript.messages, transcript=transcript, kept=(0, 0), metadata=metadata)
+        self._td, self._split = td, split
+        return self._begun(Ledger.of(_transcript(td)), episode_id, metadata | _told(td))
 
-    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> Outcome:
+    def step_turn(self, action: ChatAction, timeout_s: float | None = None) -> StepOutcome:
         """Take one turn; the episode stays as it was if anything is raised.
 
         Raises:
@@ -248,40 +169,64 @@ class TorchRLEnvironment(Environment[ChatAction, ChatObservation, ChatState]):
             ResponseError: an id that the tokenizer does not have.
             BridgeError: the chat template refuses the messages here.
         """
-        if self._td is None:
+        if self._td is None or self._ledger is None:
             raise EpisodeEnded("there is no episode yet: reset begins one.")
-        if self._done is not None:
-            raise EpisodeEnded(f"the episode has ended ({self._done}): reset begins the next one.")
-        before = _transcript(self._td)
+        self._check_running()
         with self._pool.lend(self._split) as env:
             base = _base(env)
             if action.messages is not None:
                 after = root = base.append_messages(self._td, [action.messages])
-                reward: float | None = 0.0
-                done = False
+                reward, done = 0.0, False
             else:
-                stepped = env.step(_answered(base, self._td, before, action))
+                stepped = env.step(_answered(base, self._td, self._ledger.transcript, action))
                 after, root = stepped["next"], env.step_mdp(stepped)
                 reward, done = _number(after.get("reward", None)) or 0.0, bool(after["done"].any())
-        transcript = _transcript(after)
-        kept = (min(len(before.messages), len(transcript.messages)), _shared(before, transcript))
         metadata = _told(after)
         if done and "stop_reason" not in metadata:
-            metadata["stop_reason"] = StopReason.of(None, terminated=_flag(after, "terminated"), done=True).word
+            metadata["stop_reason"] = StopReason.of(
+                None, terminated=bool(after["terminated"].any()), done=True
+            ).word
         self._td = root
-        self._step_count += 1
-        self._done = metadata["stop_reason"] if done else None
-        added = len(transcript.messages) - len(self._ends)
-        ends = [min(end, kept[1]) for end in self._ends]
-        self._ends = [*ends, *[kept[1]] * (added - 1), len(transcript)] if added > 0 else ends
-        return Outcome(
-            messages=transcript.messages,
-            transcript=transcript,
-            kept=kept,
-            reward=reward,
-            done=done,
-            metadata=metadata,
-        )
+        ledger = self._ledger.then(_transcript(after))
+        return self._stepped(StepOutcome(ledger=ledger, reward=reward, done=done, metadata=metadata))
+
+    def get_metadata(self) -> EnvironmentMetadata:
+        """Name, description and version."""
+        return EnvironmentMetadata(name=self._pool.name, description=self._pool.description, version="1.0.0")
+
+    def prepare(self) -> None:
+        """Try a reset. What is wrong with the dataset or the template raises here; the environment is kept for others."""
+        with self._pool.lend(self._pool.splits[0]) as env:
+            question = "?" if _episodes(env) is None else None
+        TorchRLEnvironment(self._pool).reset_turn(query=question)
+
+    # ------------------------------------------------------------------ tasks
+    def list_splits(self) -> list[Any]:
+        """The splits of the dataset."""
+        return list(self._pool.splits)
+
+    def num_tasks(self, split: str) -> int:
+        """How many rows a split has."""
+        with self._pool.lend(split) as env:
+            return _rows(env)
+
+    def get_task(self, split: str, index: int) -> dict[str, Any]:
+        """One row: its id, index and question; not its answer."""
+        with self._pool.lend(split) as env:
+            _check_index(index, _rows(env), split)
+            return _task(env, split, index)
+
+    def get_task_range(self, split: str, start: int | None = None, stop: int | None = None) -> list[Any]:
+        """The rows from ``start`` up to ``stop``."""
+        with self._pool.lend(split) as env:
+            chosen = range(_rows(env))[slice(start, stop)]
+            if len(chosen) > _PREVIEW:
+                raise ValueError(f"{len(chosen)} tasks are wanted: ask for {_PREVIEW} at most.")
+            return [_task(env, split, index) for index in chosen]
+
+    def list_tasks(self, split: str) -> list[Any]:
+        """The rows of a split, the first thousand at most."""
+        return self.get_task_range(split, 0, _PREVIEW)
 
 
 # ---------------------------------------------------------------------- TensorDicts
@@ -332,19 +277,6 @@ def _told(td: TensorDictBase) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     return float(value.flatten()[0]) if isinstance(value, torch.Tensor) and value.numel() else None
-
-
-def _flag(td: TensorDictBase, key: str) -> bool:
-    value = td.get(key, None)
-    return value is not None and bool(value.any())
-
-
-def _shared(before: Transcript, after: Transcript) -> int:
-    """How many tokens two ledgers have in common from the start."""
-    old, new = before.tokens.numpy(), after.tokens.numpy()
-    shared = min(len(old), len(new))
-    differs = np.flatnonzero(old[:shared] != new[:shared])
-    return int(differs[0]) if len(differs) else shared
 
 
 # ---------------------------------------------------------------------- rows

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torchrl_chat.conversation import ResponseError, Transcript, Turn, answer, append
 from torchrl_chat.conversation.turn import check_ids, check_turns
@@ -46,8 +46,14 @@ class Ledger:
             self.transcript.ended is None and bool(messages) and messages[-1]["role"] not in ("assistant", "system")
         )
 
-    def then(self, transcript: Transcript, answered: Transcript | None) -> Ledger:
-        """The next ledger of the same conversation."""
+    @classmethod
+    def of(cls, transcript: Transcript) -> Ledger:
+        """The ledger of a conversation whose messages were written at once."""
+        count = len(transcript.messages)
+        return cls(transcript, (0,) * (count - 1) + (len(transcript),) * (count > 0))
+
+    def then(self, transcript: Transcript, answered: Transcript | None = None) -> Ledger:
+        """The next ledger of the same conversation, and its part that the policy has answered."""
         was, length = len(self.transcript), len(transcript)
         kept = min(was, length)
         if answered is not transcript:  # what was not answered yet may have been written anew
@@ -56,9 +62,9 @@ class Ledger:
             differs = (old != new).nonzero()[0]
             kept = same + int(differs[0]) if len(differs) else kept
         before, now = len(self.ends), len(transcript.messages)
-        ends = [min(end, kept) for end in self.ends[:now]] if kept < was else self.ends
+        ends = [min(end, kept) for end in self.ends[:now]] if kept < was else self.ends[:now]
         added = [kept] * (now - before - 1) + [length] if now > before else []
-        return Ledger(transcript, (*ends, *added), answered, (before, kept))
+        return Ledger(transcript, (*ends, *added), answered, (min(before, now), kept))
 
     def segments(self) -> list[list[int]]:
         """The tokens that each message brought."""
@@ -78,39 +84,6 @@ class _Known:
 _known: weakref.WeakKeyDictionary[ChatTemplate, _Known] = weakref.WeakKeyDictionary()
 
 
-class Writer(Protocol):
-    """Writes ledgers with one tokenizer."""
-
-    @property
-    def template(self) -> ChatTemplate | None:
-        """The bridged chat template; ``None`` where messages are rendered one by one."""
-        ...
-
-    def start(self, messages: Sequence[Message]) -> Ledger:
-        """A conversation that begins with these messages; there may be none."""
-        ...
-
-    def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
-        """The ledger with further messages, and what opens the policy's turn behind them."""
-        ...
-
-    def answer(self, ledger: Ledger, turn: Turn) -> Ledger:
-        """The ledger with what the policy sampled, id for id, and the end of its turn."""
-        ...
-
-    def encode(self, ledger: Ledger, text: str) -> list[int]:
-        """The ids of an answer that came as a text."""
-        ...
-
-    def recognise(self, ids: Sequence[int]) -> Message | None:
-        """The message of which these ids are the whole rendering, if they are one."""
-        ...
-
-    def is_quick(self, ledger: Ledger) -> bool:
-        """Whether an answer costs its own tokens only: nothing about the template has to be proved first."""
-        ...
-
-
 def writer_of(tokenizer: Any, **template: Any) -> Writer:
     """The writer for a tokenizer: its chat template bridged; or, for one that has little more than
     ``apply_chat_template`` and ``decode`` (a mock, a remote one), message by message.
@@ -128,18 +101,87 @@ def writer_of(tokenizer: Any, **template: Any) -> Writer:
     if hasattr(tokenizer, "get_vocab") or hasattr(tokenizer, "tokenizer"):
         return TemplateWriter(ChatTemplate(tokenizer, **template))
     if callable(getattr(tokenizer, "apply_chat_template", None)) and callable(getattr(tokenizer, "decode", None)):
-        return PlainWriter(tokenizer)
+        return Writer(tokenizer)
     raise TypeError(
         f"tokenizer is a {type(tokenizer).__name__}: expected a tokenizer with apply_chat_template and decode."
     )
 
 
-class TemplateWriter:
+class Writer:
+    """Writes ledgers with one tokenizer, message by message: one with ``apply_chat_template`` and ``decode`` only.
+
+    Such a tokenizer does not tell how a turn is opened or closed, so nothing is added to what is rendered and sampled,
+    and every message is rendered alone. This is what OpenEnv's own chat environment does with every tokenizer; a
+    tokenizer of transformers is bridged instead, see :class:`TemplateWriter`.
+
+    Args:
+        tokenizer: the tokenizer.
+    """
+
+    template: ChatTemplate | None = None
+    """The bridged chat template; ``None`` where messages are rendered one by one."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def start(self, messages: Sequence[Message]) -> Ledger:
+        """A conversation that begins with these messages; there may be none."""
+        return self.add(Ledger(Transcript.start([], ())), messages)
+
+    def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
+        """The ledger with further messages, and what opens the policy's turn behind them."""
+        for message in messages:
+            after = ledger.transcript.appended(self._render(message), [message])
+            ledger = ledger.then(after, after)
+        return ledger
+
+    def answer(self, ledger: Ledger, turn: Turn) -> Ledger:
+        """The ledger with what the policy sampled, id for id, and the end of its turn."""
+        if turn.ids is None:
+            turn = replace(turn, ids=Turn.of(self._render({"role": "assistant", "content": turn.text})).ids)
+        try:
+            size = len(self.tokenizer)
+        except TypeError:
+            size = 2**31
+        wrong: dict[int, Exception] = {}
+        check_turns({0: turn}, size, wrong)
+        if wrong:
+            raise wrong[0]
+        cut = turn.cut()
+        try:
+            content = self.tokenizer.decode(cut.sampled.tolist(), skip_special_tokens=True)
+        except Exception as error:
+            raise ResponseError(f"the tokenizer cannot decode the action's ids: {error}") from error
+        message = {"role": "assistant", "content": content}
+        ended = cut.finish_reason != "length"
+        after = ledger.transcript.sampled(cut.sampled, None, message, ended=ended)
+        return ledger.then(after, after)
+
+    def recognise(self, ids: Sequence[int]) -> Message | None:
+        """The message of which these ids are the whole rendering; ``None`` if they are none, or do not show their role."""
+        return None
+
+    def is_quick(self, ledger: Ledger) -> bool:
+        """Whether an answer costs its own tokens only: nothing about the template has to be proved first."""
+        return True
+
+    def _render(self, message: Message) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(conversation=[message], tokenize=True)
+        ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        while ids and isinstance(ids[0], (list, tuple)):
+            ids = list(ids[0])
+        return list(map(int, ids))
+
+
+class TemplateWriter(Writer):
     """Writes by the bridge of a real chat template; safe to share between sessions.
 
     Args:
         template: the chat template.
     """
+
+    template: ChatTemplate
 
     def __init__(self, template: ChatTemplate):
         self.template = template
@@ -148,7 +190,7 @@ class TemplateWriter:
     def start(self, messages: Sequence[Message]) -> Ledger:
         """See :class:`Writer`. A system prompt that the template cannot render alone has no tokens before a question."""
         if not messages:
-            return Ledger(Transcript.start([], ()))
+            return Ledger.of(Transcript.start([], ()))
         opens = messages[-1]["role"] != "assistant"
         try:
             ids = self.template.render_batch([messages], opens)[0].ids
@@ -156,8 +198,7 @@ class TemplateWriter:
             if any(message["role"] != "system" for message in messages):
                 raise
             ids = []
-        transcript = Transcript.start(ids, messages)
-        return Ledger(transcript, (0,) * (len(messages) - 1) + (len(ids),))
+        return Ledger.of(Transcript.start(ids, messages))
 
     def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
         """See :class:`Writer`."""
@@ -175,12 +216,6 @@ class TemplateWriter:
         [after] = answer([before], [turn], self.template)
         self._known.proved.add(before.course.shape)
         return ledger.then(after, after)
-
-    def encode(self, ledger: Ledger, text: str) -> list[int]:
-        """See :class:`Writer`."""
-        tokens = ledger.transcript.tokens
-        after = int(tokens[-1]) if len(tokens) else None
-        return self.template.codec.encode_continuation([text], [after])[0]
 
     def recognise(self, ids: Sequence[int]) -> Message | None:
         """See :class:`Writer`. Exact: rendering the message gives the very ids."""
@@ -231,73 +266,3 @@ class TemplateWriter:
                 found.append((role, (head, tail)))
         heads = [around for _, around in found]
         return [(role, around) for role, around in found if heads.count(around) == 1]
-
-
-class PlainWriter:
-    """Writes message by message, for tokenizers with ``apply_chat_template`` and ``decode`` only.
-
-    Such a tokenizer does not tell how a turn is opened or closed, so nothing is added to what is rendered and sampled,
-    and every message is rendered alone. This is what OpenEnv's own chat environment does with every tokenizer; a
-    tokenizer of transformers is bridged instead.
-
-    Args:
-        tokenizer: the tokenizer.
-    """
-
-    template: None = None
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def start(self, messages: Sequence[Message]) -> Ledger:
-        """See :class:`Writer`."""
-        return self.add(Ledger(Transcript.start([], ())), messages)
-
-    def add(self, ledger: Ledger, messages: Sequence[Message]) -> Ledger:
-        """See :class:`Writer`."""
-        transcript, ends = ledger.transcript, list(ledger.ends)
-        kept = len(ends), len(transcript)
-        for message in messages:
-            transcript = transcript.appended(self._render(message), [message])
-            ends.append(len(transcript))
-        return Ledger(transcript, tuple(ends), transcript, kept)
-
-    def answer(self, ledger: Ledger, turn: Turn) -> Ledger:
-        """See :class:`Writer`."""
-        try:
-            size = len(self.tokenizer)
-        except TypeError:
-            size = 2**31
-        wrong: dict[int, Exception] = {}
-        check_turns({0: turn}, size, wrong)
-        if wrong:
-            raise wrong[0]
-        cut = turn.cut()
-        try:
-            content = self.tokenizer.decode(cut.sampled.tolist(), skip_special_tokens=True)
-        except Exception as error:
-            raise ResponseError(f"the tokenizer cannot decode the action's ids: {error}") from error
-        message = {"role": "assistant", "content": content}
-        ended = cut.finish_reason != "length"
-        after = ledger.transcript.sampled(cut.sampled, None, message, ended=ended)
-        return ledger.then(after, after)
-
-    def encode(self, ledger: Ledger, text: str) -> list[int]:
-        """See :class:`Writer`."""
-        return self._render({"role": "assistant", "content": text})
-
-    def recognise(self, ids: Sequence[int]) -> Message | None:
-        """See :class:`Writer`. Such a tokenizer does not show roles in its ids."""
-        return None
-
-    def is_quick(self, ledger: Ledger) -> bool:
-        """See :class:`Writer`."""
-        return True
-
-    def _render(self, message: Message) -> list[int]:
-        ids = self.tokenizer.apply_chat_template(conversation=[message], tokenize=True)
-        ids = ids["input_ids"] if hasattr(ids, "keys") else ids
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        while ids and isinstance(ids[0], (list, tuple)):
-            ids = list(ids[0])
-        return list(map(int, ids))

@@ -13,65 +13,45 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from torchrl_chat.openenv.metrics import Metrics
 from torchrl_chat.openenv.models import ResetRequest
-from torchrl_chat.openenv.protocol import ErrorCode, Limits, ProtocolError, dumps, invalid, short
-from torchrl_chat.openenv.replies import Replies
-from torchrl_chat.openenv.workers import Late, Workers
+from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, ServerLimits, checked, dumps, short
+from torchrl_chat.openenv.server.metrics import Metrics
+from torchrl_chat.openenv.server.replies import Replies
+from torchrl_chat.openenv.server.workers import Late, Workers
+
+if TYPE_CHECKING:
+    from torchrl_chat.openenv.server.sockets import Line
 
 log = logging.getLogger("torchrl_chat.openenv")
 _GRACE = 0.25  # seconds
 
 
-class Line(Protocol):
-    """The socket that a session talks through."""
-
-    async def end(self, error: ProtocolError | None, code: int, reason: str) -> None:
-        """Close the socket, after the step that is under way."""
-        ...
-
-
-class Session:
+class ServerSession:
     """One environment and what its client has seen of it.
 
     Args:
         env: the environment.
-        action_cls: the model of its actions.
-        limits: see :class:`Limits`.
-        workers: where its heavy work runs.
-        metrics: the server's counters.
-        resumable: whether it outlives its socket.
+        sessions: the table that it belongs to, whose limits and workers are its own.
         address: of the client that it was made for.
+        resumable: whether it outlives its socket.
     """
 
-    def __init__(
-        self,
-        env: Any,
-        action_cls: type[BaseModel],
-        limits: Limits,
-        workers: Workers,
-        metrics: Metrics,
-        resumable: bool = False,
-        address: str = "",
-    ):
+    def __init__(self, env: Any, sessions: SessionTable, address: str, resumable: bool):
         self.id = uuid.uuid4().hex
         self.env = env
         self.resumable = resumable
         self.address = address
         self.attached = False  # whether a client has come to it: by a socket, a reset, or by its id
-        self.line: Line | None = None
+        self.line: Line | None = None  # the socket that it talks through
         self.left = False  # whether it has had a socket and lost it
         self.replies = Replies()
         self.used = time.monotonic()
         self.closed = False
-        self._action_cls = action_cls
-        self._limits = limits
-        self._workers = workers
-        self._metrics = metrics
+        self._sessions = sessions
         self._lock = asyncio.Lock()
         self._late: asyncio.Future[Any] | None = None
         self._lost = False
@@ -92,10 +72,7 @@ class Session:
         delta = arguments.pop("delta", None)
         if delta not in (None, True, False):
             raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"'delta' is {short(delta)}: expected true or false.")
-        try:
-            request = ResetRequest.model_validate(arguments)
-        except ValidationError as error:
-            raise invalid(error, "reset") from None
+        request = checked(ResetRequest, arguments, "reset")
         arguments |= {"seed": request.seed, "episode_id": request.episode_id}
         async with self._lock:
             turn = await self._call("reset", _accepted(self.env, arguments))
@@ -113,10 +90,7 @@ class Session:
         Raises:
             ProtocolError: the action is bad, or the environment refuses; the episode is as it was.
         """
-        try:
-            action = self._action_cls.model_validate(data)
-        except ValidationError as error:
-            raise invalid(error, "action") from None
+        action = checked(self._sessions.action_cls, data, "action")
         async with self._lock:
             if self._lost:
                 raise ProtocolError(ErrorCode.EXECUTION_ERROR, "the last step took too long: reset the session.")
@@ -151,7 +125,7 @@ class Session:
         if not callable(close):
             return
         try:
-            await self._workers.run(close, self._limits.step_seconds)
+            await self._sessions.workers.run(close, self._sessions.limits.step_seconds)
         except Exception as error:
             log.warning("close failed", extra={"session": self.id, "error": repr(error)})
 
@@ -170,44 +144,43 @@ class Session:
         except (ValueError, TypeError, KeyError, IndexError, TimeoutError, NotImplementedError) as error:
             # What an environment raises at its caller: the text says what to do. No fault of the server.
             text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-            raise ProtocolError(
-                ErrorCode.EXECUTION_ERROR, text[:2000] or type(error).__name__, error_type=type(error).__name__
-            ) from None
+            raise _failed(error, text or type(error).__name__) from None
         except Exception as error:
             log.error("the environment failed", extra={"session": self.id, "error": repr(error)[:2000]})
-            raise ProtocolError(
-                ErrorCode.EXECUTION_ERROR,
-                f"{type(error).__name__}: {error}"[:2000],
-                error_type=type(error).__name__,
-            ) from None
+            raise _failed(error, f"{type(error).__name__}: {error}") from None
         finally:
             self.used = time.monotonic()
             if name != "state":
-                self._metrics.took(self.used - started)
+                self._sessions.metrics.took(self.used - started)
 
     async def _run(self, name: str, arguments: dict[str, Any]) -> Any:
-        env = self.env
-        if name == "step" and not hasattr(env, "step_turn"):
-            arguments = {key: value for key, value in arguments.items() if key != "timeout_s" or value is not None}
-        if name == "step" and hasattr(env, "is_light") and env.is_light(arguments["action"]):
+        env, most = self.env, self._sessions.limits.step_seconds
+        wanted = arguments.get("timeout_s") if name == "step" else None
+        if not hasattr(env, "step_turn"):  # not one of ours
+            if name == "step" and wanted is None:
+                del arguments["timeout_s"]
+            if _is_async(env, name):
+                async with asyncio.timeout(most):
+                    return await getattr(env, f"{name}_async")(**arguments)
+        elif name == "step" and hasattr(env, "is_light") and env.is_light(arguments["action"]):
             return env.step_turn(**arguments)
-        if not hasattr(env, "step_turn") and _is_async(env, name):
-            async with asyncio.timeout(self._limits.step_seconds):
-                return await getattr(env, f"{name}_async")(**arguments)
         if name == "state":
             call: Callable[[], Any] = lambda: env.state() if callable(env.state) else env.state  # noqa: E731
         else:
             method = getattr(env, f"{name}_turn", None) or getattr(env, name)
             call = lambda: method(**arguments)  # noqa: E731
-        wanted = arguments.get("timeout_s") if name == "step" else None
         # An environment that keeps the limit itself says so in time, and its episode stays in order.
-        limits = [self._limits.step_seconds, None if wanted is None else wanted + _GRACE]
+        limits = [most, None if wanted is None else wanted + _GRACE]
         seconds = min((limit for limit in limits if limit is not None), default=None)
         try:
-            return await self._workers.run(call, seconds)
+            return await self._sessions.workers.run(call, seconds)
         except Late as late:
             self._late, self._lost = late.rest, name != "state"
             raise TimeoutError(f"the {name} takes longer than {seconds:g} s.") from None
+
+
+def _failed(error: Exception, text: str) -> ProtocolError:
+    return ProtocolError(ErrorCode.EXECUTION_ERROR, text[:2000], error_type=type(error).__name__)
 
 
 def _accepted(env: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -225,46 +198,36 @@ def _is_async(env: Any, name: str) -> bool:
     return method is not None and not method.__module__.endswith((".interfaces", "env_server.interfaces"))
 
 
-class Sessions:
+class SessionTable:
     """The table of sessions.
 
     Args:
         factory: makes the environment of a session.
         action_cls: the model of its actions.
-        limits: see :class:`Limits`.
-        metrics: the server's counters.
+        limits: see :class:`ServerLimits`.
         workers: threads for heavy work.
     """
 
     def __init__(
-        self,
-        factory: Callable[[], Any],
-        action_cls: type[BaseModel],
-        limits: Limits,
-        metrics: Metrics,
-        workers: int = 4,
+        self, factory: Callable[[], Any], action_cls: type[BaseModel], limits: ServerLimits, workers: int = 4
     ):
+        self.action_cls = action_cls
+        self.limits = limits
+        self.metrics = Metrics()
+        self.workers = Workers(workers)
+        self.draining = False
         self._factory = factory
-        self._action_cls = action_cls
-        self._limits = limits
-        self._metrics = metrics
-        self._workers = Workers(workers)
-        self._table: dict[str, Session] = {}
+        self._table: dict[str, ServerSession] = {}
         self._opening = 0
         self._addresses: Counter[str] = Counter()
-        self.draining = False
-        metrics.gauge("sessions", "Sessions open now.", lambda: len(self._table))
-        metrics.gauge("late_calls", "Calls that took too long and still run.", lambda: self._workers.stuck)
-        metrics.gauge("sessions_max", "Sessions that may be open.", lambda: limits.max_sessions)
+        self.metrics.gauge("sessions", "Sessions open now.", lambda: len(self._table))
+        self.metrics.gauge("late_calls", "Calls that took too long and still run.", lambda: self.workers.stuck)
+        self.metrics.gauge("sessions_max", "Sessions that may be open.", lambda: limits.max_sessions)
 
     def __len__(self) -> int:
         return len(self._table)
 
-    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run something heavy beside the event loop."""
-        return await self._workers.run(lambda: function(*arguments))
-
-    async def open(self, address: str, *, resumable: bool = False, listed: bool = True) -> Session:
+    async def open(self, address: str, *, resumable: bool = False, listed: bool = True) -> ServerSession:
         """A new session.
 
         Args:
@@ -277,27 +240,23 @@ class Sessions:
         """
         if self.draining:
             raise ProtocolError(ErrorCode.SESSION_ERROR, "the server is shutting down.")
-        active = len(self._table) + self._opening
-        if active >= self._limits.max_sessions:
-            raise ProtocolError(
-                ErrorCode.CAPACITY_REACHED,
-                f"all {self._limits.max_sessions} sessions are in use: close one, or start the server with more.",
-                active_sessions=active,
-                max_sessions=self._limits.max_sessions,
+        active, mine, limits = len(self._table) + self._opening, self._addresses[address], self.limits
+        full = None
+        if active >= limits.max_sessions:
+            full = f"all {limits.max_sessions} sessions are in use: close one, or start the server with more."
+        elif mine >= limits.sessions_of_one:
+            full = (
+                f"{address or 'this address'} has {mine} sessions, as many as one address may have: close one, or start the "
+                f"server with more (max_sessions_per_address)."
             )
-        if self._addresses[address] >= self._limits.sessions_of_one:
-            raise ProtocolError(
-                ErrorCode.CAPACITY_REACHED,
-                f"{address or 'this address'} has {self._addresses[address]} sessions, as many as one address may have: close "
-                f"one, or start the server with more (max_sessions_per_address).",
-                active_sessions=active,
-                max_sessions=self._limits.max_sessions,
-            )
+        if full is not None:
+            counts = {"active_sessions": active, "max_sessions": limits.max_sessions}
+            raise ProtocolError(ErrorCode.CAPACITY_REACHED, full, **counts)
         self._opening += 1
         self._addresses[address] += 1
         kept = False
         try:
-            env = await self.call(self._factory)
+            env = await self.workers.run(self._factory)
         except Exception as error:
             name = getattr(self._factory, "__name__", type(self._factory).__name__)
             log.error("the environment cannot be made", extra={"error": repr(error)[:2000]})
@@ -310,19 +269,30 @@ class Sessions:
             self._opening -= 1
             if not kept:
                 self._forget(address)
-        session = Session(env, self._action_cls, self._limits, self._workers, self._metrics, resumable, address)
+        session = ServerSession(env, self, address, resumable)
         if listed:
             self._table[session.id] = session
-            self._metrics.count("sessions_opened_total")
+            self.metrics.count("sessions_opened_total")
             log.info("session opened", extra={"session": session.id, "sessions": len(self)})
         return session
+
+    def told(self, error: Exception, **where: str) -> ProtocolError:
+        """An error, counted, as a client is told of it: one that is no :class:`ProtocolError` is a defect of ours."""
+        code, told = "INTERNAL", error
+        if isinstance(told, ProtocolError):
+            code = told.code
+        else:
+            log.error("internal error", extra={**where, "error": repr(error)[:2000]})
+            told = ProtocolError(ErrorCode.EXECUTION_ERROR, f"internal error: {short(error)}")
+        self.metrics.count("errors_total", code=code)
+        return told
 
     def _forget(self, address: str) -> None:
         self._addresses[address] -= 1
         if self._addresses[address] <= 0:
             del self._addresses[address]  # the table of addresses does not grow for ever
 
-    def find(self, session_id: Any) -> Session:
+    def find(self, session_id: Any) -> ServerSession:
         """The session of an id.
 
         Raises:
@@ -337,21 +307,21 @@ class Sessions:
         session.attached = True
         return session
 
-    async def close(self, session: Session, reason: str) -> None:
+    async def close(self, session: ServerSession, reason: str) -> None:
         """End a session."""
         if self._table.pop(session.id, None) is None:
             return
         self._forget(session.address)
-        self._metrics.count("sessions_closed_total", f'reason="{reason}"')
+        self.metrics.count("sessions_closed_total", reason=reason)
         log.info("session closed", extra={"session": session.id, "reason": reason, "sessions": len(self)})
         line, session.line = session.line, None
         session.closed = True
         if line is not None:
             error = ProtocolError(ErrorCode.SESSION_ERROR, f"the session has been closed: {reason}.")
-            await line.end(error, 1000, reason)
+            await line.end(error, CloseCode.NORMAL, reason)
         await session.end()
 
-    async def detach(self, session: Session, line: Line) -> None:
+    async def detach(self, session: ServerSession, line: Line) -> None:
         """The socket of a session is gone: so is the session, unless it can be resumed."""
         if session.line is not line:
             return
@@ -363,20 +333,15 @@ class Sessions:
 
     async def reap(self) -> None:
         """Close the sessions that nobody has used for too long; runs until it is cancelled."""
-        waits = [
-            self._limits.resume_seconds,
-            self._limits.attach_seconds,
-            *filter(None, [self._limits.idle_seconds]),
-        ]
+        limits, forever = self.limits, float("inf")
+        idle = limits.idle_seconds or forever
         while True:
-            await asyncio.sleep(max(0.05, min(5.0, min(waits) / 4)))
+            await asyncio.sleep(max(0.05, min(20.0, limits.resume_seconds, limits.attach_seconds, idle) / 4))
             now, ended = time.monotonic(), []
             for session in self._table.values():
-                idle = now - session.used
-                detached = session.left and session.line is None
-                too_long = self._limits.idle_seconds is not None and idle > self._limits.idle_seconds
-                nobody = not session.attached and idle > self._limits.attach_seconds
-                if not session.busy and (too_long or nobody or (detached and idle > self._limits.resume_seconds)):
+                attach = forever if session.attached else limits.attach_seconds
+                resume = limits.resume_seconds if session.left and session.line is None else forever
+                if not session.busy and now - session.used > min(idle, attach, resume):
                     ended.append(session)
             # At once, and whatever becomes of one: it must not keep the others.
             await asyncio.gather(*(self.close(session, "idle") for session in ended), return_exceptions=True)
@@ -389,12 +354,12 @@ class Sessions:
             _, pending = await asyncio.wait(closing, timeout=seconds)
             for task in pending:
                 task.cancel()
-        self._workers.close()
+        self.workers.close()
 
-    async def _leave(self, session: Session) -> None:
+    async def _leave(self, session: ServerSession) -> None:
         line = session.line
         if line is not None:
-            await line.end(None, 1001, "the server is shutting down")
+            await line.end(None, CloseCode.GOING_AWAY, "the server is shutting down")
         while session.busy:
             await asyncio.sleep(0.005)
         session.line = None

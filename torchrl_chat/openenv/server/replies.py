@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from torchrl_chat.openenv.episode import Outcome
+from torchrl_chat.openenv.chat.episode import StepOutcome
 from torchrl_chat.openenv.protocol import dumps
 
 
@@ -35,35 +35,40 @@ class Replies:
 
     def result(self, turn: Any) -> bytes:
         """The ``data`` of an observation frame, and the body of an HTTP response."""
-        if not isinstance(turn, Outcome):
+        if not isinstance(turn, StepOutcome):
             return _foreign(turn)
         if turn.observation is not None:
             self.forget()
             return _foreign(turn.observation)
         return self._delta(turn) if self.delta else self._whole(turn)
 
-    def _whole(self, turn: Outcome) -> bytes:
-        messages, tokens = map(min, self._counts, turn.kept)
-        if messages < self._counts[0] or not messages:
+    def _whole(self, turn: StepOutcome) -> bytes:
+        had = self._counts
+        messages, tokens = self._kept(turn)
+        if messages < had[0] or not messages:
             self._messages.clear()
             messages = 0
-        if tokens < self._counts[1] or not tokens:
+        if tokens < had[1] or not tokens:
             self._tokens.clear()
             tokens = 0
         _extend(self._messages, dumps(list(turn.messages[messages:])))
         _extend(self._tokens, _ids(turn, tokens))
-        self._counts = len(turn.messages), len(turn.transcript)
         return _result(turn, self._messages, self._tokens)
 
-    def _delta(self, turn: Outcome) -> bytes:
-        messages, tokens = map(min, self._counts, turn.kept)
-        self._counts = len(turn.messages), len(turn.transcript)
+    def _delta(self, turn: StepOutcome) -> bytes:
+        messages, tokens = self._kept(turn)
         delta = b',"delta":{"messages":%d,"tokens":%d}' % (messages, tokens)
         return _result(turn, dumps(list(turn.messages[messages:]))[1:-1], _ids(turn, tokens)[1:-1], delta)
 
+    def _kept(self, turn: StepOutcome) -> tuple[int, int]:
+        """How many messages and tokens the client has, and will go on to have."""
+        messages, tokens = map(min, self._counts, turn.ledger.kept)
+        self._counts = len(turn.messages), len(turn.ledger.transcript)
+        return messages, tokens
 
-def _ids(turn: Outcome, start: int) -> bytes:
-    return orjson.dumps(turn.transcript.tokens[start:].numpy(), option=orjson.OPT_SERIALIZE_NUMPY)
+
+def _ids(turn: StepOutcome, start: int) -> bytes:
+    return orjson.dumps(turn.ledger.transcript.tokens[start:].numpy(), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _extend(kept: bytearray, items: bytes) -> None:
@@ -75,7 +80,7 @@ def _extend(kept: bytearray, items: bytes) -> None:
         kept += inner
 
 
-def _result(turn: Outcome, messages: bytes | bytearray, tokens: bytes | bytearray, delta: bytes = b"") -> bytes:
+def _result(turn: StepOutcome, messages: bytes | bytearray, tokens: bytes | bytearray, delta: bytes = b"") -> bytes:
     metadata = dumps(turn.metadata)
     return b"".join(
         (

@@ -1,0 +1,1 @@
+"""N sessions with OpenEnv servers as one batched TorchRL environment."""

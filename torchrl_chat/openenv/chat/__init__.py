@@ -1,0 +1,1 @@
+"""OpenEnv's chat environment: a conversation, or any TorchRL environment of this package, by OpenEnv's interface."""
