@@ -99,7 +99,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "nothing"], "--dataset is 'nothing'"),
+        (["--dataset", "nothing"], "there is no environment 'nothing'"),
         (["--dataset", "gsm8k", "--data", "/no/such/file.jsonl"], "no such dataset file or folder"),
         (["--dataset", "reasoning-gym:nothing"], "no task 'nothing'"),
         (["--model", "/no/such/model"], "/no/such/model"),

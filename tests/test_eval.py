@@ -353,7 +353,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--dataset", "nothing"], "--dataset is 'nothing'"),
+            (["--dataset", "nothing"], "there is no environment 'nothing'"),
             (["--dataset", "gsm8k", "--data", "/no/such/file.jsonl"], "no such dataset file or folder"),
             (["--dataset", "reasoning-gym:basic_arithmetic", "--data", "x.jsonl"], "makes its rows itself"),
             (["--samples", "2", "--temperature", "0"], "asks for the same answer again"),

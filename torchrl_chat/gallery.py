@@ -1,4 +1,4 @@
-"""Environments by the names of the command line: ``train`` and ``eval`` know the same ones.
+"""Environments by the names of the command line: ``train``, ``eval``, ``play`` and ``serve`` know the same ones.
 
 This file is read for its names by commands that make nothing: what an environment is made of is imported where one is made.
 """
@@ -40,16 +40,16 @@ def check_name(name: str, data: str | None = None) -> None:
 
         load_task(task, {"size": 1, "seed": 0})  # names the tasks that there are
         if data is not None:
-            raise ValueError(f"--data is {data}: {name} makes its rows itself.")
+            raise ValueError(f"data={data!r}: {name} makes its rows itself.")
     elif is_name(name):
         named(name)
     elif name not in NAMES:
-        raise ValueError(f"--dataset is {name!r}: expected {', '.join(NAMES)}.")
+        raise ValueError(f"there is no environment {name!r}: expected {', '.join(NAMES)}.")
     looks_local = data is not None and (
         data.startswith((".", "/", "~")) or Path(data).suffix or data.count("/") > 1
     )
     if data is not None and looks_local and not Path(data).expanduser().exists():
-        raise ValueError(f"--data {data}: there is no such dataset file or folder.")
+        raise ValueError(f"data={data!r}: there is no such dataset file or folder.")
 
 
 def tiny_alphabet(name: str) -> str:

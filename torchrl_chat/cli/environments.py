@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchrl_chat import pretrained
+from torchrl_chat.gallery import NAMES, tiny_alphabet
 from torchrl_chat.options import TEMPLATE_HELP, whole
 
 
@@ -22,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
         "--env",
         default="chat",
         metavar="NAME",
-        help="chat (default), countdown, digits, gsm8k, ifeval, math, reasoning-gym:TASK; module:Class or "
-        "file.py:Class, a MessageEnv; or module:function, called with the tokenizer",
+        help=f"chat (default), {', '.join(NAMES)}; or module:function, called with the tokenizer",
     )
     what.add_argument(
         "--tokenizer",
@@ -49,7 +49,7 @@ def load_tokenizer(name: str, env: str) -> Any:
     if name == "tiny":
         from torchrl_chat import tiny
 
-        return tiny.tiny_tokenizer(tiny.DIGIT_ALPHABET if env == "digits" else tiny.TEXT_ALPHABET)
+        return tiny.tiny_tokenizer(tiny_alphabet(env))
     return pretrained.load_tokenizer(name)
 
 
