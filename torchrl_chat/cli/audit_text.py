@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TextIO
 
-from torchrl_chat.templates.drift import METHODS
-from torchrl_chat.templates.report import Drift, Finding, Report, Rewrite, Status, TailToken, Template
+from torchrl_chat.audit.drift import METHODS
+from torchrl_chat.audit.report import Drift, Finding, Report, Rewrite, Status, TailToken, Template
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 _LABEL = 19  # wide enough for the longest label, "generation prompt"

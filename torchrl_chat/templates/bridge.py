@@ -21,12 +21,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 
+_T = TypeVar("_T", str, list[int])
 BY_TEXT = -1
 """Stands for the stop token where a template ends its turns with plain text alone."""
 
@@ -367,8 +368,8 @@ def check_written(text: str, new: Sequence[Message]) -> int:
     return first
 
 
-def shared_prefix(texts: Sequence[str]) -> str:
-    """The longest text that all of them begin with."""
+def shared_prefix(texts: Sequence[_T]) -> _T:
+    """The longest text that all of them begin with; of lists, the longest list."""
     low, high = min(texts), max(texts)  # every other one lies between these two, character by character
     return low[: next((i for i, c in enumerate(low) if high[i] != c), len(low))]
 

@@ -9,10 +9,10 @@ from torchrl_chat.messages import Message, MessageError, as_messages
 from torchrl_chat.schema_references import tool_written_out
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation
-from torchrl_chat.templates.capabilities import CAPABILITIES, refusal
+from torchrl_chat.templates.capabilities import CAPABILITIES
 from torchrl_chat.templates.codec import codec_of, unmarked
 from torchrl_chat.templates.following import Follower, raised
-from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
+from torchrl_chat.templates.kinds import AnswerKind, Course, Roles, calling
 from torchrl_chat.templates.parsing import AnswerParser
 from torchrl_chat.templates.reading import Parsed, Reader
 from torchrl_chat.templates.renderers_parser import RenderersParser
@@ -356,7 +356,7 @@ class ChatTemplate:
         """A conversation that ends with a call of these arguments, as the template writes it; "" where it refuses."""
         question: Message = {"role": "user", "content": "?"}
         try:
-            return self.renderer.text([question, _calling(PROBE_NAME, arguments)], False)
+            return self.renderer.text([question, calling(PROBE_NAME, arguments, ["call00000"])], False)
         except ChatTemplateError:
             return ""
 
@@ -385,7 +385,7 @@ class ChatTemplate:
         question: Message = {"role": "user", "content": "?"}
         try:
             before, opened = (self.renderer.text([question], generation) for generation in (False, True))
-            written = self.renderer.text([question, _calling(name, arguments)], False)
+            written = self.renderer.text([question, calling(name, arguments, ["call00000"])], False)
         except ChatTemplateError:
             return
         for start in (opened, before):
@@ -410,9 +410,17 @@ class ChatTemplate:
         Raises:
             ValueError: there is no such capability.
         """
-        kept = self._follower.proofs.capabilities
+        if capability not in CAPABILITIES:
+            raise ValueError(f"there is no capability {capability!r}: expected one of {', '.join(CAPABILITIES)}.")
+        kept, probe = self._follower.proofs.capabilities, CAPABILITIES[capability]
         if capability not in kept:
-            kept[capability] = refusal(self, capability)
+            try:
+                close = self.close(probe.messages)
+                stop = close.main[0] if probe.stopped and close.main else None
+                self.follow_batch([probe.messages], [probe.new], stops=[stop])
+                kept[capability] = None
+            except BridgeError as error:
+                kept[capability] = str(error)
         return kept[capability]
 
 
@@ -432,12 +440,6 @@ _RESERVED = {
     "tokenize",
     "truncation",
 }
-
-
-def _calling(name: str, arguments: Mapping[str, Any]) -> Message:
-    """An answer that is one call."""
-    call = {"id": "call00000", "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _course(messages: Sequence[Message]) -> Course:

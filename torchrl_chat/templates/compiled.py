@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.bridge import BridgeError, Tail
-from torchrl_chat.templates.kinds import Kind, Roles
+from torchrl_chat.templates.kinds import Kind, Roles, calling
 from torchrl_chat.templates.looks import SMALL
 from torchrl_chat.templates.proof import Prover, forms
 from torchrl_chat.templates.rendering import at_another_time
@@ -305,10 +305,9 @@ def _tool_round(roles: Roles, number: int) -> list[Message]:
     """A turn that calls a tool, the tool's result, and an answer."""
     assert roles.tool is not None
     identity = f"abcdefg{number:02d}"
-    call = {"id": identity, "type": "function", "function": {"name": "lookup", "arguments": {"q": "it"}}}
     return [
         {"role": roles.user, "content": f"look it up {number}"},
-        {"role": roles.policy, "content": "", "tool_calls": [call]},
+        calling("lookup", {"q": "it"}, [identity], roles.policy),
         {"role": roles.tool, "content": f"found {number}", "name": "lookup", "tool_call_id": identity},
         {"role": roles.policy, "content": f"here it is {number}"},
     ]

@@ -11,6 +11,17 @@ from torchrl_chat.messages import Message
 ARGUMENTS: Mapping[str, Any] = {"q": "it", "limit": 3, "exact": True, "tags": ["a", "b"], "share": 0.5}
 """Arguments of a call that is tried: several, of several types, which templates write in several ways."""
 
+
+def calling(
+    name: str, arguments: Mapping[str, Any], ids: Sequence[str], role: str = "assistant", content: str = ""
+) -> Message:
+    """An answer with structured calls of one tool, one for each id."""
+    calls = [
+        {"id": ident, "type": "function", "function": {"name": name, "arguments": dict(arguments)}} for ident in ids
+    ]
+    return {"role": role, "content": content, "tool_calls": calls}
+
+
 _FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
 
 
@@ -132,11 +143,8 @@ class AnswerKind(NamedTuple):
         """An answer of this kind."""
         if not self.calls:
             return {"role": policy, "content": "an answer"}
-        calls = [
-            {"id": f"abcdefgh{i}", "type": "function", "function": {"name": "lookup", "arguments": dict(ARGUMENTS)}}
-            for i in range(self.calls)
-        ]
-        return {"role": policy, "content": "let me see" if self.said else "", "tool_calls": calls}
+        ids = [f"abcdefgh{i}" for i in range(self.calls)]
+        return calling("lookup", ARGUMENTS, ids, policy, "let me see" if self.said else "")
 
 
 _TEXT = AnswerKind()

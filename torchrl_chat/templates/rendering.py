@@ -100,6 +100,7 @@ class Renderer:
         self.now = now or datetime.datetime.now()
         self._kwargs: dict[str, Any] = dict(template_kwargs)
         self.tells_time = "strftime_now" in self.source
+        self.renderings = 0  # how often a text was asked for: a compiled turn asks for none
         if tools:
             self._kwargs["tools"] = list(tools)
         # Always the source: which of several named templates applies is then decided once, here.
@@ -117,6 +118,7 @@ class Renderer:
     # ------------------------------------------------------------------ text
     def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The template's text; raises :class:`ChatTemplateError` where the template does."""
+        self.renderings += 1
         adapted, known = self._adapted(messages), _texts.get()
         if known is None:
             return self._apply(adapted, add_generation_prompt)

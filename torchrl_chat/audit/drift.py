@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torchrl_chat.audit.report import Drift
+from torchrl_chat.audit.samples import ERRORS, Sample, line, other_tokens
 from torchrl_chat.messages import Message
+from torchrl_chat.templates.bridge import shared_prefix
 from torchrl_chat.templates.chat_template import ChatTemplate
-from torchrl_chat.templates.kinds import Course
-from torchrl_chat.templates.report import Drift
-from torchrl_chat.templates.samples import Sample, errors, line, other_tokens, shared
 
 METHODS = {
     "rerender": "render and tokenize everything again, canonical tokens sampled",
@@ -53,20 +53,15 @@ def drift(template: ChatTemplate, turn: str, sample: Sample | None, reason: str 
 
 
 def rerendered(template: ChatTemplate, sample: Sample) -> list[int]:
-    """The whole conversation, rendered and tokenized again, with the answer as it is read out of its ids."""
-    return template.render([*_parsed(template, sample), *sample.new])
+    """The whole conversation, rendered and tokenized again, with the answer as it is read out of its ids.
 
-
-def _parsed(template: ChatTemplate, sample: Sample) -> list[Message]:
-    """The conversation with the answer as it is read out of its ids: what a loop that keeps messages holds."""
-    [parsed] = template.parse_batch(
-        [sample.ids[sample.start :]], [Course.of(sample.messages[:-1])], prompts=[sample.ids[: sample.start]]
-    )
-    message, said = parsed.message, sample.messages[-1].get("tool_calls")
+    That is what a loop holds that keeps messages.
+    """
+    message, said = sample.parsed(template).message, sample.messages[-1].get("tool_calls")
     if said and message.get("tool_calls"):  # ids of calls are made up in parsing; results name those of the probe
         calls = [{**a, "id": b["id"]} for a, b in zip(message["tool_calls"], said, strict=False)]
         message = {**message, "tool_calls": calls}
-    return [*sample.messages[:-1], message]
+    return template.render([*sample.messages[:-1], message, *sample.new])
 
 
 def dummy_suffix(template: ChatTemplate, sample: Sample) -> list[int]:
@@ -79,14 +74,21 @@ def dummy_suffix(template: ChatTemplate, sample: Sample) -> list[int]:
     results = [message for message in sample.new if message["role"] == "tool"]
     if results:
         answer["content"] = ""
-        answer["tool_calls"] = [_dummy_call(message) for message in results]
+        answer["tool_calls"] = [
+            {
+                "id": result.get("tool_call_id", "dummy0000"),
+                "type": "function",
+                "function": {"name": result.get("name", "dummy"), "arguments": {}},
+            }
+            for result in results
+        ]
     base = [{"role": "user", "content": "dummy"}, answer]
     without, whole = _rendered(template, base, sample.new)
     eos = template.tokenizer.eos_token_id
     if eos in without:
         without = without[: len(without) - without[::-1].index(eos)]
     if whole[: len(without)] != without:
-        at = shared(whole, without)
+        at = len(shared_prefix([whole, without]))
         raise ValueError(
             f"the dummy turn changes once a message follows it: {_shown(template, without[at:])} becomes "
             f"{_shown(template, whole[at:])}"
@@ -102,11 +104,6 @@ def fixed_base(template: ChatTemplate, sample: Sample) -> list[int]:
     ]
     without, whole = _rendered(template, base, sample.new)
     return sample.ids + whole[len(without) :]
-
-
-def _dummy_call(result: Message) -> Message:
-    function = {"name": result.get("name", "dummy"), "arguments": {}}
-    return {"id": result.get("tool_call_id", "dummy0000"), "type": "function", "function": function}
 
 
 def _rendered(
@@ -126,18 +123,14 @@ def _compared(
 ) -> Drift:
     try:
         ids = method(template, sample)
-    except errors() as error:
+    except ERRORS as error:
         return Drift(turn, name, False, line(error))
     if ids == sample.exact:
         return Drift(turn, name, True)
-    at = shared(ids, sample.exact)
+    at = len(shared_prefix([ids, sample.exact]))
     where = "prompt" if at < sample.start else "answer" if at < len(sample.ids) else "tail"
-    return Drift(
-        turn,
-        name,
-        False,
-        f"token {at} ({where}): {_shown(template, ids[at:])} instead of {_shown(template, sample.exact[at:])}",
-    )
+    differs = f"{_shown(template, ids[at:])} instead of {_shown(template, sample.exact[at:])}"
+    return Drift(turn, name, False, f"token {at} ({where}): {differs}")
 
 
 def _shown(template: ChatTemplate, ids: Sequence[int]) -> str:

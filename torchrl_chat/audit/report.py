@@ -5,10 +5,12 @@ The keys are a contract (:data:`SCHEMA`): new ones may be added, none changes it
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
+
+from torchrl_chat.templates.dialects import Pair
 
 SCHEMA = 1
 """Version of the JSON form."""
@@ -39,11 +41,17 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class TailToken:
-    """One token behind an answer."""
+class Token:
+    """A token."""
 
     id: int
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TailToken(Token):
+    """One token behind an answer."""
+
     origin: Origin
 
 
@@ -99,7 +107,7 @@ class Drift:
 
     Attributes:
         turn: the kind of turn: ``"user"``, ``"tool"`` or ``"reasoning"``.
-        method: a key of :data:`torchrl_chat.templates.drift.METHODS`.
+        method: a key of :data:`torchrl_chat.audit.drift.METHODS`.
         exact: whether the ids are the same; ``None`` where there is no exact prompt to compare with.
         difference: the first difference, or why the method gives no prompt.
     """
@@ -111,38 +119,22 @@ class Drift:
 
 
 @dataclass(frozen=True, slots=True)
-class Delimiters:
-    """A pair of delimiters; an empty ``close`` means that the opening alone marks it."""
-
-    open: str
-    close: str
-
-
-@dataclass(frozen=True, slots=True)
 class Parsing:
     """What is looked for in a sampled answer.
 
     Attributes:
         reasoning: delimiters of reasoning.
         segments: whether an answer is a row of segments with headers (gpt-oss channels).
-        tool_calls: delimiters of tool calls.
+        tool_calls: delimiters of tool calls; an empty ``close`` means that the opening alone marks them.
         bare_json: whether a call is a bare JSON object.
         response_template: whether the tokenizer declares a parser of its own, which is asked first.
     """
 
-    reasoning: tuple[Delimiters, ...]
+    reasoning: tuple[Pair, ...]
     segments: bool
-    tool_calls: tuple[Delimiters, ...]
+    tool_calls: tuple[Pair, ...]
     bare_json: bool
     response_template: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token."""
-
-    id: int
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +198,4 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON knows it: dicts, lists, strings, numbers, booleans and ``None``."""
-        return {**_plain(dataclasses.asdict(self)), "proved": self.proved}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, StrEnum):
-        return value.value
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+        return {**json.loads(json.dumps(asdict(self), default=repr)), "proved": self.proved}

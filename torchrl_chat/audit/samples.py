@@ -11,13 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+
+import jinja2
 
 from torchrl_chat.messages import Message, content_text
-from torchrl_chat.templates.bridge import BY_TEXT, Close
+from torchrl_chat.templates.bridge import BY_TEXT, Close, shared_prefix
 from torchrl_chat.templates.chat_template import ChatTemplate
 from torchrl_chat.templates.dialects import Pair
+from torchrl_chat.templates.kinds import Course
+from torchrl_chat.templates.reading import Parsed
 from torchrl_chat.templates.rendering import ChatTemplateError
+
+ERRORS = (ValueError, jinja2.TemplateError)
+"""What a template, its bridge or its tokenizer may raise at a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,7 @@ class Sample:
         stop: the ids, at the end of the sampled ones, that end the turn; none if it was cut.
         close: how the template closes it.
         exact: the next prompt.
+        ended: whether the policy ended its turn; else a limit cut it.
     """
 
     messages: list[Message]
@@ -43,6 +50,7 @@ class Sample:
     stop: list[int]
     close: Close
     exact: list[int]
+    ended: bool
 
     @property
     def stop_id(self) -> int | None:
@@ -50,6 +58,11 @@ class Sample:
         if not self.stop:
             return None
         return self.stop[-1] if self.stop[-1] in self.close.stops else BY_TEXT
+
+    def parsed(self, template: ChatTemplate) -> Parsed:
+        """The answer as it is read out of its ids."""
+        prompt, sampled = self.ids[: self.start], self.ids[self.start :]
+        return template.parse_batch([sampled], [Course.of(self.messages[:-1])], prompts=[prompt])[0]
 
 
 def sample(
@@ -92,7 +105,7 @@ def sample(
         last = sampled[-1:] if stop is not None and stop != BY_TEXT else sampled[len(begun) :]
         last = last if end or last == [stop] else []  # what closes a call ends the turn, and is part of the call
         exact = template.extend(prompt + sampled, messages, following, ended=None if ended else False)
-        tried.append(Sample(messages, following, prompt + sampled, len(prompt), core, last, close, exact))
+        tried.append(Sample(messages, following, prompt + sampled, len(prompt), core, last, close, exact, ended))
     return min(tried, key=lambda turn: len(turn.exact))
 
 
@@ -147,7 +160,7 @@ def _reopened(pairs: Sequence[Pair], prompt: str, whole: str) -> str:
     tags = [(side.strip(), pair) for pair in pairs for side in (pair.open, pair.close)]
     while found := next(((side, pair) for side, pair in tags if side and base.endswith(side)), None):
         base, tag, pair = base.removesuffix(found[0]).rstrip(), tag or found[0], found[1]
-    text = whole[shared(base, whole) :]
+    text = whole[len(shared_prefix([base, whole])) :]
     if not tag:
         return text
     block = text.lstrip()
@@ -181,18 +194,6 @@ def other_tokens(template: ChatTemplate, turn: Sample) -> Sample | None:
             ids = turn.ids[: turn.start] + ids + turn.stop
             return replace(turn, ids=ids, exact=template.extend(ids, turn.messages, turn.new))
     return None
-
-
-def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many elements two sequences begin with alike."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def errors() -> tuple[type[Exception], ...]:
-    """What a template, its bridge or its tokenizer may raise at a conversation."""
-    import jinja2
-
-    return ValueError, jinja2.TemplateError
 
 
 def line(error: BaseException) -> str:
