@@ -13,13 +13,12 @@ from torchrl_chat.templates.capabilities import CAPABILITIES
 from torchrl_chat.templates.codec import codec_of, unmarked
 from torchrl_chat.templates.following import Follower, raised
 from torchrl_chat.templates.kinds import AnswerKind, Course, Roles, calling
-from torchrl_chat.templates.parsing import AnswerParser
+from torchrl_chat.templates.parsing import AnswerParser, ParsedCall
 from torchrl_chat.templates.reading import Parsed, Reader
 from torchrl_chat.templates.renderers_parser import RenderersParser
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
-from torchrl_chat.templates.values import PROBE_NAME
-from torchrl_chat.templates.writing import written_call
+from torchrl_chat.templates.values import PROBE_NAME, Values, written_call
 
 
 class Rendered(NamedTuple):
@@ -378,7 +377,11 @@ class ChatTemplate:
             >>> template.call_text("add", {"a": 1})  # doctest: +SKIP
             '<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>'
         """
-        return written_call(name, arguments, self.parser, self._turn_of_call)
+
+        def calls(text: str, values: Values) -> Sequence[ParsedCall]:
+            return self.parser.parse(text, values=values).calls
+
+        return written_call(name, arguments, self.parser.values, calls, self._turn_of_call)
 
     def _turn_of_call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[str]:
         """What the policy writes for a turn that is one call, in each way in which it may be cut out of the template's text."""
@@ -424,7 +427,6 @@ class ChatTemplate:
         return kept[capability]
 
 
-_QUESTION = Course.of([{"role": "user", "content": "?"}])
 _A_CALL = AnswerKind(1, False)
 _ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}

@@ -13,8 +13,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torchrl_chat.templates.callreaders import HeadedReader, JsonReader, PythonReader, TaggedReader, TreeReader
-from torchrl_chat.templates.toolcalls import CallFormat, Reader
+from torchrl_chat.templates.toolcalls import (
+    CallFormat,
+    HeadedReader,
+    JsonReader,
+    PythonReader,
+    Reader,
+    TaggedReader,
+    TreeReader,
+)
 
 _HOLE = "\0"
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)

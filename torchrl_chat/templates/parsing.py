@@ -11,7 +11,7 @@ content, character for character; only the newlines that templates write around 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,20 +27,19 @@ from torchrl_chat.templates.dialects import (
     spoken,
 )
 from torchrl_chat.templates.toolcalls import (
-    CallFormat,
     CallStatus,
+    JsonReader,
     ParsedCall,
     Scan,
     as_texts,
     balanced,
     json_at,
     made_call,
-    members,
     read_json,
 )
 from torchrl_chat.templates.values import USUAL, Values, manner_of
 
-__all__ = ["AnswerParser", "CallFormat", "CallStatus", "ParsedAnswer", "ParsedCall"]
+__all__ = ["AnswerParser", "CallStatus", "ParsedAnswer", "ParsedCall"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,6 @@ class AnswerParser:
         source: the template's Jinja source.
         controls: the tokenizer's added tokens.
         tool_names: if given, a call of another name gets ``CallStatus.UNKNOWN_TOOL``.
-        formats: the call formats to try, instead of those that the source speaks.
         schema: a response template of transformers (``tokenizer.response_template``); its own parser is then
             asked first, and this one only where that fails. It reports no spans: they cover the whole text.
         parse_calls: false leaves every call in the content, as text.
@@ -121,7 +119,6 @@ class AnswerParser:
         source: str,
         controls: Iterable[str] = (),
         tool_names: Collection[str] | None = None,
-        formats: Sequence[CallFormat] | None = None,
         schema: dict[str, Any] | None = None,
         parse_calls: bool = True,
         parse_reasoning: bool = True,
@@ -132,14 +129,14 @@ class AnswerParser:
         self.pairs = pairs_of(text) if parse_reasoning else ()
         # Segments carry calls too: a template that speaks in segments is read as segments or not at all.
         self.channels: Channels | None = channels_of(text) if parse_reasoning or parse_calls else None
-        self.formats = formats_of(text) if formats is None else tuple(formats)
-        self.bare_json = formats is None and speaks_bare_json(text, self.formats)
+        self.formats = formats_of(text)
+        self.bare_json = speaks_bare_json(text, self.formats)
         self.tool_names = None if tool_names is None else frozenset(tool_names)
         self.schema = schema
         self.parse_calls = parse_calls
         self.openings = opening_of(self.pairs, self.channels)
         self.values = Values(
-            tools or (), USUAL if write is None else functools.partial(manner_of, write, self._every_call)
+            tools or (), USUAL if write is None else functools.partial(manner_of, write, self._calls)
         )
 
     def opened_by(self, prompt: str) -> bool:
@@ -177,7 +174,7 @@ class AnswerParser:
             elif known is not None:
                 found = [known]
             else:
-                found = self._calls(text, start, end, values)
+                found = self._calls(text, values, start, end)
             found = [self._checked(call) for call in found]
             calls += found
             content.append(_remainder(text, start, end, [c.span for c in found if c.status is CallStatus.OK]))
@@ -299,12 +296,8 @@ class AnswerParser:
         return min(found, default=(scan.end, scan.end))
 
     # ------------------------------------------------------------------ calls
-    def _every_call(self, text: str, values: Values) -> list[ParsedCall]:
-        """All calls in a whole conversation, in whatever message."""
-        return self._calls(text, 0, len(text), values)
-
-    def _calls(self, text: str, start: int, end: int, values: Values) -> list[ParsedCall]:
-        """The calls in one stretch of content."""
+    def _calls(self, text: str, values: Values, start: int = 0, end: int | None = None) -> list[ParsedCall]:
+        """The calls in a stretch of a text, whatever else it is."""
         scan, pos, calls = Scan(text, end, values), start, list[ParsedCall]()
         while True:
             opens = [(at, i) for i, row in enumerate(self.formats) if (at := scan.find(row.open, pos)) >= 0]
@@ -333,7 +326,7 @@ class AnswerParser:
         prefix = (anchor if isinstance(anchor, str) else "") + opening if opening else ""
         try:
             message = parse_response(text, self.schema, prefix=prefix)
-            calls = [self._checked(_schema_call(call, (0, len(text)))) for call in message.get("tool_calls") or ()]
+            calls = [self._checked(_JSON.call(call, (0, len(text)))) for call in message.get("tool_calls") or ()]
             content = message.get("content")
             reasoning = next(
                 (message[k] for k in ("reasoning_content", "reasoning", "thinking") if message.get(k)), None
@@ -344,11 +337,7 @@ class AnswerParser:
 
 
 _spoken = functools.lru_cache(maxsize=64)(spoken)
-
-
-def _schema_call(call: Mapping[str, Any], span: tuple[int, int]) -> ParsedCall:
-    function = call.get("function", call)
-    return made_call(function.get("name"), function.get("arguments"), span, call.get("id"))
+_JSON = JsonReader()
 
 
 def _bare_call(scan: Scan, start: int) -> ParsedCall | None:
@@ -364,15 +353,7 @@ def _bare_call(scan: Scan, start: int) -> ParsedCall | None:
         return ParsedCall(begun[1], raw, CallStatus.INVALID_JSON if balanced(raw) else CallStatus.UNCLOSED, span)
     if found[1] < span[1]:  # text follows: it only looks like a call
         return None
-    value = found[0]
-    arguments = value["parameters"] if "parameters" in value else value["arguments"]
-    call = made_call(value["name"], arguments, span, value.get("id"))
-
-    def place() -> int:
-        spans = members(scan, first)
-        return spans.get("parameters", spans.get("arguments", span))[0]
-
-    return as_texts(call, scan, place)
+    return as_texts(_JSON.call(found[0], span), scan, functools.partial(_JSON.place, scan, first))
 
 
 def _remainder(text: str, start: int, end: int, spans: Sequence[tuple[int, int]]) -> str:
