@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, MessageError, as_messages
 from torchrl_chat.schema_references import tool_written_out
-from torchrl_chat.templates.backends import tokenizer_of
+from torchrl_chat.templates.backends import tokenizer_of, unmarked
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation
 from torchrl_chat.templates.capabilities import CAPABILITIES
-from torchrl_chat.templates.codec import codec_of, unmarked
+from torchrl_chat.templates.codec import codec_of
 from torchrl_chat.templates.following import Follower, raised
 from torchrl_chat.templates.kinds import AnswerKind, Course, Roles, calling
 from torchrl_chat.templates.parsing import AnswerParser, ParsedCall

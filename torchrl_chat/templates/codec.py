@@ -14,6 +14,8 @@ messages. Law of this file: how a tokenizer treats the start and the end of a te
 
 from __future__ import annotations
 
+import bisect
+import functools
 import re
 import sys
 import weakref
@@ -22,8 +24,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchrl_chat.templates.backends import MARK, MARKS, RustTokenizer, backend_of, one_of, unmarked
-
-__all__ = ["MARK", "TokenCodec", "codec_of", "unmarked"]
 
 _codecs: weakref.WeakKeyDictionary[Any, TokenCodec] = weakref.WeakKeyDictionary()
 
@@ -37,7 +37,9 @@ def codec_of(tokenizer: Any) -> TokenCodec:
     codec = _codecs.get(tokenizer)
     if codec is None or codec.fingerprint != _fingerprint(tokenizer):
         codec = TokenCodec(tokenizer)
-        if codec.outlives_tokenizer:  # else it would keep its tokenizer alive in the table of codecs
+        if isinstance(
+            codec._backend, RustTokenizer
+        ):  # else it would keep its tokenizer alive in the table of codecs
             _codecs[tokenizer] = codec
     return codec
 
@@ -60,7 +62,6 @@ class TokenCodec:
 
     def __init__(self, tokenizer: Any):
         self._backend = backend_of(tokenizer)
-        self.outlives_tokenizer = isinstance(self._backend, RustTokenizer)
         self.fingerprint = _fingerprint(tokenizer)
         added = self._added = self._backend.added
         self._added_ids = {t.content: i for i, t in added.items()}
@@ -246,28 +247,16 @@ class TokenCodec:
         """
         if position <= 0:
             return 0
-        length = self._length(ids, len(ids))
-        if length < position:
+        length = functools.cache(lambda count: len(self.decode([ids[:count]])[0]))
+        if length(len(ids)) < position:
             return len(ids) + 1
-        low, high, step = 0, len(ids), 1  # the text of `low` ids is too short, that of `high` is not
-        guess = min(max(position * len(ids) // length, 1), len(ids))
-        short = self._length(ids, guess) < position
-        low, high = (guess, high) if short else (low, guess)
-        while high - low > step:
-            probe = low + step if short else high - step
-            step *= 2
-            if (self._length(ids, probe) < position) is short:
-                low, high = (probe, high) if short else (low, probe)
-            else:
-                low, high = (low, probe) if short else (probe, high)
-                break
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._length(ids, middle) < position else (low, middle)
-        return high
-
-    def _length(self, ids: Sequence[int], count: int) -> int:
-        return len(self.decode([ids[:count]])[0])
+        high = min(max(position * len(ids) // length(len(ids)), 1), len(ids))
+        low, step = high - 1, 1
+        while low > 0 and length(low) >= position:
+            low, high, step = max(low - step, 0), low, 2 * step
+        while length(high) < position:
+            low, high, step = high, min(high + step, len(ids)), 2 * step
+        return bisect.bisect_left(range(high), position, low + 1, key=length)
 
     def _find_anchors(self) -> None:
         """Find what to decode between and to encode behind, where a tokenizer adds or eats spaces at the edges."""

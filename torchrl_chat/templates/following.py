@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchrl_chat.messages import Message
+from torchrl_chat.templates.backends import unmarked
 from torchrl_chat.templates.bridge import BridgeError, Close, Derivation, Tail
-from torchrl_chat.templates.codec import TokenCodec, unmarked
+from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.compiled import Compiler, Rule
 from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles
 from torchrl_chat.templates.proof import Prover, check_real, twin

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.messages import Message, content_text
-from torchrl_chat.templates.backends import tokenizer_of
-from torchrl_chat.templates.codec import MARK, TokenCodec
+from torchrl_chat.templates.backends import MARK, tokenizer_of
+from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.looks import Looks, looks_of
 from torchrl_chat.templates.named import NAMED, named_template
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
+from torchrl_chat.templates.backends import unmarked
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, shared_prefix, unused
-from torchrl_chat.templates.codec import unmarked
 from torchrl_chat.templates.parsing import AnswerParser, CallStatus
 from torchrl_chat.templates.proof import unescaped
 from torchrl_chat.templates.rendering import ChatTemplateError
