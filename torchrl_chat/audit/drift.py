@@ -16,6 +16,7 @@ from torchrl_chat.audit.samples import ERRORS, Sample, line, other_tokens
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.bridge import shared_prefix
 from torchrl_chat.templates.chat_template import ChatTemplate
+from torchrl_chat.templates.kinds import call_of
 
 METHODS = {
     "rerender": "render and tokenize everything again, canonical tokens sampled",
@@ -39,17 +40,14 @@ def drift(template: ChatTemplate, turn: str, sample: Sample | None, reason: str 
     """
     if sample is None:
         return [Drift(turn, method, None, reason or None) for method in METHODS]
-    other = other_tokens(template, sample)
+    ways = {"rerender": rerendered, "dummy_suffix": dummy_suffix, "fixed_base": fixed_base}
+    found = {name: _compared(template, turn, name, sample, way) for name, way in ways.items()}
+    name, other = "rerender_other_tokens", other_tokens(template, sample)
     if other is None:
-        second = Drift(turn, "rerender_other_tokens", None, "the tokenizer has one way only to write this answer")
+        found[name] = Drift(turn, name, None, "the tokenizer has one way only to write this answer")
     else:
-        second = _compared(template, turn, "rerender_other_tokens", other, rerendered)
-    return [
-        _compared(template, turn, "rerender", sample, rerendered),
-        second,
-        _compared(template, turn, "dummy_suffix", sample, dummy_suffix),
-        _compared(template, turn, "fixed_base", sample, fixed_base),
-    ]
+        found[name] = _compared(template, turn, name, other, rerendered)
+    return [found[method] for method in METHODS]
 
 
 def rerendered(template: ChatTemplate, sample: Sample) -> list[int]:
@@ -71,17 +69,9 @@ def dummy_suffix(template: ChatTemplate, sample: Sample) -> list[int]:
         ValueError: the dummy turn is not rendered alike with and without the new messages.
     """
     answer: Message = {"role": sample.messages[-1]["role"], "content": "dummy"}
-    results = [message for message in sample.new if message["role"] == "tool"]
-    if results:
-        answer["content"] = ""
-        answer["tool_calls"] = [
-            {
-                "id": result.get("tool_call_id", "dummy0000"),
-                "type": "function",
-                "function": {"name": result.get("name", "dummy"), "arguments": {}},
-            }
-            for result in results
-        ]
+    if results := [message for message in sample.new if message["role"] == "tool"]:
+        calls = [call_of(m.get("name", "dummy"), {}, m.get("tool_call_id", "dummy0000")) for m in results]
+        answer = {**answer, "content": "", "tool_calls": calls}
     base = [{"role": "user", "content": "dummy"}, answer]
     without, whole = _rendered(template, base, sample.new)
     eos = template.tokenizer.eos_token_id
@@ -135,7 +125,5 @@ def _compared(
 
 def _shown(template: ChatTemplate, ids: Sequence[int]) -> str:
     """The first tokens, each for itself: texts can be alike where tokens are not."""
-    if not ids:
-        return "the end"
     texts = " ".join(repr(template.codec.token_text(i)) for i in ids[:_SHOWN])
-    return texts if len(ids) <= _SHOWN else f"{texts} …"
+    return (texts if len(ids) <= _SHOWN else f"{texts} …") or "the end"

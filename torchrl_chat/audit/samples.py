@@ -20,7 +20,6 @@ from torchrl_chat.templates.chat_template import ChatTemplate
 from torchrl_chat.templates.dialects import Pair
 from torchrl_chat.templates.kinds import Course
 from torchrl_chat.templates.reading import Parsed
-from torchrl_chat.templates.rendering import ChatTemplateError
 
 ERRORS = (ValueError, jinja2.TemplateError)
 """What a template, its bridge or its tokenizer may raise at a conversation."""
@@ -129,10 +128,8 @@ def _parted(template: ChatTemplate, close: Close, text: str, stop: int | None, w
 
 def written(template: ChatTemplate, before: Sequence[Message], answer: Message) -> str | None:
     """The answer as the template writes it behind its own generation prompt, with all that ends it; or ``None``."""
-    try:
-        prompt = template.renderer.text(before, True)
-        whole = template.renderer.text([*before, answer], False)
-    except ChatTemplateError:
+    prompt, whole = template.renderer.tried(before, True), template.renderer.tried([*before, answer], False)
+    if not prompt or not whole:
         return None
     if whole.startswith(prompt):
         text = _lasting(template, prompt, whole[len(prompt) :], [*before, answer, before[-1]])
@@ -147,11 +144,8 @@ def _lasting(template: ChatTemplate, prompt: str, text: str, continued: Sequence
     parsed = template.parser.parse(text, opened)
     if opened or parsed.reasoning is None or parsed.reasoning.strip():
         return text
-    try:
-        later = template.renderer.text(continued, False)
-    except ChatTemplateError:
-        return text
-    return text if later.startswith(prompt + text[: parsed.start]) else text[parsed.start :]
+    later = template.renderer.tried(continued, False)
+    return text if not later or later.startswith(prompt + text[: parsed.start]) else text[parsed.start :]
 
 
 def _reopened(pairs: Sequence[Pair], prompt: str, whole: str) -> str:

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any, TextIO
 
 from torchrl_chat.audit.drift import METHODS
-from torchrl_chat.audit.report import Drift, Finding, Report, Rewrite, Status, TailToken, Template
+from torchrl_chat.audit.report import Drift, Finding, Report, Rewrite, Status, Template, Token
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 _LABEL = 19  # wide enough for the longest label, "generation prompt"
@@ -164,7 +164,7 @@ def _finding(finding: Finding, style: Style, seen: dict[Any, str]) -> Iterator[s
             yield from style.field(origin.value, _tokens(list(tokens), style), 2)
 
 
-def _tokens(tokens: Sequence[Any] | Sequence[TailToken], style: Style) -> str:
+def _tokens(tokens: Sequence[Token], style: Style) -> str:
     return "  ".join(f"{style.visible(token.text)}({token.id})" for token in tokens)
 
 

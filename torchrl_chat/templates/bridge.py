@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torchrl_chat.messages import Message, content_text
-from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 
 _T = TypeVar("_T", str, list[int])
@@ -143,17 +142,14 @@ class Close:
         return self.cut if stop is None else self.stops.get(stop, self.cut)
 
 
+@dataclass(eq=False)
 class Derivation:
-    """Derives tails from one template.
+    """Derives tails from one template."""
 
-    Args:
-        renderer: the template.
-        codec: its tokenizer's codec.
-    """
+    renderer: Renderer
 
-    def __init__(self, renderer: Renderer, codec: TokenCodec):
-        self.renderer = renderer
-        self.codec = codec
+    def __post_init__(self) -> None:
+        self.codec = self.renderer.codec
 
     # ------------------------------------------------------------------ tails as text
     def tail(
@@ -181,11 +177,8 @@ class Derivation:
     def lead(self, before: Sequence[Message], policy: str) -> str:
         """Whitespace between the generation prompt and an answer's content."""
         sentinel = unused(before)
-        try:
-            prompt = self.renderer.text(before, True)
-            full = self.renderer.text([*before, {"role": policy, "content": sentinel}], False)
-        except ChatTemplateError:
-            return ""
+        prompt = self.renderer.tried(before, True)
+        full = self.renderer.tried([*before, {"role": policy, "content": sentinel}], False)
         lead = full[len(prompt) : full.rfind(sentinel)] if full.startswith(prompt) else ""
         return "" if lead.strip() else lead
 
@@ -278,11 +271,7 @@ class Derivation:
     def _closer(self, before: Sequence[Message]) -> str | None:
         """The special token that the template writes behind the message before the answer."""
         sentinel = unused(before)
-        probe = [*before[:-1], {**before[-1], "content": sentinel}]
-        try:
-            text = self.renderer.text(probe, True)
-        except ChatTemplateError:
-            return None
+        text = self.renderer.tried([*before[:-1], {**before[-1], "content": sentinel}], True)
         match = self.codec.first_special(text, max(text.rfind(sentinel), 0))
         return match and match.group()
 
@@ -295,22 +284,15 @@ class Derivation:
         """:meth:`ids` of many suffixes, each with its stop token and whether it carries marks."""
         # A text that begins with a control token has no merge with what precedes it: one call for all of these.
         codec = self.codec
-        results: list[list[int]] = [[] for _ in suffixes]
         plain = [i for i, (_, text, marked) in enumerate(suffixes) if not marked and codec.opens(text)]
-        for i, ids in zip(plain, codec.encode([suffixes[i][1] for i in plain]), strict=True):
-            results[i] = ids
-        for i in set(range(len(suffixes))) - set(plain):
-            stop, text, marked = suffixes[i]
-            results[i] = self._one(stop, text, marked)
-        return results
+        encoded = dict(zip(plain, codec.encode([suffixes[i][1] for i in plain]), strict=True))
+        return [encoded[i] if i in encoded else self._one(*suffix) for i, suffix in enumerate(suffixes)]
 
     def _one(self, stop: int | None, text: str, marked: bool) -> list[int]:
         encode = self.codec.encode_guarded if marked else self.codec.encode
         if not text:
             return []
-        if self.codec.opens(text):
-            return encode([text])[0]
-        if stop is not None and stop != BY_TEXT:
+        if stop is not None and stop != BY_TEXT and not self.codec.opens(text):
             return encode([self.codec.control_texts[stop] + text])[0][1:]
         # The words of a cut turn go on: up to the first control token nothing may be put in front of them.
         first = next(self.codec.control_tokens(text), None)
@@ -349,22 +331,22 @@ def call_with(call: Any, sentinel: str) -> Any:
 
 
 def check_written(text: str, new: Sequence[Message]) -> int:
-    """Where the first new message's content stands in a tail whose contents are distinct.
+    """Where the first new message's content stands in a tail that holds all of them, in order.
 
     Raises:
-        BridgeError: a message is not in the tail, or stands there in another order.
+        BridgeError: a message is not in the tail, or not behind the one before it.
     """
     first, at = len(text), 0
     for i, message in enumerate(new):
         content = content_text(message).strip()
         found = text.find(content, at)
-        if found < 0 < len(content):
+        if found < 0:
             raise BridgeError(
                 f"the chat template drops a message of role {message['role']!r} after an assistant turn: its "
                 f"content {content[:60]!r} is not in {text[:160]!r}."
             )
         first = found if i == 0 else first
-        at = max(at, found)
+        at = found + len(content)
     return first
 
 

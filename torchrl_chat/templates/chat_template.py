@@ -13,9 +13,8 @@ from torchrl_chat.templates.capabilities import CAPABILITIES
 from torchrl_chat.templates.codec import codec_of
 from torchrl_chat.templates.following import Follower, raised
 from torchrl_chat.templates.kinds import AnswerKind, Course, Roles, calling
-from torchrl_chat.templates.parsing import AnswerParser, ParsedCall
+from torchrl_chat.templates.parsing import AnswerParser, ParsedCall, RenderersParser
 from torchrl_chat.templates.reading import Parsed, Reader
-from torchrl_chat.templates.renderers_parser import RenderersParser
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
 from torchrl_chat.templates.values import PROBE_NAME, Values, written_call
@@ -89,8 +88,8 @@ class ChatTemplate:
         self.codec = codec_of(self.tokenizer)
         tools = [tool_written_out(tool) for tool in tools] if tools else tools
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
-        self._derivation = Derivation(self.renderer, self.codec)
-        self._follower = Follower(self.renderer, self._derivation)
+        self._derivation = Derivation(self.renderer)
+        self._follower = Follower(self._derivation)
         self.parser = AnswerParser(
             self.renderer.source if parse_reasoning or parse_tool_calls or tools else "",
             self.codec.controls,
@@ -354,10 +353,7 @@ class ChatTemplate:
     def _probe_call(self, arguments: dict[str, Any]) -> str:
         """A conversation that ends with a call of these arguments, as the template writes it; "" where it refuses."""
         question: Message = {"role": "user", "content": "?"}
-        try:
-            return self.renderer.text([question, calling(PROBE_NAME, arguments, ["call00000"])], False)
-        except ChatTemplateError:
-            return ""
+        return self.renderer.tried([question, calling(PROBE_NAME, arguments, ["call00000"])], False)
 
     def call_text(self, name: str, arguments: Mapping[str, Any]) -> str | None:
         """A tool call as the model is to write it: as the template writes it, and as :meth:`parse_batch` reads it back.

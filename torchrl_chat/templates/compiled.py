@@ -12,31 +12,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.bridge import BridgeError, Tail
 from torchrl_chat.templates.kinds import Kind, Roles, calling
 from torchrl_chat.templates.looks import SMALL
-from torchrl_chat.templates.proof import Prover, forms
+from torchrl_chat.templates.proof import CONTENTS, TRIMS, Prover, forms
 from torchrl_chat.templates.rendering import at_another_time
 
-PLAIN = (
-    "plain words",
-    "4",
-    "naïve café — 北京 🎉",
-    'a "quoted" {"k": [1, 2]} & <b>it</b>\'s {{ x }}',
-    "first\n\nsecond\n\n\nthird: 1,234.56",
-    '{"temperature": 22, "unit": "C"}',
-    "true",
-)
+PLAIN = (*CONTENTS, '{"temperature": 22, "unit": "C"}', "true")
 """Contents that a template may escape, parse or reflow."""
 
 EDGED = ("\n  two lines\nwith edges \t\n", " x ", "", " ")
 """Contents whose edges a template may trim."""
 
 _SENTINEL = re.compile(r"Qz9\d{4}zQ")
+_Case = tuple[
+    Sequence[Message], Message, Sequence[Message]
+]  # the messages before an answer, the answer, what follows
 
 
 class Slot(NamedTuple):
@@ -48,10 +43,6 @@ class Slot(NamedTuple):
     edit: Callable[[str], str]
 
 
-def _same(text: str) -> str:
-    return text
-
-
 def _json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
@@ -60,7 +51,7 @@ def _json_stripped(text: str) -> str:
     return _json(text.strip())
 
 
-EDITS: tuple[Callable[[str], str], ...] = (_same, str.strip, str.lstrip, str.rstrip, _json, _json_stripped)
+EDITS = (*TRIMS, _json, _json_stripped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +88,11 @@ class Rule:
             ]
         )
 
-    def edited(self, where: str, field: str, edit: Callable[[str], str]) -> Rule:
-        """The rule with another edit of one kind of slot."""
-        parts = tuple(
-            part._replace(edit=edit)
-            if isinstance(part, Slot) and (part.where, part.field) == (where, field)
-            else part
-            for part in self.parts or ()
-        )
-        return Rule(self.tail, parts, self.triggers, self.folds_case)
+    def edited(self, where: str, edit: Callable[[str], str]) -> Rule:
+        """The rule with another edit of the contents in one kind of slot."""
+        slots = [part for part in self.parts or () if isinstance(part, Slot)]
+        edits = {slot: slot._replace(edit=edit) for slot in slots if (slot.where, slot.field) == (where, "content")}
+        return replace(self, parts=tuple(edits.get(part, part) for part in self.parts or ()))  # type: ignore[call-overload]
 
     def holds(self, answer: Message, new: Sequence[Message]) -> bool:
         """Whether none of the fields carries what makes the template write something else."""
@@ -127,17 +114,14 @@ def _field(slot: Slot, system: str, answer: Message, new: Sequence[Message]) -> 
     return call["id"] if slot.field == "id" else call["function"]["name"]
 
 
+@dataclass(eq=False)
 class Compiler:
-    """Compiles the tails of one template.
+    """Compiles the tails of one template."""
 
-    Args:
-        prover: the template's.
-    """
+    prover: Prover
 
-    def __init__(self, prover: Prover):
-        self.prover = prover
-        self.derivation = prover.derivation
-        self.looks = prover.renderer.looks
+    def __post_init__(self) -> None:
+        self.derivation, self.looks = self.prover.derivation, self.prover.renderer.looks
 
     def compile(self, kind: Kind) -> Rule:
         """The rule of one kind of extension.
@@ -225,48 +209,41 @@ class Compiler:
             except BridgeError:
                 return False
 
-        contents = (*PLAIN, *EDGED, *("x" * n for n in range(1, SMALL + 2)))
-        for edit in EDITS:
-            edited = rule.edited("new", "content", edit)
-            if all(
-                agrees(edited, histories[i % len(histories)], answer, [{**m, "content": c} for m in new])
-                for i, c in enumerate(contents)
-            ):
-                break
-        else:
-            return None
-        rule = edited
-        if "system" in rule.reads:
+        def fitting(rule: Rule, where: str, cases: Sequence[_Case]) -> Rule | None:
+            """The rule with the first edit of this kind of slot that agrees with the template in all cases."""
+            candidates = (rule.edited(where, edit) for edit in EDITS)
+            return next((one for one in candidates if all(agrees(one, *case) for case in cases)), None)
+
+        contents = enumerate((*PLAIN, *EDGED, *("x" * n for n in range(1, SMALL + 2))))
+        plain = [(histories[i % len(histories)], answer, [{**m, "content": c} for m in new]) for i, c in contents]
+        fitted = fitting(rule, "new", plain)
+        if fitted is not None and "system" in fitted.reads:
             systems = [[{**history[0], "content": c}, *history[1:]] for c in (*PLAIN, *EDGED)]
-            edits = [
-                e
-                for e in EDITS
-                if all(agrees(rule.edited("system", "content", e), h, answer, new) for h in systems)
-            ]
-            if not edits:
-                return None
-            rule = rule.edited("system", "content", edits[0])
-        for name in ("python", "Look_Up", "a.b-c"):
-            if not agrees(rule, history, _renamed(answer, name), [_named(m, name) for m in new]):
-                return None
-        for identity in ("call_1", "7", "call-00001-abcdef"):  # some templates have ids of one form only
-            if not agrees(rule, history, *_identified(answer, new, identity)):
-                return None
+            fitted = fitting(fitted, "system", [(system, answer, new) for system in systems])
+        if fitted is None:
+            return None
+        others = [_renamed(answer, new, name) for name in ("python", "Look_Up", "a.b-c")]
+        # Some templates have ids of one form only.
+        others += [_identified(answer, new, identity) for identity in ("call_1", "7", "call-00001-abcdef")]
+        if not all(agrees(fitted, history, said, after) for said, after in others):
+            return None
         triggers = []
         for literal in self.looks.literals:
-            texts = forms(literal)
-            variants = [[{**m, "content": c} for m in new] for c in texts]
+            cases = [(answer, [{**m, "content": c} for m in new]) for c in forms(literal)]
             if any("name" in m for m in new) or answer.get("tool_calls"):
-                variants.append([_named(m, literal) for m in new])
-            guarded = [self.derivation.renderer.guard(v)[0] for v in variants]
-            said = [answer] * len(texts) + [_renamed(answer, literal)] * (len(variants) - len(texts))
-            if not all(agrees(rule, history, a, v) for a, v in zip(said, guarded, strict=True)):
+                cases.append(_renamed(answer, new, literal))
+            guard = self.derivation.renderer.guard
+            if not all(agrees(fitted, history, said, guard(after)[0]) for said, after in cases):
                 triggers.append(literal.casefold() if self.looks.folds_case else literal)
-        return Rule(rule.tail, rule.parts, tuple(triggers), self.looks.folds_case)
+        return replace(fitted, triggers=tuple(triggers), folds_case=self.looks.folds_case)
 
 
-def _named(message: Message, name: str) -> Message:
-    return {**message, "name": name} if "name" in message else message
+def _renamed(answer: Message, new: Sequence[Message], name: str) -> tuple[Message, list[Message]]:
+    """The messages with another name of their tools."""
+    if calls := answer.get("tool_calls"):
+        named = [{**call, "function": {**call["function"], "name": name}} for call in calls]
+        answer = {**answer, "tool_calls": named}
+    return answer, [{**m, "name": name} if "name" in m else m for m in new]
 
 
 def _identified(answer: Message, new: Sequence[Message], identity: str) -> tuple[Message, list[Message]]:
@@ -278,16 +255,6 @@ def _identified(answer: Message, new: Sequence[Message], identity: str) -> tuple
     return answer, [
         {**m, "tool_call_id": ids.get(m["tool_call_id"], identity)} if "tool_call_id" in m else m for m in new
     ]
-
-
-def _renamed(answer: Message, name: str) -> Message:
-    calls = answer.get("tool_calls")
-    if not calls:
-        return answer
-    return {
-        **answer,
-        "tool_calls": [{**call, "function": {**call["function"], "name": name}} for call in calls],
-    }
 
 
 def _plain_rounds(roles: Roles, depth: int) -> list[Message]:
@@ -319,7 +286,7 @@ def _probe(kind: Kind) -> tuple[dict[str, Slot], str, Message, list[Message]]:
 
     def sentinel(where: str, index: int, field: str) -> str:
         text = f"Qz9{len(slots):04d}zQ"
-        slots[text] = Slot(where, index, field, _same)
+        slots[text] = Slot(where, index, field, str)
         return text
 
     system = sentinel("system", 0, "content")

@@ -6,7 +6,7 @@ Law of this file: what is proved of a template with a tokenizer is proved once i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.compiled import Compiler, Rule
 from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles
 from torchrl_chat.templates.proof import Prover, check_real, twin
-from torchrl_chat.templates.rendering import Renderer, remembered_texts
+from torchrl_chat.templates.rendering import remembered_texts
 
 
 @dataclass
@@ -33,36 +33,25 @@ class Proofs:
 _proofs: weakref.WeakKeyDictionary[TokenCodec, dict[Any, Proofs]] = weakref.WeakKeyDictionary()
 
 
-def _proofs_of(codec: TokenCodec, renderer: Renderer) -> Proofs:
-    """The proofs of all ``ChatTemplate`` objects that render alike: many environments, one proof."""
-    return _proofs.setdefault(codec, {}).setdefault(renderer.key, Proofs())
-
-
+@dataclass(eq=False)
 class Follower:
-    """The continuations of one chat template.
+    """The continuations of one chat template."""
 
-    Args:
-        renderer: the template.
-        derivation: derives tails from it.
-    """
+    derivation: Derivation
 
-    def __init__(self, renderer: Renderer, derivation: Derivation):
-        self.renderer = renderer
-        self.derivation = derivation
-        self.prover = Prover(derivation)
+    def __post_init__(self) -> None:
+        self.renderer = self.derivation.renderer
+        self.prover = Prover(self.derivation)
         self.compiler = Compiler(self.prover)
-        self.proofs = _proofs_of(renderer.codec, renderer)
+        # Of all ChatTemplate objects that render alike: many environments, one proof.
+        self.proofs = _proofs.setdefault(self.derivation.codec, {}).setdefault(self.renderer.key, Proofs())
 
     def close(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
         """How a turn of a conversation of these roles, with this kind of answer, is closed; or why that is not known."""
         key = (roles, kind)
         close = self.proofs.closes.get(key)
         if close is None:
-            try:
-                close = self.prover.close(roles, kind)
-            except BridgeError as error:
-                close = error
-            self.proofs.closes[key] = close
+            close = self.proofs.closes[key] = _or_error(lambda: self.prover.close(roles, kind))
         return close
 
     def opening(self, messages: Sequence[Message], course: Course) -> str:
@@ -147,10 +136,7 @@ class Follower:
         if key not in self.proofs.tails:
             probes = twin([*messages[:-1], *new])
             before, following = probes[: len(messages) - 1], probes[len(messages) - 1 :]
-            try:
-                self.proofs.tails[key] = self.prover.prove(before, messages[-1], following, agp)
-            except BridgeError as error:
-                self.proofs.tails[key] = error
+            self.proofs.tails[key] = _or_error(lambda: self.prover.prove(before, messages[-1], following, agp))
         return raised(self.proofs.tails[key])
 
     def _rule(self, roles: Roles, answer: Message, new: Sequence[Message], agp: bool) -> Rule | None:
@@ -159,13 +145,18 @@ class Follower:
         if kind is None:
             return None
         if kind not in self.proofs.rules:
-            try:
-                self._check_new(new, roles.policy)
-                with remembered_texts():
-                    self.proofs.rules[kind] = self.compiler.compile(kind)
-            except BridgeError as error:
-                self.proofs.rules[kind] = error
+            self._check_new(new, roles.policy)
+            with remembered_texts():
+                self.proofs.rules[kind] = _or_error(lambda: self.compiler.compile(kind))
         return raised(self.proofs.rules[kind])
+
+
+def _or_error(prove: Callable[[], Any]) -> Any:
+    """What was proved, or what forbids it."""
+    try:
+        return prove()
+    except BridgeError as error:
+        return error
 
 
 def raised(value: Any) -> Any:

@@ -12,13 +12,16 @@ ARGUMENTS: Mapping[str, Any] = {"q": "it", "limit": 3, "exact": True, "tags": ["
 """Arguments of a call that is tried: several, of several types, which templates write in several ways."""
 
 
+def call_of(name: str | None, arguments: Any, ident: str) -> dict[str, Any]:
+    """An entry of a message's ``tool_calls``."""
+    return {"id": ident, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 def calling(
     name: str, arguments: Mapping[str, Any], ids: Sequence[str], role: str = "assistant", content: str = ""
 ) -> Message:
     """An answer with structured calls of one tool, one for each id."""
-    calls = [
-        {"id": ident, "type": "function", "function": {"name": name, "arguments": dict(arguments)}} for ident in ids
-    ]
+    calls = [call_of(name, dict(arguments), ident) for ident in ids]
     return {"role": role, "content": content, "tool_calls": calls}
 
 

@@ -11,11 +11,12 @@ content, character for character; only the newlines that templates write around 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torchrl_chat.messages import Message, content_text
+from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.dialects import (
     BARE_JSON,
     Channels,
@@ -97,7 +98,6 @@ class AnswerParser:
     Args:
         source: the template's Jinja source.
         controls: the tokenizer's added tokens.
-        tool_names: if given, a call of another name gets ``CallStatus.UNKNOWN_TOOL``.
         schema: a response template of transformers (``tokenizer.response_template``); its own parser is then
             asked first, and this one only where that fails. It reports no spans: they cover the whole text.
         parse_calls: false leaves every call in the content, as text.
@@ -118,7 +118,6 @@ class AnswerParser:
         self,
         source: str,
         controls: Iterable[str] = (),
-        tool_names: Collection[str] | None = None,
         schema: dict[str, Any] | None = None,
         parse_calls: bool = True,
         parse_reasoning: bool = True,
@@ -131,7 +130,6 @@ class AnswerParser:
         self.channels: Channels | None = channels_of(text) if parse_reasoning or parse_calls else None
         self.formats = formats_of(text)
         self.bare_json = speaks_bare_json(text, self.formats)
-        self.tool_names = None if tool_names is None else frozenset(tool_names)
         self.schema = schema
         self.parse_calls = parse_calls
         self.openings = opening_of(self.pairs, self.channels)
@@ -175,7 +173,6 @@ class AnswerParser:
                 found = [known]
             else:
                 found = self._calls(text, values, start, end)
-            found = [self._checked(call) for call in found]
             calls += found
             content.append(_remainder(text, start, end, [c.span for c in found if c.status is CallStatus.OK]))
         reasoning, begin = None, 0
@@ -310,11 +307,6 @@ class AnswerParser:
             return [call]
         return calls
 
-    def _checked(self, call: ParsedCall) -> ParsedCall:
-        if call.status is CallStatus.OK and self.tool_names is not None and call.name not in self.tool_names:
-            return replace(call, status=CallStatus.UNKNOWN_TOOL)
-        return call
-
     # ------------------------------------------------------------------ transformers' own parser
     def _by_schema(self, text: str, opened: bool) -> ParsedAnswer | None:
         """The answer as the tokenizer's response template reads it; ``None`` if it cannot."""
@@ -326,7 +318,7 @@ class AnswerParser:
         prefix = (anchor if isinstance(anchor, str) else "") + opening if opening else ""
         try:
             message = parse_response(text, self.schema, prefix=prefix)
-            calls = [self._checked(_JSON.call(call, (0, len(text)))) for call in message.get("tool_calls") or ()]
+            calls = [_JSON.call(call, (0, len(text))) for call in message.get("tool_calls") or ()]
             content = message.get("content")
             reasoning = next(
                 (message[k] for k in ("reasoning_content", "reasoning", "thinking") if message.get(k)), None
@@ -378,3 +370,59 @@ def _trimmed(text: str, before: int, after: int) -> str:
     for _ in range(after):
         text = text.removesuffix("\n")
     return text
+
+
+# ---------------------------------------------------------------------- another parser
+class RenderersParser:
+    """Parses answers with one of the hand-written renderers of the optional package ``renderers``.
+
+    It is asked only where a user names a family of models (``ChatTemplate(..., renderer="qwen3")``); the bridge itself
+    never depends on it.
+
+    Args:
+        tokenizer: the tokenizer.
+        codec: its codec.
+        name: the renderer's name, e.g. ``"qwen3"`` (``renderers.config_from_name``).
+        tools: JSON schemas of the tools.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: it has no renderer of that name.
+    """
+
+    def __init__(self, tokenizer: Any, codec: TokenCodec, name: str, tools: Sequence[Any] | None = None):
+        try:
+            from renderers import config_from_name, create_renderer
+        except ImportError as error:
+            raise ImportError(
+                f"renderer={name!r} needs the package renderers: pip install 'torchrl_chat[renderers]'"
+            ) from error
+        try:
+            self.renderer = create_renderer(tokenizer, config_from_name(name))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the package renderers has no renderer {name!r}: {error}") from error
+        self.codec = codec
+        self.tools = list(tools) if tools else None
+
+    def parse(self, prompt: Sequence[int] | None, sampled: Sequence[int]) -> ParsedAnswer | None:
+        """The answer that ``sampled`` ids are; ``None`` where the package cannot read them.
+
+        Args:
+            prompt: the ids before them, where they are known.
+            sampled: the ids, the tokens that end the turn included.
+        """
+        try:
+            response = self.renderer.parse_response(
+                list(sampled), tools=self.tools, prompt_ids=None if prompt is None else list(prompt)
+            )
+        except Exception:  # whatever a parser raises on sampled text, the text is still an answer
+            return None
+        calls = tuple(self._call(call, sampled) for call in response.tool_calls)
+        return ParsedAnswer(response.content, response.reasoning_content, calls)
+
+    def _call(self, call: Any, sampled: Sequence[int]) -> ParsedCall:
+        status = next((known for known in CallStatus if known == call.status.value), CallStatus.INVALID_JSON)
+        span = (0, 0)
+        if call.token_span is not None:
+            span = tuple(len(text) for text in self.codec.decode([sampled[:end] for end in call.token_span]))  # type: ignore[assignment]
+        return ParsedCall(call.name, call.arguments, status, span, call.id)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 
 from torchrl_chat.messages import Message, content_text
 from torchrl_chat.templates.bridge import (
@@ -26,35 +27,36 @@ from torchrl_chat.templates.bridge import (
     Derivation,
     Suffix,
     Tail,
+    check_written,
     shared_prefix,
     unused,
 )
 from torchrl_chat.templates.kinds import AnswerKind, Roles
 from torchrl_chat.templates.rendering import ChatTemplateError, at_another_time
 
-ANSWERS = (
+CONTENTS = (
     "plain words",
     "42",
     "naïve café — 北京 🎉",
     'a "quoted" {"k": [1, 2]} & <b>it</b>\'s {{ x }}',
-    "first\n\nsecond",
-    "<think>\nmuse\n</think>\n\n42",
-    "muse\n</think>\n\n42",
+    "first\n\nsecond\n\n\nthird: 1,234.56",
 )
-"""Answers that templates are known to treat specially, none with blank edges: those a template may trim."""
+"""Contents that templates are known to treat specially, none with blank edges: those a template may trim."""
+
+ANSWERS = (*CONTENTS, "<think>\nmuse\n</think>\n\n42", "muse\n</think>\n\n42")
+
+TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+"""What templates do to the edges of a content."""
 
 
+@dataclass(eq=False)
 class Prover:
-    """Proves the tails of one template.
+    """Proves the tails of one template."""
 
-    Args:
-        derivation: the template's derivation.
-    """
+    derivation: Derivation
 
-    def __init__(self, derivation: Derivation):
-        self.derivation = derivation
-        self.renderer = derivation.renderer
-        self.codec = derivation.codec
+    def __post_init__(self) -> None:
+        self.renderer, self.codec = self.derivation.renderer, self.derivation.codec
 
     # ------------------------------------------------------------------ what is certain whatever follows
     def close(self, roles: Roles, kind: AnswerKind) -> Close:
@@ -63,7 +65,8 @@ class Prover:
         Raises:
             BridgeError: no continuation can be derived.
         """
-        before = _opening(roles)
+        system = [{"role": roles.system, "content": "Be brief."}] if roles.system else []
+        before = [*system, {"role": roles.user, "content": "first question"}]
         answer = kind.example(roles.policy)
         tails: list[Tail] = []
         refusals: list[BridgeError] = []
@@ -198,11 +201,6 @@ class Prover:
                 )
 
 
-def _opening(roles: Roles) -> list[Message]:
-    system = [{"role": roles.system, "content": "Be brief."}] if roles.system else []
-    return [*system, {"role": roles.user, "content": "first question"}]
-
-
 def _continuations(roles: Roles, calls: int) -> list[list[Message]]:
     """What may follow: results of the calls, or of a call in raw text; a user's message."""
     results = [
@@ -229,14 +227,8 @@ def check_real(text: str, new: Sequence[Message]) -> None:
     Raises:
         BridgeError: one is missing.
     """
-    at = 0
-    for message in new:
-        content = content_text(message).strip()
-        found = text.find(content, at)
-        if found < 0:
-            break
-        at = found + len(content)
-    else:
+    with suppress(BridgeError):
+        check_written(text, new)
         return
     # A template may write some of them as JSON: then only letters and digits are compared, in order still.
     written, at = loosely(unescaped(text)), 0

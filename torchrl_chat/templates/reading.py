@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Suffix
 from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
-from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer
-from torchrl_chat.templates.renderers_parser import RenderersParser
-from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
+from torchrl_chat.templates.parsing import AnswerParser, ParsedAnswer, RenderersParser
+from torchrl_chat.templates.rendering import Renderer
 from torchrl_chat.templates.toolcalls import CallStatus
 
 _QUESTION = Course.of([{"role": "user", "content": "?"}])
@@ -42,29 +42,18 @@ class Parsed(NamedTuple):
         return Suffix(self.missing.text + suffix.text, (*self.missing.ids, *suffix.ids))
 
 
+@dataclass(eq=False)
 class Reader:
-    """Reads the answers of one chat template.
+    """Reads the answers of one chat template."""
 
-    Args:
-        renderer: the template.
-        parser: takes the text of an answer apart.
-        peer: another parser that is asked first.
-        close: how a turn of a conversation of these roles, with this kind of answer, is closed.
-    """
+    renderer: Renderer
+    parser: AnswerParser
+    peer: RenderersParser | None  # another parser that is asked first
+    close: Callable[[Roles, AnswerKind], Close | BridgeError]  # of turns in such conversations, with such answers
 
-    def __init__(
-        self,
-        renderer: Renderer,
-        parser: AnswerParser,
-        peer: RenderersParser | None,
-        close: Callable[[Roles, AnswerKind], Close | BridgeError],
-    ):
-        self.renderer = renderer
-        self.codec = renderer.codec
-        self.eos = renderer.tokenizer.eos_token_id
-        self.parser = parser
-        self.peer = peer
-        self.close = close
+    def __post_init__(self) -> None:
+        self.codec = self.renderer.codec
+        self.eos = self.renderer.tokenizer.eos_token_id
         self._known: dict[Roles, list[Close]] = {}
 
     def read(
@@ -92,9 +81,11 @@ class Reader:
     ) -> Parsed:
         last, content = ids[-1], text
         shape = course.shape
-        known = self._known.get(shape)
-        if known is None:
-            known = self._known[shape] = self._closes(shape)
+        if shape not in self._known:  # the closes that an answer may have, before it is known what it is
+            kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
+            closes = [self.close(shape, kind) for kind in kinds]
+            self._known[shape] = [close for close in closes if isinstance(close, Close)]
+        known = self._known[shape]
         lead = known[0].lead if known else ""
         stopped = [(close, stop) for close in known if (stop := close.stop(last, text)) is not None]
         ends = last == self.eos or any(close.ends(stop) for close, stop in stopped)
@@ -148,11 +139,6 @@ class Reader:
         encode = self.codec.encode if self.codec.opens(missing) else self.codec.encode_continuation
         return Suffix(missing, tuple(encode([missing])[0]))
 
-    def _closes(self, shape: Roles) -> list[Close]:
-        """The closes that an answer may have, before it is known what it is."""
-        kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
-        return [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
-
     def _opened(self, prompts: Sequence[Sequence[int]] | None, rows: int) -> list[bool]:
         """For each row, whether the generation prompt has opened the reasoning."""
         if not self.parser.openings:
@@ -165,10 +151,7 @@ class Reader:
     @functools.cached_property
     def _opens_reasoning(self) -> bool:
         """Whether the usual generation prompt opens the reasoning."""
-        try:
-            return self.parser.opened_by(self.renderer.text([{"role": "user", "content": "hi"}], True))
-        except ChatTemplateError:
-            return False
+        return self.parser.opened_by(self.renderer.tried([{"role": "user", "content": "hi"}], True))
 
 
 def _made(answer: ParsedAnswer) -> int:

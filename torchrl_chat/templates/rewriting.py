@@ -15,18 +15,18 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.backends import unmarked
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, shared_prefix, unused
 from torchrl_chat.templates.parsing import AnswerParser, CallStatus
-from torchrl_chat.templates.proof import unescaped
+from torchrl_chat.templates.proof import TRIMS, unescaped
 from torchrl_chat.templates.rendering import ChatTemplateError
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _Edit = Callable[[str], str]
-_EDITS: tuple[_Edit, ...] = (lambda text: text, str.strip, str.lstrip, str.rstrip)
 
 
 class Span(NamedTuple):
@@ -64,26 +64,16 @@ _CALLS = "\0"  # stands for the calls of an answer, however they are spelled
 _LONGEST_OPENING = 64  # more than any template writes in front of a call's own words
 
 
+@dataclass(eq=False)
 class Rewriter:
-    """Puts sequences together anew, as one template writes the past.
+    """Puts sequences together anew, as one template writes the past."""
 
-    Args:
-        derivation: the template.
-        parser: reads its answers.
-        close: how a turn is closed, given the conversation up to its answer.
-    """
+    derivation: Derivation
+    parser: AnswerParser
+    close: Callable[[Sequence[Message]], Close]  # how a turn is closed, given the conversation up to its answer
 
-    def __init__(
-        self,
-        derivation: Derivation,
-        parser: AnswerParser,
-        close: Callable[[Sequence[Message]], Close],
-    ):
-        self.derivation = derivation
-        self.codec = derivation.codec
-        self.renderer = derivation.renderer
-        self.parser = parser
-        self.close = close
+    def __post_init__(self) -> None:
+        self.codec, self.renderer = self.derivation.codec, self.derivation.renderer
 
     def rewrite(
         self,
@@ -222,7 +212,7 @@ class Rewriter:
             if "content" not in kinds and "call" not in kinds:
                 raise BridgeError(f"the chat template drops an earlier answer: {message['content']!r:.80}.")
             thought = any(message.get(key) is not None for key in _REASONING)
-            edit = edits.get(i, _EDITS[0])
+            edit = edits.get(i, str)
             before, inside, pos = text[start : mine[0][0]], "", mine[0][0]
             front = ""
             for at, end, kind, said in mine:
@@ -262,7 +252,7 @@ class Rewriter:
         pos = found[0][0] if found else 0
         for k, (_, end, (owner, kind, said)) in enumerate(found):
             literal = text[end : found[k + 1][0] if k + 1 < len(found) else len(text)]
-            edit = next((e for e in _EDITS if real.startswith(e(said) + literal, pos)), None)
+            edit = next((e for e in TRIMS if real.startswith(e(said) + literal, pos)), None)
             if edit is None and not said:
                 pos = real.find(literal, pos) + len(literal)
                 continue

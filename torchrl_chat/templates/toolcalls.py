@@ -22,6 +22,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from torchrl_chat.schemas import bracket_depth, kinds_of
+from torchrl_chat.templates.kinds import call_of
 from torchrl_chat.templates.values import PLAIN, Values, inner
 
 
@@ -31,7 +32,7 @@ class CallStatus(StrEnum):
     ``OK``: name and arguments are there. ``INVALID_JSON``: the call is closed, but cannot be read (bad
     JSON, arguments that are no object, stray text inside an XML-like call). ``MISSING_NAME``: well-formed,
     but it names no function. ``UNCLOSED``: the text ends, or the next call begins, before it is closed.
-    ``UNKNOWN_TOOL``: well-formed, but the name is not among the tools that were given.
+    ``UNKNOWN_TOOL``: well-formed, but the name is not among the tools (the package ``renderers`` looks).
     """
 
     OK = "ok"
@@ -68,8 +69,7 @@ class ParsedCall:
             {'id': 'call00001', 'type': 'function', 'function': {'name': 'now', 'arguments': {}}}
         """
         # Nine letters and digits: some templates refuse an id of any other form.
-        ident = self.id or f"call{index:05d}"
-        return {"id": ident, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+        return call_of(self.name, self.arguments, self.id or f"call{index:05d}")
 
 
 class Scan:
@@ -346,93 +346,92 @@ _ARGUMENTS = ("arguments", "parameters", "args", "input")
 
 
 @dataclass(frozen=True, slots=True)
-class HeadedReader:
-    """A head with the name, then the arguments as JSON, then ``close``; one or several.
+class HeadReader:
+    """Calls that begin with a head, one or several; what stands behind the head is read by the classes below.
 
     Attributes:
-        head: matches up to the JSON; its groups are ``name`` and, if it likes, ``id``.
-        close: ends one call; "" where only the block ends it.
+        head: matches what opens a call; its groups are ``name`` and, if it likes, ``id``.
+        close: ends one call; "" where only the block ends it: then there is one call.
+    """
+
+    head: re.Pattern[str]
+    close: str
+
+    def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
+        """The calls at ``at``; see :class:`Reader`."""
+        calls: list[ParsedCall] = []
+        stop, pos = at, scan.blank(at)
+        while head := self.head.match(scan.text, pos, scan.end):
+            calls.append(self.call(scan, head, block))
+            stop = calls[-1].span[1]
+            if calls[-1].status is CallStatus.UNCLOSED:
+                return calls, stop, True
+            if not self.close:  # another head would begin another block
+                break
+            pos = scan.blank(stop)
+        return calls, stop, bool(self.close) or scan.text.endswith(block.close, at, stop)
+
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class HeadedReader(HeadReader):
+    """Behind the head the arguments as JSON.
+
+    Attributes:
         fence: may stand between the JSON and ``close``.
     """
 
-    head: re.Pattern[str]
-    close: str = ""
     fence: str = ""
 
-    def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
-        """The calls at ``at``; see :class:`Reader`."""
-        calls: list[ParsedCall] = []
-        stop, pos = at, scan.blank(at)
-        while head := self.head.match(scan.text, pos, scan.end):
-            found = json_at(scan, scan.blank(head.end()))
-            after = scan.blank(found[1]) if found else 0
-            if found and self.fence and scan.holds(self.fence, after):
-                after = scan.blank(after + len(self.fence))
-            if found and scan.holds(self.close, after):
-                stop = after + len(self.close)
-                arguments = scan.text[head.end() : found[1]] if not isinstance(found[0], dict) else found[0]
-                call = made_call(head["name"], arguments, (pos, stop), head.groupdict().get("id"))
-                calls.append(as_texts(call, scan, functools.partial(scan.blank, head.end())))
-            else:
-                bad = block.broken(scan, pos, head.end(), self.close, head["name"].strip())
-                calls.append(bad)
-                stop = bad.span[1]
-                if bad.status is CallStatus.UNCLOSED or not self.close:
-                    return calls, stop, True
-            if not self.close:  # one call only: another head would begin another block
-                break
-            pos = scan.blank(stop)
-        return calls, stop, bool(self.close or not block.close)
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        found = json_at(scan, scan.blank(head.end()))
+        after = scan.blank(found[1]) if found else 0
+        if found and self.fence and scan.holds(self.fence, after):
+            after = scan.blank(after + len(self.fence))
+        if not found or not scan.holds(self.close, after):
+            return block.broken(scan, head.start(), head.end(), self.close, head["name"].strip())
+        arguments = found[0] if isinstance(found[0], dict) else scan.text[head.end() : found[1]]
+        span = (head.start(), after + len(self.close))
+        call = made_call(head["name"], arguments, span, head.groupdict().get("id"))
+        return as_texts(call, scan, functools.partial(scan.blank, head.end()))
 
 
 @dataclass(frozen=True, slots=True)
-class TaggedReader:
-    """A head with the name, parameters between delimiters of their own, then ``close``; one or several.
+class TaggedReader(HeadReader):
+    """Behind the head parameters between delimiters of their own.
 
     Attributes:
-        head: matches what opens a call; its group is ``name``.
         param: matches what opens a parameter; its groups are ``key`` and, if it likes, ``kind``.
         param_close: what ends a parameter.
-        close: ends one call; "" where only the block ends it.
     """
 
-    head: re.Pattern[str]
     param: re.Pattern[str]
     param_close: str
-    close: str = ""
 
-    def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
-        """The calls at ``at``; see :class:`Reader`."""
-        calls: list[ParsedCall] = []
-        stop, pos = at, scan.blank(at)
-        while head := self.head.match(scan.text, pos, scan.end):
-            arguments: dict[str, Any] = {}
-            stop = head.end()
-            while param := self.param.match(scan.text, scan.blank(stop), scan.end):
-                if (found := scan.find(self.param_close, param.end())) < 0:
-                    break
-                raw, said = scan.text[param.end() : found], param.groupdict().get("kind")
-                said = "string" if said == "true" else said  # string="true"
-                arguments[param["key"]] = scan.values.read(head["name"].strip(), param["key"], raw, said)
-                stop = found + len(self.param_close)
-            if param or not scan.holds(self.close, scan.blank(stop)):
-                bad = block.broken(scan, pos, stop, self.close, head["name"].strip())
-                calls.append(replace(bad, arguments=scan.text[head.end() : bad.span[1]]))
-                stop = bad.span[1]
-                if bad.status is CallStatus.UNCLOSED:
-                    return calls, stop, True
-            else:
-                stop = scan.blank(stop) + len(self.close) if self.close else stop
-                calls.append(made_call(head["name"], arguments, (pos, stop)))
-            if not self.close:
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        name, stop, arguments = head["name"].strip(), head.end(), dict[str, Any]()
+        while param := self.param.match(scan.text, scan.blank(stop), scan.end):
+            if (found := scan.find(self.param_close, param.end())) < 0:
                 break
-            pos = scan.blank(stop)
-        return calls, stop, bool(self.close)
+            raw, said = scan.text[param.end() : found], param.groupdict().get("kind")
+            said = "string" if said == "true" else said  # string="true"
+            arguments[param["key"]] = scan.values.read(name, param["key"], raw, said)
+            stop = found + len(self.param_close)
+        if param or not scan.holds(self.close, scan.blank(stop)):
+            bad = block.broken(scan, head.start(), stop, self.close, name)
+            return replace(bad, arguments=scan.text[head.end() : bad.span[1]])
+        stop = scan.blank(stop) + len(self.close) if self.close else stop
+        return made_call(name, arguments, (head.start(), stop))
 
 
 @dataclass(frozen=True, slots=True)
-class TreeReader:
-    """A head with the name, then arguments as elements named by their keys, nested where a value is.
+class TreeReader(HeadReader):
+    """Behind the head arguments as elements named by their keys, nested where a value is.
 
     Attributes:
         mark: stands before every tag of the format, which is how text with tags stays text.
@@ -440,26 +439,15 @@ class TreeReader:
 
     mark: str
 
-    def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
-        """The calls at ``at``; see :class:`Reader`."""
-        calls: list[ParsedCall] = []
-        head_rx = re.compile(re.escape(self.mark) + r'<invoke name="([^"<>\n]{1,200})">')
-        close = self.mark + "</invoke>"
-        stop, pos = at, scan.blank(at)
-        while head := head_rx.match(scan.text, pos, scan.end):
-            fence, end = scan.find(block.open, head.end()), scan.find(close, head.end())
-            closed = end >= 0 and (fence < 0 or end < fence)
-            tree = self.tree(scan.text[head.end() : end], scan.values, head[1].strip()) if closed else None
-            if isinstance(tree, dict):
-                stop = end + len(close)
-                calls.append(made_call(head[1], tree, (pos, stop)))
-            else:
-                calls.append(block.broken(scan, pos, head.end(), close, head[1].strip()))
-                stop = calls[-1].span[1]
-                if calls[-1].status is CallStatus.UNCLOSED:
-                    break
-            pos = scan.blank(stop)
-        return calls, stop, True
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        name, start = head["name"].strip(), head.end()
+        fence, end = scan.find(block.open, start), scan.find(self.close, start)
+        closed = end >= 0 and (fence < 0 or end < fence)
+        tree = self.tree(scan.text[start:end], scan.values, name) if closed else None
+        if not isinstance(tree, dict):
+            return block.broken(scan, head.start(), start, self.close, name)
+        return made_call(name, tree, (head.start(), end + len(self.close)))
 
     def tree(self, raw: str, values: Values, name: str) -> Any:
         """The arguments of a tool that the elements of ``raw`` spell; ``None`` if they do not nest."""
@@ -502,9 +490,7 @@ class _Element:
             if items and (kinds is None or "array" in kinds or "object" not in kinds):
                 return [value for _, value in self.children]
             return dict(self.children)
-        if (
-            not raw and kinds and not kinds & {"string", "null"}
-        ):  # nothing is also how an empty container is written
+        if not raw and kinds and not kinds & {"string", "null"}:  # so is an empty container written
             return {} if "object" in kinds else [] if "array" in kinds else raw
         return values.text(raw, self.schema, root)
 
