@@ -19,7 +19,7 @@ that names what the template does instead.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -161,7 +161,12 @@ class Derivation:
             BridgeError: the template raises, or does not write the answer.
         """
         sentinel = unused((*before, answer, *new))
-        for ending in endings(answer, sentinel):
+        # The last thing that it says: its last call's argument, else its content. Where a template leaves tool calls
+        # out, those that the policy wrote are in the ledger all the same; the tail is then what follows the content.
+        endings = [{**answer, "content": sentinel}]
+        if calls := answer.get("tool_calls"):
+            endings.insert(0, {**answer, "tool_calls": [*calls[:-1], call_with(calls[-1], sentinel)]})
+        for ending in endings:
             try:
                 text = self.renderer.text([*before, ending, *new], add_generation_prompt)
             except ChatTemplateError as error:
@@ -303,18 +308,6 @@ class Derivation:
 
 
 # ---------------------------------------------------------------------- sentinels and checks
-def endings(answer: Message, sentinel: str) -> Iterator[Message]:
-    """The answer with a sentinel as the last thing that it says: its last call's argument, else its content.
-
-    Where a template leaves tool calls out, the calls that the policy wrote are in the ledger all the same;
-    the tail is then what follows the content.
-    """
-    calls = answer.get("tool_calls")
-    if calls:
-        yield {**answer, "tool_calls": [*calls[:-1], call_with(calls[-1], sentinel)]}
-    yield {**answer, "content": sentinel}
-
-
 def call_with(call: Any, sentinel: str) -> Any:
     """A tool call whose last argument is the sentinel."""
     function = call.get("function") if isinstance(call, Mapping) else None

@@ -426,18 +426,10 @@ class ChatTemplate:
 _A_CALL = AnswerKind(1, False)
 _ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}
-_RESERVED = {
-    "add_generation_prompt",
-    "chat_template_name",
-    "continue_final_message",
-    "conversation",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "truncation",
-}
+_RESERVED = (
+    {"conversation", "chat_template_name", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "padding", "truncation", "return_assistant_tokens_mask", "return_dict", "return_tensors"}
+)  # fmt: skip
 
 
 def _course(messages: Sequence[Message]) -> Course:
@@ -447,11 +439,6 @@ def _course(messages: Sequence[Message]) -> Course:
 
 def _key(messages: Sequence[Message]) -> Any:
     """A key under which equal conversations of plain messages meet; a fresh object for any other."""
-    if any(message.keys() != _PLAIN_KEYS for message in messages):
+    if any(message.keys() != _PLAIN_KEYS or not isinstance(message["content"], str) for message in messages):
         return object()
-    key = tuple((message["role"], message["content"]) for message in messages)
-    try:
-        hash(key)
-    except TypeError:  # a content of parts
-        return object()
-    return key
+    return tuple((message["role"], message["content"]) for message in messages)

@@ -168,11 +168,8 @@ class Kind(NamedTuple):
         ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
         kinds = []
         for message in new:
-            if not message.keys() <= _FIELDS:
+            if not message.keys() <= _FIELDS or not all(isinstance(value, str) for value in message.values()):
                 return None
-            for value in message.values():
-                if not isinstance(value, str):
-                    return None
             place = -1
             if calls and "tool_call_id" in message and message["tool_call_id"] in ids:
                 place = ids.index(message["tool_call_id"])
