@@ -57,109 +57,67 @@ class TailToken(Token):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one capability.
+    """What was found of one capability."""
 
-    Attributes:
-        name: its key, the same in every report.
-        title: the same for people.
-        status: see :class:`Status`.
-        mode: ``"compiled"`` if a turn costs no rendering once it is proved, ``"rendered"`` if the template runs
-            at each turn; ``None`` where nothing is proved.
-        reason: why it is refused or unsupported.
-        note: what else is worth knowing of it.
-        proof_ms: milliseconds that the first turn of this kind took. What this process has proved before (an
-            earlier capability's close, say) is not proved again.
-        tail: the end of the turn and what follows it, token by token.
-    """
-
-    name: str
-    title: str
-    status: Status
+    name: str  # its key, the same in every report
+    title: str  # the same for people
+    status: Status  # see :class:`Status`
+    # ``"compiled"`` if a turn costs no rendering once it is proved, ``"rendered"`` if the template runs at
+    # each turn; ``None`` where nothing is proved
     mode: str | None = None
-    reason: str | None = None
-    note: str | None = None
+    reason: str | None = None  # why it is refused or unsupported
+    note: str | None = None  # what else is worth knowing of it
+    # milliseconds that the first turn of this kind took. What this process has proved before (an earlier
+    # capability's close, say) is not proved again
     proof_ms: float = 0.0
-    tail: tuple[TailToken, ...] = ()
+    tail: tuple[TailToken, ...] = ()  # the end of the turn and what follows it, token by token
 
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """What the template makes of an earlier turn, once a message follows: history policy ``"template"`` branches there.
+    """What the template makes of an earlier turn, once a message follows: history policy ``"template"`` branches there."""
 
-    Attributes:
-        turn: the kind of turn.
-        rewrites: whether its text changes; ``None`` if that cannot be told.
-        before: the end of the turn as the model saw and wrote it, around the first change.
-        after: the same as the template writes it later.
-        reason: why it cannot be told, or cannot be followed.
-    """
-
-    turn: str
-    rewrites: bool | None
-    before: str | None = None
-    after: str | None = None
-    reason: str | None = None
+    turn: str  # the kind of turn
+    rewrites: bool | None  # whether its text changes; ``None`` if that cannot be told
+    before: str | None = None  # the end of the turn as the model saw and wrote it, around the first change
+    after: str | None = None  # the same as the template writes it later
+    reason: str | None = None  # why it cannot be told, or cannot be followed
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Whether another way to the next prompt gives the exact one.
+    """Whether another way to the next prompt gives the exact one."""
 
-    Attributes:
-        turn: the kind of turn: ``"user"``, ``"tool"`` or ``"reasoning"``.
-        method: a key of :data:`torchrl_chat.audit.drift.METHODS`.
-        exact: whether the ids are the same; ``None`` where there is no exact prompt to compare with.
-        difference: the first difference, or why the method gives no prompt.
-    """
-
-    turn: str
-    method: str
-    exact: bool | None
-    difference: str | None = None
+    turn: str  # the kind of turn: ``"user"``, ``"tool"`` or ``"reasoning"``
+    method: str  # a key of :data:`torchrl_chat.audit.drift.METHODS`
+    exact: bool | None  # whether the ids are the same; ``None`` where there is no exact prompt to compare with
+    difference: str | None = None  # the first difference, or why the method gives no prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Parsing:
-    """What is looked for in a sampled answer.
+    """What is looked for in a sampled answer."""
 
-    Attributes:
-        reasoning: delimiters of reasoning.
-        segments: whether an answer is a row of segments with headers (gpt-oss channels).
-        tool_calls: delimiters of tool calls; an empty ``close`` means that the opening alone marks them.
-        bare_json: whether a call is a bare JSON object.
-        response_template: whether the tokenizer declares a parser of its own, which is asked first.
-    """
-
-    reasoning: tuple[Pair, ...]
-    segments: bool
+    reasoning: tuple[Pair, ...]  # delimiters of reasoning
+    segments: bool  # whether an answer is a row of segments with headers (gpt-oss channels)
+    # delimiters of tool calls; an empty ``close`` means that the opening alone marks them
     tool_calls: tuple[Pair, ...]
-    bare_json: bool
-    response_template: bool
+    bare_json: bool  # whether a call is a bare JSON object
+    response_template: bool  # whether the tokenizer declares a parser of its own, which is asked first
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The template that was audited.
+    """The template that was audited."""
 
-    Attributes:
-        sha256: hash of its source.
-        length: of its source, in characters.
-        wants_parts: whether it reads content as a list of parts only.
-        variables: the further variables that it was given.
-        clock: whether it asks for today's date.
-        date: today's date in a prompt, if one stands there.
-        generation_prompt: the text that opens an assistant turn.
-        opens_reasoning: whether that text opens the reasoning too.
-    """
-
-    sha256: str
-    length: int
-    wants_parts: bool
-    variables: dict[str, Any]
-    clock: bool
-    date: str | None
-    generation_prompt: str | None
-    opens_reasoning: bool
+    sha256: str  # hash of its source
+    length: int  # of its source, in characters
+    wants_parts: bool  # whether it reads content as a list of parts only
+    variables: dict[str, Any]  # the further variables that it was given
+    clock: bool  # whether it asks for today's date
+    date: str | None  # today's date in a prompt, if one stands there
+    generation_prompt: str | None  # the text that opens an assistant turn
+    opens_reasoning: bool  # whether that text opens the reasoning too
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,29 +27,17 @@ ERRORS = (ValueError, jinja2.TemplateError)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A turn as it was sampled, and the prompt that follows it.
+    """A turn as it was sampled, and the prompt that follows it."""
 
-    Attributes:
-        messages: the conversation with its answer.
-        new: the messages that follow.
-        ids: prompt and sampled ids.
-        start: where the sampled ids begin.
-        text: the sampled text without its end.
-        stop: the ids, at the end of the sampled ones, that end the turn; none if it was cut.
-        close: how the template closes it.
-        exact: the next prompt.
-        ended: whether the policy ended its turn; else a limit cut it.
-    """
-
-    messages: list[Message]
-    new: list[Message]
-    ids: list[int]
-    start: int
-    text: str
-    stop: list[int]
-    close: Close
-    exact: list[int]
-    ended: bool
+    messages: list[Message]  # the conversation with its answer
+    new: list[Message]  # the messages that follow
+    ids: list[int]  # prompt and sampled ids
+    start: int  # where the sampled ids begin
+    text: str  # the sampled text without its end
+    stop: list[int]  # the ids, at the end of the sampled ones, that end the turn; none if it was cut
+    close: Close  # how the template closes it
+    exact: list[int]  # the next prompt
+    ended: bool  # whether the policy ended its turn; else a limit cut it
 
     @property
     def stop_id(self) -> int | None:

@@ -23,17 +23,11 @@ _LOOKS = {
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What the terminal can show.
+    """What the terminal can show."""
 
-    Attributes:
-        width: in characters.
-        colour: whether it understands colours.
-        symbols: whether it can print more than ASCII.
-    """
-
-    width: int = 100
-    colour: bool = False
-    symbols: bool = True
+    width: int = 100  # in characters
+    colour: bool = False  # whether it understands colours
+    symbols: bool = True  # whether it can print more than ASCII
 
     @classmethod
     def of(cls, stream: TextIO, width: int) -> Style:

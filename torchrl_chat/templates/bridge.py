@@ -37,21 +37,14 @@ class BridgeError(ChatTemplateError):
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What a template writes behind the text of an answer.
+    """What a template writes behind the text of an answer."""
 
-    Attributes:
-        text: all of it, up to the end of the new messages and the generation prompt.
-        resume: for every token that may end the turn, where in ``text`` a turn that ended with it goes on.
-        body: text that the template writes in front of the stop token; nearly always empty.
-        cut: where a turn that was cut by a limit goes on: at the start, or behind the end of a tool call.
-        limit: where the content of the first new message stands.
-    """
-
-    text: str
+    text: str  # all of it, up to the end of the new messages and the generation prompt
+    # for every token that may end the turn, where in ``text`` a turn that ended with it goes on
     resume: Mapping[int, int]
-    body: str = ""
-    cut: int = 0
-    limit: int = 0
+    body: str = ""  # text that the template writes in front of the stop token; nearly always empty
+    cut: int = 0  # where a turn that was cut by a limit goes on: at the start, or behind the end of a tool call
+    limit: int = 0  # where the content of the first new message stands
 
     @property
     def end(self) -> int:
@@ -94,25 +87,19 @@ class Suffix:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """How a template ends an assistant turn, as far as that is certain whatever follows.
+    """How a template ends an assistant turn, as far as that is certain whatever follows."""
 
-    Attributes:
-        lead: whitespace that the policy is expected to write before its content (one space, for Mistral).
-        body: text between content and stop token that is not content.
-        main: the tokens that a policy is expected to end its turns with: one, or one for each kind of message
-            that follows, where a template has the next message's opener end the turn.
-        stops: for each token that may end the turn, what surely comes behind it (``"\\n"`` in ChatML).
-        cut: what surely comes behind a turn that was cut by a limit, the stop token included.
-        heads: for each stop token, the texts by which the template ends a turn that ended with it: up to and
-            with the stop token, or what stands in its place once a message follows; behind the end of a call. Empty
-            for a token that closes the call itself.
-    """
-
-    lead: str
-    body: str
+    lead: str  # whitespace that the policy is expected to write before its content (one space, for Mistral)
+    body: str  # text between content and stop token that is not content
+    # the tokens that a policy is expected to end its turns with: one, or one for each kind of message that
+    # follows, where a template has the next message's opener end the turn
     main: tuple[int, ...]
+    # for each token that may end the turn, what surely comes behind it (``"\n"`` in ChatML)
     stops: Mapping[int, Suffix]
-    cut: Suffix
+    cut: Suffix  # what surely comes behind a turn that was cut by a limit, the stop token included
+    # for each stop token, the texts by which the template ends a turn that ended with it: up to and with the
+    # stop token, or what stands in its place once a message follows; behind the end of a call. Empty for a
+    # token that closes the call itself
     heads: Mapping[int, tuple[str, ...]]
 
     @property

@@ -56,21 +56,16 @@ EDITS = (*TRIMS, _json, _json_stripped)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A compiled tail.
+    """A compiled tail."""
 
-    Attributes:
-        tail: the tail of the probe, with its stop tokens.
-        parts: constant texts and slots, in order; ``None`` if the text depends on more than the new messages, so
-            that the template is rendered.
-        triggers: strings in a field of the new messages, or the name of a call, that make the template write
-            something else.
-        folds_case: whether the template looks for them in any case.
-    """
-
-    tail: Tail
+    tail: Tail  # the tail of the probe, with its stop tokens
+    # constant texts and slots, in order; ``None`` if the text depends on more than the new messages, so that
+    # the template is rendered
     parts: tuple[str | Slot, ...] | None
+    # strings in a field of the new messages, or the name of a call, that make the template write something
+    # else
     triggers: tuple[str, ...]
-    folds_case: bool = False
+    folds_case: bool = False  # whether the template looks for them in any case
     reads: frozenset[str] = field(init=False)
     """For fields of what the tail has slots: ``"system"``, ``"call"``, ``"new"``."""
 

@@ -119,27 +119,20 @@ def pairs_of(text: str) -> tuple[Pair, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """A turn that is a sequence of segments, each with a header that says for whom it is.
+    """A turn that is a sequence of segments, each with a header that says for whom it is."""
 
-    Attributes:
-        marks: a template that writes all of these speaks so.
-        header: matches a segment's header. Its groups, where it has them: ``channel``, the recipients ``to``,
-            ``to2`` and ``to3``, and ``block``, which begins a call block and so stays with the body.
-        ends: what ends a segment; ``{channel}`` stands for its channel.
-        fence: what begins the next header, and so ends a segment too.
-        reasoning: channels and recipients whose segments are reasoning; the first is the one that a prompt opens.
-        calls: a segment with a recipient is a call, whatever its channel, its body the arguments as JSON.
-        tail: may stand behind the last segment.
-        broken: matches a header that names a function to call, but does not end as headers do; its group is ``name``.
-    """
-
-    marks: tuple[str, ...]
+    marks: tuple[str, ...]  # a template that writes all of these speaks so
+    # matches a segment's header. Its groups, where it has them: ``channel``, the recipients ``to``, ``to2``
+    # and ``to3``, and ``block``, which begins a call block and so stays with the body
     header: re.Pattern[str]
-    ends: tuple[str, ...]
-    fence: str
+    ends: tuple[str, ...]  # what ends a segment; ``{channel}`` stands for its channel
+    fence: str  # what begins the next header, and so ends a segment too
+    # channels and recipients whose segments are reasoning; the first is the one that a prompt opens
     reasoning: tuple[str, ...]
+    # a segment with a recipient is a call, whatever its channel, its body the arguments as JSON
     calls: bool = False
-    tail: str = ""
+    tail: str = ""  # may stand behind the last segment
+    # matches a header that names a function to call, but does not end as headers do; its group is ``name``
     broken: re.Pattern[str] | None = None
 
 

@@ -44,33 +44,23 @@ class Course:
     A regular conversation is an optional system message, then turns of a user or of tools, each answered by
     the policy. Keeping its course beside it spares every turn to look at all earlier messages again.
 
-    Attributes:
-        policy: the role whose messages are sampled.
-        roles: the roles so far; ``None`` if the conversation is irregular (or has no user yet).
-        last: the role of the last message.
-        texts: whether every content is a text, or left out beside tool calls.
-        answered: whether no tool call was passed over without a result, no result came without a call, and
-            each call has an id of its own.
-        calls: whether the last message calls tools.
-        extra: fields of messages besides role and content.
-        begun: whether the policy has answered already.
-        call_ids: the ids of all tool calls so far, in order.
-
     Example:
         >>> course = Course("assistant").then([{"role": "user", "content": "2 + 2?"}])
         >>> course.roles
         Roles(system=None, user='user', tool=None, policy='assistant')
     """
 
-    policy: str = "assistant"
-    roles: Roles | None = None
-    last: str | None = None
-    texts: bool = True
+    policy: str = "assistant"  # the role whose messages are sampled
+    roles: Roles | None = None  # the roles so far; ``None`` if the conversation is irregular (or has no user yet)
+    last: str | None = None  # the role of the last message
+    texts: bool = True  # whether every content is a text, or left out beside tool calls
+    # whether no tool call was passed over without a result, no result came without a call, and each call has
+    # an id of its own
     answered: bool = True
-    calls: bool = False
-    extra: frozenset[str] = frozenset()
-    begun: bool = False
-    call_ids: tuple[str, ...] = ()
+    calls: bool = False  # whether the last message calls tools
+    extra: frozenset[str] = frozenset()  # fields of messages besides role and content
+    begun: bool = False  # whether the policy has answered already
+    call_ids: tuple[str, ...] = ()  # the ids of all tool calls so far, in order
 
     @classmethod
     def of(cls, messages: Sequence[Message], policy: str = "assistant") -> Course:

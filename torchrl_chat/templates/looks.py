@@ -46,19 +46,12 @@ SMALL = 16
 
 @dataclass(frozen=True)
 class Looks:
-    """What a template's code looks at.
+    """What a template's code looks at."""
 
-    Attributes:
-        literals: strings that it may look for in a text.
-        folds_case: whether it may look for them in any case.
-        keys: fields of messages that it reads besides the usual ones.
-        beyond_probes: an operation that no probing covers, in words; ``None`` if there is none.
-    """
-
-    literals: tuple[str, ...]
-    folds_case: bool
-    keys: frozenset[str]
-    beyond_probes: str | None
+    literals: tuple[str, ...]  # strings that it may look for in a text
+    folds_case: bool  # whether it may look for them in any case
+    keys: frozenset[str]  # fields of messages that it reads besides the usual ones
+    beyond_probes: str | None  # an operation that no probing covers, in words; ``None`` if there is none
 
 
 def looks_of(tree: Any) -> Looks:

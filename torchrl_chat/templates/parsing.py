@@ -45,19 +45,13 @@ __all__ = ["AnswerParser", "CallStatus", "ParsedAnswer", "ParsedCall"]
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """An assistant turn, taken apart.
+    """An assistant turn, taken apart."""
 
-    Attributes:
-        content: the text without reasoning and without well-formed calls.
-        reasoning: the reasoning; ``None`` if the turn has none, "" if it opened and closed an empty one.
-        calls: every call that was found, malformed ones too, in the order of the text.
-        start: where in the text what is not reasoning begins.
-    """
-
-    content: str
+    content: str  # the text without reasoning and without well-formed calls
+    # the reasoning; ``None`` if the turn has none, "" if it opened and closed an empty one
     reasoning: str | None = None
-    calls: tuple[ParsedCall, ...] = ()
-    start: int = 0
+    calls: tuple[ParsedCall, ...] = ()  # every call that was found, malformed ones too, in the order of the text
+    start: int = 0  # where in the text what is not reasoning begins
 
     def message(self, role: str = "assistant", calls_before: int = 0) -> Message:
         """The turn as a message: ``reasoning_content`` and ``tool_calls`` are there only if the turn has them.

@@ -44,22 +44,15 @@ class CallStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ParsedCall:
-    """One tool call found in a text.
+    """One tool call found in a text."""
 
-    Attributes:
-        name: the function's name, if there is one.
-        arguments: a dict where the status is ``OK`` or ``UNKNOWN_TOOL``; else the raw text, or ``None``.
-        status: see :class:`CallStatus`.
-        span: character offsets into the text that was parsed, delimiters included. Calls that share a
-            block share its delimiters out: the first call begins with the block, the last one ends it.
-        id: the id that the text itself gives the call, in formats that write one.
-    """
-
-    name: str | None
-    arguments: Any
-    status: CallStatus
+    name: str | None  # the function's name, if there is one
+    arguments: Any  # a dict where the status is ``OK`` or ``UNKNOWN_TOOL``; else the raw text, or ``None``
+    status: CallStatus  # see :class:`CallStatus`
+    # character offsets into the text that was parsed, delimiters included. Calls that share a block share its
+    # delimiters out: the first call begins with the block, the last one ends it
     span: tuple[int, int]
-    id: str | None = None
+    id: str | None = None  # the id that the text itself gives the call, in formats that write one
 
     def message(self, index: int = 0) -> dict[str, Any]:
         """The call as an entry of a message's ``tool_calls``.
@@ -218,19 +211,12 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """One row: how a block of calls begins and ends, and the readers of its inside, in order.
+    """One row: how a block of calls begins and ends, and the readers of its inside, in order."""
 
-    Attributes:
-        open: what begins a block; a template that writes it speaks this format.
-        close: what ends a block; "" where nothing does.
-        readers: the first one that finds a call at the block's beginning reads it.
-        marks: further strings that a template must write to speak this format.
-    """
-
-    open: str
-    close: str
-    readers: tuple[Reader, ...]
-    marks: tuple[str, ...] = ()
+    open: str  # what begins a block; a template that writes it speaks this format
+    close: str  # what ends a block; "" where nothing does
+    readers: tuple[Reader, ...]  # the first one that finds a call at the block's beginning reads it
+    marks: tuple[str, ...] = ()  # further strings that a template must write to speak this format
 
     def read(self, scan: Scan, at: int) -> list[ParsedCall]:
         """The calls of the block that begins at ``at``; never none."""
@@ -287,13 +273,9 @@ def balanced(raw: str) -> bool:
 # ---------------------------------------------------------------------- the readers
 @dataclass(frozen=True, slots=True)
 class JsonReader:
-    """``{"name": ..., "arguments": {...}}``, one or several, in a list or not.
+    """``{"name": ..., "arguments": {...}}``, one or several, in a list or not."""
 
-    Attributes:
-        keyed: the only key of the object is the name, and its value the arguments.
-    """
-
-    keyed: bool = False
+    keyed: bool = False  # the only key of the object is the name, and its value the arguments
 
     def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
         """The calls at ``at``; see :class:`Reader`."""
@@ -347,15 +329,10 @@ _ARGUMENTS = ("arguments", "parameters", "args", "input")
 
 @dataclass(frozen=True, slots=True)
 class HeadReader:
-    """Calls that begin with a head, one or several; what stands behind the head is read by the classes below.
+    """Calls that begin with a head, one or several; what stands behind the head is read by the classes below."""
 
-    Attributes:
-        head: matches what opens a call; its groups are ``name`` and, if it likes, ``id``.
-        close: ends one call; "" where only the block ends it: then there is one call.
-    """
-
-    head: re.Pattern[str]
-    close: str
+    head: re.Pattern[str]  # matches what opens a call; its groups are ``name`` and, if it likes, ``id``
+    close: str  # ends one call; "" where only the block ends it: then there is one call
 
     def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
         """The calls at ``at``; see :class:`Reader`."""
@@ -378,13 +355,9 @@ class HeadReader:
 
 @dataclass(frozen=True, slots=True)
 class HeadedReader(HeadReader):
-    """Behind the head the arguments as JSON.
+    """Behind the head the arguments as JSON."""
 
-    Attributes:
-        fence: may stand between the JSON and ``close``.
-    """
-
-    fence: str = ""
+    fence: str = ""  # may stand between the JSON and ``close``
 
     def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
         """The call that begins with ``head``."""
@@ -402,15 +375,10 @@ class HeadedReader(HeadReader):
 
 @dataclass(frozen=True, slots=True)
 class TaggedReader(HeadReader):
-    """Behind the head parameters between delimiters of their own.
+    """Behind the head parameters between delimiters of their own."""
 
-    Attributes:
-        param: matches what opens a parameter; its groups are ``key`` and, if it likes, ``kind``.
-        param_close: what ends a parameter.
-    """
-
-    param: re.Pattern[str]
-    param_close: str
+    param: re.Pattern[str]  # matches what opens a parameter; its groups are ``key`` and, if it likes, ``kind``
+    param_close: str  # what ends a parameter
 
     def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
         """The call that begins with ``head``."""
@@ -431,13 +399,9 @@ class TaggedReader(HeadReader):
 
 @dataclass(frozen=True, slots=True)
 class TreeReader(HeadReader):
-    """Behind the head arguments as elements named by their keys, nested where a value is.
+    """Behind the head arguments as elements named by their keys, nested where a value is."""
 
-    Attributes:
-        mark: stands before every tag of the format, which is how text with tags stays text.
-    """
-
-    mark: str
+    mark: str  # stands before every tag of the format, which is how text with tags stays text
 
     def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
         """The call that begins with ``head``."""

@@ -20,18 +20,13 @@ from torchrl_chat.schemas import JSON, Spelling, kind_of, kinds_of, literal, rea
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a template writes an argument between the delimiters of its format.
+    """How a template writes an argument between the delimiters of its format."""
 
-    Attributes:
-        lead: what it writes in front of a string.
-        trail: what it writes behind one.
-        spelling: how it spells what is no string.
-        bare: the quote that it puts around a string without escaping anything in it; "" where it escapes, or puts none.
-    """
-
-    lead: str = "\n"
-    trail: str = "\n"
-    spelling: Spelling = JSON
+    lead: str = "\n"  # what it writes in front of a string
+    trail: str = "\n"  # what it writes behind one
+    spelling: Spelling = JSON  # how it spells what is no string
+    # the quote that it puts around a string without escaping anything in it; "" where it escapes, or puts
+    # none
     bare: str = ""
 
 
