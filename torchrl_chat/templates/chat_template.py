@@ -428,8 +428,9 @@ _ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}
 _RESERVED = (
     {"conversation", "chat_template_name", "add_generation_prompt", "continue_final_message"}
-    | {"tokenize", "padding", "truncation", "return_assistant_tokens_mask", "return_dict", "return_tensors"}
-)  # fmt: skip
+    | {"tokenize", "padding", "truncation"}
+    | {"return_assistant_tokens_mask", "return_dict", "return_tensors"}
+)
 
 
 def _course(messages: Sequence[Message]) -> Course:

@@ -69,12 +69,8 @@ def looks_of(tree: Any) -> Looks:
     }
     called = {node.node.attr for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Getattr)}
     filters = {node.name for node in tree.find_all(nodes.Filter)}
-    return Looks(
-        tuple(literals),
-        bool((filters | called) & _FOLDING),
-        frozenset(_keys(tree) - _KEYS),
-        _beyond(tree),
-    )
+    folds_case = bool((filters | called) & _FOLDING)
+    return Looks(tuple(literals), folds_case, frozenset(_keys(tree) - _KEYS), _beyond(tree))
 
 
 def _keys(tree: Any) -> set[str]:

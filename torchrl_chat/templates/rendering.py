@@ -14,7 +14,7 @@ import datetime
 import functools
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -71,13 +71,10 @@ class Renderer:
         tokenizer: a Hugging Face tokenizer, or a processor: then its own chat template is used, and its tokenizer's
             where it has none. :attr:`tokenizer` is the processor's tokenizer.
         codec: its codec; its special tokens decide which contents need guarding.
-        chat_template: Jinja source used instead of ``tokenizer.chat_template``, or the name of one of
-            its templates (``"tool_use"``), or of one for base models (:data:`~torchrl_chat.templates.named.NAMED`).
+        chat_template: as of :class:`~torchrl_chat.templates.ChatTemplate`, like what follows.
         tools: JSON schemas handed to the template with every conversation.
-        template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
+        template_kwargs: further variables for the template.
         guard: whether look-alikes of control tokens in contents are marked as text at all.
-        now: the moment that ``strftime_now`` tells the template, so that a conversation that lasts over
-            midnight keeps its date. Defaults to the moment of construction.
 
     Raises:
         ChatTemplateError: if there is no chat template, or none of that name.
@@ -91,7 +88,6 @@ class Renderer:
         chat_template: str | None,
         tools: Sequence[Any] | None,
         template_kwargs: dict[str, Any],
-        now: datetime.datetime | None = None,
         guard: bool = True,
     ):
         # A processor's apply_chat_template does the same with text, but warns of every variable of the template.
@@ -105,7 +101,8 @@ class Renderer:
                 f"the chat template is no valid Jinja, line {error.lineno}: {error.message}"
             ) from error
         self.guards = guard
-        self.now = now or datetime.datetime.now()
+        # What strftime_now tells: a conversation that lasts over midnight keeps its date.
+        self.now = datetime.datetime.now()
         self._kwargs: dict[str, Any] = dict(template_kwargs)
         self.tells_time = "strftime_now" in self.source
         self.renderings = 0  # how often a text was asked for: a compiled turn asks for none
@@ -304,25 +301,21 @@ def _compiled(source: str) -> Any:
     return chat_template_utils._compile_jinja_template(source)
 
 
-class _Clock:
-    """``strftime_now`` of a compiled template: the renderer's moment while one of ours renders, else as it was."""
-
-    def __init__(self, clock: Callable[[str], str]):
-        self._clock = clock
-
-    def __call__(self, form: str) -> str:
-        moment = _moment.get()
-        return self._clock(form) if moment is None else moment.strftime(form)
-
-
 def _stop_clock(source: str) -> None:
     """Let the template's ``strftime_now`` tell the renderer's moment while one of ours renders.
 
     transformers reads the clock at every rendering, and hands no function through its template variables.
     """
     names = _compiled(source).globals
-    if not isinstance(names["strftime_now"], _Clock):
-        names["strftime_now"] = _Clock(names["strftime_now"])
+    clock = names["strftime_now"]
+
+    def stopped(form: str) -> str:
+        moment = _moment.get()
+        return clock(form) if moment is None else moment.strftime(form)
+
+    if not getattr(clock, "stops", False):
+        stopped.stops = True  # type: ignore[attr-defined]
+        names["strftime_now"] = stopped
 
 
 def _composed(message: Message) -> bool:

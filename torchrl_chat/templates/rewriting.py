@@ -120,8 +120,8 @@ class Rewriter:
             if before == seen + said[:begin]:  # what looks dropped was empty, and stands there as it was sampled
                 answer = answer._replace(keeps_reasoning=True)
                 before = seen
-            lost, pieces = self._pieces(core, said, begin, message, answer)
-            lost = lost or (span.lost if pieces == core else "")
+            lost, kept = self._pieces(core, said, begin, message, answer)
+            lost = lost or (span.lost if kept == core else "")
             # The template's text may end with what the policy itself wrote first, "<think>" for one.
             if lost:
                 between = self._between(answer.before + lost, stop, not moved)
@@ -129,7 +129,7 @@ class Rewriter:
                 between = unsampled
             elif answer.keeps_reasoning and (shared := _overlap(unmarked(answer.before), said)):
                 between = self._between(answer.before[:-shared], stop, not moved)
-            kept, ended = pieces, end * answer.keeps_stop
+            ended = end * answer.keeps_stop
             start = len(out) + len(between)
             out += [*between, *kept, *ended]
             stop = span.stop if answer.keeps_stop else None
@@ -211,10 +211,8 @@ class Rewriter:
             message = messages[span.message]
             if "content" not in kinds and "call" not in kinds:
                 raise BridgeError(f"the chat template drops an earlier answer: {message['content']!r:.80}.")
-            thought = any(message.get(key) is not None for key in _REASONING)
             edit = edits.get(i, str)
-            before, inside, pos = text[start : mine[0][0]], "", mine[0][0]
-            front = ""
+            before, pos, inside, front = text[start : mine[0][0]], mine[0][0], "", ""
             for at, end, kind, said in mine:
                 if kind == "call":
                     front = text[pos:at]
@@ -222,18 +220,10 @@ class Rewriter:
                     inside += text[pos:at] + (edit(said) if kind == "content" else said)
                 pos = end
             skipped, length, keeps_stop = self._close_length(text[pos:], span, messages)
+            ended = text[pos + skipped : pos + length]
+            keeps = "reasoning" in kinds or all(message.get(key) is None for key in _REASONING)
             answers.append(
-                _Answer(
-                    before,
-                    inside,
-                    front,
-                    kinds[0],
-                    "call" in kinds,
-                    not thought or "reasoning" in kinds,
-                    keeps_stop,
-                    edit,
-                    text[pos + skipped : pos + length],
-                )
+                _Answer(before, inside, front, kinds[0], "call" in kinds, keeps, keeps_stop, edit, ended)
             )
             start = pos + length
         return answers, text[start:], unmarked(real)

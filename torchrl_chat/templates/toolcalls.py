@@ -113,11 +113,7 @@ def _finite(number: str) -> float:
     return value
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(constant)
-
-
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def json_at(scan: Scan, at: int) -> tuple[Any, int] | None:
