@@ -161,12 +161,9 @@ class AnswerParser:
         calls: list[ParsedCall] = []
         content: list[str] = []
         for start, end, known in pieces:
-            if not self.parse_calls:
-                found = []
-            elif known is not None:
-                found = [known]
-            else:
-                found = self._calls(text, values, start, end)
+            found = []
+            if self.parse_calls:
+                found = [known] if known is not None else self._calls(text, values, start, end)
             calls += found
             content.append(_remainder(text, start, end, [c.span for c in found if c.status is CallStatus.OK]))
         reasoning, begin = None, 0
@@ -235,42 +232,39 @@ class AnswerParser:
         scan, pos = Scan(text, values=values), 0
         thoughts: list[tuple[int, int]] = []
         pieces: list[Piece] = []
-        inside = opened
-        while pos < len(text) or inside:
-            header = None if inside else row.header.match(text, scan.blank(pos))
-            if header is None and not inside:
+        if opened:
+            end, pos = self._segment_end(scan, row, 0, row.reasoning[0])
+            thoughts.append((0, end))
+        while pos < len(text):
+            header = row.header.match(text, scan.blank(pos))
+            if header is None:
                 if row.broken and (begun := row.broken.match(text, scan.blank(pos))):
                     end, stop = self._segment_end(scan, row, begun.end(), None)
                     status = CallStatus.INVALID_JSON if end < len(text) else CallStatus.UNCLOSED
-                    pieces.append(
-                        (pos, stop, ParsedCall(begun["name"], text[begun.end() : end], status, (pos, stop)))
-                    )
+                    call = ParsedCall(begun["name"], text[begun.end() : end], status, (pos, stop))
+                    pieces.append((pos, stop, call))
                     pos = stop
                     continue
                 if row.tail and scan.holds(row.tail, scan.blank(pos)):
                     pos = scan.blank(pos) + len(row.tail)
                 pieces.append((pos, len(text), None))
                 break
-            groups = header.groupdict() if header else {}
+            groups, body = header.groupdict(), header.end()
             recipient = groups.get("to") or groups.get("to2") or groups.get("to3")
-            channel = row.reasoning[0] if inside else groups.get("channel")
-            body = header.end() if header else 0
-            inside = False
             if groups.get("block"):
-                assert header is not None
                 end = len(text.rstrip())
                 whole = not row.tail or not scan.holds(row.tail, end - len(row.tail))
                 pieces.append((header.start("block"), len(text) if whole else end - len(row.tail), None))
                 break
-            end, stop = self._segment_end(scan, row, body, channel)
-            if row.calls and recipient is not None and recipient not in row.reasoning and header is not None:
+            end, stop = self._segment_end(scan, row, body, groups.get("channel"))
+            if row.calls and recipient is not None and recipient not in row.reasoning:
                 arguments, closed = text[body:end].strip(), end < len(text) or read_json(text[body:end]) is not None
                 call = made_call(recipient, arguments or "{}" if closed else arguments, (header.start(), stop))
                 call = as_texts(call, scan, functools.partial(scan.blank, body))
                 if not closed:
                     call = replace(call, arguments=arguments, status=CallStatus.UNCLOSED)
                 pieces.append((header.start(), stop, call))
-            elif channel in row.reasoning or recipient in row.reasoning:
+            elif groups.get("channel") in row.reasoning or recipient in row.reasoning:
                 thoughts.append((body, end))
             else:
                 pieces.append((body, end, None))
@@ -314,14 +308,14 @@ class AnswerParser:
             message = parse_response(text, self.schema, prefix=prefix)
             calls = [_JSON.call(call, (0, len(text))) for call in message.get("tool_calls") or ()]
             content = message.get("content")
-            reasoning = next(
-                (message[k] for k in ("reasoning_content", "reasoning", "thinking") if message.get(k)), None
-            )
+            reasoning = next((message[key] for key in REASONING if message.get(key)), None)
             return ParsedAnswer(content_text({"content": content}), reasoning, tuple(calls))
         except Exception:  # whatever a declared pattern raises on sampled text, the text is still an answer
             return None
 
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The fields in which messages carry reasoning."""
 _spoken = functools.lru_cache(maxsize=64)(spoken)
 _JSON = JsonReader()
 

@@ -21,11 +21,10 @@ from typing import NamedTuple
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.backends import unmarked
 from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, shared_prefix, unused
-from torchrl_chat.templates.parsing import AnswerParser, CallStatus
+from torchrl_chat.templates.parsing import REASONING, AnswerParser, CallStatus
 from torchrl_chat.templates.proof import TRIMS, unescaped
 from torchrl_chat.templates.rendering import ChatTemplateError
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _Edit = Callable[[str], str]
 
 
@@ -182,7 +181,7 @@ class Rewriter:
         stem = unused(guarded)
         for i, span in enumerate(spans):
             message = probe[span.message]
-            for key in _REASONING:
+            for key in REASONING:
                 if message.get(key):
                     fields[f"{stem}r{i}R"] = (i, "reasoning", message[key])
                     message[key] = f"{stem}r{i}R"
@@ -221,7 +220,7 @@ class Rewriter:
                 pos = end
             skipped, length, keeps_stop = self._close_length(text[pos:], span, messages)
             ended = text[pos + skipped : pos + length]
-            keeps = "reasoning" in kinds or all(message.get(key) is None for key in _REASONING)
+            keeps = "reasoning" in kinds or all(message.get(key) is None for key in REASONING)
             answers.append(
                 _Answer(before, inside, front, kinds[0], "call" in kinds, keeps, keeps_stop, edit, ended)
             )
@@ -370,7 +369,7 @@ class Rewriter:
 
 def _parted(message: Message) -> bool:
     """Whether an answer has more than a content."""
-    return bool(message.get("tool_calls")) or any(message.get(key) is not None for key in _REASONING)
+    return bool(message.get("tool_calls")) or any(message.get(key) is not None for key in REASONING)
 
 
 def _overlap(text: str, said: str) -> int:
