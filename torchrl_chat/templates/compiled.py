@@ -85,9 +85,13 @@ class Rule:
 
     def edited(self, where: str, edit: Callable[[str], str]) -> Rule:
         """The rule with another edit of the contents in one kind of slot."""
-        slots = [part for part in self.parts or () if isinstance(part, Slot)]
-        edits = {slot: slot._replace(edit=edit) for slot in slots if (slot.where, slot.field) == (where, "content")}
-        return replace(self, parts=tuple(edits.get(part, part) for part in self.parts or ()))  # type: ignore[call-overload]
+        parts = tuple(
+            part._replace(edit=edit)
+            if isinstance(part, Slot) and part.where == where and part.field == "content"
+            else part
+            for part in self.parts or ()
+        )
+        return replace(self, parts=parts)
 
     def holds(self, answer: Message, new: Sequence[Message]) -> bool:
         """Whether none of the fields carries what makes the template write something else."""
