@@ -325,6 +325,13 @@ def test_messages():
     assert ParsedAnswer("A").message("model") == {"role": "model", "content": "A"}
 
 
+def test_a_value_that_is_not_closed_in_a_block_that_is():
+    answer = AnswerParser(GLM).parse("<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</tool_call> more")
+    [call] = answer.calls
+    assert (call.name, call.status, call.span) == ("f", CallStatus.INVALID_JSON, (0, 58))
+    assert answer.content == "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</tool_call> more"
+
+
 def test_calls_inside_the_reasoning_are_reasoning():
     text = '<think>\n<tool_call>{"name": "f"}</tool_call>\n</think>\n\nA'
     assert AnswerParser(HERMES).parse(text).calls == ()

@@ -29,9 +29,8 @@ EDGED = ("\n  two lines\nwith edges \t\n", " x ", "", " ")
 """Contents whose edges a template may trim."""
 
 _SENTINEL = re.compile(r"Qz9\d{4}zQ")
-_Case = tuple[
-    Sequence[Message], Message, Sequence[Message]
-]  # the messages before an answer, the answer, what follows
+_Case = tuple[Sequence[Message], Message, Sequence[Message]]
+"""The messages before an answer, the answer, what follows it."""
 
 
 class Slot(NamedTuple):

@@ -29,9 +29,11 @@ from torchrl_chat.templates.dialects import (
 )
 from torchrl_chat.templates.toolcalls import (
     CallStatus,
+    HeadedReader,
     JsonReader,
     ParsedCall,
     Scan,
+    TaggedReader,
     as_texts,
     balanced,
     json_at,
@@ -198,7 +200,8 @@ class AnswerParser:
             first = next((c.span[0] for c in answer.calls[::-1] if text.startswith(row.open, c.span[0])), -1)
             if not row.close or first < 0 or text.rstrip().endswith(row.close):
                 continue
-            inner = (getattr(reader, "close", "") for reader in row.readers)
+            # Of nested elements nothing tells whether more than the end is missing.
+            inner = [reader.close for reader in row.readers if isinstance(reader, (HeadedReader, TaggedReader))]
             for missing in dict.fromkeys([row.close, *(close + row.close for close in inner)]):
                 whole = self.parse(text + missing, opened)
                 if len(whole.calls) == len(answer.calls) and whole.calls[-1].status is CallStatus.OK:

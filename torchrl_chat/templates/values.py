@@ -216,7 +216,7 @@ def written_call(name: str, arguments: Mapping[str, Any], values: Values, calls:
     known = values
     if (
         name not in known.parameters
-    ):  # nothing is known of its types: that they are spelled so is all that can be asked
+    ):  # nothing is known of its types: all that can be asked is that they are spelled so
         typed = {key: {"type": kind_of(value)} for key, value in arguments.items()}
         values = Values([{"name": name, "parameters": {"properties": typed}}], lambda: known.manner)
 
