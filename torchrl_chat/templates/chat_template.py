@@ -144,21 +144,22 @@ class ChatTemplate:
 
         Equal conversations (the groups of GRPO) are rendered and tokenized once.
         """
-        unique: dict[Any, int] = {}
-        places = []
-        pending: list[tuple[str, bool]] = []
+        keys, pending = [], dict[Any, tuple[str, bool]]()
         for messages in conversations:
             if not isinstance(messages, (list, tuple)) or not all(isinstance(m, Mapping) for m in messages):
                 messages = as_messages(messages)
-            key = _key(messages)
-            place = unique.get(key)
-            if place is None:
-                place = unique[key] = len(pending)
+            keys.append(_key(messages))
+            if keys[-1] not in pending:
                 guarded, marked = self.renderer.guard(as_messages(messages))
-                pending.append((self.renderer.text(guarded, add_generation_prompt), marked))
-            places.append(place)
-        rendered = self._encode(pending)
-        return [rendered[place] for place in places]
+                pending[keys[-1]] = self.renderer.text(guarded, add_generation_prompt), marked
+        plain = iter(self.codec.encode([text for text, marked in pending.values() if not marked]))
+        rendered = {
+            key: Rendered(self.codec.encode_guarded([text])[0], unmarked(text))
+            if marked
+            else Rendered(next(plain), text)
+            for key, (text, marked) in pending.items()
+        }
+        return [rendered[key] for key in keys]
 
     # ------------------------------------------------------------------ extension
     def extend(
@@ -201,10 +202,11 @@ class ChatTemplate:
             as_messages(new, where=f"new_messages of row {i}") if new else [] for i, new in enumerate(new_messages)
         ]
         closes = list(map(self.close, messages))
-        stops = []
-        for ids, close, stopped in zip(token_ids, closes, ended, strict=True):
-            # A finish reason of "stop" without a stop token among the ids (servers often strip it) changes nothing.
-            stops.append(self._stop(close, ids) if stopped is not False and len(ids) else None)
+        # A finish reason of "stop" without a stop token among the ids (servers often strip it) changes nothing.
+        stops = [
+            self._stop(close, ids) if stopped is not False and len(ids) else None
+            for ids, close, stopped in zip(token_ids, closes, ended, strict=True)
+        ]
         follows = self.follow_batch(messages, new_messages, add_generation_prompt, stops=stops)
         return [
             [*ids, *close.suffix(stop).ids, *follow.ids]
@@ -313,17 +315,7 @@ class ChatTemplate:
         """
         return self._rewriter.rewrite(token_ids, spans, messages, new_messages, add_generation_prompt)
 
-    # ------------------------------------------------------------------ ids <-> text
-    def _encode(self, items: Sequence[tuple[str, bool]]) -> list[Rendered]:
-        """Ids of first prompts, those with marked look-alikes guarded."""
-        plain = iter(self.codec.encode([text for text, marked in items if not marked]))
-        return [
-            Rendered(self.codec.encode_guarded([text])[0], unmarked(text))
-            if marked
-            else Rendered(next(plain), text)
-            for text, marked in items
-        ]
-
+    # ------------------------------------------------------------------ answers
     def parse_batch(
         self,
         sampled: Sequence[Sequence[int]],
