@@ -19,7 +19,7 @@ from torchrl_chat.templates.bridge import BY_TEXT, Close, shared_prefix
 from torchrl_chat.templates.chat_template import ChatTemplate
 from torchrl_chat.templates.dialects import Pair
 from torchrl_chat.templates.kinds import Course
-from torchrl_chat.templates.reading import Parsed
+from torchrl_chat.templates.parsing import Parsed
 
 ERRORS = (ValueError, jinja2.TemplateError)
 """What a template, its bridge or its tokenizer may raise at a conversation."""

@@ -13,8 +13,7 @@ from torchrl_chat.templates.capabilities import CAPABILITIES
 from torchrl_chat.templates.codec import codec_of
 from torchrl_chat.templates.following import Follower, raised
 from torchrl_chat.templates.kinds import AnswerKind, Course, Roles, calling
-from torchrl_chat.templates.parsing import AnswerParser, ParsedCall, RenderersParser
-from torchrl_chat.templates.reading import Parsed, Reader
+from torchrl_chat.templates.parsing import AnswerParser, Parsed, ParsedCall, Reader, RenderersParser
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
 from torchrl_chat.templates.values import PROBE_NAME, Values, written_call
