@@ -19,25 +19,20 @@ SCHEMA = 1
 class Status(StrEnum):
     """What became of one capability."""
 
-    PROVED = "proved"
-    """The next prompt is exact: this kind of turn is extended."""
-    REFUSED = "refused"
-    """The template renders such a turn, but an exact extension is not proved; the environment raises."""
-    UNSUPPORTED = "unsupported"
-    """The template itself raises at such a turn, or leaves a message of it out."""
+    PROVED = "proved"  # the next prompt is exact: this kind of turn is extended
+    REFUSED = (
+        "refused"  # the template renders such a turn, but an exact extension is not proved: the environment raises
+    )
+    UNSUPPORTED = "unsupported"  # the template itself raises at such a turn, or leaves a message of it out
 
 
 class Origin(StrEnum):
     """Where a token of a tail comes from."""
 
-    STOP = "sampled stop"
-    """The policy sampled it: it ends the turn."""
-    CLOSE = "close"
-    """The template's, whatever follows the turn."""
-    NEW = "new"
-    """The new messages, with their headers."""
-    GENERATION_PROMPT = "generation prompt"
-    """What opens the policy's next turn."""
+    STOP = "sampled stop"  # the policy sampled it: it ends the turn
+    CLOSE = "close"  # the template's, whatever follows the turn
+    NEW = "new"  # the new messages, with their headers
+    GENERATION_PROMPT = "generation prompt"  # what opens the policy's next turn
 
 
 @dataclass(frozen=True, slots=True)

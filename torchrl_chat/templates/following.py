@@ -376,12 +376,7 @@ class Follower:
         return opened[len(ended) :]
 
     def follow(
-        self,
-        messages: Sequence[Message],
-        new: Sequence[Message],
-        course: Course,
-        stop: int | None,
-        agp: bool,
+        self, messages: Sequence[Message], new: Sequence[Message], course: Course, stop: int | None, agp: bool
     ) -> tuple[int | None, str, bool]:
         """Behind which token the text goes on, the text, and whether it carries marks."""
         answer, roles = messages[-1], course.roles

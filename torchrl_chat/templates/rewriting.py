@@ -82,18 +82,7 @@ class Rewriter:
         new: Sequence[Message],
         agp: bool,
     ) -> Rewritten | None:
-        """The past as the template writes it once ``new`` follows; ``None`` if it stays as it is.
-
-        Args:
-            ids: the sequence so far.
-            spans: the sampled answers in it, in order.
-            messages: the conversation, the last of them sampled.
-            new: the messages that follow.
-            agp: whether a generation prompt follows them.
-
-        Raises:
-            BridgeError: the template changes the words of an earlier answer.
-        """
+        """See :meth:`ChatTemplate.rewrite <torchrl_chat.ChatTemplate.rewrite>`."""
         written, rest, real = self._written(spans, messages, new, agp)
         out: list[int] = []
         moved: list[Span] = []

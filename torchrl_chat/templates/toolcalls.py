@@ -27,19 +27,14 @@ from torchrl_chat.templates.values import PLAIN, Values, inner
 
 
 class CallStatus(StrEnum):
-    """How a tool call came out of the text.
+    """How a tool call came out of the text."""
 
-    ``OK``: name and arguments are there. ``INVALID_JSON``: the call is closed, but cannot be read (bad
-    JSON, arguments that are no object, stray text inside an XML-like call). ``MISSING_NAME``: well-formed,
-    but it names no function. ``UNCLOSED``: the text ends, or the next call begins, before it is closed.
-    ``UNKNOWN_TOOL``: well-formed, but the name is not among the tools (the package ``renderers`` looks).
-    """
-
-    OK = "ok"
+    OK = "ok"  # name and arguments are there
+    # closed, but it cannot be read (bad JSON, arguments that are no object, stray text inside an XML-like call)
     INVALID_JSON = "invalid_json"
-    MISSING_NAME = "missing_name"
-    UNCLOSED = "unclosed"
-    UNKNOWN_TOOL = "unknown_tool"
+    MISSING_NAME = "missing_name"  # well-formed, but it names no function
+    UNCLOSED = "unclosed"  # the text ends, or the next call begins, before it is closed
+    UNKNOWN_TOOL = "unknown_tool"  # well-formed, but no tool has its name (the package ``renderers`` looks)
 
 
 @dataclass(frozen=True, slots=True)
