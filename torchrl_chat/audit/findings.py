@@ -24,11 +24,10 @@ from torchrl_chat.audit import report as r
 from torchrl_chat.audit.drift import drift
 from torchrl_chat.audit.samples import ERRORS, Sample, line, sample
 from torchrl_chat.messages import Message, content_text
-from torchrl_chat.templates.bridge import shared_prefix
+from torchrl_chat.templates.bridge import loosely, shared_prefix
 from torchrl_chat.templates.capabilities import ANSWER, DEPTH, NEXT, REASONING, SYSTEM, USER, Probe, probes
 from torchrl_chat.templates.chat_template import ChatTemplate
 from torchrl_chat.templates.dialects import Pair
-from torchrl_chat.templates.proof import loosely
 from torchrl_chat.templates.rendering import ChatTemplateError, at_another_time, remembered_texts
 from torchrl_chat.templates.rewriting import Span
 

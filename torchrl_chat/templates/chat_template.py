@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torchrl_chat.messages import Message, MessageError, as_messages
 from torchrl_chat.schema_references import tool_written_out
 from torchrl_chat.templates.backends import tokenizer_of, unmarked
-from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation
+from torchrl_chat.templates.bridge import BY_TEXT, Bridge, BridgeError, Close
 from torchrl_chat.templates.capabilities import CAPABILITIES
 from torchrl_chat.templates.codec import codec_of
 from torchrl_chat.templates.following import Follower, raised
@@ -87,8 +87,8 @@ class ChatTemplate:
         self.codec = codec_of(self.tokenizer)
         tools = [tool_written_out(tool) for tool in tools] if tools else tools
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
-        self._derivation = Derivation(self.renderer)
-        self._follower = Follower(self._derivation)
+        self._bridge = Bridge(self.renderer)
+        self._follower = Follower(self._bridge)
         self.parser = AnswerParser(
             self.renderer.source if parse_reasoning or parse_tool_calls or tools else "",
             self.codec.controls,
@@ -98,7 +98,7 @@ class ChatTemplate:
             tools=tools,
             write=self._probe_call,
         )
-        self._rewriter = Rewriter(self._derivation, self.parser, self.close)
+        self._rewriter = Rewriter(self._bridge, self.parser, self.close)
         peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
         self._reader = Reader(self.renderer, self.parser, peer, self._follower.close)
         reserved = _RESERVED & template_kwargs.keys()
@@ -242,7 +242,7 @@ class ChatTemplate:
 
     def suffix_ids(self, stop: int | None, text: str) -> list[int]:
         """Ids of a text as it continues a turn that ended with ``stop``, or whose end stands there already (``None``)."""
-        return self._derivation.ids(stop, text)
+        return self._bridge.ids(stop, text)
 
     def follow_batch(
         self,
@@ -282,7 +282,7 @@ class ChatTemplate:
                     raise
                 errors[i] = error
                 pending.append((None, "", False))
-        encoded = self._derivation.ids_batch(pending)
+        encoded = self._bridge.ids_batch(pending)
         return [
             Rendered(ids, unmarked(text) if marked else text)
             for ids, (_, text, marked) in zip(encoded, pending, strict=True)

@@ -20,11 +20,20 @@ from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.backends import unmarked
-from torchrl_chat.templates.bridge import BridgeError, Close, Derivation, Tail
+from torchrl_chat.templates.bridge import (
+    CONTENTS,
+    TRIMS,
+    Bridge,
+    BridgeError,
+    Close,
+    Tail,
+    check_real,
+    forms,
+    twin,
+)
 from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.kinds import AnswerKind, Course, Kind, Roles, calling
 from torchrl_chat.templates.looks import SMALL
-from torchrl_chat.templates.proof import CONTENTS, TRIMS, Prover, check_real, forms, twin
 from torchrl_chat.templates.rendering import at_another_time, remembered_texts
 
 PLAIN = (*CONTENTS, '{"temperature": 22, "unit": "C"}', "true")
@@ -121,10 +130,10 @@ def _field(slot: Slot, system: str, answer: Message, new: Sequence[Message]) -> 
 class Compiler:
     """Compiles the tails of one template."""
 
-    prover: Prover
+    bridge: Bridge
 
     def __post_init__(self) -> None:
-        self.derivation, self.looks = self.prover.derivation, self.prover.renderer.looks
+        self.looks = self.bridge.renderer.looks
 
     def compile(self, kind: Kind) -> Rule:
         """The rule of one kind of extension.
@@ -135,7 +144,7 @@ class Compiler:
         slots, system, answer, new = _probe(kind)
         histories = list(self._histories(kind, system))
         agp = kind.add_generation_prompt
-        tail = self.prover.prove(histories[0], answer, new, agp)
+        tail = self.bridge.prove(histories[0], answer, new, agp)
         rendered = Rule(tail, None, ())
         if self.looks.beyond_probes is not None:
             return rendered
@@ -144,15 +153,15 @@ class Compiler:
         if "qz9" in constant or len(str(parts[0])) < tail.end:
             return rendered  # a field is written in another form, or in front of where the turn ends
         try:
-            if any(_split(self.derivation.tail(h, answer, new, agp), slots) != parts for h in histories[1:]):
+            if any(_split(self.bridge.tail(h, answer, new, agp), slots) != parts for h in histories[1:]):
                 return rendered
             with at_another_time():
-                if _split(self.derivation.tail(histories[0], answer, new, agp), slots) != parts:
+                if _split(self.bridge.tail(histories[0], answer, new, agp), slots) != parts:
                     return rendered
             short = self._short(histories)
             if any(self._looks_back(h, answer, new, agp, tail.text) for h in short):
                 return rendered
-            if not all(self.prover.steady(h, answer, new, agp, tail) for h in short[:1]):
+            if not all(self.bridge.steady(h, answer, new, agp, tail) for h in short[:1]):
                 return rendered
             return self._with_edits(kind, histories, Rule(tail, parts, ()), answer, new) or rendered
         except BridgeError:
@@ -188,8 +197,8 @@ class Compiler:
             for content in (*lengths, *said):
                 if not content and "tool_calls" in old:
                     continue
-                [message], _ = self.derivation.renderer.guard([{**old, "content": content}])
-                text = self.derivation.tail([*before[:i], message, *before[i + 1 :]], answer, new, agp)
+                [message], _ = self.bridge.renderer.guard([{**old, "content": content}])
+                text = self.bridge.tail([*before[:i], message, *before[i + 1 :]], answer, new, agp)
                 was = old["content"]  # only a system prompt may stand in the tail: it has a slot
                 wanted = message["content"]
                 if text != expected and not (
@@ -208,7 +217,7 @@ class Compiler:
         def agrees(candidate: Rule, before: Sequence[Message], said: Message, after: Sequence[Message]) -> bool:
             system = before[0]["content"] if kind.roles.system else ""
             try:
-                return candidate.text(system, said, after) == self.derivation.tail(before, said, after, agp)
+                return candidate.text(system, said, after) == self.bridge.tail(before, said, after, agp)
             except BridgeError:
                 return False
 
@@ -235,7 +244,7 @@ class Compiler:
             cases = [(answer, [{**m, "content": c} for m in new]) for c in forms(literal)]
             if any("name" in m for m in new) or answer.get("tool_calls"):
                 cases.append(_renamed(answer, new, literal))
-            guard = self.derivation.renderer.guard
+            guard = self.bridge.renderer.guard
             if not all(agrees(fitted, history, said, guard(after)[0]) for said, after in cases):
                 triggers.append(literal.casefold() if self.looks.folds_case else literal)
         return replace(fitted, triggers=tuple(triggers), folds_case=self.looks.folds_case)
@@ -344,35 +353,34 @@ _proofs: weakref.WeakKeyDictionary[TokenCodec, dict[Any, Proofs]] = weakref.Weak
 class Follower:
     """The continuations of one chat template."""
 
-    derivation: Derivation
+    bridge: Bridge
 
     def __post_init__(self) -> None:
-        self.renderer = self.derivation.renderer
-        self.prover = Prover(self.derivation)
-        self.compiler = Compiler(self.prover)
+        self.renderer = self.bridge.renderer
+        self.compiler = Compiler(self.bridge)
         # Of all ChatTemplate objects that render alike: many environments, one proof.
-        self.proofs = _proofs.setdefault(self.derivation.codec, {}).setdefault(self.renderer.key, Proofs())
+        self.proofs = _proofs.setdefault(self.bridge.codec, {}).setdefault(self.renderer.key, Proofs())
 
     def close(self, roles: Roles, kind: AnswerKind) -> Close | BridgeError:
         """How a turn of a conversation of these roles, with this kind of answer, is closed; or why that is not known."""
         key = (roles, kind)
         close = self.proofs.closes.get(key)
         if close is None:
-            close = self.proofs.closes[key] = _or_error(lambda: self.prover.close(roles, kind))
+            close = self.proofs.closes[key] = _or_error(lambda: self.bridge.close(roles, kind))
         return close
 
     def opening(self, messages: Sequence[Message], course: Course) -> str:
         """What opens a turn of the policy right behind one of its own."""
         before, answer = messages[:-1], messages[-1]
-        ended = self.derivation.tail(before, answer, [], False)
-        opened = self.derivation.tail(before, answer, [], True)
+        ended = self.bridge.tail(before, answer, [], False)
+        opened = self.bridge.tail(before, answer, [], True)
         if not opened.startswith(ended) or opened == ended:
             raise BridgeError(
                 f"the chat template opens no turn behind an answer: it ends with {ended[-60:]!r} either way."
                 if opened == ended
                 else f"the chat template ends an answer with {opened[:60]!r} where another follows, else with {ended[:60]!r}."
             )
-        self.prover.check_answer(before, answer, [], True, opened)
+        self.bridge.check_answer(before, answer, [], True, opened)
         return opened[len(ended) :]
 
     def follow(
@@ -410,7 +418,7 @@ class Follower:
         """What the template writes behind this very turn, checked against its text of the whole conversation."""
         guarded, marked = self.renderer.guard([*messages, *new])
         before, answer, after = guarded[: len(messages) - 1], guarded[len(messages) - 1], guarded[len(messages) :]
-        text = self.derivation.tail(before, answer, after, agp)
+        text = self.bridge.tail(before, answer, after, agp)
         check_real(unmarked(text), new)
         tail = probe.placed(text)
         if tail is None:
@@ -418,7 +426,7 @@ class Follower:
                 f"the chat template ends this turn with {text[: probe.end]!r}, others with "
                 f"{probe.text[probe.cut : probe.end]!r}: what ends a turn depends on what the messages say."
             )
-        self.prover.check_answer(before, answer, after, agp, text[tail.cut :])
+        self.bridge.check_answer(before, answer, after, agp, text[tail.cut :])
         return tail.after(stop), marked
 
     def _ordinary(self, course: Course) -> bool:
@@ -438,7 +446,7 @@ class Follower:
         if key not in self.proofs.tails:
             probes = twin([*messages[:-1], *new])
             before, following = probes[: len(messages) - 1], probes[len(messages) - 1 :]
-            self.proofs.tails[key] = _or_error(lambda: self.prover.prove(before, messages[-1], following, agp))
+            self.proofs.tails[key] = _or_error(lambda: self.bridge.prove(before, messages[-1], following, agp))
         return raised(self.proofs.tails[key])
 
     def _rule(self, roles: Roles, answer: Message, new: Sequence[Message], agp: bool) -> Rule | None:

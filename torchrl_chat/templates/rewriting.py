@@ -20,9 +20,18 @@ from typing import NamedTuple
 
 from torchrl_chat.messages import Message
 from torchrl_chat.templates.backends import unmarked
-from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, shared_prefix, unused
+from torchrl_chat.templates.bridge import (
+    BY_TEXT,
+    TRIMS,
+    Bridge,
+    BridgeError,
+    Close,
+    call_with,
+    shared_prefix,
+    unescaped,
+    unused,
+)
 from torchrl_chat.templates.parsing import REASONING, AnswerParser, CallStatus
-from torchrl_chat.templates.proof import TRIMS, unescaped
 from torchrl_chat.templates.rendering import ChatTemplateError
 
 _Edit = Callable[[str], str]
@@ -67,12 +76,12 @@ _LONGEST_OPENING = 64  # more than any template writes in front of a call's own 
 class Rewriter:
     """Puts sequences together anew, as one template writes the past."""
 
-    derivation: Derivation
+    bridge: Bridge
     parser: AnswerParser
     close: Callable[[Sequence[Message]], Close]  # how a turn is closed, given the conversation up to its answer
 
     def __post_init__(self) -> None:
-        self.codec, self.renderer = self.derivation.codec, self.derivation.renderer
+        self.codec, self.renderer = self.bridge.codec, self.bridge.renderer
 
     def rewrite(
         self,
@@ -298,7 +307,7 @@ class Rewriter:
         marked = unmarked(text) != text
         if first:
             return (self.codec.encode_guarded if marked else self.codec.encode)([text])[0]
-        return self.derivation.ids(stop, text, marked)
+        return self.bridge.ids(stop, text, marked)
 
     @functools.cached_property
     def _header(self) -> str:
