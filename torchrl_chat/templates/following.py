@@ -303,23 +303,20 @@ def _probe(kind: Kind) -> tuple[dict[str, Slot], str, Message, list[Message]]:
 
     system = sentinel("system", 0, "content")
     answer = kind.answer.example(kind.roles.policy)
-    names: list[str] = []
-    ids: list[str] = []
-    for i, call in enumerate(answer.get("tool_calls", ())):
+    calls = answer.get("tool_calls", ())
+    for i, call in enumerate(calls):
         call["id"] = sentinel("call", i, "id")
         call["function"]["name"] = sentinel("call", i, "name")
-        ids.append(call["id"])
-        names.append(call["function"]["name"])
     new: list[Message] = []
     for i, (role, keys, place) in enumerate(kind.new):
         message = {"role": role}
         for key in keys:
-            if key == "content" or (key in ("name", "tool_call_id") and place < 0):
+            if place >= 0 and key == "name":
+                message[key] = calls[place]["function"]["name"]
+            elif place >= 0 and key == "tool_call_id":
+                message[key] = calls[place]["id"]
+            elif key != "role":
                 message[key] = sentinel("new", i, key)
-            elif key == "name":
-                message[key] = names[place]
-            elif key == "tool_call_id":
-                message[key] = ids[place]
         new.append(message)
     return slots, system, answer, new
 
