@@ -86,14 +86,10 @@ def backend_of(tokenizer: Any) -> Backend:
     return PythonTokenizer(tokenizer, added)
 
 
-def _spelled_bytes() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # printable in Latin-1: as they are
-    hidden = [byte for byte in range(256) if byte not in shown]  # the others: from U+0100 on
-    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-_BYTE_OF = _spelled_bytes()
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # printable in Latin-1: as they are
+_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]  # the others: from U+0100 on
+_BYTE_OF = {chr(byte): byte for byte in _SHOWN} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
+"""The byte that each character of a byte-level vocabulary stands for."""
 
 
 class ByteTable(dict[int, bytes]):

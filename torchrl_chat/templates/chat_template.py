@@ -238,7 +238,17 @@ class ChatTemplate:
         Raises:
             BridgeError: the template refuses it, or writes the answer otherwise when another follows.
         """
-        return self._follower.opening(messages, course)
+        before, answer = messages[:-1], messages[-1]
+        ended = self._bridge.tail(before, answer, [], False)
+        opened = self._bridge.tail(before, answer, [], True)
+        if not opened.startswith(ended) or opened == ended:
+            raise BridgeError(
+                f"the chat template opens no turn behind an answer: it ends with {ended[-60:]!r} either way."
+                if opened == ended
+                else f"the chat template ends an answer with {opened[:60]!r} where another follows, else with {ended[:60]!r}."
+            )
+        self._bridge.check_answer(before, answer, [], True, opened)
+        return opened[len(ended) :]
 
     def suffix_ids(self, stop: int | None, text: str) -> list[int]:
         """Ids of a text as it continues a turn that ended with ``stop``, or whose end stands there already (``None``)."""

@@ -158,7 +158,9 @@ class Compiler:
             with at_another_time():
                 if _split(self.bridge.tail(histories[0], answer, new, agp), slots) != parts:
                     return rendered
-            short = self._short(histories)
+            # In these, every message in turn carries what the template looks for.
+            with_tools = [h for h in histories if any("tool_calls" in message for message in h)]
+            short = [histories[1], *with_tools[:2]]
             if any(self._looks_back(h, answer, new, agp, tail.text) for h in short):
                 return rendered
             if not all(self.bridge.steady(h, answer, new, agp, tail) for h in short[:1]):
@@ -179,11 +181,6 @@ class Compiler:
                 rounds = [message for k in range(depth) for message in _tool_round(roles, k)]
                 yield [*head, *rounds, {"role": roles.user, "content": f"after {depth} tools"}]
                 yield [*head, *_plain_rounds(roles, depth), *rounds[:-1]]
-
-    def _short(self, histories: Sequence[list[Message]]) -> list[list[Message]]:
-        """The conversations in which every message in turn carries what the template looks for."""
-        with_tools = [h for h in histories if any("tool_calls" in message for message in h)]
-        return [histories[1], *with_tools[:2]]
 
     def _looks_back(
         self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool, expected: str
@@ -366,20 +363,6 @@ class Follower:
             close = self.proofs.closes[key] = _or_error(lambda: self.bridge.close(roles, kind))
         return close
 
-    def opening(self, messages: Sequence[Message], course: Course) -> str:
-        """What opens a turn of the policy right behind one of its own."""
-        before, answer = messages[:-1], messages[-1]
-        ended = self.bridge.tail(before, answer, [], False)
-        opened = self.bridge.tail(before, answer, [], True)
-        if not opened.startswith(ended) or opened == ended:
-            raise BridgeError(
-                f"the chat template opens no turn behind an answer: it ends with {ended[-60:]!r} either way."
-                if opened == ended
-                else f"the chat template ends an answer with {opened[:60]!r} where another follows, else with {ended[:60]!r}."
-            )
-        self.bridge.check_answer(before, answer, [], True, opened)
-        return opened[len(ended) :]
-
     def follow(
         self, messages: Sequence[Message], new: Sequence[Message], course: Course, stop: int | None, agp: bool
     ) -> tuple[int | None, str, bool]:
@@ -387,7 +370,9 @@ class Follower:
         answer, roles = messages[-1], course.roles
         close = raised(self.close(course.shape, AnswerKind.of(answer)))
         guarded, marked = self.renderer.guard(new)
-        rule = self._rule(roles, answer, new, agp) if roles is not None and self._ordinary(course) else None
+        # Rules are proved for texts, and for messages without fields that only few have.
+        ordinary = course.texts and course.answered and self.renderer.looks.keys.isdisjoint(course.extra)
+        rule = self._rule(roles, answer, new, agp) if roles is not None and ordinary else None
         if rule is not None and rule.parts is not None and rule.holds(answer, new):
             system = ""
             if "system" in rule.reads:
@@ -425,10 +410,6 @@ class Follower:
             )
         self.bridge.check_answer(before, answer, after, agp, text[tail.cut :])
         return tail.after(stop), marked
-
-    def _ordinary(self, course: Course) -> bool:
-        """Whether a conversation is of the form that rules are proved for: texts, no fields that only few have."""
-        return course.texts and course.answered and self.renderer.looks.keys.isdisjoint(course.extra)
 
     def _check_new(self, new: Sequence[Message], policy: str) -> None:
         if not new:

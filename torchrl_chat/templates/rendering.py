@@ -216,7 +216,10 @@ class Renderer:
             message, content = {**message, "content": ""}, ""
         if isinstance(content, str):
             return _in_parts(message) if self.wants_parts else message
-        if isinstance(content, (list, tuple)) and not self.reads_parts and _only_text(content):
+        texts = isinstance(content, (list, tuple)) and all(
+            isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
+        )
+        if texts and not self.reads_parts:
             return {**message, "content": content_text(message)}
         return message
 
@@ -251,7 +254,11 @@ class Renderer:
         """
         if not self.guards:
             return messages, False
-        adapted = [self._adapt(message) if _composed(message) else message for message in messages]
+        # Only tool calls and parts have a form that a template may need changed.
+        adapted = [
+            self._adapt(m) if "tool_calls" in m or not isinstance(m.get("content"), (str, type(None))) else m
+            for m in messages
+        ]
         # Of a plain message, only the content is looked at: its other string is its role.
         spelled = [
             self._spells(m["content"] if len(m) == 2 and "content" in m else m, m.get("role") in _TRUSTED)
@@ -318,11 +325,6 @@ def _stop_clock(source: str) -> None:
         names["strftime_now"] = stopped
 
 
-def _composed(message: Message) -> bool:
-    """Whether a message has tool calls or parts, whose form a template may need changed."""
-    return "tool_calls" in message or not isinstance(message.get("content"), (str, type(None)))
-
-
 def _is_text(part: Any) -> bool:
     return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
@@ -334,10 +336,6 @@ def _joined(parts: Sequence[Any]) -> str:
 
 def _in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
-def _only_text(parts: Sequence[Any]) -> bool:
-    return all(isinstance(part, Mapping) and part.get("type", "text") == "text" for part in parts)
 
 
 def _source(tokenizer: Any, chat_template: str | None, with_tools: bool) -> str:

@@ -108,7 +108,8 @@ class Rewriter:
             seen, said, before = self.codec.decode([unsampled, core, between])
             seen = seen.removesuffix(span.lost)
             message = messages[span.message]
-            content_at, call_at = self._places(said, seen) if _parted(message) else (0, len(said))
+            parted = message.get("tool_calls") or any(message.get(key) is not None for key in REASONING)
+            content_at, call_at = self._places(said, seen) if parted else (0, len(said))
             begin = 0 if answer.keeps_reasoning else content_at
             if answer.opens_with == "call":
                 answer = answer._replace(before=self._in_front_of_call(answer.before, said[begin:]))
@@ -363,11 +364,6 @@ class Rewriter:
         parsed = self.parser.parse(said, self.parser.opened_by(seen[-200:]))
         calls = [call.span[0] for call in parsed.calls if call.status is CallStatus.OK]
         return parsed.start, min(calls, default=len(said))
-
-
-def _parted(message: Message) -> bool:
-    """Whether an answer has more than a content."""
-    return bool(message.get("tool_calls")) or any(message.get(key) is not None for key in REASONING)
 
 
 def _overlap(text: str, said: str) -> int:
