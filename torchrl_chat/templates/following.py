@@ -126,210 +126,6 @@ def _field(slot: Slot, system: str, answer: Message, new: Sequence[Message]) -> 
     return call["id"] if slot.field == "id" else call["function"]["name"]
 
 
-@dataclass(eq=False)
-class Compiler:
-    """Compiles the tails of one template."""
-
-    bridge: Bridge
-
-    def __post_init__(self) -> None:
-        self.looks = self.bridge.renderer.looks
-
-    def compile(self, kind: Kind) -> Rule:
-        """The rule of one kind of extension.
-
-        Raises:
-            BridgeError: the extension is refused for every conversation of this kind.
-        """
-        slots, system, answer, new = _probe(kind)
-        histories = list(self._histories(kind, system))
-        agp = kind.add_generation_prompt
-        tail = self.bridge.prove(histories[0], answer, new, agp)
-        rendered = Rule(tail, None, ())
-        if self.looks.beyond_probes is not None:
-            return rendered
-        parts = _split(tail.text, slots)
-        constant = "".join(part for part in parts if isinstance(part, str)).casefold()
-        if "qz9" in constant or len(str(parts[0])) < tail.end:
-            return rendered  # a field is written in another form, or in front of where the turn ends
-        try:
-            if any(_split(self.bridge.tail(h, answer, new, agp), slots) != parts for h in histories[1:]):
-                return rendered
-            with at_another_time():
-                if _split(self.bridge.tail(histories[0], answer, new, agp), slots) != parts:
-                    return rendered
-            # In these, every message in turn carries what the template looks for.
-            with_tools = [h for h in histories if any("tool_calls" in message for message in h)]
-            short = [histories[1], *with_tools[:2]]
-            if any(self._looks_back(h, answer, new, agp, tail.text) for h in short):
-                return rendered
-            if not all(self.bridge.steady(h, answer, new, agp, tail) for h in short[:1]):
-                return rendered
-            return self._with_edits(kind, histories, Rule(tail, parts, ()), answer, new) or rendered
-        except BridgeError:
-            return rendered  # some conversations of this kind only are refused: each is tried on its own
-
-    # ------------------------------------------------------------------ probes
-    def _histories(self, kind: Kind, system: str) -> Iterator[list[Message]]:
-        """Conversations up to the answer, of many depths, no two messages alike."""
-        roles = kind.roles
-        head = [{"role": roles.system, "content": system}] if roles.system else []
-        for depth in (*range(2 * SMALL + 3), 64):
-            yield [*head, *_plain_rounds(roles, depth), {"role": roles.user, "content": f"the question {depth}"}]
-        if roles.tool is not None:
-            for depth in (1, 2, 5):
-                rounds = [message for k in range(depth) for message in _tool_round(roles, k)]
-                yield [*head, *rounds, {"role": roles.user, "content": f"after {depth} tools"}]
-                yield [*head, *_plain_rounds(roles, depth), *rounds[:-1]]
-
-    def _looks_back(
-        self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool, expected: str
-    ) -> bool:
-        """Whether a string in an earlier message changes the tail, or stands in it."""
-        said = [literal for s in self.looks.literals for literal in forms(s)]
-        lengths = ["", *("x" * n for n in range(1, SMALL + 2)), "long " * 40]
-        for i, old in enumerate(before):
-            if i and old["content"] and old["content"] in expected:
-                return True
-            for content in (*lengths, *said):
-                if not content and "tool_calls" in old:
-                    continue
-                [message], _ = self.bridge.renderer.guard([{**old, "content": content}])
-                text = self.bridge.tail([*before[:i], message, *before[i + 1 :]], answer, new, agp)
-                was = old["content"]  # only a system prompt may stand in the tail: it has a slot
-                wanted = message["content"]
-                if text != expected and not (
-                    i == 0 and was in expected and any(text == expected.replace(was, e(wanted)) for e in EDITS)
-                ):
-                    return True
-        return False
-
-    def _with_edits(
-        self, kind: Kind, histories: Sequence[list[Message]], rule: Rule, answer: Message, new: Sequence[Message]
-    ) -> Rule | None:
-        """The rule with the edit of every slot found, and the contents that it does not hold for."""
-        agp = kind.add_generation_prompt
-        history = histories[0]
-
-        def agrees(candidate: Rule, before: Sequence[Message], said: Message, after: Sequence[Message]) -> bool:
-            system = before[0]["content"] if kind.roles.system else ""
-            try:
-                return candidate.text(system, said, after) == self.bridge.tail(before, said, after, agp)
-            except BridgeError:
-                return False
-
-        def fitting(rule: Rule, where: str, cases: Sequence[_Case]) -> Rule | None:
-            """The rule with the first edit of this kind of slot that agrees with the template in all cases."""
-            candidates = (rule.edited(where, edit) for edit in EDITS)
-            return next((one for one in candidates if all(agrees(one, *case) for case in cases)), None)
-
-        contents = enumerate((*PLAIN, *EDGED, *("x" * n for n in range(1, SMALL + 2))))
-        plain = [(histories[i % len(histories)], answer, [{**m, "content": c} for m in new]) for i, c in contents]
-        fitted = fitting(rule, "new", plain)
-        if fitted is not None and "system" in fitted.reads:
-            systems = [[{**history[0], "content": c}, *history[1:]] for c in (*PLAIN, *EDGED)]
-            fitted = fitting(fitted, "system", [(system, answer, new) for system in systems])
-        if fitted is None:
-            return None
-        others = [_renamed(answer, new, name) for name in ("python", "Look_Up", "a.b-c")]
-        # Some templates have ids of one form only.
-        others += [_identified(answer, new, identity) for identity in ("call_1", "7", "call-00001-abcdef")]
-        if not all(agrees(fitted, history, said, after) for said, after in others):
-            return None
-        triggers = []
-        for literal in self.looks.literals:
-            cases = [(answer, [{**m, "content": c} for m in new]) for c in forms(literal)]
-            if any("name" in m for m in new) or answer.get("tool_calls"):
-                cases.append(_renamed(answer, new, literal))
-            guard = self.bridge.renderer.guard
-            if not all(agrees(fitted, history, said, guard(after)[0]) for said, after in cases):
-                triggers.append(literal.casefold() if self.looks.folds_case else literal)
-        return replace(fitted, triggers=tuple(triggers), folds_case=self.looks.folds_case)
-
-
-def _renamed(answer: Message, new: Sequence[Message], name: str) -> tuple[Message, list[Message]]:
-    """The messages with another name of their tools."""
-    if calls := answer.get("tool_calls"):
-        named = [{**call, "function": {**call["function"], "name": name}} for call in calls]
-        answer = {**answer, "tool_calls": named}
-    return answer, [{**m, "name": name} if "name" in m else m for m in new]
-
-
-def _identified(answer: Message, new: Sequence[Message], identity: str) -> tuple[Message, list[Message]]:
-    """The messages with other ids of their calls."""
-    calls = answer.get("tool_calls") or ()
-    ids = {call["id"]: f"{identity}{i}" for i, call in enumerate(calls)}
-    if calls:
-        answer = {**answer, "tool_calls": [{**call, "id": ids[call["id"]]} for call in calls]}
-    return answer, [
-        {**m, "tool_call_id": ids.get(m["tool_call_id"], identity)} if "tool_call_id" in m else m for m in new
-    ]
-
-
-def _plain_rounds(roles: Roles, depth: int) -> list[Message]:
-    return [
-        message
-        for turn in range(depth)
-        for message in (
-            {"role": roles.user, "content": f"question {turn}"},
-            {"role": roles.policy, "content": f"answer {turn}"},
-        )
-    ]
-
-
-def _tool_round(roles: Roles, number: int) -> list[Message]:
-    """A turn that calls a tool, the tool's result, and an answer."""
-    assert roles.tool is not None
-    identity = f"abcdefg{number:02d}"
-    return [
-        {"role": roles.user, "content": f"look it up {number}"},
-        calling("lookup", {"q": "it"}, [identity], roles.policy),
-        {"role": roles.tool, "content": f"found {number}", "name": "lookup", "tool_call_id": identity},
-        {"role": roles.policy, "content": f"here it is {number}"},
-    ]
-
-
-def _probe(kind: Kind) -> tuple[dict[str, Slot], str, Message, list[Message]]:
-    """An answer and new messages whose every field is a sentinel, and what each sentinel stands for."""
-    slots: dict[str, Slot] = {}
-
-    def sentinel(where: str, index: int, field: str) -> str:
-        text = f"Qz9{len(slots):04d}zQ"
-        slots[text] = Slot(where, index, field, str)
-        return text
-
-    system = sentinel("system", 0, "content")
-    answer = kind.answer.example(kind.roles.policy)
-    calls = answer.get("tool_calls", ())
-    for i, call in enumerate(calls):
-        call["id"] = sentinel("call", i, "id")
-        call["function"]["name"] = sentinel("call", i, "name")
-    new: list[Message] = []
-    for i, (role, keys, place) in enumerate(kind.new):
-        message = {"role": role}
-        for key in keys:
-            if place >= 0 and key == "name":
-                message[key] = calls[place]["function"]["name"]
-            elif place >= 0 and key == "tool_call_id":
-                message[key] = calls[place]["id"]
-            elif key != "role":
-                message[key] = sentinel("new", i, key)
-        new.append(message)
-    return slots, system, answer, new
-
-
-def _split(text: str, slots: dict[str, Slot]) -> tuple[str | Slot, ...]:
-    """A tail as constant texts and slots."""
-    parts: list[str | Slot] = []
-    at = 0
-    for match in _SENTINEL.finditer(text):
-        if match.group() in slots:
-            parts += [text[at : match.start()], slots[match.group()]]
-            at = match.end()
-    return (*parts, text[at:])
-
-
-# ---------------------------------------------------------------------- proved once, followed at every turn
 @dataclass
 class Proofs:
     """What was proved of one template with one tokenizer."""
@@ -345,13 +141,12 @@ _proofs: weakref.WeakKeyDictionary[TokenCodec, dict[Any, Proofs]] = weakref.Weak
 
 @dataclass(eq=False)
 class Follower:
-    """The continuations of one chat template."""
+    """The continuations of one chat template: proved once, compiled where their text is constant."""
 
     bridge: Bridge
 
     def __post_init__(self) -> None:
         self.renderer = self.bridge.renderer
-        self.compiler = Compiler(self.bridge)
         # Of all ChatTemplate objects that render alike: many environments, one proof.
         self.proofs = _proofs.setdefault(self.bridge.codec, {}).setdefault(self.renderer.key, Proofs())
 
@@ -435,8 +230,120 @@ class Follower:
         if kind not in self.proofs.rules:
             self._check_new(new, roles.policy)
             with remembered_texts():
-                self.proofs.rules[kind] = _or_error(lambda: self.compiler.compile(kind))
+                self.proofs.rules[kind] = _or_error(lambda: self._compiled(kind))
         return raised(self.proofs.rules[kind])
+
+    # ------------------------------------------------------------------ compiled
+    def _compiled(self, kind: Kind) -> Rule:
+        """The rule of one kind of extension.
+
+        Raises:
+            BridgeError: the extension is refused for every conversation of this kind.
+        """
+        slots, system, answer, new = _probe(kind)
+        histories = list(self._histories(kind, system))
+        agp = kind.add_generation_prompt
+        tail = self.bridge.prove(histories[0], answer, new, agp)
+        rendered = Rule(tail, None, ())
+        if self.renderer.looks.beyond_probes is not None:
+            return rendered
+        parts = _split(tail.text, slots)
+        constant = "".join(part for part in parts if isinstance(part, str)).casefold()
+        if "qz9" in constant or len(str(parts[0])) < tail.end:
+            return rendered  # a field is written in another form, or in front of where the turn ends
+        try:
+            if any(_split(self.bridge.tail(h, answer, new, agp), slots) != parts for h in histories[1:]):
+                return rendered
+            with at_another_time():
+                if _split(self.bridge.tail(histories[0], answer, new, agp), slots) != parts:
+                    return rendered
+            # In these, every message in turn carries what the template looks for.
+            with_tools = [h for h in histories if any("tool_calls" in message for message in h)]
+            short = [histories[1], *with_tools[:2]]
+            if any(self._looks_back(h, answer, new, agp, tail.text) for h in short):
+                return rendered
+            if not all(self.bridge.steady(h, answer, new, agp, tail) for h in short[:1]):
+                return rendered
+            return self._with_edits(kind, histories, Rule(tail, parts, ()), answer, new) or rendered
+        except BridgeError:
+            return rendered  # some conversations of this kind only are refused: each is tried on its own
+
+    # ------------------------------------------------------------------ probes
+    def _histories(self, kind: Kind, system: str) -> Iterator[list[Message]]:
+        """Conversations up to the answer, of many depths, no two messages alike."""
+        roles = kind.roles
+        head = [{"role": roles.system, "content": system}] if roles.system else []
+        for depth in (*range(2 * SMALL + 3), 64):
+            yield [*head, *_plain_rounds(roles, depth), {"role": roles.user, "content": f"the question {depth}"}]
+        if roles.tool is not None:
+            for depth in (1, 2, 5):
+                rounds = [message for k in range(depth) for message in _tool_round(roles, k)]
+                yield [*head, *rounds, {"role": roles.user, "content": f"after {depth} tools"}]
+                yield [*head, *_plain_rounds(roles, depth), *rounds[:-1]]
+
+    def _looks_back(
+        self, before: Sequence[Message], answer: Message, new: Sequence[Message], agp: bool, expected: str
+    ) -> bool:
+        """Whether a string in an earlier message changes the tail, or stands in it."""
+        said = [literal for s in self.renderer.looks.literals for literal in forms(s)]
+        lengths = ["", *("x" * n for n in range(1, SMALL + 2)), "long " * 40]
+        for i, old in enumerate(before):
+            if i and old["content"] and old["content"] in expected:
+                return True
+            for content in (*lengths, *said):
+                if not content and "tool_calls" in old:
+                    continue
+                [message], _ = self.renderer.guard([{**old, "content": content}])
+                text = self.bridge.tail([*before[:i], message, *before[i + 1 :]], answer, new, agp)
+                was = old["content"]  # only a system prompt may stand in the tail: it has a slot
+                wanted = message["content"]
+                if text != expected and not (
+                    i == 0 and was in expected and any(text == expected.replace(was, e(wanted)) for e in EDITS)
+                ):
+                    return True
+        return False
+
+    def _with_edits(
+        self, kind: Kind, histories: Sequence[list[Message]], rule: Rule, answer: Message, new: Sequence[Message]
+    ) -> Rule | None:
+        """The rule with the edit of every slot found, and the contents that it does not hold for."""
+        agp = kind.add_generation_prompt
+        history = histories[0]
+
+        def agrees(candidate: Rule, before: Sequence[Message], said: Message, after: Sequence[Message]) -> bool:
+            system = before[0]["content"] if kind.roles.system else ""
+            try:
+                return candidate.text(system, said, after) == self.bridge.tail(before, said, after, agp)
+            except BridgeError:
+                return False
+
+        def fitting(rule: Rule, where: str, cases: Sequence[_Case]) -> Rule | None:
+            """The rule with the first edit of this kind of slot that agrees with the template in all cases."""
+            candidates = (rule.edited(where, edit) for edit in EDITS)
+            return next((one for one in candidates if all(agrees(one, *case) for case in cases)), None)
+
+        contents = enumerate((*PLAIN, *EDGED, *("x" * n for n in range(1, SMALL + 2))))
+        plain = [(histories[i % len(histories)], answer, [{**m, "content": c} for m in new]) for i, c in contents]
+        fitted = fitting(rule, "new", plain)
+        if fitted is not None and "system" in fitted.reads:
+            systems = [[{**history[0], "content": c}, *history[1:]] for c in (*PLAIN, *EDGED)]
+            fitted = fitting(fitted, "system", [(system, answer, new) for system in systems])
+        if fitted is None:
+            return None
+        others = [_renamed(answer, new, name) for name in ("python", "Look_Up", "a.b-c")]
+        # Some templates have ids of one form only.
+        others += [_identified(answer, new, identity) for identity in ("call_1", "7", "call-00001-abcdef")]
+        if not all(agrees(fitted, history, said, after) for said, after in others):
+            return None
+        triggers = []
+        for literal in self.renderer.looks.literals:
+            cases = [(answer, [{**m, "content": c} for m in new]) for c in forms(literal)]
+            if any("name" in m for m in new) or answer.get("tool_calls"):
+                cases.append(_renamed(answer, new, literal))
+            guard = self.renderer.guard
+            if not all(agrees(fitted, history, said, guard(after)[0]) for said, after in cases):
+                triggers.append(literal.casefold() if self.renderer.looks.folds_case else literal)
+        return replace(fitted, triggers=tuple(triggers), folds_case=self.renderer.looks.folds_case)
 
 
 def _or_error(prove: Callable[[], Any]) -> Any:
@@ -452,3 +359,86 @@ def raised(value: Any) -> Any:
     if isinstance(value, BridgeError):
         raise value
     return value
+
+
+# ---------------------------------------------------------------------- probes
+def _renamed(answer: Message, new: Sequence[Message], name: str) -> tuple[Message, list[Message]]:
+    """The messages with another name of their tools."""
+    if calls := answer.get("tool_calls"):
+        named = [{**call, "function": {**call["function"], "name": name}} for call in calls]
+        answer = {**answer, "tool_calls": named}
+    return answer, [{**m, "name": name} if "name" in m else m for m in new]
+
+
+def _identified(answer: Message, new: Sequence[Message], identity: str) -> tuple[Message, list[Message]]:
+    """The messages with other ids of their calls."""
+    calls = answer.get("tool_calls") or ()
+    ids = {call["id"]: f"{identity}{i}" for i, call in enumerate(calls)}
+    if calls:
+        answer = {**answer, "tool_calls": [{**call, "id": ids[call["id"]]} for call in calls]}
+    return answer, [
+        {**m, "tool_call_id": ids.get(m["tool_call_id"], identity)} if "tool_call_id" in m else m for m in new
+    ]
+
+
+def _plain_rounds(roles: Roles, depth: int) -> list[Message]:
+    return [
+        message
+        for turn in range(depth)
+        for message in (
+            {"role": roles.user, "content": f"question {turn}"},
+            {"role": roles.policy, "content": f"answer {turn}"},
+        )
+    ]
+
+
+def _tool_round(roles: Roles, number: int) -> list[Message]:
+    """A turn that calls a tool, the tool's result, and an answer."""
+    assert roles.tool is not None
+    identity = f"abcdefg{number:02d}"
+    return [
+        {"role": roles.user, "content": f"look it up {number}"},
+        calling("lookup", {"q": "it"}, [identity], roles.policy),
+        {"role": roles.tool, "content": f"found {number}", "name": "lookup", "tool_call_id": identity},
+        {"role": roles.policy, "content": f"here it is {number}"},
+    ]
+
+
+def _probe(kind: Kind) -> tuple[dict[str, Slot], str, Message, list[Message]]:
+    """An answer and new messages whose every field is a sentinel, and what each sentinel stands for."""
+    slots: dict[str, Slot] = {}
+
+    def sentinel(where: str, index: int, field: str) -> str:
+        text = f"Qz9{len(slots):04d}zQ"
+        slots[text] = Slot(where, index, field, str)
+        return text
+
+    system = sentinel("system", 0, "content")
+    answer = kind.answer.example(kind.roles.policy)
+    calls = answer.get("tool_calls", ())
+    for i, call in enumerate(calls):
+        call["id"] = sentinel("call", i, "id")
+        call["function"]["name"] = sentinel("call", i, "name")
+    new: list[Message] = []
+    for i, (role, keys, place) in enumerate(kind.new):
+        message = {"role": role}
+        for key in keys:
+            if place >= 0 and key == "name":
+                message[key] = calls[place]["function"]["name"]
+            elif place >= 0 and key == "tool_call_id":
+                message[key] = calls[place]["id"]
+            elif key != "role":
+                message[key] = sentinel("new", i, key)
+        new.append(message)
+    return slots, system, answer, new
+
+
+def _split(text: str, slots: dict[str, Slot]) -> tuple[str | Slot, ...]:
+    """A tail as constant texts and slots."""
+    parts: list[str | Slot] = []
+    at = 0
+    for match in _SENTINEL.finditer(text):
+        if match.group() in slots:
+            parts += [text[at : match.start()], slots[match.group()]]
+            at = match.end()
+    return (*parts, text[at:])
