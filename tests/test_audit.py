@@ -11,11 +11,11 @@ import pytest
 from conftest import CHATML, SHARED, all_corpus, bpe_tokenizer, corpus_tokenizer, need_shared, of_the_day
 
 from torchrl_chat import ChatTemplateError
+from torchrl_chat.audit import audit
+from torchrl_chat.audit.report import Origin, Status
 from torchrl_chat.cli.audit import template_kwargs
 from torchrl_chat.cli.audit_text import Style, lines
 from torchrl_chat.cli.main import main
-from torchrl_chat.templates.audit import audit
-from torchrl_chat.templates.report import Origin, Status
 
 pytestmark = pytest.mark.corpus
 
@@ -351,7 +351,7 @@ class TestCommand:
 
     def test_knows_no_torchrl(self):
         code = (
-            "import sys, torchrl_chat.cli.main, torchrl_chat.cli.audit_text, torchrl_chat.templates.audit;"
+            "import sys, torchrl_chat.cli.main, torchrl_chat.cli.audit_text, torchrl_chat.audit;"
             "assert not {'torch', 'torchrl', 'transformers'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import BridgeError, ChatEnv, ChatTemplate, columns
-from torchrl_chat.templates.audit import audit
+from torchrl_chat.audit import audit
 from torchrl_chat.templates.named import NAMED
 from torchrl_chat.templates.rendering import ChatTemplateError
 

@@ -314,15 +314,22 @@ def test_an_answer_that_only_looks_like_a_bare_call():
     assert AnswerParser(HERMES).parse(text) == ParsedAnswer(text)
 
 
-def test_tool_names_and_messages():
-    text = '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}</tool_call>'
-    answer = AnswerParser(HERMES, tool_names=["f"]).parse("<think>R</think>" + text)
-    assert [call.status for call in answer.calls] == [CallStatus.OK, CallStatus.UNKNOWN_TOOL]
+def test_messages():
+    text = '<tool_call>{"name": "f"}</tool_call><tool_call>{"nome": "g"}</tool_call>'
+    answer = AnswerParser(HERMES).parse("<think>R</think>" + text)
+    assert [call.status for call in answer.calls] == [CallStatus.OK, CallStatus.MISSING_NAME]
     message = answer.message()
     assert message["reasoning_content"] == "R"
-    assert message["content"] == '<tool_call>{"name": "g"}</tool_call>'
+    assert message["content"] == '<tool_call>{"nome": "g"}</tool_call>'
     assert [call["function"] for call in message["tool_calls"]] == [{"name": "f", "arguments": {}}]
     assert ParsedAnswer("A").message("model") == {"role": "model", "content": "A"}
+
+
+def test_a_value_that_is_not_closed_in_a_block_that_is():
+    answer = AnswerParser(GLM).parse("<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</tool_call> more")
+    [call] = answer.calls
+    assert (call.name, call.status, call.span) == ("f", CallStatus.INVALID_JSON, (0, 58))
+    assert answer.content == "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</tool_call> more"
 
 
 def test_calls_inside_the_reasoning_are_reasoning():

@@ -10,8 +10,7 @@ import pytest
 from conftest import all_corpus, corpus_tokenizer, need_shared, while_of_one_template
 
 from torchrl_chat.templates.parsing import AnswerParser, CallStatus
-from torchrl_chat.templates.values import Values
-from torchrl_chat.templates.writing import same
+from torchrl_chat.templates.values import Values, same
 
 pytestmark = pytest.mark.corpus
 

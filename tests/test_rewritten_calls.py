@@ -15,9 +15,9 @@ from tensordict import TensorDict
 from torchrl.modules.llm.policies import Tokens
 
 from torchrl_chat import BridgeError, ChatEnv, ChatTemplate, columns
+from torchrl_chat.audit.samples import Sample, sample
 from torchrl_chat.templates.kinds import Course
 from torchrl_chat.templates.rewriting import Span
-from torchrl_chat.templates.samples import Sample, sample
 
 KINDS = {
     "city": "string",

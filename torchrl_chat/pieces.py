@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torchrl_chat.templates.backends import tokenizer_of
-from torchrl_chat.templates.bytelevel import byte_table
+from torchrl_chat.templates.backends import byte_table, tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece spells a byte that no piece has

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         from torchrl_chat.pretrained import load_tokenizer
 
         tokenizer = load_tokenizer(arguments.tokenizer)
-        from torchrl_chat.templates.audit import BrokenTemplateError, audit
+        from torchrl_chat.audit import BrokenTemplateError, audit
 
         try:
             report = audit(tokenizer, chat_template=source, tools=tools, **variables)

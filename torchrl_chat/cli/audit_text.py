@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TextIO
 
-from torchrl_chat.templates.drift import METHODS
-from torchrl_chat.templates.report import Drift, Finding, Report, Rewrite, Status, TailToken, Template
+from torchrl_chat.audit.drift import METHODS
+from torchrl_chat.audit.report import Drift, Finding, Report, Rewrite, Status, Template, Token
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 _LABEL = 19  # wide enough for the longest label, "generation prompt"
@@ -23,17 +23,11 @@ _LOOKS = {
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What the terminal can show.
+    """What the terminal can show."""
 
-    Attributes:
-        width: in characters.
-        colour: whether it understands colours.
-        symbols: whether it can print more than ASCII.
-    """
-
-    width: int = 100
-    colour: bool = False
-    symbols: bool = True
+    width: int = 100  # in characters
+    colour: bool = False  # whether it understands colours
+    symbols: bool = True  # whether it can print more than ASCII
 
     @classmethod
     def of(cls, stream: TextIO, width: int) -> Style:
@@ -164,7 +158,7 @@ def _finding(finding: Finding, style: Style, seen: dict[Any, str]) -> Iterator[s
             yield from style.field(origin.value, _tokens(list(tokens), style), 2)
 
 
-def _tokens(tokens: Sequence[Any] | Sequence[TailToken], style: Style) -> str:
+def _tokens(tokens: Sequence[Token], style: Style) -> str:
     return "  ".join(f"{style.visible(token.text)}({token.id})" for token in tokens)
 
 

@@ -16,7 +16,7 @@ import torch
 from torchrl_chat.conversation.transcript import Transcript, Versions
 from torchrl_chat.conversation.turn import Arrays, Errors, Turn, by_row, check_turns
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
-from torchrl_chat.templates.reading import OPENING_IDS
+from torchrl_chat.templates.parsing import OPENING_IDS
 
 
 def answer(

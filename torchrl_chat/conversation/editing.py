@@ -9,7 +9,7 @@ from __future__ import annotations
 from torchrl_chat.conversation.transcript import Transcript
 from torchrl_chat.templates import BridgeError, ChatTemplate
 from torchrl_chat.templates.bridge import BY_TEXT
-from torchrl_chat.templates.reading import OPENING_IDS
+from torchrl_chat.templates.parsing import OPENING_IDS
 
 
 def answer_text(transcript: Transcript, template: ChatTemplate) -> str:

@@ -2,7 +2,8 @@
 
 :class:`RustTokenizer` calls the ``tokenizers`` backend of a fast tokenizer directly. :class:`PythonTokenizer`
 goes through the public methods of any other Hugging Face tokenizer: ``PreTrainedTokenizer`` subclasses,
-SentencePiece models, code that comes with a model. :func:`backend_of` chooses.
+SentencePiece models, code that comes with a model. :func:`backend_of` chooses. The text of ids comes from a table of
+bytes (:class:`ByteTable`) where a tokenizer is byte-level, without a call into it.
 
 Law of this file: a backend adds no token, drops none and cleans nothing up. Where it cannot keep a stretch of
 text from becoming a control token it answers ``None``, and the codec finds another way or raises.
@@ -13,10 +14,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-from torchrl_chat.templates.bytelevel import byte_table
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,31 +47,6 @@ def one_of(texts: Iterable[str]) -> re.Pattern[str]:
 def trials(controls: Iterable[str]) -> list[str]:
     """Texts on which two ways to find these control tokens would differ."""
     return ["a  b ", *(text for s in controls for text in (f"x{s}y", f" x {s} {s}\ny {s}"))]
-
-
-class Backend(Protocol):
-    """What the codec needs of a tokenizer.
-
-    Attributes:
-        added: every added token (``AddedToken``) by its id.
-    """
-
-    added: Mapping[int, Any]
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; added tokens spelled in it are parsed, none are put around it."""
-
-    def encode_guarded(self, texts: Sequence[str], controls: Mapping[str, int]) -> Sequence[list[int] | None]:
-        """Like :meth:`encode`, but what carries :data:`MARK` stays text; ``None`` where that cannot be had."""
-
-    def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
-        """Text of each row, special tokens spelled out, nothing cleaned up."""
-
-    def disguises(self, token_id: int) -> bool:
-        """Whether this added token may be parsed out of a text that does not spell it letter by letter."""
-
-    def disguised(self, text: str, ids: Set[int]) -> bool:
-        """Whether the text may hold one of these added tokens, each of which :meth:`disguises`, in disguise."""
 
 
 def tokenizer_of(source: Any) -> Any:
@@ -112,13 +86,52 @@ def backend_of(tokenizer: Any) -> Backend:
     return PythonTokenizer(tokenizer, added)
 
 
-class _Copy(NamedTuple):
-    """A private copy of a tokenizer that knows no control tokens, and placeholders for them."""
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # printable in Latin-1: as they are
+_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]  # the others: from U+0100 on
+_BYTE_OF = {chr(byte): byte for byte in _SHOWN} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
+"""The byte that each character of a byte-level vocabulary stands for."""
 
-    tokenizer: Tokenizer
-    unmarked_control: re.Pattern[str]
-    placeholders: dict[str, str]
-    back: dict[int, int]
+
+class ByteTable(dict[int, bytes]):
+    """The bytes of each token, made as they are asked for: short rows are read three times as fast.
+
+    A byte-level BPE spells each byte as a printable character (Radford et al. 2019, section 2.2), so the text of ids is
+    the bytes of their tokens, one behind the other.
+
+    Args:
+        token_of: the token of an id, ``None`` for an id that there is not.
+
+    Example:
+        >>> ByteTable({5: "Ġcaf", 6: "Ã©"}.get).text([5, 6])
+        ' café'
+    """
+
+    def __init__(self, token_of: Callable[[int], str | None]):
+        super().__init__()
+        self._token_of = token_of
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._token_of(token_id) or ""
+        try:
+            piece = bytes([_BYTE_OF[char] for char in token])
+        except KeyError:  # an added token, spelled as it is
+            piece = token.encode()
+        self[token_id] = piece
+        return piece
+
+    def text(self, ids: Sequence[int]) -> str | None:
+        """The text of the ids; ``None`` where they end or begin in the middle of a character."""
+        try:
+            return b"".join(map(self.__getitem__, ids)).decode()
+        except UnicodeDecodeError:
+            return None
+
+
+def byte_table(rust: Any) -> ByteTable | None:
+    """The table of a ``tokenizers`` backend, if it is byte-level."""
+    from tokenizers.decoders import ByteLevel
+
+    return ByteTable(rust.id_to_token) if type(rust.decoder) is ByteLevel else None
 
 
 class RustTokenizer:
@@ -133,8 +146,7 @@ class RustTokenizer:
     def __init__(self, rust: Tokenizer, added: Mapping[int, Any]):
         self._rust = rust
         self.added = added
-        self._guarded: _Copy | None = None
-        self._faithful = True
+        self._guarded: Callable[[Sequence[str]], Sequence[list[int] | None]] | None = None
         self._folded: dict[int, str] = {}  # added tokens as the normalizer spells them
         self._bytes = byte_table(rust)
 
@@ -156,12 +168,12 @@ class RustTokenizer:
         return rust
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See :class:`Backend`; one call for all texts."""
+        """Ids of each text; added tokens spelled in it are parsed, none are put around it. One call for all texts."""
         encodings = self._ready().encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
-        """See :class:`Backend`."""
+        """Text of each row, special tokens spelled out, nothing cleaned up."""
         if self._bytes is None:
             return self._rust.decode_batch(batch, skip_special_tokens=False)
         texts = list(map(self._bytes.text, batch))
@@ -171,7 +183,7 @@ class RustTokenizer:
         ]
 
     def encode_guarded(self, texts: Sequence[str], controls: Mapping[str, int]) -> Sequence[list[int] | None]:
-        """See :class:`Backend`.
+        """Like :meth:`encode`, but what carries :data:`MARK` stays text; ``None`` where that cannot be had.
 
         A private copy of the tokenizer treats every control token as text; the control tokens that
         stand in ``texts`` without a mark are swapped for placeholders that only that copy knows, with
@@ -179,18 +191,12 @@ class RustTokenizer:
         are spelled, as the copy finds placeholders, is tried once.
         """
         if self._guarded is None:
-            self._guarded = self._copy(controls)
-            tried = trials(controls)
-            self._faithful = self._through(self._guarded, tried) == self.encode(tried)
-        return self._through(self._guarded, texts) if self._faithful else [None] * len(texts)
+            guarded, tried = self._with_placeholders(controls), trials(controls)
+            faithful = guarded(tried) == self.encode(tried)
+            self._guarded = guarded if faithful else lambda texts: [None] * len(texts)
+        return self._guarded(texts)
 
-    def _through(self, copy: _Copy, texts: Sequence[str]) -> list[list[int]]:
-        swap = copy.placeholders.__getitem__
-        swapped = [unmarked(copy.unmarked_control.sub(lambda m: swap(m.group()), text)) for text in texts]
-        encodings = copy.tokenizer.encode_batch_fast(swapped, add_special_tokens=False)
-        return [[copy.back.get(i, i) for i in encoding.ids] for encoding in encodings]
-
-    def _copy(self, controls: Mapping[str, int]) -> _Copy:
+    def _with_placeholders(self, controls: Mapping[str, int]) -> Callable[[Sequence[str]], list[list[int]]]:
         from tokenizers import AddedToken, Tokenizer
 
         spec = json.loads(self._ready().to_str())
@@ -199,28 +205,31 @@ class RustTokenizer:
         copy = Tokenizer.from_str(json.dumps(spec))
         copy.encode_special_tokens = True
         placeholders = {s: f"\ue0a6{i}\ue0a7" for s, i in controls.items()}
-        copy.add_tokens(
-            [
-                AddedToken(
-                    placeholders[s],
-                    lstrip=self.added[i].lstrip,
-                    rstrip=self.added[i].rstrip,
-                    normalized=False,
-                    special=False,
-                )
-                for s, i in controls.items()
-            ]
-        )
+        stand_ins = []
+        for s, i in controls.items():
+            rules = {"lstrip": self.added[i].lstrip, "rstrip": self.added[i].rstrip}
+            stand_ins.append(AddedToken(placeholders[s], **rules, normalized=False, special=False))
+        copy.add_tokens(stand_ins)
         by_text = {token.content: i for i, token in copy.get_added_tokens_decoder().items()}
         back = {by_text[p]: controls[s] for s, p in placeholders.items()}
-        return _Copy(copy, one_of(controls), placeholders, back)
+        unmarked_control = one_of(controls)
+
+        def encode(texts: Sequence[str]) -> list[list[int]]:
+            swapped = [unmarked(unmarked_control.sub(lambda m: placeholders[m.group()], text)) for text in texts]
+            encodings = copy.encode_batch_fast(swapped, add_special_tokens=False)
+            return [[back.get(i, i) for i in encoding.ids] for encoding in encodings]
+
+        return encode
 
     def disguises(self, token_id: int) -> bool:
-        """See :class:`Backend`: a token that is looked for in the normalized text (lower case, NFKC)."""
+        """Whether this added token may be parsed out of a text that does not spell it letter by letter.
+
+        That is one which is looked for in the normalized text (lower case, NFKC).
+        """
         return self._rust.normalizer is not None and self.added[token_id].normalized
 
     def disguised(self, text: str, ids: Set[int]) -> bool:
-        """See :class:`Backend`."""
+        """Whether the text may hold one of these added tokens, each of which :meth:`disguises`, in disguise."""
         fold = self._rust.normalizer.normalize_str
         for i in ids - self._folded.keys():
             self._folded[i] = fold(self.added[i].content).strip(" ▁")
@@ -246,7 +255,7 @@ class PythonTokenizer:
         self._faithful: bool | None = None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See :class:`Backend`."""
+        """See :class:`RustTokenizer`."""
         encoded = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -260,7 +269,7 @@ class PythonTokenizer:
         return [list(ids) for ids in encoded["input_ids"]]
 
     def decode(self, batch: Sequence[Sequence[int]]) -> list[str]:
-        """See :class:`Backend`."""
+        """See :class:`RustTokenizer`."""
         if self._bytes:
             return [self._tokenizer.convert_tokens_to_string(self._tokens(ids)) for ids in batch]
         decode = self._tokenizer.decode
@@ -285,7 +294,7 @@ class PythonTokenizer:
         return tokens
 
     def encode_guarded(self, texts: Sequence[str], controls: Mapping[str, int]) -> Sequence[list[int] | None]:
-        """See :class:`Backend`.
+        """See :class:`RustTokenizer`.
 
         The text is cut at its added tokens, as transformers cuts it, and the stretches between them are
         tokenized as nothing but text. That this is what the tokenizer does is tried once.
@@ -313,7 +322,7 @@ class PythonTokenizer:
         return ids
 
     def disguises(self, token_id: int) -> bool:
-        """See :class:`Backend`: any token, where code of the tokenizer's own comes before added tokens are found."""
+        """See :class:`RustTokenizer`: any token, where code of the tokenizer's own comes before added tokens are found."""
         from transformers import PreTrainedTokenizer
 
         own = type(self._tokenizer)
@@ -323,5 +332,8 @@ class PythonTokenizer:
         )
 
     def disguised(self, text: str, ids: Set[int]) -> bool:
-        """See :class:`Backend`: what the tokenizer itself finds in the text."""
+        """See :class:`RustTokenizer`: what the tokenizer itself finds in the text."""
         return not set(self.encode([text])[0]).isdisjoint(ids)
+
+
+Backend: TypeAlias = RustTokenizer | PythonTokenizer

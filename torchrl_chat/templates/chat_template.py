@@ -7,19 +7,16 @@ from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, MessageError, as_messages
 from torchrl_chat.schema_references import tool_written_out
-from torchrl_chat.templates.backends import tokenizer_of
-from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation
-from torchrl_chat.templates.capabilities import CAPABILITIES, refusal
-from torchrl_chat.templates.codec import codec_of, unmarked
+from torchrl_chat.templates.backends import tokenizer_of, unmarked
+from torchrl_chat.templates.bridge import BY_TEXT, Bridge, BridgeError, Close
+from torchrl_chat.templates.capabilities import CAPABILITIES
+from torchrl_chat.templates.codec import codec_of
 from torchrl_chat.templates.following import Follower, raised
-from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
-from torchrl_chat.templates.parsing import AnswerParser
-from torchrl_chat.templates.reading import Parsed, Reader
-from torchrl_chat.templates.renderers_parser import RenderersParser
+from torchrl_chat.templates.kinds import AnswerKind, Course, Roles, calling
+from torchrl_chat.templates.parsing import AnswerParser, Parsed, ParsedCall, Reader, RenderersParser
 from torchrl_chat.templates.rendering import ChatTemplateError, Renderer
 from torchrl_chat.templates.rewriting import Rewriter, Rewritten, Span
-from torchrl_chat.templates.values import PROBE_NAME
-from torchrl_chat.templates.writing import written_call
+from torchrl_chat.templates.values import PROBE_NAME, Values, written_call
 
 
 class Rendered(NamedTuple):
@@ -90,8 +87,8 @@ class ChatTemplate:
         self.codec = codec_of(self.tokenizer)
         tools = [tool_written_out(tool) for tool in tools] if tools else tools
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
-        self._derivation = Derivation(self.renderer, self.codec)
-        self._follower = Follower(self.renderer, self._derivation)
+        self._bridge = Bridge(self.renderer)
+        self._follower = Follower(self._bridge)
         self.parser = AnswerParser(
             self.renderer.source if parse_reasoning or parse_tool_calls or tools else "",
             self.codec.controls,
@@ -101,7 +98,7 @@ class ChatTemplate:
             tools=tools,
             write=self._probe_call,
         )
-        self._rewriter = Rewriter(self._derivation, self.parser, self.close)
+        self._rewriter = Rewriter(self._bridge, self.parser, self.close)
         peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
         self._reader = Reader(self.renderer, self.parser, peer, self._follower.close)
         reserved = _RESERVED & template_kwargs.keys()
@@ -146,21 +143,22 @@ class ChatTemplate:
 
         Equal conversations (the groups of GRPO) are rendered and tokenized once.
         """
-        unique: dict[Any, int] = {}
-        places = []
-        pending: list[tuple[str, bool]] = []
+        keys, pending = [], dict[Any, tuple[str, bool]]()
         for messages in conversations:
             if not isinstance(messages, (list, tuple)) or not all(isinstance(m, Mapping) for m in messages):
                 messages = as_messages(messages)
-            key = _key(messages)
-            place = unique.get(key)
-            if place is None:
-                place = unique[key] = len(pending)
+            keys.append(_key(messages))
+            if keys[-1] not in pending:
                 guarded, marked = self.renderer.guard(as_messages(messages))
-                pending.append((self.renderer.text(guarded, add_generation_prompt), marked))
-            places.append(place)
-        rendered = self._encode(pending)
-        return [rendered[place] for place in places]
+                pending[keys[-1]] = self.renderer.text(guarded, add_generation_prompt), marked
+        plain = iter(self.codec.encode([text for text, marked in pending.values() if not marked]))
+        rendered = {
+            key: Rendered(self.codec.encode_guarded([text])[0], unmarked(text))
+            if marked
+            else Rendered(next(plain), text)
+            for key, (text, marked) in pending.items()
+        }
+        return [rendered[key] for key in keys]
 
     # ------------------------------------------------------------------ extension
     def extend(
@@ -203,10 +201,11 @@ class ChatTemplate:
             as_messages(new, where=f"new_messages of row {i}") if new else [] for i, new in enumerate(new_messages)
         ]
         closes = list(map(self.close, messages))
-        stops = []
-        for ids, close, stopped in zip(token_ids, closes, ended, strict=True):
-            # A finish reason of "stop" without a stop token among the ids (servers often strip it) changes nothing.
-            stops.append(self._stop(close, ids) if stopped is not False and len(ids) else None)
+        # A finish reason of "stop" without a stop token among the ids (servers often strip it) changes nothing.
+        stops = [
+            self._stop(close, ids) if stopped is not False and len(ids) else None
+            for ids, close, stopped in zip(token_ids, closes, ended, strict=True)
+        ]
         follows = self.follow_batch(messages, new_messages, add_generation_prompt, stops=stops)
         return [
             [*ids, *close.suffix(stop).ids, *follow.ids]
@@ -239,11 +238,21 @@ class ChatTemplate:
         Raises:
             BridgeError: the template refuses it, or writes the answer otherwise when another follows.
         """
-        return self._follower.opening(messages, course)
+        before, answer = messages[:-1], messages[-1]
+        ended = self._bridge.tail(before, answer, [], False)
+        opened = self._bridge.tail(before, answer, [], True)
+        if not opened.startswith(ended) or opened == ended:
+            raise BridgeError(
+                f"the chat template opens no turn behind an answer: it ends with {ended[-60:]!r} either way."
+                if opened == ended
+                else f"the chat template ends an answer with {opened[:60]!r} where another follows, else with {ended[:60]!r}."
+            )
+        self._bridge.check_answer(before, answer, [], True, opened)
+        return opened[len(ended) :]
 
     def suffix_ids(self, stop: int | None, text: str) -> list[int]:
         """Ids of a text as it continues a turn that ended with ``stop``, or whose end stands there already (``None``)."""
-        return self._derivation.ids(stop, text)
+        return self._bridge.ids(stop, text)
 
     def follow_batch(
         self,
@@ -283,7 +292,7 @@ class ChatTemplate:
                     raise
                 errors[i] = error
                 pending.append((None, "", False))
-        encoded = self._derivation.ids_batch(pending)
+        encoded = self._bridge.ids_batch(pending)
         return [
             Rendered(ids, unmarked(text) if marked else text)
             for ids, (_, text, marked) in zip(encoded, pending, strict=True)
@@ -315,17 +324,7 @@ class ChatTemplate:
         """
         return self._rewriter.rewrite(token_ids, spans, messages, new_messages, add_generation_prompt)
 
-    # ------------------------------------------------------------------ ids <-> text
-    def _encode(self, items: Sequence[tuple[str, bool]]) -> list[Rendered]:
-        """Ids of first prompts, those with marked look-alikes guarded."""
-        plain = iter(self.codec.encode([text for text, marked in items if not marked]))
-        return [
-            Rendered(self.codec.encode_guarded([text])[0], unmarked(text))
-            if marked
-            else Rendered(next(plain), text)
-            for text, marked in items
-        ]
-
+    # ------------------------------------------------------------------ answers
     def parse_batch(
         self,
         sampled: Sequence[Sequence[int]],
@@ -355,10 +354,7 @@ class ChatTemplate:
     def _probe_call(self, arguments: dict[str, Any]) -> str:
         """A conversation that ends with a call of these arguments, as the template writes it; "" where it refuses."""
         question: Message = {"role": "user", "content": "?"}
-        try:
-            return self.renderer.text([question, _calling(PROBE_NAME, arguments)], False)
-        except ChatTemplateError:
-            return ""
+        return self.renderer.tried([question, calling(PROBE_NAME, arguments, ["call00000"])], False)
 
     def call_text(self, name: str, arguments: Mapping[str, Any]) -> str | None:
         """A tool call as the model is to write it: as the template writes it, and as :meth:`parse_batch` reads it back.
@@ -378,14 +374,18 @@ class ChatTemplate:
             >>> template.call_text("add", {"a": 1})  # doctest: +SKIP
             '<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>'
         """
-        return written_call(name, arguments, self.parser, self._turn_of_call)
+
+        def calls(text: str, values: Values) -> Sequence[ParsedCall]:
+            return self.parser.parse(text, values=values).calls
+
+        return written_call(name, arguments, self.parser.values, calls, self._turn_of_call)
 
     def _turn_of_call(self, name: str, arguments: Mapping[str, Any]) -> Iterator[str]:
         """What the policy writes for a turn that is one call, in each way in which it may be cut out of the template's text."""
         question: Message = {"role": "user", "content": "?"}
         try:
             before, opened = (self.renderer.text([question], generation) for generation in (False, True))
-            written = self.renderer.text([question, _calling(name, arguments)], False)
+            written = self.renderer.text([question, calling(name, arguments, ["call00000"])], False)
         except ChatTemplateError:
             return
         for start in (opened, before):
@@ -410,34 +410,28 @@ class ChatTemplate:
         Raises:
             ValueError: there is no such capability.
         """
-        kept = self._follower.proofs.capabilities
+        if capability not in CAPABILITIES:
+            raise ValueError(f"there is no capability {capability!r}: expected one of {', '.join(CAPABILITIES)}.")
+        kept, probe = self._follower.proofs.capabilities, CAPABILITIES[capability]
         if capability not in kept:
-            kept[capability] = refusal(self, capability)
+            try:
+                close = self.close(probe.messages)
+                stop = close.main[0] if probe.stopped and close.main else None
+                self.follow_batch([probe.messages], [probe.new], stops=[stop])
+                kept[capability] = None
+            except BridgeError as error:
+                kept[capability] = str(error)
         return kept[capability]
 
 
-_QUESTION = Course.of([{"role": "user", "content": "?"}])
 _A_CALL = AnswerKind(1, False)
 _ROLES = Roles(None, "user", None, "assistant")
 _PLAIN_KEYS = {"role", "content"}
-_RESERVED = {
-    "add_generation_prompt",
-    "chat_template_name",
-    "continue_final_message",
-    "conversation",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "truncation",
-}
-
-
-def _calling(name: str, arguments: Mapping[str, Any]) -> Message:
-    """An answer that is one call."""
-    call = {"id": "call00000", "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
+_RESERVED = (
+    {"conversation", "chat_template_name", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "padding", "truncation"}
+    | {"return_assistant_tokens_mask", "return_dict", "return_tensors"}
+)
 
 
 def _course(messages: Sequence[Message]) -> Course:
@@ -447,11 +441,6 @@ def _course(messages: Sequence[Message]) -> Course:
 
 def _key(messages: Sequence[Message]) -> Any:
     """A key under which equal conversations of plain messages meet; a fresh object for any other."""
-    if any(message.keys() != _PLAIN_KEYS for message in messages):
+    if any(message.keys() != _PLAIN_KEYS or not isinstance(message["content"], str) for message in messages):
         return object()
-    key = tuple((message["role"], message["content"]) for message in messages)
-    try:
-        hash(key)
-    except TypeError:  # a content of parts
-        return object()
-    return key
+    return tuple((message["role"], message["content"]) for message in messages)

@@ -14,6 +14,8 @@ messages. Law of this file: how a tokenizer treats the start and the end of a te
 
 from __future__ import annotations
 
+import bisect
+import functools
 import re
 import sys
 import weakref
@@ -22,8 +24,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchrl_chat.templates.backends import MARK, MARKS, RustTokenizer, backend_of, one_of, unmarked
-
-__all__ = ["MARK", "TokenCodec", "codec_of", "unmarked"]
 
 _codecs: weakref.WeakKeyDictionary[Any, TokenCodec] = weakref.WeakKeyDictionary()
 
@@ -37,7 +37,9 @@ def codec_of(tokenizer: Any) -> TokenCodec:
     codec = _codecs.get(tokenizer)
     if codec is None or codec.fingerprint != _fingerprint(tokenizer):
         codec = TokenCodec(tokenizer)
-        if codec.outlives_tokenizer:  # else it would keep its tokenizer alive in the table of codecs
+        if isinstance(
+            codec._backend, RustTokenizer
+        ):  # else it would keep its tokenizer alive in the table of codecs
             _codecs[tokenizer] = codec
     return codec
 
@@ -60,24 +62,18 @@ class TokenCodec:
 
     def __init__(self, tokenizer: Any):
         self._backend = backend_of(tokenizer)
-        self.outlives_tokenizer = isinstance(self._backend, RustTokenizer)
         self.fingerprint = _fingerprint(tokenizer)
         added = self._added = self._backend.added
-        self._added_ids = {t.content: i for i, t in added.items()}
+        spelled = {t.content: i for i, t in added.items() if t.content}
         # Not every tokenizer flags its own eos as special (ByT5).
         special = {*tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
-        self.special: dict[str, int] = {
-            t.content: i for i, t in added.items() if t.content in special and t.content
-        }
+        self.special: dict[str, int] = {s: i for s, i in spelled.items() if s in special}
         self.special_ids = frozenset(self.special.values())
         # Added tokens that are not flagged special can still be markup (<tool_call>); letters and spaces are not.
         self.plain_added: dict[str, int] = {
-            t.content: i
-            for i, t in added.items()
-            if t.content not in special
-            and len(t.content) > 2
-            and not t.content.isalnum()
-            and not t.content.isspace()
+            s: i
+            for s, i in spelled.items()
+            if s not in special and len(s) > 2 and not s.isalnum() and not s.isspace()
         }
         self.controls: dict[str, int] = {**self.special, **self.plain_added}
         self.control_texts: dict[int, str] = {i: s for s, i in self.controls.items()}
@@ -100,22 +96,6 @@ class TokenCodec:
         """Ids of each text; special tokens spelled in it are parsed, none are added."""
         return self._backend.encode(texts) if texts else []
 
-    def encode_after(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it continues right after the control token ``anchor``.
-
-        The anchor is encoded with the text and dropped, so that what a tokenizer does at the start of
-        a text (a dummy space) or after a special token (``rstrip``) happens as it does in context.
-
-        Raises:
-            ValueError: the anchor is not parsed as one token in front of a text.
-        """
-        first = self._added_ids[anchor]
-        encoded = self.encode([anchor + text for text in texts])
-        for text, ids in zip(texts, encoded, strict=True):
-            if ids[:1] != [first]:
-                raise ValueError(f"{anchor!r} is not one token in front of {text[:40]!r}: got {ids[:3]}.")
-        return [ids[1:] for ids in encoded]
-
     def encode_continuation(
         self, texts: Sequence[str], after: Sequence[int | None] | None = None
     ) -> list[list[int]]:
@@ -123,9 +103,8 @@ class TokenCodec:
 
         Args:
             texts: the texts.
-            after: for each text, the id that it follows, where that is known. Behind a control token a text is
-                encoded as the tokenizer encodes it there (see :meth:`encode_after`): some begin anew, with a
-                dummy space.
+            after: for each text, the id that it follows, where that is known. A control token is encoded with the
+                text and dropped, so that what a tokenizer does behind one (a dummy space, ``rstrip``) happens.
 
         Raises:
             ValueError: the tokenizer merges the start of a text with whatever stands in front of it.
@@ -135,15 +114,17 @@ class TokenCodec:
         for i, text in enumerate(texts):
             control = self.control_texts.get(after[i]) if after is not None else None  # type: ignore[arg-type]
             if control is not None:
-                results[i] = self.encode_after(control, [text])[0]
+                [[first, *results[i]]] = self.encode([control + text])
+                if first != self.controls[control]:
+                    raise ValueError(f"{control!r} is not one token in front of {text[:40]!r}: got {first}.")
             elif text:
                 running.append(i)
-        for anchor, first in self._anchors or [("", [])]:
+        for anchor, front in self._anchors or [("", [])]:
             encoded = self.encode([anchor + texts[i] for i in running])
             merged = []
             for i, ids in zip(running, encoded, strict=True):
-                if ids[: len(first)] == first:
-                    results[i] = ids[len(first) :]
+                if ids[: len(front)] == front:
+                    results[i] = ids[len(front) :]
                 else:
                     merged.append(i)
             if not merged:
@@ -246,28 +227,16 @@ class TokenCodec:
         """
         if position <= 0:
             return 0
-        length = self._length(ids, len(ids))
-        if length < position:
+        length = functools.cache(lambda count: len(self.decode([ids[:count]])[0]))
+        if length(len(ids)) < position:
             return len(ids) + 1
-        low, high, step = 0, len(ids), 1  # the text of `low` ids is too short, that of `high` is not
-        guess = min(max(position * len(ids) // length, 1), len(ids))
-        short = self._length(ids, guess) < position
-        low, high = (guess, high) if short else (low, guess)
-        while high - low > step:
-            probe = low + step if short else high - step
-            step *= 2
-            if (self._length(ids, probe) < position) is short:
-                low, high = (probe, high) if short else (low, probe)
-            else:
-                low, high = (low, probe) if short else (probe, high)
-                break
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._length(ids, middle) < position else (low, middle)
-        return high
-
-    def _length(self, ids: Sequence[int], count: int) -> int:
-        return len(self.decode([ids[:count]])[0])
+        high = min(max(position * len(ids) // length(len(ids)), 1), len(ids))
+        low, step = high - 1, 1
+        while low > 0 and length(low) >= position:
+            low, high, step = max(low - step, 0), low, 2 * step
+        while length(high) < position:
+            low, high, step = high, min(high + step, len(ids)), 2 * step
+        return bisect.bisect_left(range(high), position, low + 1, key=length)
 
     def _find_anchors(self) -> None:
         """Find what to decode between and to encode behind, where a tokenizer adds or eats spaces at the edges."""

@@ -13,8 +13,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torchrl_chat.templates.callreaders import HeadedReader, JsonReader, PythonReader, TaggedReader, TreeReader
-from torchrl_chat.templates.toolcalls import CallFormat, Reader
+from torchrl_chat.templates.toolcalls import (
+    CallFormat,
+    HeadedReader,
+    JsonReader,
+    PythonReader,
+    Reader,
+    TaggedReader,
+    TreeReader,
+)
 
 _HOLE = "\0"
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
@@ -112,27 +119,20 @@ def pairs_of(text: str) -> tuple[Pair, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """A turn that is a sequence of segments, each with a header that says for whom it is.
+    """A turn that is a sequence of segments, each with a header that says for whom it is."""
 
-    Attributes:
-        marks: a template that writes all of these speaks so.
-        header: matches a segment's header. Its groups, where it has them: ``channel``, the recipients ``to``,
-            ``to2`` and ``to3``, and ``block``, which begins a call block and so stays with the body.
-        ends: what ends a segment; ``{channel}`` stands for its channel.
-        fence: what begins the next header, and so ends a segment too.
-        reasoning: channels and recipients whose segments are reasoning; the first is the one that a prompt opens.
-        calls: a segment with a recipient is a call, whatever its channel, its body the arguments as JSON.
-        tail: may stand behind the last segment.
-        broken: matches a header that names a function to call, but does not end as headers do; its group is ``name``.
-    """
-
-    marks: tuple[str, ...]
+    marks: tuple[str, ...]  # a template that writes all of these speaks so
+    # matches a segment's header. Its groups, where it has them: ``channel``, the recipients ``to``, ``to2``
+    # and ``to3``, and ``block``, which begins a call block and so stays with the body
     header: re.Pattern[str]
-    ends: tuple[str, ...]
-    fence: str
+    ends: tuple[str, ...]  # what ends a segment; ``{channel}`` stands for its channel
+    fence: str  # what begins the next header, and so ends a segment too
+    # channels and recipients whose segments are reasoning; the first is the one that a prompt opens
     reasoning: tuple[str, ...]
+    # a segment with a recipient is a call, whatever its channel, its body the arguments as JSON
     calls: bool = False
-    tail: str = ""
+    tail: str = ""  # may stand behind the last segment
+    # matches a header that names a function to call, but does not end as headers do; its group is ``name``
     broken: re.Pattern[str] | None = None
 
 
@@ -226,15 +226,18 @@ _SOLAR = HeadedReader(
 )
 _ATTRIBUTED = TaggedReader(
     re.compile(r'<\|open\|>call tool="(?P<name>[^"<>\n]{0,200})"[^<>\n]{0,60}<\|sep\|>'),
+    "<|close|>call<|sep|>",
     re.compile(r'<\|open\|>argument key="(?P<key>[^"<>\n]{1,200})"(?: type="(?P<kind>\w{1,20})")?<\|sep\|>'),
     "<|close|>argument<|sep|>",
-    "<|close|>call<|sep|>",
 )
-_BRACKETED = HeadedReader(re.compile(_NAME + r"(?:\[CALL_ID\](?P<id>[^\[\]\s]{1,64}))?\[ARGS\]"))
-_TREE_MARK = "]<]minimax[>["
+_BRACKETED = HeadedReader(re.compile(_NAME + r"(?:\[CALL_ID\](?P<id>[^\[\]\s]{1,64}))?\[ARGS\]"), "")
+_MARK = "]<]minimax[>["
+_TREE = TreeReader(
+    re.compile(re.escape(_MARK) + r'<invoke name="(?P<name>[^"<>\n]{1,200})">'), f"{_MARK}</invoke>", _MARK
+)
 
 FORMATS: tuple[CallFormat, ...] = (
-    CallFormat(f"{_TREE_MARK}<tool_call>", f"{_TREE_MARK}</tool_call>", (TreeReader(_TREE_MARK),), (_TREE_MARK,)),
+    CallFormat(f"{_MARK}<tool_call>", f"{_MARK}</tool_call>", (_TREE,), (_MARK,)),
     CallFormat("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK),
     CallFormat("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", (_KIMI,)),
     CallFormat("<|tool_calls|>", "<|calls|>", (_SOLAR,), ("<|tool_call:name|>",)),
@@ -264,7 +267,7 @@ def formats_of(text: str) -> tuple[CallFormat, ...]:
             nested = ""
         rows.append(CallFormat(f"<{tag}>", f"</{tag}>", _tag_readers(text, before, after, nested)))
     if "<function=" in text and "<parameter=" not in text:
-        rows.append(CallFormat("<function=", "</function>", (HeadedReader(re.compile(_NAME + r">")),)))
+        rows.append(CallFormat("<function=", "</function>", (HeadedReader(re.compile(_NAME + r">"), ""),)))
     return tuple(sorted(rows, key=lambda row: -len(row.open)))
 
 
@@ -273,36 +276,20 @@ def _tag_readers(text: str, before: str, after: str, nested: str) -> tuple[Reade
     ns = next((p for p in dict.fromkeys((before, "")) if f"<{p}invoke name=" in text), None)
     if ns is not None:
         tag = re.escape(ns)
-        return (
-            TaggedReader(
-                re.compile(rf"<{tag}invoke name=\"(?P<name>[^\"<>\n]{{0,200}})\">"),
-                re.compile(
-                    rf"<{tag}parameter name=\"(?P<key>[^\"<>\n]{{1,200}})\"(?: string=\"(?P<kind>\w{{1,20}})\")?>"
-                ),
-                f"</{ns}parameter>",
-                f"</{ns}invoke>",
-            ),
-        )
-    if "<function=" in text and "<parameter=" in text:
-        return (
-            TaggedReader(
-                re.compile(r"<function=(?P<name>[^<>\n]{0,200})>"),
-                re.compile(r"<parameter=(?P<key>[^<>\n]{1,200})>"),
-                "</parameter>",
-                "</function>",
-            ),
-        )
-    if f"<arg_key{after}>" in text:
+        head = rf"<{tag}invoke name=\"(?P<name>[^\"<>\n]{{0,200}})\">"
+        param = rf"<{tag}parameter name=\"(?P<key>[^\"<>\n]{{1,200}})\"(?: string=\"(?P<kind>\w{{1,20}})\")?>"
+        close, param_close = f"</{ns}invoke>", f"</{ns}parameter>"
+    elif "<function=" in text and "<parameter=" in text:
+        head, param = r"<function=(?P<name>[^<>\n]{0,200})>", r"<parameter=(?P<key>[^<>\n]{1,200})>"
+        close, param_close = "</function>", "</parameter>"
+    elif f"<arg_key{after}>" in text:
         tail = re.escape(after)
-        return (
-            TaggedReader(
-                re.compile(re.escape(nested) + rf"\s{{0,4}}{_NAME}\s{{0,4}}(?:<tool_sep{tail}>)?"),
-                re.compile(rf"<arg_key{tail}>(?P<key>[^<>\n]{{1,200}})</arg_key{tail}>\s{{0,4}}<arg_value{tail}>"),
-                f"</arg_value{after}>",
-                nested.replace("<", "</", 1),
-            ),
-        )
-    return _JSON
+        head = re.escape(nested) + rf"\s{{0,4}}{_NAME}\s{{0,4}}(?:<tool_sep{tail}>)?"
+        param = rf"<arg_key{tail}>(?P<key>[^<>\n]{{1,200}})</arg_key{tail}>\s{{0,4}}<arg_value{tail}>"
+        close, param_close = nested.replace("<", "</", 1), f"</arg_value{after}>"
+    else:
+        return _JSON
+    return (TaggedReader(re.compile(head), close, re.compile(param), param_close),)
 
 
 BARE_JSON = re.compile(

@@ -12,6 +12,20 @@ from torchrl_chat.messages import Message
 ARGUMENTS: Mapping[str, Any] = {"q": "it", "limit": 3, "exact": True, "tags": ["a", "b"], "share": 0.5}
 """Arguments of a call that is tried: several, of several types, which templates write in several ways."""
 
+
+def call_of(name: str | None, arguments: Any, ident: str) -> dict[str, Any]:
+    """An entry of a message's ``tool_calls``."""
+    return {"id": ident, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calling(
+    name: str, arguments: Mapping[str, Any], ids: Sequence[str], role: str = "assistant", content: str = ""
+) -> Message:
+    """An answer with structured calls of one tool, one for each id."""
+    calls = [call_of(name, dict(arguments), ident) for ident in ids]
+    return {"role": role, "content": content, "tool_calls": calls}
+
+
 _FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
 
 
@@ -31,33 +45,23 @@ class Course:
     A regular conversation is an optional system message, then turns of a user or of tools, each answered by
     the policy. Keeping its course beside it spares every turn to look at all earlier messages again.
 
-    Attributes:
-        policy: the role whose messages are sampled.
-        roles: the roles so far; ``None`` if the conversation is irregular (or has no user yet).
-        last: the role of the last message.
-        texts: whether every content is a text, or left out beside tool calls.
-        answered: whether no tool call was passed over without a result, no result came without a call, and
-            each call has an id of its own.
-        calls: whether the last message calls tools.
-        extra: fields of messages besides role and content.
-        begun: whether the policy has answered already.
-        call_ids: the ids of all tool calls so far, in order.
-
     Example:
         >>> course = Course("assistant").then([{"role": "user", "content": "2 + 2?"}])
         >>> course.roles
         Roles(system=None, user='user', tool=None, policy='assistant')
     """
 
-    policy: str = "assistant"
-    roles: Roles | None = None
-    last: str | None = None
-    texts: bool = True
+    policy: str = "assistant"  # the role whose messages are sampled
+    roles: Roles | None = None  # the roles so far; ``None`` if the conversation is irregular (or has no user yet)
+    last: str | None = None  # the role of the last message
+    texts: bool = True  # whether every content is a text, or left out beside tool calls
+    # whether no tool call was passed over without a result, no result came without a call, and each call has
+    # an id of its own
     answered: bool = True
-    calls: bool = False
-    extra: frozenset[str] = frozenset()
-    begun: bool = False
-    call_ids: tuple[str, ...] = ()
+    calls: bool = False  # whether the last message calls tools
+    extra: frozenset[str] = frozenset()  # fields of messages besides role and content
+    begun: bool = False  # whether the policy has answered already
+    call_ids: tuple[str, ...] = ()  # the ids of all tool calls so far, in order
 
     @classmethod
     def of(cls, messages: Sequence[Message], policy: str = "assistant") -> Course:
@@ -149,11 +153,8 @@ class AnswerKind(NamedTuple):
         """An answer of this kind."""
         if not self.calls:
             return {"role": policy, "content": "an answer"}
-        calls = [
-            {"id": f"abcdefgh{i}", "type": "function", "function": {"name": "lookup", "arguments": dict(ARGUMENTS)}}
-            for i in range(self.calls)
-        ]
-        return {"role": policy, "content": "let me see" if self.said else "", "tool_calls": calls}
+        ids = [f"abcdefgh{i}" for i in range(self.calls)]
+        return calling("lookup", ARGUMENTS, ids, policy, "let me see" if self.said else "")
 
 
 _TEXT = AnswerKind()
@@ -174,11 +175,8 @@ class Kind(NamedTuple):
         ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
         kinds = []
         for message in new:
-            if not message.keys() <= _FIELDS:
+            if not message.keys() <= _FIELDS or not all(isinstance(value, str) for value in message.values()):
                 return None
-            for value in message.values():
-                if not isinstance(value, str):
-                    return None
             place = -1
             if calls and "tool_call_id" in message and message["tool_call_id"] in ids:
                 place = ids.index(message["tool_call_id"])

@@ -12,124 +12,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_FIELDS = {
-    "content",
-    "text",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "name",
-    "tool_call_id",
-    "arguments",
-    "id",
-}
+from jinja2 import nodes
+
+_FIELDS = (
+    {"content", "text", "arguments"}
+    | {"reasoning_content", "reasoning", "thinking"}
+    | {"name", "id", "tool_call_id"}
+)
 _KEYS = _FIELDS | {"role", "tool_calls", "function", "type", "parameters", "description", "properties"}
-_FILTERS = {
-    "trim",
-    "tojson",
-    "string",
-    "safe",
-    "join",
-    "length",
-    "count",
-    "first",
-    "last",
-    "items",
-    "list",
-    "default",
-    "d",
-    "replace",
-    "format",
-    "map",
-    "select",
-    "reject",
-    "selectattr",
-    "rejectattr",
-    "upper",
-    "lower",
-    "title",
-    "capitalize",
-    "int",
-    "indent",
-    "dictsort",
-    "e",
-    "escape",
-}
-_METHODS = {
-    "strip",
-    "lstrip",
-    "rstrip",
-    "split",
-    "rsplit",
-    "splitlines",
-    "startswith",
-    "endswith",
-    "replace",
-    "format",
-    "items",
-    "keys",
-    "values",
-    "get",
-    "append",
-    "upper",
-    "lower",
-    "title",
-    "capitalize",
-    "join",
-    "pop",
-    "update",
-    "partition",
-    "rpartition",
-    "removeprefix",
-    "removesuffix",
-}
-_TESTS = {
-    "defined",
-    "undefined",
-    "none",
-    "string",
-    "mapping",
-    "iterable",
-    "sequence",
-    "boolean",
-    "number",
-    "true",
-    "false",
-    "equalto",
-    "eq",
-    "ne",
-    "in",
-    "sameas",
-    "integer",
-    "float",
-}
-_FUNCTIONS = {"namespace", "raise_exception", "strftime_now", "range", "dict", "cycler", "joiner", "caller"}
 _FOLDING = {"upper", "lower", "title", "capitalize"}
+# What trying covers, of filters, methods, tests and functions.
+_FILTERS = (
+    _FOLDING
+    | {"trim", "replace", "format", "indent", "string", "safe", "e", "escape", "tojson", "int", "default", "d"}
+    | {"join", "length", "count", "first", "last", "items", "list", "dictsort"}
+    | {"map", "select", "reject", "selectattr", "rejectattr"}
+)
+_METHODS = (
+    _FOLDING
+    | {"strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "replace", "format", "startswith", "endswith"}
+    | {"split", "rsplit", "splitlines", "partition", "rpartition", "join"}
+    | {"items", "keys", "values", "get", "append", "pop", "update"}
+)
+_TESTS = (
+    {"defined", "undefined", "none", "true", "false"}
+    | {"equalto", "eq", "ne", "in", "sameas"}
+    | {"string", "mapping", "iterable", "sequence", "boolean", "number", "integer", "float"}
+)
+_FUNCTIONS = {"namespace", "raise_exception", "strftime_now", "range", "dict", "cycler", "joiner", "caller"}
 SMALL = 16
 """Conditions on numbers up to here are met by the probes' depths and lengths."""
 
 
 @dataclass(frozen=True)
 class Looks:
-    """What a template's code looks at.
+    """What a template's code looks at."""
 
-    Attributes:
-        literals: strings that it may look for in a text.
-        folds_case: whether it may look for them in any case.
-        keys: fields of messages that it reads besides the usual ones.
-        beyond_probes: an operation that no probing covers, in words; ``None`` if there is none.
-    """
-
-    literals: tuple[str, ...]
-    folds_case: bool
-    keys: frozenset[str]
-    beyond_probes: str | None
+    literals: tuple[str, ...]  # strings that it may look for in a text
+    folds_case: bool  # whether it may look for them in any case
+    keys: frozenset[str]  # fields of messages that it reads besides the usual ones
+    beyond_probes: str | None  # an operation that no probing covers, in words; ``None`` if there is none
 
 
 def looks_of(tree: Any) -> Looks:
     """What the code of a parsed template (``jinja2.nodes.Template``) looks at."""
-    from jinja2 import nodes
-
     keys_of = {id(node.arg) for node in tree.find_all(nodes.Getitem)}
     inner = (nodes.Compare, nodes.Call, nodes.Filter, nodes.Test, nodes.Assign, nodes.List, nodes.Tuple, nodes.Dict)
     literals = {
@@ -143,18 +69,12 @@ def looks_of(tree: Any) -> Looks:
     }
     called = {node.node.attr for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Getattr)}
     filters = {node.name for node in tree.find_all(nodes.Filter)}
-    return Looks(
-        tuple(literals),
-        bool((filters | called) & _FOLDING),
-        frozenset(_keys(tree) - _KEYS),
-        _beyond(tree),
-    )
+    folds_case = bool((filters | called) & _FOLDING)
+    return Looks(tuple(literals), folds_case, frozenset(_keys(tree) - _KEYS), _beyond(tree))
 
 
 def _keys(tree: Any) -> set[str]:
     """Names under which the code reads fields of something."""
-    from jinja2 import nodes
-
     methods = {id(node.node) for node in tree.find_all(nodes.Call)}
     keys = {node.attr for node in tree.find_all(nodes.Getattr) if id(node) not in methods}
     for node in tree.find_all(nodes.Getitem):
@@ -173,8 +93,6 @@ def _keys(tree: Any) -> set[str]:
 
 def _beyond(tree: Any) -> str | None:
     """The first operation that probing does not cover."""
-    from jinja2 import nodes
-
     conversation = _conversation(tree)
     elsewhere = [node for node in tree.find_all(nodes.Filter) if node.name in ("tojson", "indent")]
     elsewhere += [
@@ -210,8 +128,6 @@ def _beyond(tree: Any) -> str | None:
 
 def _conversation(tree: Any) -> set[str]:
     """Variables that are made of the messages, or of the place in a loop over them."""
-    from jinja2 import nodes
-
     found = {"messages", "loop"}
     macros = {node.name: node for node in tree.find_all(nodes.Macro)}
     while True:
@@ -234,8 +150,6 @@ def _conversation(tree: Any) -> set[str]:
 
 def _said(tree: Any) -> set[str]:
     """Variables that hold what a message says."""
-    from jinja2 import nodes
-
     said: set[str] = set()
     while True:
         before = len(said)
@@ -249,8 +163,6 @@ def _said(tree: Any) -> set[str]:
 
 def _mentions(node: Any, said: set[str]) -> bool:
     """Whether an expression is made of what a message says."""
-    from jinja2 import nodes
-
     for part in (node, *node.find_all(nodes.Expr)):
         if isinstance(part, nodes.Getattr) and (part.attr in _FIELDS or f".{part.attr}" in said):
             return True

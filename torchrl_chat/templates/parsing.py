@@ -1,4 +1,4 @@
-"""The text of a sampled assistant turn, read back as a message: content, reasoning, tool calls.
+"""What a policy sampled, read back as a message (content, reasoning, tool calls), and how the turn ended.
 
 Which delimiters are looked for is decided once, by the chat template's source (``dialects.py``); nothing is
 known of any model by its name. Parsing only describes the turn: the ledger keeps the sampled ids whatever
@@ -11,11 +11,13 @@ content, character for character; only the newlines that templates write around 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchrl_chat.messages import Message, content_text
+from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Suffix
+from torchrl_chat.templates.codec import TokenCodec
 from torchrl_chat.templates.dialects import (
     BARE_JSON,
     Channels,
@@ -26,38 +28,35 @@ from torchrl_chat.templates.dialects import (
     speaks_bare_json,
     spoken,
 )
+from torchrl_chat.templates.kinds import AnswerKind, Course, Roles
+from torchrl_chat.templates.rendering import Renderer
 from torchrl_chat.templates.toolcalls import (
-    CallFormat,
     CallStatus,
+    HeadedReader,
+    JsonReader,
     ParsedCall,
     Scan,
+    TaggedReader,
     as_texts,
     balanced,
     json_at,
     made_call,
-    members,
     read_json,
 )
 from torchrl_chat.templates.values import USUAL, Values, manner_of
 
-__all__ = ["AnswerParser", "CallFormat", "CallStatus", "ParsedAnswer", "ParsedCall"]
+__all__ = ["AnswerParser", "CallStatus", "ParsedAnswer", "ParsedCall"]
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """An assistant turn, taken apart.
+    """An assistant turn, taken apart."""
 
-    Attributes:
-        content: the text without reasoning and without well-formed calls.
-        reasoning: the reasoning; ``None`` if the turn has none, "" if it opened and closed an empty one.
-        calls: every call that was found, malformed ones too, in the order of the text.
-        start: where in the text what is not reasoning begins.
-    """
-
-    content: str
+    content: str  # the text without reasoning and without well-formed calls
+    # the reasoning; ``None`` if the turn has none, "" if it opened and closed an empty one
     reasoning: str | None = None
-    calls: tuple[ParsedCall, ...] = ()
-    start: int = 0
+    calls: tuple[ParsedCall, ...] = ()  # every call that was found, malformed ones too, in the order of the text
+    start: int = 0  # where in the text what is not reasoning begins
 
     def message(self, role: str = "assistant", calls_before: int = 0) -> Message:
         """The turn as a message: ``reasoning_content`` and ``tool_calls`` are there only if the turn has them.
@@ -98,8 +97,6 @@ class AnswerParser:
     Args:
         source: the template's Jinja source.
         controls: the tokenizer's added tokens.
-        tool_names: if given, a call of another name gets ``CallStatus.UNKNOWN_TOOL``.
-        formats: the call formats to try, instead of those that the source speaks.
         schema: a response template of transformers (``tokenizer.response_template``); its own parser is then
             asked first, and this one only where that fails. It reports no spans: they cover the whole text.
         parse_calls: false leaves every call in the content, as text.
@@ -120,8 +117,6 @@ class AnswerParser:
         self,
         source: str,
         controls: Iterable[str] = (),
-        tool_names: Collection[str] | None = None,
-        formats: Sequence[CallFormat] | None = None,
         schema: dict[str, Any] | None = None,
         parse_calls: bool = True,
         parse_reasoning: bool = True,
@@ -132,14 +127,13 @@ class AnswerParser:
         self.pairs = pairs_of(text) if parse_reasoning else ()
         # Segments carry calls too: a template that speaks in segments is read as segments or not at all.
         self.channels: Channels | None = channels_of(text) if parse_reasoning or parse_calls else None
-        self.formats = formats_of(text) if formats is None else tuple(formats)
-        self.bare_json = formats is None and speaks_bare_json(text, self.formats)
-        self.tool_names = None if tool_names is None else frozenset(tool_names)
+        self.formats = formats_of(text)
+        self.bare_json = speaks_bare_json(text, self.formats)
         self.schema = schema
         self.parse_calls = parse_calls
         self.openings = opening_of(self.pairs, self.channels)
         self.values = Values(
-            tools or (), USUAL if write is None else functools.partial(manner_of, write, self._every_call)
+            tools or (), USUAL if write is None else functools.partial(manner_of, write, self._calls)
         )
 
     def opened_by(self, prompt: str) -> bool:
@@ -172,13 +166,9 @@ class AnswerParser:
         calls: list[ParsedCall] = []
         content: list[str] = []
         for start, end, known in pieces:
-            if not self.parse_calls:
-                found = []
-            elif known is not None:
-                found = [known]
-            else:
-                found = self._calls(text, start, end, values)
-            found = [self._checked(call) for call in found]
+            found = []
+            if self.parse_calls:
+                found = [known] if known is not None else self._calls(text, values, start, end)
             calls += found
             content.append(_remainder(text, start, end, [c.span for c in found if c.status is CallStatus.OK]))
         reasoning, begin = None, 0
@@ -213,7 +203,8 @@ class AnswerParser:
             first = next((c.span[0] for c in answer.calls[::-1] if text.startswith(row.open, c.span[0])), -1)
             if not row.close or first < 0 or text.rstrip().endswith(row.close):
                 continue
-            inner = (getattr(reader, "close", "") for reader in row.readers)
+            # Of nested elements nothing tells whether more than the end is missing.
+            inner = [reader.close for reader in row.readers if isinstance(reader, (HeadedReader, TaggedReader))]
             for missing in dict.fromkeys([row.close, *(close + row.close for close in inner)]):
                 whole = self.parse(text + missing, opened)
                 if len(whole.calls) == len(answer.calls) and whole.calls[-1].status is CallStatus.OK:
@@ -247,42 +238,39 @@ class AnswerParser:
         scan, pos = Scan(text, values=values), 0
         thoughts: list[tuple[int, int]] = []
         pieces: list[Piece] = []
-        inside = opened
-        while pos < len(text) or inside:
-            header = None if inside else row.header.match(text, scan.blank(pos))
-            if header is None and not inside:
+        if opened:
+            end, pos = self._segment_end(scan, row, 0, row.reasoning[0])
+            thoughts.append((0, end))
+        while pos < len(text):
+            header = row.header.match(text, scan.blank(pos))
+            if header is None:
                 if row.broken and (begun := row.broken.match(text, scan.blank(pos))):
                     end, stop = self._segment_end(scan, row, begun.end(), None)
                     status = CallStatus.INVALID_JSON if end < len(text) else CallStatus.UNCLOSED
-                    pieces.append(
-                        (pos, stop, ParsedCall(begun["name"], text[begun.end() : end], status, (pos, stop)))
-                    )
+                    call = ParsedCall(begun["name"], text[begun.end() : end], status, (pos, stop))
+                    pieces.append((pos, stop, call))
                     pos = stop
                     continue
                 if row.tail and scan.holds(row.tail, scan.blank(pos)):
                     pos = scan.blank(pos) + len(row.tail)
                 pieces.append((pos, len(text), None))
                 break
-            groups = header.groupdict() if header else {}
+            groups, body = header.groupdict(), header.end()
             recipient = groups.get("to") or groups.get("to2") or groups.get("to3")
-            channel = row.reasoning[0] if inside else groups.get("channel")
-            body = header.end() if header else 0
-            inside = False
             if groups.get("block"):
-                assert header is not None
                 end = len(text.rstrip())
                 whole = not row.tail or not scan.holds(row.tail, end - len(row.tail))
                 pieces.append((header.start("block"), len(text) if whole else end - len(row.tail), None))
                 break
-            end, stop = self._segment_end(scan, row, body, channel)
-            if row.calls and recipient is not None and recipient not in row.reasoning and header is not None:
+            end, stop = self._segment_end(scan, row, body, groups.get("channel"))
+            if row.calls and recipient is not None and recipient not in row.reasoning:
                 arguments, closed = text[body:end].strip(), end < len(text) or read_json(text[body:end]) is not None
                 call = made_call(recipient, arguments or "{}" if closed else arguments, (header.start(), stop))
                 call = as_texts(call, scan, functools.partial(scan.blank, body))
                 if not closed:
                     call = replace(call, arguments=arguments, status=CallStatus.UNCLOSED)
                 pieces.append((header.start(), stop, call))
-            elif channel in row.reasoning or recipient in row.reasoning:
+            elif groups.get("channel") in row.reasoning or recipient in row.reasoning:
                 thoughts.append((body, end))
             else:
                 pieces.append((body, end, None))
@@ -299,12 +287,8 @@ class AnswerParser:
         return min(found, default=(scan.end, scan.end))
 
     # ------------------------------------------------------------------ calls
-    def _every_call(self, text: str, values: Values) -> list[ParsedCall]:
-        """All calls in a whole conversation, in whatever message."""
-        return self._calls(text, 0, len(text), values)
-
-    def _calls(self, text: str, start: int, end: int, values: Values) -> list[ParsedCall]:
-        """The calls in one stretch of content."""
+    def _calls(self, text: str, values: Values, start: int = 0, end: int | None = None) -> list[ParsedCall]:
+        """The calls in a stretch of a text, whatever else it is."""
         scan, pos, calls = Scan(text, end, values), start, list[ParsedCall]()
         while True:
             opens = [(at, i) for i, row in enumerate(self.formats) if (at := scan.find(row.open, pos)) >= 0]
@@ -317,11 +301,6 @@ class AnswerParser:
             return [call]
         return calls
 
-    def _checked(self, call: ParsedCall) -> ParsedCall:
-        if call.status is CallStatus.OK and self.tool_names is not None and call.name not in self.tool_names:
-            return replace(call, status=CallStatus.UNKNOWN_TOOL)
-        return call
-
     # ------------------------------------------------------------------ transformers' own parser
     def _by_schema(self, text: str, opened: bool) -> ParsedAnswer | None:
         """The answer as the tokenizer's response template reads it; ``None`` if it cannot."""
@@ -333,22 +312,18 @@ class AnswerParser:
         prefix = (anchor if isinstance(anchor, str) else "") + opening if opening else ""
         try:
             message = parse_response(text, self.schema, prefix=prefix)
-            calls = [self._checked(_schema_call(call, (0, len(text)))) for call in message.get("tool_calls") or ()]
+            calls = [_JSON.call(call, (0, len(text))) for call in message.get("tool_calls") or ()]
             content = message.get("content")
-            reasoning = next(
-                (message[k] for k in ("reasoning_content", "reasoning", "thinking") if message.get(k)), None
-            )
+            reasoning = next((message[key] for key in REASONING if message.get(key)), None)
             return ParsedAnswer(content_text({"content": content}), reasoning, tuple(calls))
         except Exception:  # whatever a declared pattern raises on sampled text, the text is still an answer
             return None
 
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The fields in which messages carry reasoning."""
 _spoken = functools.lru_cache(maxsize=64)(spoken)
-
-
-def _schema_call(call: Mapping[str, Any], span: tuple[int, int]) -> ParsedCall:
-    function = call.get("function", call)
-    return made_call(function.get("name"), function.get("arguments"), span, call.get("id"))
+_JSON = JsonReader()
 
 
 def _bare_call(scan: Scan, start: int) -> ParsedCall | None:
@@ -364,15 +339,7 @@ def _bare_call(scan: Scan, start: int) -> ParsedCall | None:
         return ParsedCall(begun[1], raw, CallStatus.INVALID_JSON if balanced(raw) else CallStatus.UNCLOSED, span)
     if found[1] < span[1]:  # text follows: it only looks like a call
         return None
-    value = found[0]
-    arguments = value["parameters"] if "parameters" in value else value["arguments"]
-    call = made_call(value["name"], arguments, span, value.get("id"))
-
-    def place() -> int:
-        spans = members(scan, first)
-        return spans.get("parameters", spans.get("arguments", span))[0]
-
-    return as_texts(call, scan, place)
+    return as_texts(_JSON.call(found[0], span), scan, functools.partial(_JSON.place, scan, first))
 
 
 def _remainder(text: str, start: int, end: int, spans: Sequence[tuple[int, int]]) -> str:
@@ -397,3 +364,211 @@ def _trimmed(text: str, before: int, after: int) -> str:
     for _ in range(after):
         text = text.removesuffix("\n")
     return text
+
+
+# ---------------------------------------------------------------------- another parser
+class RenderersParser:
+    """Parses answers with one of the hand-written renderers of the optional package ``renderers``.
+
+    It is asked only where a user names a family of models (``ChatTemplate(..., renderer="qwen3")``); the bridge itself
+    never depends on it.
+
+    Args:
+        tokenizer: the tokenizer.
+        codec: its codec.
+        name: the renderer's name, e.g. ``"qwen3"`` (``renderers.config_from_name``).
+        tools: JSON schemas of the tools.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: it has no renderer of that name.
+    """
+
+    def __init__(self, tokenizer: Any, codec: TokenCodec, name: str, tools: Sequence[Any] | None = None):
+        try:
+            from renderers import config_from_name, create_renderer
+        except ImportError as error:
+            raise ImportError(
+                f"renderer={name!r} needs the package renderers: pip install 'torchrl_chat[renderers]'"
+            ) from error
+        try:
+            self.renderer = create_renderer(tokenizer, config_from_name(name))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the package renderers has no renderer {name!r}: {error}") from error
+        self.codec = codec
+        self.tools = list(tools) if tools else None
+
+    def parse(self, prompt: Sequence[int] | None, sampled: Sequence[int]) -> ParsedAnswer | None:
+        """The answer that ``sampled`` ids are; ``None`` where the package cannot read them.
+
+        Args:
+            prompt: the ids before them, where they are known.
+            sampled: the ids, the tokens that end the turn included.
+        """
+        try:
+            response = self.renderer.parse_response(
+                list(sampled), tools=self.tools, prompt_ids=None if prompt is None else list(prompt)
+            )
+        except Exception:  # whatever a parser raises on sampled text, the text is still an answer
+            return None
+        calls = tuple(self._call(call, sampled) for call in response.tool_calls)
+        return ParsedAnswer(response.content, response.reasoning_content, calls)
+
+    def _call(self, call: Any, sampled: Sequence[int]) -> ParsedCall:
+        status = next((known for known in CallStatus if known == call.status.value), CallStatus.INVALID_JSON)
+        span = (0, 0)
+        if call.token_span is not None:
+            span = tuple(len(text) for text in self.codec.decode([sampled[:end] for end in call.token_span]))  # type: ignore[assignment]
+        return ParsedCall(call.name, call.arguments, status, span, call.id)
+
+
+# ---------------------------------------------------------------------- ids, and how the turn ended
+_QUESTION = Course.of([{"role": "user", "content": "?"}])
+_A_CALL = AnswerKind(1, False)
+OPENING_IDS = 12
+"""How many of a prompt's last ids tell whether it has opened the reasoning: more than any delimiter takes."""
+
+
+class Parsed(NamedTuple):
+    """What a policy sampled, read as a message."""
+
+    message: Message  # the same as a message of the conversation
+    answer: ParsedAnswer  # content, reasoning and tool calls, without the tokens that end the turn
+    text: str  # all of the sampled text, special tokens spelled out
+    ended: bool  # whether the turn ended by itself, rather than by a length limit
+    stop: int | None  # the token that ended it, if the template knows it as one
+    close: Close | BridgeError  # how the template closes such a turn, or why that is not known
+    missing: Suffix = Suffix()  # the end of a call that is complete but for it: the engine took it away
+
+    @property
+    def ending(self) -> Suffix | None:
+        """What closes the turn behind what was sampled, itself not sampled; ``None`` where that is not known."""
+        if isinstance(self.close, BridgeError):
+            return None
+        suffix = self.close.suffix(self.stop)
+        if not self.missing.text:
+            return suffix
+        return Suffix(self.missing.text + suffix.text, (*self.missing.ids, *suffix.ids))
+
+
+@dataclass(eq=False)
+class Reader:
+    """Reads the answers of one chat template."""
+
+    renderer: Renderer
+    parser: AnswerParser
+    peer: RenderersParser | None  # another parser that is asked first
+    close: Callable[[Roles, AnswerKind], Close | BridgeError]  # of turns in such conversations, with such answers
+
+    def __post_init__(self) -> None:
+        self.codec = self.renderer.codec
+        self.eos = self.renderer.tokenizer.eos_token_id
+        self._known: dict[Roles, list[Close]] = {}
+
+    def read(
+        self,
+        sampled: Sequence[Sequence[int]],
+        courses: Sequence[Course] | None,
+        finish_reasons: Sequence[str | None] | None,
+        prompts: Sequence[Sequence[int]] | None,
+    ) -> list[Parsed]:
+        """See :meth:`ChatTemplate.parse_batch <torchrl_chat.ChatTemplate.parse_batch>`."""
+        courses = [_QUESTION] * len(sampled) if courses is None else courses
+        reasons = finish_reasons or [None] * len(sampled)
+        texts, opened = self.codec.decode(sampled), self._opened(prompts, len(sampled))
+        before: Sequence[Sequence[int] | None] = [None] * len(sampled) if prompts is None else prompts
+        return list(map(self._parse, sampled, texts, courses, reasons, opened, before))
+
+    def _parse(
+        self,
+        ids: Sequence[int],
+        text: str,
+        course: Course,
+        reason: str | None,
+        thinking: bool,
+        prompt: Sequence[int] | None,
+    ) -> Parsed:
+        last, content = ids[-1], text
+        shape = course.shape
+        if shape not in self._known:  # the closes that an answer may have, before it is known what it is
+            kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
+            closes = [self.close(shape, kind) for kind in kinds]
+            self._known[shape] = [close for close in closes if isinstance(close, Close)]
+        known = self._known[shape]
+        lead = known[0].lead if known else ""
+        stopped = [(close, stop) for close in known if (stop := close.stop(last, text)) is not None]
+        ends = last == self.eos or any(close.ends(stop) for close, stop in stopped)
+        # Which of the closes applies is known once the answer is parsed; that it ended, and with what, before.
+        if stopped and (ends or reason not in (None, "length")):
+            rests = [
+                close.without_end(text, stop, "" if stop == BY_TEXT else self.codec.token_text(stop))
+                for close, stop in stopped
+            ]
+            content, ends = min(rests, key=len), True
+        elif ends:
+            content = text.removesuffix(self.codec.token_text(last))
+        ended = ends if reason is None else reason != "length"
+        answer = self.peer.parse(prompt, ids) if self.peer is not None else None
+        missing, ends_call = "", False
+        if answer is None:
+            answer = self.parser.parse((content if ended else text).removeprefix(lead), thinking)
+            if last != self.eos and not any(_ends_turn(close, stop, text) for close, stop in stopped):
+                answer, missing, ends_call = self._with_last_call(
+                    answer, text.removeprefix(lead), thinking, reason not in (None, "length"), content is not text
+                )
+        message = answer.message(course.policy, len(course.call_ids))
+        own = self.close(shape, AnswerKind.of(message))
+        stop = own.stop(last, text) if ended and isinstance(own, Close) and not ends_call else None
+        taken = self._taken(missing, own) if missing and isinstance(own, Close) else Suffix()
+        return Parsed(message, answer, text, ended, stop, own, taken)
+
+    def _with_last_call(
+        self, answer: ParsedAnswer, text: str, thinking: bool, by_itself: bool, stripped: bool
+    ) -> tuple[ParsedAnswer, str, bool]:
+        """An answer whose end may belong to its last call, or may have been taken away by the engine.
+
+        Returns:
+            the answer, the end of the call that was taken away, and whether the turn ends with the call.
+        """
+        # A token that ends a call is no end of the turn, though a policy may well stop there.
+        whole = self.parser.parse(text, thinking) if stripped else answer
+        whole, missing = self.parser.completed(text, thinking, whole, by_itself)
+        made, before = _made(whole), _made(answer)
+        if missing or made > before or (made == before > 0 and len(whole.content) <= len(answer.content)):
+            return whole, missing, True
+        return answer, "", False
+
+    def _taken(self, missing: str, close: Close) -> Suffix:
+        """What the engine took of the end of a call, but for what the template's end of the turn begins with."""
+        for stop, heads in close.heads.items():  # a token that ends the turn as well
+            if any(heads) and stop != BY_TEXT:
+                missing = missing.removesuffix(self.codec.token_text(stop))
+        if not missing:
+            return Suffix()
+        encode = self.codec.encode if self.codec.opens(missing) else self.codec.encode_continuation
+        return Suffix(missing, tuple(encode([missing])[0]))
+
+    def _opened(self, prompts: Sequence[Sequence[int]] | None, rows: int) -> list[bool]:
+        """For each row, whether the generation prompt has opened the reasoning."""
+        if not self.parser.openings:
+            return [False] * rows
+        if prompts is None:
+            return [self._opens_reasoning] * rows
+        ends = self.codec.decode([prompt[-OPENING_IDS:] for prompt in prompts])
+        return [self.parser.opened_by(end) for end in ends]
+
+    @functools.cached_property
+    def _opens_reasoning(self) -> bool:
+        """Whether the usual generation prompt opens the reasoning."""
+        return self.parser.opened_by(self.renderer.tried([{"role": "user", "content": "hi"}], True))
+
+
+def _made(answer: ParsedAnswer) -> int:
+    """How many calls were made."""
+    return sum(call.status is CallStatus.OK for call in answer.calls)
+
+
+def _ends_turn(close: Close, stop: int, text: str) -> bool:
+    """Whether a token that the template writes at the end of a turn ends this one, and not a call in it."""
+    heads = tuple(filter(None, close.heads.get(stop, ())))  # empty for a token that closes a call
+    return bool(heads) and (stop in close.main or text.endswith(heads))

@@ -14,12 +14,15 @@ import datetime
 import functools
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jinja2
+
 from torchrl_chat.messages import Message, content_text
-from torchrl_chat.templates.backends import tokenizer_of
-from torchrl_chat.templates.codec import MARK, TokenCodec
+from torchrl_chat.templates.backends import MARK, tokenizer_of
+from torchrl_chat.templates.codec import TokenCodec
+from torchrl_chat.templates.kinds import call_of
 from torchrl_chat.templates.looks import Looks, looks_of
 from torchrl_chat.templates.named import NAMED, named_template
 
@@ -68,13 +71,10 @@ class Renderer:
         tokenizer: a Hugging Face tokenizer, or a processor: then its own chat template is used, and its tokenizer's
             where it has none. :attr:`tokenizer` is the processor's tokenizer.
         codec: its codec; its special tokens decide which contents need guarding.
-        chat_template: Jinja source used instead of ``tokenizer.chat_template``, or the name of one of
-            its templates (``"tool_use"``), or of one for base models (:data:`~torchrl_chat.templates.named.NAMED`).
+        chat_template: as of :class:`~torchrl_chat.templates.ChatTemplate`, like what follows.
         tools: JSON schemas handed to the template with every conversation.
-        template_kwargs: further variables for the template, e.g. ``enable_thinking=False``.
+        template_kwargs: further variables for the template.
         guard: whether look-alikes of control tokens in contents are marked as text at all.
-        now: the moment that ``strftime_now`` tells the template, so that a conversation that lasts over
-            midnight keeps its date. Defaults to the moment of construction.
 
     Raises:
         ChatTemplateError: if there is no chat template, or none of that name.
@@ -88,18 +88,24 @@ class Renderer:
         chat_template: str | None,
         tools: Sequence[Any] | None,
         template_kwargs: dict[str, Any],
-        now: datetime.datetime | None = None,
         guard: bool = True,
     ):
         # A processor's apply_chat_template does the same with text, but warns of every variable of the template.
         self.tokenizer = tokenizer_of(tokenizer)
         self.codec = codec
         self.source = _source(tokenizer, chat_template, bool(tools))
-        _check_syntax(self.source)
+        try:
+            _compiled(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(
+                f"the chat template is no valid Jinja, line {error.lineno}: {error.message}"
+            ) from error
         self.guards = guard
-        self.now = now or datetime.datetime.now()
+        # What strftime_now tells: a conversation that lasts over midnight keeps its date.
+        self.now = datetime.datetime.now()
         self._kwargs: dict[str, Any] = dict(template_kwargs)
         self.tells_time = "strftime_now" in self.source
+        self.renderings = 0  # how often a text was asked for: a compiled turn asks for none
         if tools:
             self._kwargs["tools"] = list(tools)
         # Always the source: which of several named templates applies is then decided once, here.
@@ -117,17 +123,23 @@ class Renderer:
     # ------------------------------------------------------------------ text
     def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The template's text; raises :class:`ChatTemplateError` where the template does."""
-        adapted, known = self._adapted(messages), _texts.get()
+        self.renderings += 1
+        adapted, known = [self._adapt(message) for message in messages], _texts.get()
         if known is None:
             return self._apply(adapted, add_generation_prompt)
-        key = (self, _later.get(), add_generation_prompt, pickle.dumps(list(adapted)))
+        key = (self, _later.get(), add_generation_prompt, pickle.dumps(adapted))
         if key not in known:
             known[key] = self._apply(adapted, add_generation_prompt)
         return known[key]
 
-    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        import jinja2
+    def tried(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """:meth:`text`, or "" where the template refuses the conversation."""
+        try:
+            return self.text(messages, add_generation_prompt)
+        except ChatTemplateError:
+            return ""
 
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self.tells_time:
             _stop_clock(self.source)
         moment = _moment.set(self.now + _later.get())
@@ -143,7 +155,8 @@ class Renderer:
         finally:
             _moment.reset(moment)
 
-    def _tried(self, messages: Sequence[Message]) -> str:
+    def _as_it_is(self, messages: Sequence[Message]) -> str:
+        """The text of messages that are not adapted, or "" where the template refuses them."""
         try:
             return self._apply(messages, False)
         except ChatTemplateError:
@@ -154,12 +167,12 @@ class Renderer:
     def wants_parts(self) -> bool:
         """Whether the template reads content as a list of parts and nothing else."""
         message = {"role": "user", "content": _PROBE}
-        return _PROBE not in self._tried([message]) and _PROBE in self._tried([_in_parts(message)])
+        return _PROBE not in self._as_it_is([message]) and _PROBE in self._as_it_is([_in_parts(message)])
 
     @functools.cached_property
     def reads_parts(self) -> bool:
         """Whether the template reads a list of text parts (rather than printing the list itself)."""
-        text = self._tried([_in_parts({"role": "user", "content": _PROBE})])
+        text = self._as_it_is([_in_parts({"role": "user", "content": _PROBE})])
         return _PROBE in text and "'type'" not in text and '"type"' not in text
 
     @functools.cached_property
@@ -174,18 +187,10 @@ class Renderer:
         return not self._shows_call(arguments, ("",)) and self._shows_call(arguments, (None,))
 
     def _shows_call(self, arguments: Any, contents: Sequence[str | None] = ("", None)) -> bool:
-        call = {"id": "abcdefgh0", "type": "function", "function": {"name": "lookup", "arguments": arguments}}
         asked = self._adapt_content({"role": "user", "content": "hi"})
-        for content in contents:
-            said: Message = {"role": "assistant", "tool_calls": [call]}
-            if content is not None:
-                said = self._adapt_content({**said, "content": content})
-            if _PROBE in self._tried([asked, said]):
-                return True
-        return False
-
-    def _adapted(self, messages: Sequence[Message]) -> Sequence[Message]:
-        return [self._adapt(message) for message in messages]
+        said: Message = {"role": "assistant", "tool_calls": [call_of("lookup", arguments, "abcdefgh0")]}
+        answers = [said if text is None else self._adapt_content({**said, "content": text}) for text in contents]
+        return any(_PROBE in self._as_it_is([asked, answer]) for answer in answers)
 
     def _adapt(self, message: Message) -> Message:
         """The message in the form that the template reads.
@@ -211,7 +216,10 @@ class Renderer:
             message, content = {**message, "content": ""}, ""
         if isinstance(content, str):
             return _in_parts(message) if self.wants_parts else message
-        if isinstance(content, (list, tuple)) and not self.reads_parts and _only_text(content):
+        texts = isinstance(content, (list, tuple)) and all(
+            isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
+        )
+        if texts and not self.reads_parts:
             return {**message, "content": content_text(message)}
         return message
 
@@ -246,13 +254,15 @@ class Renderer:
         """
         if not self.guards:
             return messages, False
-        adapted = [self._adapt(message) if _composed(message) else message for message in messages]
+        # Only tool calls and parts have a form that a template may need changed.
+        adapted = [
+            self._adapt(m) if "tool_calls" in m or not isinstance(m.get("content"), (str, type(None))) else m
+            for m in messages
+        ]
         # Of a plain message, only the content is looked at: its other string is its role.
         spelled = [
-            self._spells(message["content"] if len(message) == 2 else message, message.get("role") in _TRUSTED)
-            if "content" in message
-            else self._spells(message, message.get("role") in _TRUSTED)
-            for message in adapted
+            self._spells(m["content"] if len(m) == 2 and "content" in m else m, m.get("role") in _TRUSTED)
+            for m in adapted
         ]
         if not any(spelled):
             return messages, False
@@ -262,21 +272,18 @@ class Renderer:
         ], True
 
     def _spells(self, value: Any, trusted: bool) -> bool:
-        kind = type(value)  # asked for the usual types first: an abstract class answers slowly
-        if kind is str:
+        if isinstance(value, str):
             return self.codec.spells(value, () if trusted else self.controls)
-        if kind is dict or isinstance(value, Mapping):
-            for key, entry in value.items():
-                if self._spells(key, trusted) or (key != "role" and self._spells(entry, trusted)):
-                    return True
-            return False
-        if kind is not list and kind is not tuple:
-            return isinstance(value, str) and self.codec.spells(value, () if trusted else self.controls)
-        for entry in value:
-            if self._spells(entry, trusted):
-                return True
-        # Parts that spell nothing one by one may spell something where a template writes them side by side.
-        return len(value) > 1 and self._spells(_joined(value), trusted)
+        if isinstance(value, (list, tuple)):
+            # Parts that spell nothing one by one may spell something where a template writes them side by side.
+            parts = [*value, _joined(value)]
+            return any(self._spells(part, trusted) for part in parts)
+        if isinstance(value, (dict, Mapping)):  # the usual type first: an abstract class answers slowly
+            return any(
+                self._spells(key, trusted) or (key != "role" and self._spells(entry, trusted))
+                for key, entry in value.items()
+            )
+        return False
 
     def _marked(self, value: Any, trusted: bool) -> Any:
         if isinstance(value, str):
@@ -301,41 +308,21 @@ def _compiled(source: str) -> Any:
     return chat_template_utils._compile_jinja_template(source)
 
 
-class _Clock:
-    """``strftime_now`` of a compiled template: the renderer's moment while one of ours renders, else as it was."""
-
-    def __init__(self, clock: Callable[[str], str]):
-        self._clock = clock
-
-    def __call__(self, form: str) -> str:
-        moment = _moment.get()
-        return self._clock(form) if moment is None else moment.strftime(form)
-
-
-def _check_syntax(source: str) -> None:
-    import jinja2
-
-    try:
-        _compiled(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ChatTemplateError(
-            f"the chat template is no valid Jinja, line {error.lineno}: {error.message}"
-        ) from error
-
-
 def _stop_clock(source: str) -> None:
     """Let the template's ``strftime_now`` tell the renderer's moment while one of ours renders.
 
     transformers reads the clock at every rendering, and hands no function through its template variables.
     """
     names = _compiled(source).globals
-    if not isinstance(names["strftime_now"], _Clock):
-        names["strftime_now"] = _Clock(names["strftime_now"])
+    clock = names["strftime_now"]
 
+    def stopped(form: str) -> str:
+        moment = _moment.get()
+        return clock(form) if moment is None else moment.strftime(form)
 
-def _composed(message: Message) -> bool:
-    """Whether a message has tool calls or parts, whose form a template may need changed."""
-    return "tool_calls" in message or not isinstance(message.get("content"), (str, type(None)))
+    if not getattr(clock, "stops", False):
+        stopped.stops = True  # type: ignore[attr-defined]
+        names["strftime_now"] = stopped
 
 
 def _is_text(part: Any) -> bool:
@@ -349,10 +336,6 @@ def _joined(parts: Sequence[Any]) -> str:
 
 def _in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
-def _only_text(parts: Sequence[Any]) -> bool:
-    return all(isinstance(part, Mapping) and part.get("type", "text") == "text" for part in parts)
 
 
 def _source(tokenizer: Any, chat_template: str | None, with_tools: bool) -> str:

@@ -15,18 +15,26 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torchrl_chat.messages import Message
-from torchrl_chat.templates.bridge import BY_TEXT, BridgeError, Close, Derivation, call_with, shared_prefix, unused
-from torchrl_chat.templates.codec import unmarked
-from torchrl_chat.templates.parsing import AnswerParser, CallStatus
-from torchrl_chat.templates.proof import unescaped
+from torchrl_chat.templates.backends import unmarked
+from torchrl_chat.templates.bridge import (
+    BY_TEXT,
+    TRIMS,
+    Bridge,
+    BridgeError,
+    Close,
+    call_with,
+    shared_prefix,
+    unescaped,
+    unused,
+)
+from torchrl_chat.templates.parsing import REASONING, AnswerParser, CallStatus
 from torchrl_chat.templates.rendering import ChatTemplateError
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _Edit = Callable[[str], str]
-_EDITS: tuple[_Edit, ...] = (lambda text: text, str.strip, str.lstrip, str.rstrip)
 
 
 class Span(NamedTuple):
@@ -64,26 +72,16 @@ _CALLS = "\0"  # stands for the calls of an answer, however they are spelled
 _LONGEST_OPENING = 64  # more than any template writes in front of a call's own words
 
 
+@dataclass(eq=False)
 class Rewriter:
-    """Puts sequences together anew, as one template writes the past.
+    """Puts sequences together anew, as one template writes the past."""
 
-    Args:
-        derivation: the template.
-        parser: reads its answers.
-        close: how a turn is closed, given the conversation up to its answer.
-    """
+    bridge: Bridge
+    parser: AnswerParser
+    close: Callable[[Sequence[Message]], Close]  # how a turn is closed, given the conversation up to its answer
 
-    def __init__(
-        self,
-        derivation: Derivation,
-        parser: AnswerParser,
-        close: Callable[[Sequence[Message]], Close],
-    ):
-        self.derivation = derivation
-        self.codec = derivation.codec
-        self.renderer = derivation.renderer
-        self.parser = parser
-        self.close = close
+    def __post_init__(self) -> None:
+        self.codec, self.renderer = self.bridge.codec, self.bridge.renderer
 
     def rewrite(
         self,
@@ -93,18 +91,7 @@ class Rewriter:
         new: Sequence[Message],
         agp: bool,
     ) -> Rewritten | None:
-        """The past as the template writes it once ``new`` follows; ``None`` if it stays as it is.
-
-        Args:
-            ids: the sequence so far.
-            spans: the sampled answers in it, in order.
-            messages: the conversation, the last of them sampled.
-            new: the messages that follow.
-            agp: whether a generation prompt follows them.
-
-        Raises:
-            BridgeError: the template changes the words of an earlier answer.
-        """
+        """See :meth:`ChatTemplate.rewrite <torchrl_chat.ChatTemplate.rewrite>`."""
         written, rest, real = self._written(spans, messages, new, agp)
         out: list[int] = []
         moved: list[Span] = []
@@ -121,7 +108,8 @@ class Rewriter:
             seen, said, before = self.codec.decode([unsampled, core, between])
             seen = seen.removesuffix(span.lost)
             message = messages[span.message]
-            content_at, call_at = self._places(said, seen) if _parted(message) else (0, len(said))
+            parted = message.get("tool_calls") or any(message.get(key) is not None for key in REASONING)
+            content_at, call_at = self._places(said, seen) if parted else (0, len(said))
             begin = 0 if answer.keeps_reasoning else content_at
             if answer.opens_with == "call":
                 answer = answer._replace(before=self._in_front_of_call(answer.before, said[begin:]))
@@ -130,8 +118,8 @@ class Rewriter:
             if before == seen + said[:begin]:  # what looks dropped was empty, and stands there as it was sampled
                 answer = answer._replace(keeps_reasoning=True)
                 before = seen
-            lost, pieces = self._pieces(core, said, begin, message, answer)
-            lost = lost or (span.lost if pieces == core else "")
+            lost, kept = self._pieces(core, said, begin, message, answer)
+            lost = lost or (span.lost if kept == core else "")
             # The template's text may end with what the policy itself wrote first, "<think>" for one.
             if lost:
                 between = self._between(answer.before + lost, stop, not moved)
@@ -139,7 +127,7 @@ class Rewriter:
                 between = unsampled
             elif answer.keeps_reasoning and (shared := _overlap(unmarked(answer.before), said)):
                 between = self._between(answer.before[:-shared], stop, not moved)
-            kept, ended = pieces, end * answer.keeps_stop
+            ended = end * answer.keeps_stop
             start = len(out) + len(between)
             out += [*between, *kept, *ended]
             stop = span.stop if answer.keeps_stop else None
@@ -192,7 +180,7 @@ class Rewriter:
         stem = unused(guarded)
         for i, span in enumerate(spans):
             message = probe[span.message]
-            for key in _REASONING:
+            for key in REASONING:
                 if message.get(key):
                     fields[f"{stem}r{i}R"] = (i, "reasoning", message[key])
                     message[key] = f"{stem}r{i}R"
@@ -221,10 +209,8 @@ class Rewriter:
             message = messages[span.message]
             if "content" not in kinds and "call" not in kinds:
                 raise BridgeError(f"the chat template drops an earlier answer: {message['content']!r:.80}.")
-            thought = any(message.get(key) is not None for key in _REASONING)
-            edit = edits.get(i, _EDITS[0])
-            before, inside, pos = text[start : mine[0][0]], "", mine[0][0]
-            front = ""
+            edit = edits.get(i, str)
+            before, pos, inside, front = text[start : mine[0][0]], mine[0][0], "", ""
             for at, end, kind, said in mine:
                 if kind == "call":
                     front = text[pos:at]
@@ -232,18 +218,10 @@ class Rewriter:
                     inside += text[pos:at] + (edit(said) if kind == "content" else said)
                 pos = end
             skipped, length, keeps_stop = self._close_length(text[pos:], span, messages)
+            ended = text[pos + skipped : pos + length]
+            keeps = "reasoning" in kinds or all(message.get(key) is None for key in REASONING)
             answers.append(
-                _Answer(
-                    before,
-                    inside,
-                    front,
-                    kinds[0],
-                    "call" in kinds,
-                    not thought or "reasoning" in kinds,
-                    keeps_stop,
-                    edit,
-                    text[pos + skipped : pos + length],
-                )
+                _Answer(before, inside, front, kinds[0], "call" in kinds, keeps, keeps_stop, edit, ended)
             )
             start = pos + length
         return answers, text[start:], unmarked(real)
@@ -262,7 +240,7 @@ class Rewriter:
         pos = found[0][0] if found else 0
         for k, (_, end, (owner, kind, said)) in enumerate(found):
             literal = text[end : found[k + 1][0] if k + 1 < len(found) else len(text)]
-            edit = next((e for e in _EDITS if real.startswith(e(said) + literal, pos)), None)
+            edit = next((e for e in TRIMS if real.startswith(e(said) + literal, pos)), None)
             if edit is None and not said:
                 pos = real.find(literal, pos) + len(literal)
                 continue
@@ -330,7 +308,7 @@ class Rewriter:
         marked = unmarked(text) != text
         if first:
             return (self.codec.encode_guarded if marked else self.codec.encode)([text])[0]
-        return self.derivation.ids(stop, text, marked)
+        return self.bridge.ids(stop, text, marked)
 
     @functools.cached_property
     def _header(self) -> str:
@@ -386,11 +364,6 @@ class Rewriter:
         parsed = self.parser.parse(said, self.parser.opened_by(seen[-200:]))
         calls = [call.span[0] for call in parsed.calls if call.status is CallStatus.OK]
         return parsed.start, min(calls, default=len(said))
-
-
-def _parted(message: Message) -> bool:
-    """Whether an answer has more than a content."""
-    return bool(message.get("tool_calls")) or any(message.get(key) is not None for key in _REASONING)
 
 
 def _overlap(text: str, said: str) -> int:

@@ -1,7 +1,8 @@
-"""A tool call found in a text, and the block of calls that it stands in.
+"""A tool call found in a text, the block of calls that it stands in, and the readers of a block's inside.
 
-A call format is a row of data (:class:`CallFormat`): the delimiters of a *block* of calls, and the readers
-of its inside (``callreaders.py``). Which rows a template speaks is for ``dialects.py`` to find out.
+A call format is a row of data (:class:`CallFormat`): the delimiters of a *block* of calls, and the readers of its
+inside: JSON, JSON behind a head, XML-like tags, nested tags, Python calls. Their delimiters are data too, so that a new
+format is a new row of the table in ``dialects.py``, seldom a new reader. Which rows a template speaks is found out there.
 
 Law of this file: whatever text it is given, it raises nothing, takes time proportional to the text, and
 accounts for every block that was opened, as calls with a status. It knows nothing of reasoning or turns.
@@ -9,51 +10,44 @@ accounts for every block that was opened, as calls with a status. It knows nothi
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
-from torchrl_chat.templates.values import PLAIN, Values
+from torchrl_chat.schemas import bracket_depth, kinds_of
+from torchrl_chat.templates.kinds import call_of
+from torchrl_chat.templates.values import PLAIN, Values, inner
 
 
 class CallStatus(StrEnum):
-    """How a tool call came out of the text.
+    """How a tool call came out of the text."""
 
-    ``OK``: name and arguments are there. ``INVALID_JSON``: the call is closed, but cannot be read (bad
-    JSON, arguments that are no object, stray text inside an XML-like call). ``MISSING_NAME``: well-formed,
-    but it names no function. ``UNCLOSED``: the text ends, or the next call begins, before it is closed.
-    ``UNKNOWN_TOOL``: well-formed, but the name is not among the tools that were given.
-    """
-
-    OK = "ok"
+    OK = "ok"  # name and arguments are there
+    # closed, but it cannot be read (bad JSON, arguments that are no object, stray text inside an XML-like call)
     INVALID_JSON = "invalid_json"
-    MISSING_NAME = "missing_name"
-    UNCLOSED = "unclosed"
-    UNKNOWN_TOOL = "unknown_tool"
+    MISSING_NAME = "missing_name"  # well-formed, but it names no function
+    UNCLOSED = "unclosed"  # the text ends, or the next call begins, before it is closed
+    UNKNOWN_TOOL = "unknown_tool"  # well-formed, but no tool has its name (the package ``renderers`` looks)
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedCall:
-    """One tool call found in a text.
+    """One tool call found in a text."""
 
-    Attributes:
-        name: the function's name, if there is one.
-        arguments: a dict where the status is ``OK`` or ``UNKNOWN_TOOL``; else the raw text, or ``None``.
-        status: see :class:`CallStatus`.
-        span: character offsets into the text that was parsed, delimiters included. Calls that share a
-            block share its delimiters out: the first call begins with the block, the last one ends it.
-        id: the id that the text itself gives the call, in formats that write one.
-    """
-
-    name: str | None
-    arguments: Any
-    status: CallStatus
+    name: str | None  # the function's name, if there is one
+    arguments: Any  # a dict where the status is ``OK`` or ``UNKNOWN_TOOL``; else the raw text, or ``None``
+    status: CallStatus  # see :class:`CallStatus`
+    # character offsets into the text that was parsed, delimiters included. Calls that share a block share its
+    # delimiters out: the first call begins with the block, the last one ends it
     span: tuple[int, int]
-    id: str | None = None
+    id: str | None = None  # the id that the text itself gives the call, in formats that write one
 
     def message(self, index: int = 0) -> dict[str, Any]:
         """The call as an entry of a message's ``tool_calls``.
@@ -63,8 +57,7 @@ class ParsedCall:
             {'id': 'call00001', 'type': 'function', 'function': {'name': 'now', 'arguments': {}}}
         """
         # Nine letters and digits: some templates refuse an id of any other form.
-        ident = self.id or f"call{index:05d}"
-        return {"id": ident, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+        return call_of(self.name, self.arguments, self.id or f"call{index:05d}")
 
 
 class Scan:
@@ -115,11 +108,7 @@ def _finite(number: str) -> float:
     return value
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(constant)
-
-
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def json_at(scan: Scan, at: int) -> tuple[Any, int] | None:
@@ -213,19 +202,12 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """One row: how a block of calls begins and ends, and the readers of its inside, in order.
+    """One row: how a block of calls begins and ends, and the readers of its inside, in order."""
 
-    Attributes:
-        open: what begins a block; a template that writes it speaks this format.
-        close: what ends a block; "" where nothing does.
-        readers: the first one that finds a call at the block's beginning reads it.
-        marks: further strings that a template must write to speak this format.
-    """
-
-    open: str
-    close: str
-    readers: tuple[Reader, ...]
-    marks: tuple[str, ...] = ()
+    open: str  # what begins a block; a template that writes it speaks this format
+    close: str  # what ends a block; "" where nothing does
+    readers: tuple[Reader, ...]  # the first one that finds a call at the block's beginning reads it
+    marks: tuple[str, ...] = ()  # further strings that a template must write to speak this format
 
     def read(self, scan: Scan, at: int) -> list[ParsedCall]:
         """The calls of the block that begins at ``at``; never none."""
@@ -277,3 +259,300 @@ def balanced(raw: str) -> bool:
         depth += token in "{["
         depth -= token in "}]"
     return depth <= 0
+
+
+# ---------------------------------------------------------------------- the readers
+@dataclass(frozen=True, slots=True)
+class JsonReader:
+    """``{"name": ..., "arguments": {...}}``, one or several, in a list or not."""
+
+    keyed: bool = False  # the only key of the object is the name, and its value the arguments
+
+    def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
+        """The calls at ``at``; see :class:`Reader`."""
+        calls: list[ParsedCall] = []
+        pos = scan.blank(at)
+        if listed := scan.holds("[", pos):
+            pos = scan.blank(pos + 1)
+        while scan.holds("{", pos):
+            if (found := json_at(scan, pos)) is None:
+                calls.append(block.broken(scan, pos, pos))
+                return calls, calls[-1].span[1], True
+            call = self.call(found[0], (pos, found[1]))
+            calls.append(as_texts(call, scan, functools.partial(self.place, scan, pos)))
+            pos = scan.blank(found[1])
+            if scan.holds(",", pos):
+                pos = scan.blank(pos + 1)
+            elif listed or not block.close:  # without a close, what follows an object is text
+                break
+        if listed and scan.holds("]", pos):
+            return calls, pos + 1, True
+        if listed and calls and pos < scan.end:
+            bad = block.broken(scan, calls[-1].span[0], pos)
+            calls.append(replace(bad, span=(pos, bad.span[1])))
+            return calls, bad.span[1], True
+        if listed and calls:
+            calls[-1] = replace(calls[-1], status=CallStatus.UNCLOSED, arguments=scan.text[calls[-1].span[0] : pos])
+        return calls, calls[-1].span[1] if calls else pos, not block.close
+
+    def call(self, value: Any, span: tuple[int, int]) -> ParsedCall:
+        """The call that a JSON object spells."""
+        if self.keyed and isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, arguments),) = value.items()
+            return made_call(name, arguments, span)
+        inner = value.get("function") if isinstance(value.get("function"), dict) else value
+        arguments = next((inner[k] for k in _ARGUMENTS if k in inner), None)
+        ident = value.get("id") or value.get("tool_call_id")
+        return made_call(inner.get("name") or inner.get("tool_name"), arguments, span, ident)
+
+    def place(self, scan: Scan, at: int) -> int:
+        """Where the arguments of the call at ``at`` stand."""
+        spans = members(scan, at)
+        if self.keyed:
+            return next(iter(spans.values()), (at, at))[0]
+        if "function" in spans and scan.holds("{", spans["function"][0]):
+            spans = members(scan, spans["function"][0])
+        return next((spans[k][0] for k in _ARGUMENTS if k in spans), at)
+
+
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReader:
+    """Calls that begin with a head, one or several; what stands behind the head is read by the classes below."""
+
+    head: re.Pattern[str]  # matches what opens a call; its groups are ``name`` and, if it likes, ``id``
+    close: str  # ends one call; "" where only the block ends it: then there is one call
+
+    def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
+        """The calls at ``at``; see :class:`Reader`."""
+        calls: list[ParsedCall] = []
+        stop, pos = at, scan.blank(at)
+        while head := self.head.match(scan.text, pos, scan.end):
+            calls.append(self.call(scan, head, block))
+            stop = calls[-1].span[1]
+            if calls[-1].status is CallStatus.UNCLOSED:
+                return calls, stop, True
+            if not self.close:  # another head would begin another block
+                break
+            pos = scan.blank(stop)
+        return calls, stop, bool(self.close) or scan.text.endswith(block.close, at, stop)
+
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class HeadedReader(HeadReader):
+    """Behind the head the arguments as JSON."""
+
+    fence: str = ""  # may stand between the JSON and ``close``
+
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        found = json_at(scan, scan.blank(head.end()))
+        after = scan.blank(found[1]) if found else 0
+        if found and self.fence and scan.holds(self.fence, after):
+            after = scan.blank(after + len(self.fence))
+        if not found or not scan.holds(self.close, after):
+            return block.broken(scan, head.start(), head.end(), self.close, head["name"].strip())
+        arguments = found[0] if isinstance(found[0], dict) else scan.text[head.end() : found[1]]
+        span = (head.start(), after + len(self.close))
+        call = made_call(head["name"], arguments, span, head.groupdict().get("id"))
+        return as_texts(call, scan, functools.partial(scan.blank, head.end()))
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedReader(HeadReader):
+    """Behind the head parameters between delimiters of their own."""
+
+    param: re.Pattern[str]  # matches what opens a parameter; its groups are ``key`` and, if it likes, ``kind``
+    param_close: str  # what ends a parameter
+
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        name, stop, arguments = head["name"].strip(), head.end(), dict[str, Any]()
+        while param := self.param.match(scan.text, scan.blank(stop), scan.end):
+            if (found := scan.find(self.param_close, param.end())) < 0:
+                break
+            raw, said = scan.text[param.end() : found], param.groupdict().get("kind")
+            said = "string" if said == "true" else said  # string="true"
+            arguments[param["key"]] = scan.values.read(name, param["key"], raw, said)
+            stop = found + len(self.param_close)
+        if param or not scan.holds(self.close, scan.blank(stop)):
+            bad = block.broken(scan, head.start(), stop, self.close, name)
+            return replace(bad, arguments=scan.text[head.end() : bad.span[1]])
+        stop = scan.blank(stop) + len(self.close) if self.close else stop
+        return made_call(name, arguments, (head.start(), stop))
+
+
+@dataclass(frozen=True, slots=True)
+class TreeReader(HeadReader):
+    """Behind the head arguments as elements named by their keys, nested where a value is."""
+
+    mark: str  # stands before every tag of the format, which is how text with tags stays text
+
+    def call(self, scan: Scan, head: re.Match[str], block: CallFormat) -> ParsedCall:
+        """The call that begins with ``head``."""
+        name, start = head["name"].strip(), head.end()
+        fence, end = scan.find(block.open, start), scan.find(self.close, start)
+        closed = end >= 0 and (fence < 0 or end < fence)
+        tree = self.tree(scan.text[start:end], scan.values, name) if closed else None
+        if not isinstance(tree, dict):
+            return block.broken(scan, head.start(), start, self.close, name)
+        return made_call(name, tree, (head.start(), end + len(self.close)))
+
+    def tree(self, raw: str, values: Values, name: str) -> Any:
+        """The arguments of a tool that the elements of ``raw`` spell; ``None`` if they do not nest."""
+        root = values.parameters.get(name)
+        stack = [_Element("", 0, root)]
+        for tag in re.finditer(re.escape(self.mark) + r"<(/?)([^<>/\s]{1,200})>", raw):
+            if not tag[1]:
+                stack.append(_Element(tag[2], tag.end(), stack[-1].inner(tag[2], root)))
+                continue
+            element = stack.pop()
+            if element.key != tag[2] or not stack:
+                return None
+            value = element.value(raw[element.start : tag.start()], values, root)
+            stack[-1].children.append((element.key, value))
+        return dict(stack[0].children) if len(stack) == 1 else None
+
+
+@dataclass(slots=True)
+class _Element:
+    """An element that is still open: its name, where its inside begins, and what its value should be, if that is known."""
+
+    key: str
+    start: int
+    schema: Any
+    children: list[tuple[str, Any]] = field(default_factory=list)
+
+    def inner(self, key: str, root: Any) -> Any:
+        """The schema of a child."""
+        if self.schema is None:
+            return None
+        kinds = kinds_of(self.schema, root)
+        listed = key == "item" and kinds is not None and "array" in kinds
+        return inner(self.schema, len(self.children) if listed else key, root)
+
+    def value(self, raw: str, values: Values, root: Any) -> Any:
+        """The value of the element, which ends here."""
+        kinds = kinds_of(self.schema, root)
+        if self.children and kinds != _TEXT:
+            items = all(key == "item" for key, _ in self.children)
+            if items and (kinds is None or "array" in kinds or "object" not in kinds):
+                return [value for _, value in self.children]
+            return dict(self.children)
+        if not raw and kinds and not kinds & {"string", "null"}:  # so is an empty container written
+            return {} if "object" in kinds else [] if "array" in kinds else raw
+        return values.text(raw, self.schema, root)
+
+
+_TEXT = frozenset(["string"])
+_WORDS = {"true": True, "false": False, "null": None}
+_TOO_DEEP = 100
+
+
+_CALL = re.compile(r"\s*(?P<name>[^\W\d][\w.-]{0,200})\(\s*")
+_KEY = re.compile(r"\s*(?P<key>[^\W\d][\w-]{0,200})\s*=\s*")
+_TOKEN = re.compile(r"'[^'\\]*(?:\\.[^'\\]*)*'|\"[^\"\\]*(?:\\.[^\"\\]*)*\"|[\[\](){},'\"]", re.DOTALL)
+# Behind a quote that ends a string comes the next argument, or the end of the call and then another call or nothing.
+_BEHIND = r"(?=\s*(?:,\s*[^\W\d][\w-]{0,200}\s*=|\)\s*(?:,\s*[^\W\d][\w.-]{0,200}\(|\]?\s*$)))"
+_BARE_ENDS = {quote: re.compile(quote + _BEHIND) for quote in "'\""}
+
+
+@dataclass(frozen=True, slots=True)
+class PythonReader:
+    """``[name(key=value, ...), ...]``: calls as Python writes them; JSON's ``true`` and ``null`` too.
+
+    Where the template escapes nothing in its strings, a string reaches to the first quote behind which the call goes on or
+    ends, and is what stands there, backslashes, quotes and line breaks included.
+    """
+
+    def read(self, scan: Scan, at: int, block: CallFormat) -> Batch:
+        """The calls at ``at``; see :class:`Reader`."""
+        ends = (scan.find(block.close, at), scan.find(block.open, at))
+        stop = min((p for p in ends if p >= 0), default=scan.end)
+        raw = scan.text[at:stop].rstrip()
+        inside = Scan(raw, values=scan.values)
+        start = inside.blank(0)
+        if bracket_depth(raw) > _TOO_DEEP:  # sampled brackets could exhaust the stack of Python's own parser
+            return [], at, False
+        listed = raw.startswith("[", start)
+        pos, found = start + listed, list[tuple[str, dict[str, Any], int]]()
+        while head := _CALL.match(raw, pos):
+            name = head["name"].removesuffix(".call")
+            arguments = self._arguments(inside, head.end(), name)
+            if arguments is None:
+                return [], at, False
+            found.append((name, arguments[0], head.start("name")))
+            pos = inside.blank(arguments[1])
+            if not (listed and raw.startswith(",", pos)):
+                break
+            pos += 1
+        if raw[pos:] != ("]" if listed else ""):
+            return [], at, False
+        return [made_call(n, a, (at + begun, at + len(raw))) for n, a, begun in found], at + len(raw), False
+
+    def _arguments(self, scan: Scan, pos: int, name: str) -> tuple[dict[str, Any], int] | None:
+        """The arguments that begin at ``pos``, and the position behind the bracket that ends them."""
+        raw, values, found = scan.text, scan.values, dict[str, Any]()
+        quote = values.manner.bare
+        while not raw.startswith(")", pos):
+            key = _KEY.match(raw, pos)
+            if key is None:
+                return None
+            pos = key.end()
+            if quote and raw.startswith(quote, pos) and (end := _BARE_ENDS[quote].search(raw, pos + 1)):
+                found[key["key"]], pos = raw[pos + 1 : end.start()], end.end()
+            else:
+                stop = _literal_end(raw, pos)
+                value = _python_value(raw[pos:stop].strip()) if stop is not None else None
+                if value is None or stop is None:
+                    return None
+                found[key["key"]], pos = value[0], stop
+                if values.bare_texts(name, {key["key"]: value[0]}):
+                    found[key["key"]] = raw[key.end() : stop].strip()
+            pos = scan.blank(pos)
+            if raw.startswith(",", pos):
+                pos = scan.blank(pos + 1)
+            elif not raw.startswith(")", pos):
+                return None
+        return found, pos + 1
+
+
+def _literal_end(raw: str, pos: int) -> int | None:
+    """Where the literal ends that begins at ``pos``: at the comma or bracket that is not its own."""
+    depth = 0
+    for token in _TOKEN.finditer(raw, pos):
+        if token[0] in ("'", '"'):
+            return None  # a string that is not closed
+        if token[0] in ("(", "[", "{"):
+            depth += 1
+        elif token[0] in (",", ")") and depth == 0:
+            return token.start()
+        elif token[0] in (")", "]", "}"):
+            depth -= 1
+    return None
+
+
+def _python_value(raw: str) -> tuple[Any] | None:
+    """The value of a literal of Python or of JSON, in a tuple; ``None`` if it is none or JSON cannot hold it."""
+    if (value := read_json(raw)) is not None:
+        return (value,)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a wrong escape in sampled text is nobody's bug
+            value = ast.literal_eval(_Words().visit(ast.parse(raw, mode="eval").body))
+        value = json.loads(json.dumps(value, allow_nan=False))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be tokenized
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
+    return (value,)
+
+
+class _Words(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node

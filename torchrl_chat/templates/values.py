@@ -1,42 +1,41 @@
-"""The arguments of a call that stand in it as text: which characters are the value, and which value they spell.
+"""The arguments of a call that stand in it as text: which value they spell, and how a call is written to be read back.
 
 What a template writes around an argument and how it spells one that is no string is *derived*: a call with known
 arguments is rendered, and read back with nothing taken off (:func:`manner_of`). What type an argument has is told by
 the tool's schema, and read by :mod:`torchrl_chat.schemas`.
 
-Law of this file: a string comes out as exactly the characters that the template would write for it.
+Law of this file: a string comes out as exactly the characters that the template would write for it, and a call that is
+written (:func:`written_call`) was read back, by the parser that reads what a policy samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_chat.schemas import JSON, Spelling, kinds_of, literal, read, resolved
+from torchrl_chat.schemas import JSON, Spelling, kind_of, kinds_of, literal, read, resolved
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a template writes an argument between the delimiters of its format.
+    """How a template writes an argument between the delimiters of its format."""
 
-    Attributes:
-        lead: what it writes in front of a string.
-        trail: what it writes behind one.
-        spelling: how it spells what is no string.
-        bare: the quote that it puts around a string without escaping anything in it; "" where it escapes, or puts none.
-    """
-
-    lead: str = "\n"
-    trail: str = "\n"
-    spelling: Spelling = JSON
+    lead: str = "\n"  # what it writes in front of a string
+    trail: str = "\n"  # what it writes behind one
+    spelling: Spelling = JSON  # how it spells what is no string
+    # the quote that it puts around a string without escaping anything in it; "" where it escapes, or puts
+    # none
     bare: str = ""
 
 
 USUAL = Manner()
 """Taken of a template that cannot be asked: a line break on either side belongs to it."""
 
-_AS_WRITTEN = Manner("", "")
+Calls = Callable[[str, "Values"], Sequence[Any]]
+"""The calls (``toolcalls.ParsedCall``) in a text, their arguments read with these values."""
+
 _STRING = frozenset(["string"])
 
 
@@ -146,7 +145,7 @@ PROBE_NAME = "lookup"
 _SENTINEL = "Qz8value8zQ"
 
 
-def manner_of(write: Callable[[dict[str, Any]], str], calls: Callable[[str, Values], Sequence[Any]]) -> Manner:
+def manner_of(write: Callable[[dict[str, Any]], str], calls: Calls) -> Manner:
     """How a template writes the arguments of calls.
 
     Args:
@@ -157,7 +156,7 @@ def manner_of(write: Callable[[dict[str, Any]], str], calls: Callable[[str, Valu
     Returns:
         what was found out; :data:`USUAL` where the template writes no calls that are read here.
     """
-    as_written = _AsWritten((), _AS_WRITTEN)
+    as_written = _AsWritten()
 
     def written(arguments: dict[str, Any]) -> dict[str, Any]:
         found = [call.arguments for call in calls(write(arguments), as_written) if call.name == PROBE_NAME]
@@ -193,3 +192,95 @@ def _bare_quote(write: Callable[[dict[str, Any]], str]) -> str:
         return ""
     before, after = text[at - 1], text[at + len(probe) : at + len(probe) + 1]
     return before if before == after and before in "'\"" else ""
+
+
+# ---------------------------------------------------------------------- a call that is read back
+Write = Callable[[str, Mapping[str, Any]], Iterable[str]]
+"""The turn that is one call, as the template writes it: each way in which it may be cut out of the template's text."""
+
+
+def written_call(name: str, arguments: Mapping[str, Any], values: Values, calls: Calls, write: Write) -> str | None:
+    """A call in a template's own format that is read back as itself; ``None`` if no way to write it is.
+
+    The template writes it first. An argument that does not come back (left out, or with a quote that ends it too early)
+    is written again: a sentinel is put in its place, and the sentinel replaced by other spellings of the value until one
+    is read as that value.
+
+    Args:
+        name: the tool's name.
+        arguments: its arguments, JSON values.
+        values: what reads the arguments.
+        calls: reads it back.
+        write: the template.
+    """
+    known = values
+    if (
+        name not in known.parameters
+    ):  # nothing is known of its types: all that can be asked is that they are spelled so
+        typed = {key: {"type": kind_of(value)} for key, value in arguments.items()}
+        values = Values([{"name": name, "parameters": {"properties": typed}}], lambda: known.manner)
+
+    def read(text: str) -> Any:
+        found = [call for call in calls(text, values) if call.name == name]
+        return found[0] if len(found) == 1 and found[0].status == "ok" else None
+
+    for text in write(name, arguments):
+        call = read(text)
+        if call is not None and same(call.arguments, dict(arguments)):
+            return text[slice(*call.span)].strip()
+        respelled = _respelled(name, arguments, call.arguments if call else {}, read, write)
+        if respelled is not None:
+            return respelled
+    return None
+
+
+def _respelled(
+    name: str,
+    arguments: Mapping[str, Any],
+    found: Mapping[str, Any],
+    read: Callable[[str], Any],
+    write: Write,
+) -> str | None:
+    """A call whose arguments that did not come back are spelled otherwise."""
+    lost = {key: f"Qz{i:03d}lost9zQ" for i, key in enumerate(arguments) if not _came_back(key, arguments, found)}
+    for text in write(name, {**arguments, **lost}):
+        for key, sentinel in lost.items():
+            for spelled in _spellings(text, sentinel, arguments[key]):
+                call = read(spelled)
+                if call is not None and _came_back(key, arguments, call.arguments):
+                    text = spelled
+                    break
+            else:
+                return None
+        call = read(text)
+        if call is not None and same(call.arguments, dict(arguments)):
+            return text[slice(*call.span)].strip()
+    return None
+
+
+def _came_back(key: str, arguments: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    return key in found and same(found[key], arguments[key])
+
+
+def _spellings(text: str, sentinel: str, value: Any) -> Iterator[str]:
+    """The text with other spellings of a value in place of the sentinel, and of quotes around it."""
+    at = text.find(sentinel)
+    if at < 0:
+        return
+    end = at + len(sentinel)
+    quoted = text[at - 1 : at] == text[end : end + 1] != "" and text[at - 1] in "'\""
+    spelled = json.dumps(value, ensure_ascii=False)
+    for form in dict.fromkeys([spelled, repr(value), json.dumps(value)]):
+        if quoted:
+            yield text[: at - 1] + form + text[end + 1 :]
+        yield text[:at] + form + text[end:]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality as JSON has it, with types: true is not 1, and 1 is not 1.0.
+
+    Example:
+        >>> same({"a": [1]}, {"a": [1]}), same([1], [True]), same(1, 1.0)
+        (True, False, False)
+    """
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torchrl_chat.audit.report import Drift
+from torchrl_chat.audit.samples import ERRORS, Sample, line, other_tokens
 from torchrl_chat.messages import Message
+from torchrl_chat.templates.bridge import shared_prefix
 from torchrl_chat.templates.chat_template import ChatTemplate
-from torchrl_chat.templates.kinds import Course
-from torchrl_chat.templates.report import Drift
-from torchrl_chat.templates.samples import Sample, errors, line, other_tokens, shared
+from torchrl_chat.templates.kinds import call_of
 
 METHODS = {
     "rerender": "render and tokenize everything again, canonical tokens sampled",
@@ -39,34 +40,26 @@ def drift(template: ChatTemplate, turn: str, sample: Sample | None, reason: str 
     """
     if sample is None:
         return [Drift(turn, method, None, reason or None) for method in METHODS]
-    other = other_tokens(template, sample)
+    ways = {"rerender": rerendered, "dummy_suffix": dummy_suffix, "fixed_base": fixed_base}
+    found = {name: _compared(template, turn, name, sample, way) for name, way in ways.items()}
+    name, other = "rerender_other_tokens", other_tokens(template, sample)
     if other is None:
-        second = Drift(turn, "rerender_other_tokens", None, "the tokenizer has one way only to write this answer")
+        found[name] = Drift(turn, name, None, "the tokenizer has one way only to write this answer")
     else:
-        second = _compared(template, turn, "rerender_other_tokens", other, rerendered)
-    return [
-        _compared(template, turn, "rerender", sample, rerendered),
-        second,
-        _compared(template, turn, "dummy_suffix", sample, dummy_suffix),
-        _compared(template, turn, "fixed_base", sample, fixed_base),
-    ]
+        found[name] = _compared(template, turn, name, other, rerendered)
+    return [found[method] for method in METHODS]
 
 
 def rerendered(template: ChatTemplate, sample: Sample) -> list[int]:
-    """The whole conversation, rendered and tokenized again, with the answer as it is read out of its ids."""
-    return template.render([*_parsed(template, sample), *sample.new])
+    """The whole conversation, rendered and tokenized again, with the answer as it is read out of its ids.
 
-
-def _parsed(template: ChatTemplate, sample: Sample) -> list[Message]:
-    """The conversation with the answer as it is read out of its ids: what a loop that keeps messages holds."""
-    [parsed] = template.parse_batch(
-        [sample.ids[sample.start :]], [Course.of(sample.messages[:-1])], prompts=[sample.ids[: sample.start]]
-    )
-    message, said = parsed.message, sample.messages[-1].get("tool_calls")
+    That is what a loop holds that keeps messages.
+    """
+    message, said = sample.parsed(template).message, sample.messages[-1].get("tool_calls")
     if said and message.get("tool_calls"):  # ids of calls are made up in parsing; results name those of the probe
         calls = [{**a, "id": b["id"]} for a, b in zip(message["tool_calls"], said, strict=False)]
         message = {**message, "tool_calls": calls}
-    return [*sample.messages[:-1], message]
+    return template.render([*sample.messages[:-1], message, *sample.new])
 
 
 def dummy_suffix(template: ChatTemplate, sample: Sample) -> list[int]:
@@ -76,17 +69,16 @@ def dummy_suffix(template: ChatTemplate, sample: Sample) -> list[int]:
         ValueError: the dummy turn is not rendered alike with and without the new messages.
     """
     answer: Message = {"role": sample.messages[-1]["role"], "content": "dummy"}
-    results = [message for message in sample.new if message["role"] == "tool"]
-    if results:
-        answer["content"] = ""
-        answer["tool_calls"] = [_dummy_call(message) for message in results]
+    if results := [message for message in sample.new if message["role"] == "tool"]:
+        calls = [call_of(m.get("name", "dummy"), {}, m.get("tool_call_id", "dummy0000")) for m in results]
+        answer = {**answer, "content": "", "tool_calls": calls}
     base = [{"role": "user", "content": "dummy"}, answer]
     without, whole = _rendered(template, base, sample.new)
     eos = template.tokenizer.eos_token_id
     if eos in without:
         without = without[: len(without) - without[::-1].index(eos)]
     if whole[: len(without)] != without:
-        at = shared(whole, without)
+        at = len(shared_prefix([whole, without]))
         raise ValueError(
             f"the dummy turn changes once a message follows it: {_shown(template, without[at:])} becomes "
             f"{_shown(template, whole[at:])}"
@@ -102,11 +94,6 @@ def fixed_base(template: ChatTemplate, sample: Sample) -> list[int]:
     ]
     without, whole = _rendered(template, base, sample.new)
     return sample.ids + whole[len(without) :]
-
-
-def _dummy_call(result: Message) -> Message:
-    function = {"name": result.get("name", "dummy"), "arguments": {}}
-    return {"id": result.get("tool_call_id", "dummy0000"), "type": "function", "function": function}
 
 
 def _rendered(
@@ -126,23 +113,17 @@ def _compared(
 ) -> Drift:
     try:
         ids = method(template, sample)
-    except errors() as error:
+    except ERRORS as error:
         return Drift(turn, name, False, line(error))
     if ids == sample.exact:
         return Drift(turn, name, True)
-    at = shared(ids, sample.exact)
+    at = len(shared_prefix([ids, sample.exact]))
     where = "prompt" if at < sample.start else "answer" if at < len(sample.ids) else "tail"
-    return Drift(
-        turn,
-        name,
-        False,
-        f"token {at} ({where}): {_shown(template, ids[at:])} instead of {_shown(template, sample.exact[at:])}",
-    )
+    differs = f"{_shown(template, ids[at:])} instead of {_shown(template, sample.exact[at:])}"
+    return Drift(turn, name, False, f"token {at} ({where}): {differs}")
 
 
 def _shown(template: ChatTemplate, ids: Sequence[int]) -> str:
     """The first tokens, each for itself: texts can be alike where tokens are not."""
-    if not ids:
-        return "the end"
     texts = " ".join(repr(template.codec.token_text(i)) for i in ids[:_SHOWN])
-    return texts if len(ids) <= _SHOWN else f"{texts} …"
+    return (texts if len(ids) <= _SHOWN else f"{texts} …") or "the end"

@@ -1,4 +1,4 @@
-"""The audit: which kinds of turn a chat template's bridge proves, what it writes there, and what else would drift.
+"""Which kinds of turn a chat template's bridge proves, what it writes there, and what becomes of earlier turns.
 
 Every capability is one conversation, sampled as the template writes it and extended as an environment extends it.
 What fails is asked of the template itself: does it raise at such a turn, does it leave a message out?
@@ -11,24 +11,54 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torchrl_chat.messages import Message, content_text
-from torchrl_chat.templates import probes
-from torchrl_chat.templates import report as r
-from torchrl_chat.templates.chat_template import ChatTemplate
-from torchrl_chat.templates.drift import drift
-from torchrl_chat.templates.past import rewrites
-from torchrl_chat.templates.probes import ANSWER, MORE, NEXT, PLACE, REASONING, SYSTEM, TOOL, USER
-from torchrl_chat.templates.rendering import ChatTemplateError, at_another_time, remembered_texts
-from torchrl_chat.templates.samples import Sample, errors, line, sample, shared
+import jinja2
 
-DEPTH = 16
+from torchrl_chat.audit import report as r
+from torchrl_chat.audit.drift import drift
+from torchrl_chat.audit.samples import ERRORS, Sample, line, sample
+from torchrl_chat.messages import Message, content_text
+from torchrl_chat.templates.bridge import loosely, shared_prefix
+from torchrl_chat.templates.capabilities import ANSWER, DEPTH, NEXT, REASONING, SYSTEM, USER, Probe, probes
+from torchrl_chat.templates.chat_template import ChatTemplate
+from torchrl_chat.templates.dialects import Pair
+from torchrl_chat.templates.rendering import ChatTemplateError, at_another_time, remembered_texts
+from torchrl_chat.templates.rewriting import Span
+
+PLACE = "Zermatt"  # stands in calls alone: where it is missing, the template leaves calls out
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_elevation",
+        "description": "Says how high a place is.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "place": {"type": "string", "description": "Name of the place."},
+                "digits": {"type": "integer", "description": "How many digits to give."},
+                "feet": {"type": "boolean", "description": "Whether to give feet instead of metres."},
+                "sources": {"type": "array", "items": {"type": "string"}, "description": "Where to look."},
+            },
+            "required": ["place"],
+        },
+    },
+}
+_BY_TYPE = {"integer": 3, "number": 0.5, "boolean": True, "array": ["atlas", "survey"], "object": {"unit": "m"}}
+_PAST = {
+    "user": "user_turns",
+    "user after system": "user_turns_after_system",
+    "tool": "tool_turn",
+    "reasoning and tool": "reasoned_call",
+    "reasoning": "reasoning_content",
+}
+"""The kinds of earlier turn, and the name of the sample that shows each."""
+_DRIFT = {"user": "user_turns", "tool": "tool_turn", "reasoning": "reasoning_content"}
 # The forms that special tokens have and words have not; "[INST]" is a word of some templates and a token of others.
 _TOKEN_LIKE = re.compile(
     r"<\|[^|<>\s]{1,60}\|>|<｜[^｜<>\s]{1,60}｜>|</?s>|<(?:bos|eos|pad|sop|eop|start_of_turn|end_of_turn)>|\[gMASK\]"
@@ -67,49 +97,69 @@ def audit(
     """
     options = {"chat_template": chat_template, "parse_tool_calls": True, **template_kwargs}
     tools = list(tools or [TOOL])
-    template, equipped = _made(tokenizer, **options), _made(tokenizer, tools=tools, **options)
-    with remembered_texts(), _counted(template), _counted(equipped):
-        return _Audit(template, equipped, tools, template_kwargs).report()
+    try:
+        template, equipped = ChatTemplate(tokenizer, **options), ChatTemplate(tokenizer, tools=tools, **options)
+    except ChatTemplateError as error:
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            raise BrokenTemplateError(str(error)) from error
+        raise
+    with remembered_texts():
+        return _Audit(template, equipped, tools[0]["function"], template_kwargs).report()
 
 
 class _Audit:
-    """One audit: the template, the same with tools, and the samples that several parts look at."""
+    """One audit: the template, the same with tools, and the samples that several parts look at.
 
-    def __init__(self, template: ChatTemplate, equipped: ChatTemplate, tools: list[Any], variables: dict[str, Any]):
+    Args:
+        template: the template without tools.
+        equipped: the template with them.
+        tool: the first tool, ``{"name": ..., "parameters": ...}``.
+        variables: further variables of the template.
+    """
+
+    def __init__(self, template: ChatTemplate, equipped: ChatTemplate, tool: Any, variables: dict[str, Any]):
         self.template = template
         self.equipped = equipped
-        self.tools = tools
+        self.tool = tool["name"]
         self.variables = variables
+        self.probes = {probe.name: probe for probe in probes(self.tool, _arguments(tool))}
         self.samples: dict[str, Sample] = {}
 
     def report(self) -> r.Report:
         """All of it."""
         parser, codec = self.template.parser, self.template.codec
-        capabilities = tuple(self._capabilities())
+        own: dict[str, Callable[[Probe], r.Finding]] = {
+            "tool_turn": self._tool_turn,
+            "tool_turn_raw": self._raw_call,
+            "tools_in_prompt": self._with_tools,
+            "reasoning_in_content": self._inline,
+            "reasoning_content": self._reasoning_content,
+            "depth": self._depth,
+        }
+        capabilities = tuple(own.get(name, self._finding)(probe) for name, probe in self.probes.items())
         self._sample_reasoned_call()
-        name = getattr(self.template.tokenizer, "name_or_path", "") or type(self.template.tokenizer).__name__
         stops = tuple(r.Token(i, codec.token_text(i)) for i in sorted(_tried(lambda: self.template.stop_ids, ())))
         reasons = {finding.name: finding.reason or "" for finding in capabilities}
-        turns = {"user": "user_turns", "tool": "tool_turn", "reasoning": "reasoning_content"}
         return r.Report(
             schema=r.SCHEMA,
-            tokenizer=name,
+            tokenizer=getattr(self.template.tokenizer, "name_or_path", "")
+            or type(self.template.tokenizer).__name__,
             template=self._template(),
             parsing=r.Parsing(
-                reasoning=tuple(r.Delimiters(pair.open, pair.close) for pair in parser.pairs),
+                reasoning=parser.pairs,
                 segments=parser.channels is not None,
-                tool_calls=tuple(r.Delimiters(row.open, row.close) for row in parser.formats),
+                tool_calls=tuple(Pair(row.open, row.close) for row in parser.formats),
                 bare_json=parser.bare_json,
                 response_template=parser.schema is not None,
             ),
             stop_tokens=stops,
             capabilities=capabilities,
-            history=tuple(rewrites(self.template, self.samples)),
+            history=tuple(self._past(turn, self.samples.get(name)) for turn, name in _PAST.items()),
             warnings=tuple(self._missing_tokens()),
             drift=tuple(
                 entry
-                for turn, key in turns.items()
-                for entry in drift(self.template, turn, self.samples.get(key), reasons[key])
+                for turn, name in _DRIFT.items()
+                for entry in drift(self.template, turn, self.samples.get(name), reasons[name])
             ),
         )
 
@@ -122,7 +172,7 @@ class _Audit:
             length=len(renderer.source),
             wants_parts=_tried(lambda: renderer.wants_parts, False),
             variables=self.variables,
-            clock="strftime_now" in renderer.source,
+            clock=renderer.tells_time,
             date=_tried(lambda: _date(self.template), None) or _tried(lambda: _date(self.equipped), None),
             generation_prompt=prompt,
             opens_reasoning=bool(prompt) and self.template.parser.opened_by(prompt or ""),
@@ -130,11 +180,15 @@ class _Audit:
 
     def _missing_tokens(self) -> Iterator[str]:
         """Warnings of what looks like a special token where the template writes it, and is none for the tokenizer."""
-        calls, result = probes.calling(self.tools, 1), probes.result(self.tools)
+        tool_turn = self.probes["tool_turn"]
         texts = [
             _tried(functools.partial(template.renderer.text, conversation, True), "")
             for template in (self.template, self.equipped)
-            for conversation in ([SYSTEM, USER, ANSWER, NEXT], [USER, ANSWER, NEXT], [USER, calls, result])
+            for conversation in (
+                [SYSTEM, USER, ANSWER, NEXT],
+                [USER, ANSWER, NEXT],
+                [*tool_turn.messages, *tool_turn.new],
+            )
         ]
         found = {match.group(): None for text in texts for match in _TOKEN_LIKE.finditer(text)}
         close = _tried(lambda: self.template.close([USER, ANSWER]), None)
@@ -152,106 +206,49 @@ class _Audit:
                 )
 
     # ------------------------------------------------------------------ capabilities
-    def _capabilities(self) -> Iterator[r.Finding]:
-        calls, result = probes.calling(self.tools, 1), probes.result(self.tools)
-        inline = self._reasoned(ANSWER["content"], answer_opens=True)
-        said = self._reasoned(ANSWER["content"], answer_opens=False)
-        yield self._finding("user_turns", "user turns", [USER], ANSWER, [NEXT])
-        yield self._finding(
-            "user_turns_after_system", "user turns after a system prompt", [SYSTEM, USER], ANSWER, [NEXT]
-        )
-        yield self._finding(
-            "system_mid_conversation", "a system message mid-conversation", [USER], ANSWER, [SYSTEM]
-        )
-        yield self._noted(self._finding("tool_turn", "tool turns, one call", [USER], calls, [result]))
-        yield self._finding(
-            "tool_turn_two_results",
-            "tool turns, two results",
-            [USER],
-            probes.calling(self.tools, 2),
-            [result, probes.result(self.tools, 1)],
-        )
-        raw = self._raw_call(calls, result)
-        yield self._finding(
-            "tool_turn_raw",
-            "tool turns, the call as raw text",
-            [USER],
-            {**ANSWER, "content": raw},
-            [result],
-            said=raw,
-        )
-        yield self._with_tools(calls, result)
-        yield self._finding(
-            "reasoning_in_content",
-            "reasoning in the content",
-            [USER],
-            {**ANSWER, "content": inline},
-            [NEXT],
-            said=said,
-        )
-        yield self._reasoning_content(said)
-        yield self._finding("several_new_messages", "several new messages at once", [USER], ANSWER, [NEXT, MORE])
-        yield self._finding(
-            "result_and_user", "a tool result and a user message at once", [USER], calls, [result, NEXT]
-        )
-        yield self._finding("truncated_turns", "turns cut by a limit", [USER], ANSWER, [NEXT], ended=False)
-        yield self._finding("empty_answers", "empty answers", [USER], {**ANSWER, "content": ""}, [NEXT])
-        yield self._depth()
-
-    def _finding(
-        self,
-        name: str,
-        title: str,
-        before: list[Message],
-        answer: Message,
-        new: list[Message],
-        *,
-        said: str | None = None,
-        ended: bool = True,
-        template: ChatTemplate | None = None,
-    ) -> r.Finding:
+    def _finding(self, probe: Probe, said: str | None = None, template: ChatTemplate | None = None) -> r.Finding:
         """One capability, tried on one conversation."""
         template = template or self.template
-        conversation = [*before, answer, *new]
         start = time.perf_counter()
         try:
-            turn = sample(template, before, answer, new, said=said, ended=ended)
-        except errors() as error:
+            turn = sample(
+                template, probe.messages[:-1], probe.messages[-1], probe.new, said=said, ended=probe.stopped
+            )
+        except ERRORS as error:
             took = _since(start)
-            return r.Finding(name, title, *self._failed(template, conversation, len(before), error), took)
+            status, why, note = self._failed(
+                template, [*probe.messages, *probe.new], len(probe.messages) - 1, error
+            )
+            return r.Finding(probe.name, probe.title, status, None, why, note, took)
         took = _since(start)
-        self.samples[name] = turn
-        rendered = _renderings(template)
-        template.extend(turn.ids, turn.messages, turn.new, ended=None if ended else False)
-        mode = "rendered" if _renderings(template) > rendered else "compiled"
-        tail = self._tail(template, turn)
-        reason = self._own_rule(template, conversation)
-        if reason is not None:
-            return r.Finding(name, title, r.Status.UNSUPPORTED, mode, reason, None, took, tail)
-        return r.Finding(name, title, r.Status.PROVED, mode, None, None, took, tail)
+        self.samples[probe.name] = turn
+        mode, tail = _mode(template, turn), self._tail(template, turn)
+        reason = self._own_rule(template, [*probe.messages, *probe.new])
+        status = r.Status.PROVED if reason is None else r.Status.UNSUPPORTED
+        return r.Finding(probe.name, probe.title, status, mode, reason, None, took, tail)
 
     def _failed(
         self, template: ChatTemplate, conversation: Sequence[Message], answered: int, error: Exception
-    ) -> tuple[r.Status, None, str, str | None]:
+    ) -> tuple[r.Status, str, str | None]:
         """Of a conversation that was not extended: unsupported by the template's own rule, or refused; why; a note."""
         own = self._own_rule(template, conversation)
         if own is not None:
-            return r.Status.UNSUPPORTED, None, own, None
-        text = _letters(template.renderer.text(conversation, True))
-        answer = text.rfind(_letters(content_text(conversation[answered])))
-        moved = [m["role"] for m in conversation[answered + 1 :] if text.rfind(_letters(content_text(m))) < answer]
+            return r.Status.UNSUPPORTED, own, None
+        text = loosely(template.renderer.text(conversation, True))
+        answer = text.rfind(loosely(content_text(conversation[answered])))
+        moved = [m["role"] for m in conversation[answered + 1 :] if text.rfind(loosely(content_text(m))) < answer]
         note = f"the template writes what is new ({moved[0]}) in front of the answer" if moved else None
-        return r.Status.REFUSED, None, line(error), note
+        return r.Status.REFUSED, line(error), note
 
     def _own_rule(self, template: ChatTemplate, conversation: Sequence[Message]) -> str | None:
         """What the template itself has against a conversation: it raises, or leaves a message out."""
         try:
             text = template.renderer.text(conversation, True)
-        except errors() as error:
+        except ERRORS as error:
             return line(error)
         for message in conversation:
             content = content_text(message).strip()
-            if message["role"] != "assistant" and _letters(content) not in _letters(text):
+            if message["role"] != "assistant" and loosely(content) not in loosely(text):
                 return f"the chat template leaves out a message of role {message['role']!r}: {content!r}."
         return None
 
@@ -269,51 +266,50 @@ class _Audit:
         return (*sampled, *(r.TailToken(i, codec.token_text(i), o) for i, o in zip(ids, origins, strict=True)))
 
     # ------------------------------------------------------------------ tools
-    def _raw_call(self, calls: Message, result: Message) -> str:
-        """The text of a call: as the template writes it, or in a form that many models write."""
-        try:
-            return sample(self.template, [USER], calls, [result]).text or probes.plain_call(calls)
-        except errors():
-            return probes.plain_call(calls)
-
-    def _noted(self, finding: r.Finding) -> r.Finding:
-        """Whether the template writes structured calls at all."""
-        turn = self.samples.get(finding.name)
-        if turn is None:
+    def _tool_turn(self, probe: Probe) -> r.Finding:
+        """Also whether the template writes structured calls at all."""
+        finding = self._finding(probe)
+        turn = self.samples.get(probe.name)
+        if turn is None or PLACE in self.template.renderer.text([*turn.messages, *turn.new], True):
             return finding
-        text = self.template.renderer.text([*turn.messages, *turn.new], True)
-        note = None if PLACE in text else "the template leaves out tool_calls; the ledger keeps them as sampled"
-        return replace(finding, note=note)
+        return replace(finding, note="the template leaves out tool_calls; the ledger keeps them as sampled")
 
-    def _with_tools(self, calls: Message, result: Message) -> r.Finding:
-        name, title = "tools_in_prompt", "tools in the system prompt"
-        finding = self._finding(name, title, [USER], calls, [result], template=self.equipped)
+    def _raw_call(self, probe: Probe) -> r.Finding:
+        """The text of a call: as the template writes it, or in a form that many models write."""
+        [question, call], new = self.probes["tool_turn"].messages, probe.new
+        raw = _tried(lambda: sample(self.template, [question], call, new).text, "")
+        if not raw:
+            function = call["tool_calls"][0]["function"]
+            arguments = json.dumps(function["arguments"])
+            raw = f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>'
+        return self._finding(probe._replace(messages=(question, {**ANSWER, "content": raw})), said=raw)
+
+    def _with_tools(self, probe: Probe) -> r.Finding:
+        finding = self._finding(probe, template=self.equipped)
         bare = _tried(lambda: self.template.renderer.text([USER], True), "")
         text = _tried(lambda: self.equipped.renderer.text([USER], True), "")
-        if finding.status is r.Status.PROVED and (text == bare or probes.tool_name(self.tools) not in text):
+        if finding.status is r.Status.PROVED and (text == bare or self.tool not in text):
             reason = "the chat template does not write the tools that it is given."
             return replace(finding, status=r.Status.UNSUPPORTED, reason=reason)
         return finding
 
     # ------------------------------------------------------------------ reasoning
-    def _reasoned(self, content: str, answer_opens: bool) -> str:
+    def _inline(self, probe: Probe) -> r.Finding:
+        answer = {**ANSWER, "content": self._reasoned(answer_opens=True)}
+        return self._finding(probe._replace(messages=(USER, answer)), said=self._reasoned(answer_opens=False))
+
+    def _reasoned(self, answer_opens: bool) -> str:
         """An answer with reasoning in the template's own delimiters, or in ``<think>`` if it has none."""
         parser = self.template.parser
-        pair = parser.pairs[0] if parser.pairs else r.Delimiters("<think>", "</think>")
-        opened = not answer_opens and self._opens()
-        return f"{'' if opened else pair.open + chr(10)}{REASONING}\n{pair.close}\n\n{content}"
-
-    def _opens(self) -> bool:
+        pair = parser.pairs[0] if parser.pairs else Pair("<think>", "</think>")
         prompt = _tried(lambda: self.template.renderer.text([USER], True), "")
-        return self.template.parser.opened_by(prompt)
+        opening = f"{pair.open}\n" if answer_opens or not parser.opened_by(prompt) else ""
+        return f"{opening}{REASONING}\n{pair.close}\n\n{ANSWER['content']}"
 
-    def _reasoning_content(self, said: str) -> r.Finding:
+    def _reasoning_content(self, probe: Probe) -> r.Finding:
         """Reasoning as a field of the message; sampled as the template writes it, where it does."""
-        name, title = "reasoning_content", "reasoning as reasoning_content"
-        answer = {**ANSWER, "reasoning_content": REASONING}
-        text = _tried(lambda: self.template.renderer.text([USER, answer], False), "")
-        shown = REASONING in text
-        finding = self._finding(name, title, [USER], answer, [NEXT], said=None if shown else said)
+        shown = REASONING in _tried(lambda: self.template.renderer.text(probe.messages, False), "")
+        finding = self._finding(probe, said=None if shown else self._reasoned(answer_opens=False))
         if finding.status is r.Status.PROVED and not shown:
             note = "the template leaves out reasoning_content; the ledger keeps it as sampled"
             return replace(finding, note=note)
@@ -321,58 +317,76 @@ class _Audit:
 
     def _sample_reasoned_call(self) -> None:
         """A call behind reasoning, where the template writes both: what history policy ``"template"`` must follow."""
-        answer = {**probes.calling(self.tools, 1), "reasoning_content": REASONING}
-        turn = _tried(lambda: sample(self.template, [USER], answer, [probes.result(self.tools)]), None)
+        [question, call], new = self.probes["tool_turn"].messages, self.probes["tool_turn"].new
+        answer = {**call, "reasoning_content": REASONING}
+        turn = _tried(lambda: sample(self.template, [question], answer, new), None)
         text = "" if turn is None else self.template.codec.decode([turn.ids])[0]
         if turn is not None and REASONING in text and PLACE in text:
             self.samples["reasoned_call"] = turn
 
     # ------------------------------------------------------------------ depth
-    def _depth(self) -> r.Finding:
+    def _depth(self, probe: Probe) -> r.Finding:
         """Many turns, each extended from the one before."""
-        name, title = "depth", f"{DEPTH} turns"
         messages, ids = [USER], None
         start, modes, turn = time.perf_counter(), set(), None
         for k in range(DEPTH):
             new: list[Message] = [{"role": "user", "content": f"And number {k}?"}]
             answer: Message = {"role": "assistant", "content": f"That is {k}."}
-            rendered = 0
             try:
                 turn = sample(self.template, messages, answer, new, ids=ids)
-                rendered = _renderings(self.template)
-                self.template.extend(turn.ids, turn.messages, turn.new)
-            except errors() as error:
+                modes.add(_mode(self.template, turn))
+            except ERRORS as error:
                 took = _since(start)
                 conversation = [*messages, answer, *new]
-                status, _, why, note = self._failed(self.template, conversation, len(messages), error)
-                return r.Finding(name, title, status, None, f"turn {k + 1}: {why}", note, took)
-            modes.add("rendered" if _renderings(self.template) > rendered else "compiled")
+                status, why, note = self._failed(self.template, conversation, len(messages), error)
+                return r.Finding(probe.name, probe.title, status, None, f"turn {k + 1}: {why}", note, took)
             messages, ids = [*turn.messages, *new], turn.exact
         assert turn is not None
         whole = _tried(lambda: self.template.render(messages), None)
         note = None if whole == ids else "the template, rendered anew, writes another past than the model saw"
         mode = "compiled" if modes == {"compiled"} else "rendered"
-        return r.Finding(
-            name, title, r.Status.PROVED, mode, None, note, _since(start), self._tail(self.template, turn)
-        )
+        tail = self._tail(self.template, turn)
+        return r.Finding(probe.name, probe.title, r.Status.PROVED, mode, None, note, _since(start), tail)
+
+    # ------------------------------------------------------------------ earlier turns
+    def _past(self, kind: str, turn: Sample | None) -> r.Rewrite:
+        """What becomes of a kind of turn once the next message follows: history policy ``"template"`` branches there."""
+        if turn is None:
+            return r.Rewrite(kind, None, reason="such turns are not extended")
+        try:
+            parsed = turn.parsed(self.template)
+            messages = [*turn.messages[:-1], parsed.message]
+            span = Span(len(messages) - 1, turn.start, len(turn.ids), parsed.stop)
+            rewritten = self.template.rewrite(turn.ids, [span], messages, turn.new)
+        except ERRORS as error:
+            return r.Rewrite(kind, None, reason=line(error))
+        if rewritten is None:
+            return r.Rewrite(kind, False)
+        before, after = self.template.codec.decode([turn.ids, rewritten.ids])
+        return r.Rewrite(kind, True, *_around(before, after))
 
 
 # ---------------------------------------------------------------------- small parts
-def _made(tokenizer: Any, **options: Any) -> ChatTemplate:
-    """The template, if Jinja can parse it."""
-    import jinja2
+def _arguments(tool: Any) -> dict[str, Any]:
+    """A value for every argument that a tool has."""
+    properties = (tool.get("parameters") or {}).get("properties") or {"place": None}
+    arguments: dict[str, Any] = {}
+    for name, schema in properties.items():
+        kind = schema.get("type") if isinstance(schema, dict) else None
+        arguments[name] = _BY_TYPE.get(kind, PLACE) if arguments and isinstance(kind, str) else PLACE
+    return arguments
 
-    try:
-        return ChatTemplate(tokenizer, **options)
-    except ChatTemplateError as error:
-        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
-            raise BrokenTemplateError(str(error)) from error
-        raise
+
+def _mode(template: ChatTemplate, turn: Sample) -> str:
+    """Whether another turn like this one costs a rendering."""
+    rendered = template.renderer.renderings
+    template.extend(turn.ids, turn.messages, turn.new, ended=None if turn.ended else False)
+    return "rendered" if template.renderer.renderings > rendered else "compiled"
 
 
 def _generation_prompt(template: ChatTemplate, messages: Sequence[Message]) -> str:
     text = template.renderer.text(messages, True)
-    at = shared(text, template.renderer.text(messages, False))
+    at = len(shared_prefix([text, template.renderer.text(messages, False)]))
     # What only the last message has (<|endoftext|>) may begin like what opens the turn (<|assistant|>).
     inside = (match.start() for match in template.codec.control_tokens(text) if match.start() < at < match.end())
     return text[next(inside, at) :]
@@ -385,12 +399,16 @@ def _date(template: ChatTemplate) -> str | None:
         later = template.renderer.text([USER], True)
     if today == later:
         return None
-    line = today[today.rfind("\n", 0, shared(today, later)) + 1 :]
+    line = today[today.rfind("\n", 0, len(shared_prefix([today, later]))) + 1 :]
     return line.split("\n", 1)[0][:80]
 
 
-def _letters(text: str) -> str:
-    return "".join(c for c in text if c.isalnum())
+def _around(before: str, after: str, margin: int = 24) -> tuple[str, str]:
+    """Two texts from shortly in front of their first difference to shortly behind the last one."""
+    first = len(shared_prefix([before, after]))
+    last = min(len(shared_prefix([before[::-1], after[::-1]])), min(len(before), len(after)) - first)
+    start, end = max(first - margin, 0), max(last - margin, 0)
+    return before[start : len(before) - end], after[start : len(after) - end]
 
 
 def _since(start: float) -> float:
@@ -400,25 +418,5 @@ def _since(start: float) -> float:
 def _tried(ask: Callable[[], Any], default: Any) -> Any:
     try:
         return ask()
-    except errors():
+    except ERRORS:
         return default
-
-
-@contextmanager
-def _counted(template: ChatTemplate) -> Iterator[None]:
-    """Count how often the template is rendered: a compiled turn renders nothing."""
-    renderer, original = template.renderer, template.renderer.text
-
-    def text(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        vars(renderer)["renderings"] = _renderings(template) + 1
-        return original(messages, add_generation_prompt)
-
-    vars(renderer)["text"] = text
-    try:
-        yield
-    finally:
-        vars(renderer).pop("text", None)
-
-
-def _renderings(template: ChatTemplate) -> int:
-    return vars(template.renderer).get("renderings", 0)

@@ -11,38 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+
+import jinja2
 
 from torchrl_chat.messages import Message, content_text
-from torchrl_chat.templates.bridge import BY_TEXT, Close
+from torchrl_chat.templates.bridge import BY_TEXT, Close, shared_prefix
 from torchrl_chat.templates.chat_template import ChatTemplate
 from torchrl_chat.templates.dialects import Pair
-from torchrl_chat.templates.rendering import ChatTemplateError
+from torchrl_chat.templates.kinds import Course
+from torchrl_chat.templates.parsing import Parsed
+
+ERRORS = (ValueError, jinja2.TemplateError)
+"""What a template, its bridge or its tokenizer may raise at a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A turn as it was sampled, and the prompt that follows it.
+    """A turn as it was sampled, and the prompt that follows it."""
 
-    Attributes:
-        messages: the conversation with its answer.
-        new: the messages that follow.
-        ids: prompt and sampled ids.
-        start: where the sampled ids begin.
-        text: the sampled text without its end.
-        stop: the ids, at the end of the sampled ones, that end the turn; none if it was cut.
-        close: how the template closes it.
-        exact: the next prompt.
-    """
-
-    messages: list[Message]
-    new: list[Message]
-    ids: list[int]
-    start: int
-    text: str
-    stop: list[int]
-    close: Close
-    exact: list[int]
+    messages: list[Message]  # the conversation with its answer
+    new: list[Message]  # the messages that follow
+    ids: list[int]  # prompt and sampled ids
+    start: int  # where the sampled ids begin
+    text: str  # the sampled text without its end
+    stop: list[int]  # the ids, at the end of the sampled ones, that end the turn; none if it was cut
+    close: Close  # how the template closes it
+    exact: list[int]  # the next prompt
+    ended: bool  # whether the policy ended its turn; else a limit cut it
 
     @property
     def stop_id(self) -> int | None:
@@ -50,6 +45,11 @@ class Sample:
         if not self.stop:
             return None
         return self.stop[-1] if self.stop[-1] in self.close.stops else BY_TEXT
+
+    def parsed(self, template: ChatTemplate) -> Parsed:
+        """The answer as it is read out of its ids."""
+        prompt, sampled = self.ids[: self.start], self.ids[self.start :]
+        return template.parse_batch([sampled], [Course.of(self.messages[:-1])], prompts=[prompt])[0]
 
 
 def sample(
@@ -92,7 +92,7 @@ def sample(
         last = sampled[-1:] if stop is not None and stop != BY_TEXT else sampled[len(begun) :]
         last = last if end or last == [stop] else []  # what closes a call ends the turn, and is part of the call
         exact = template.extend(prompt + sampled, messages, following, ended=None if ended else False)
-        tried.append(Sample(messages, following, prompt + sampled, len(prompt), core, last, close, exact))
+        tried.append(Sample(messages, following, prompt + sampled, len(prompt), core, last, close, exact, ended))
     return min(tried, key=lambda turn: len(turn.exact))
 
 
@@ -116,10 +116,8 @@ def _parted(template: ChatTemplate, close: Close, text: str, stop: int | None, w
 
 def written(template: ChatTemplate, before: Sequence[Message], answer: Message) -> str | None:
     """The answer as the template writes it behind its own generation prompt, with all that ends it; or ``None``."""
-    try:
-        prompt = template.renderer.text(before, True)
-        whole = template.renderer.text([*before, answer], False)
-    except ChatTemplateError:
+    prompt, whole = template.renderer.tried(before, True), template.renderer.tried([*before, answer], False)
+    if not prompt or not whole:
         return None
     if whole.startswith(prompt):
         text = _lasting(template, prompt, whole[len(prompt) :], [*before, answer, before[-1]])
@@ -134,11 +132,8 @@ def _lasting(template: ChatTemplate, prompt: str, text: str, continued: Sequence
     parsed = template.parser.parse(text, opened)
     if opened or parsed.reasoning is None or parsed.reasoning.strip():
         return text
-    try:
-        later = template.renderer.text(continued, False)
-    except ChatTemplateError:
-        return text
-    return text if later.startswith(prompt + text[: parsed.start]) else text[parsed.start :]
+    later = template.renderer.tried(continued, False)
+    return text if not later or later.startswith(prompt + text[: parsed.start]) else text[parsed.start :]
 
 
 def _reopened(pairs: Sequence[Pair], prompt: str, whole: str) -> str:
@@ -147,7 +142,7 @@ def _reopened(pairs: Sequence[Pair], prompt: str, whole: str) -> str:
     tags = [(side.strip(), pair) for pair in pairs for side in (pair.open, pair.close)]
     while found := next(((side, pair) for side, pair in tags if side and base.endswith(side)), None):
         base, tag, pair = base.removesuffix(found[0]).rstrip(), tag or found[0], found[1]
-    text = whole[shared(base, whole) :]
+    text = whole[len(shared_prefix([base, whole])) :]
     if not tag:
         return text
     block = text.lstrip()
@@ -181,18 +176,6 @@ def other_tokens(template: ChatTemplate, turn: Sample) -> Sample | None:
             ids = turn.ids[: turn.start] + ids + turn.stop
             return replace(turn, ids=ids, exact=template.extend(ids, turn.messages, turn.new))
     return None
-
-
-def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many elements two sequences begin with alike."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def errors() -> tuple[type[Exception], ...]:
-    """What a template, its bridge or its tokenizer may raise at a conversation."""
-    import jinja2
-
-    return ValueError, jinja2.TemplateError
 
 
 def line(error: BaseException) -> str:
