@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.schemas import admits
 from torchrl_chat.tools import ArgumentsError, Tool, Toolbox, ToolError, ToolStatus, tool
-from torchrl_chat.tools.arguments import fit, fits
+from torchrl_chat.tools.arguments import fit
 from torchrl_chat.tools.results import as_text, cut, malformed_text
 from torchrl_chat.tools.shapes import shape_of
 
@@ -273,7 +274,7 @@ class TestArguments:
             | st.sampled_from(["1", "true", "[1]", "{}", "null", "a"])
         )
         value = data.draw(st.recursive(leaves, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8))
-        assert fits(value, {})
+        assert admits(value, {})
         fault, fitted = None, None
         try:
             fitted = fit(value, shape.schema)
@@ -281,10 +282,10 @@ class TestArguments:
             fault = error
         if fault is not None:
             assert fault.faults
-            assert not fits(value, shape.schema)
+            assert not admits(value, shape.schema)
             return
-        assert fits(fitted, shape.schema)
-        if fits(value, shape.schema):
+        assert admits(fitted, shape.schema)
+        if admits(value, shape.schema):
             assert fitted == value
         shape.make(fitted)
 

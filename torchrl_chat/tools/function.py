@@ -181,7 +181,8 @@ class Tool(ToolBase):
         """The arguments as the function takes them: checked, mended, converted, with defaults left to the function."""
         fitted = fit(dict(arguments), self.parameters, closed=not self._open)
         return {
-            key: self._shapes[key].make(value) if key in self._shapes else value for key, value in fitted.items()
+            key: self._shapes[key].make(value, key) if key in self._shapes else value
+            for key, value in fitted.items()
         }
 
     def call(self, arguments: dict[str, Any], conversation: Hashable = None, deadline: float | None = None) -> Any:
