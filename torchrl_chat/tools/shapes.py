@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NewType, NotRequired, Required, Unio
 
 from pydantic import (
     AfterValidator,
+    AllowInfNan,
     ConfigDict,
     Field,
     PydanticUserError,
@@ -103,6 +104,8 @@ def _for_pydantic(hint: Any, where: str, outer: tuple[Any, ...]) -> Any:
         return _for_pydantic(inner[0], where, outer)
     if hint in (Any, object, inspect.Parameter.empty):
         return Any
+    if hint is float:
+        return Annotated[float, AllowInfNan(False)]  # 1e400 would become infinite
     if isinstance(hint, NewType):
         return _for_pydantic(hint.__supertype__, where, outer)
     if base in (Union, types.UnionType):
