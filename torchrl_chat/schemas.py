@@ -1,4 +1,6 @@
-"""What a text means where a JSON schema says what it should be: the one place in which untyped text becomes a value.
+"""What a text means where a JSON schema says what it should be, and what a schema has against a value.
+
+This is the one place in which untyped text becomes a value, and the one in which ``jsonschema`` is asked.
 
 Formats of tool calls that look like XML write ``<parameter=version>3.10</parameter>``: only the tool's schema tells
 whether that is a number or a string. Where it says string, the text is the value, character for character.
@@ -293,14 +295,13 @@ def checker(schema: Any, root: Any = None) -> Any:
         TooLargeError: by its methods, after many steps.
     """
     root = schema if root is None else root
-    start = (
-        {key: part for key, part in root.items() if key not in ("$id", "$schema")}
-        if isinstance(root, Mapping)
-        else {}
-    )
-    # What would check formats is handed from schema to schema; here it is what one check must remember.
+    whole = root if isinstance(root, Mapping) else {}
+    # What would check formats is handed from schema to schema: here, what one check must remember.
+    memory: Any = SimpleNamespace(left=_MAX_STEPS, followed=set())
     found = _Checker(
-        start, format_checker=SimpleNamespace(left=_MAX_STEPS, followed=set()), registry=_NOTHING_FETCHED
+        {key: part for key, part in whole.items() if key not in ("$id", "$schema")},
+        format_checker=memory,
+        registry=Registry(),
     )
     return found if root is schema else found.evolve(schema=schema if isinstance(schema, (Mapping, bool)) else {})
 
@@ -350,23 +351,22 @@ def _others(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[Va
 
 
 _DRAFT = Draft202012Validator.VALIDATORS
-_AS_THEY_ARE = ("type", "properties", "prefixItems", "items", "minItems", "maxItems", "minLength", "maxLength")
-_AS_THEY_ARE += ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "anyOf", "allOf")
-_KEYWORDS = {name: _DRAFT[name] for name in _AS_THEY_ARE}
-_KEYWORDS |= {
+_KEYWORDS: dict[str, Callable[..., Any]] = {
+    **{key: _DRAFT[key] for key in ("type", "properties", "prefixItems", "items", "anyOf", "allOf")},
+    **{key: _DRAFT[key] for key in ("minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum")},
+    **{key: _DRAFT[key] for key in ("exclusiveMinimum", "exclusiveMaximum")},
     "oneOf": _DRAFT["anyOf"],
     "enum": _choice,
-    "const": lambda check, one, *of: _choice(check, [one], *of),
+    "const": lambda validator, only, *more: _choice(validator, [only], *more),
+    "$ref": _reference,
+    "required": _required,
+    "additionalProperties": _others,
 }
-_KEYWORDS |= {"$ref": _reference, "required": _required, "additionalProperties": _others}
 _Checker: Any = create(
     Draft202012Validator.META_SCHEMA,
-    {name: _bounded(check) for name, check in _KEYWORDS.items()},
-    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
-        "integer", lambda _, value: kind_of(value) == "integer"
-    ),
+    {key: _bounded(check) for key, check in _KEYWORDS.items()},
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, it: kind_of(it) == "integer"),
     id_of=Draft202012Validator.ID_OF,
 )
-_NOTHING_FETCHED: Any = Registry()
 _SILENT = frozenset(["string"])
 _ANY = frozenset([*_ORDER, "string"])

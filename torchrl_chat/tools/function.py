@@ -146,7 +146,7 @@ class Tool(ToolBase):
         per_conversation: bool | None = None,
         end: Callable[[Hashable], None] | None = None,
     ):
-        self._given = {"name": name, "description": description, "deadline": deadline}
+        self._given: dict[str, Any] = {"name": name, "description": description, "deadline": deadline}
         self._given |= {"per_conversation": per_conversation, "end": end}
         options = {**getattr(function, _OPTIONS, {}), **{k: v for k, v in self._given.items() if v is not None}}
         self.function = function

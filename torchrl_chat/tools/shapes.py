@@ -16,15 +16,7 @@ from collections import abc
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NewType, NotRequired, Required, Union
 
-from pydantic import (
-    AfterValidator,
-    AllowInfNan,
-    ConfigDict,
-    Field,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, AllowInfNan, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
@@ -157,9 +149,11 @@ def _record(hint: Any, where: str, outer: tuple[Any, ...]) -> Any:
     return record if typing.is_typeddict(hint) else Annotated[record, AfterValidator(lambda value: hint(**value))]
 
 
-_ORDER = ("type", "enum", "prefixItems", "items", "minItems", "maxItems", "uniqueItems")
-_ORDER += ("properties", "required", "additionalProperties", "anyOf")
-_UNSAID = (("items", {}), ("additionalProperties", True))
+_ORDER = (
+    *("type", "enum", "prefixItems", "items", "minItems", "maxItems", "uniqueItems"),
+    *("properties", "required", "additionalProperties", "anyOf"),
+)
+_UNSAID: tuple[tuple[str, Any], ...] = (("items", {}), ("additionalProperties", True))
 
 
 class _Told(GenerateJsonSchema):
