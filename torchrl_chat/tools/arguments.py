@@ -93,9 +93,7 @@ def described(schema: Any) -> str:
 # ---------------------------------------------------------------------- mending
 def _fit(check: Any, value: Any) -> tuple[Any, list[ValidationError]]:
     """The value, read again wherever that helps, and the errors that are left."""
-    for _ in range(
-        _MAX_ROUNDS
-    ):  # what is read again is checked again; of a schema that contradicts itself, not for ever
+    for _ in range(_MAX_ROUNDS):  # what is read again is checked again, but a schema may contradict itself
         errors = _one_a_place(check.iter_errors(value))
         readings = {place: _read_again(check, error) for place, error in errors.items()}
         new = [place for place, reading in readings.items() if reading is not errors[place].instance]
@@ -189,12 +187,10 @@ def _faults(error: ValidationError) -> Iterator[str]:
     elif kind == "additionalProperties":
         known = schema.get("properties") or {}
         near = difflib.get_close_matches(error.path[-1][:100], known, 1)
-        yield f"{at} is unknown; " + (
-            f"did you mean {near[0]!r}?" if near else f"there is {_listed(map(repr, known))}"
-        )
-    elif (
-        kind in ("anyOf", "oneOf") and (only := _only(asked)) is not None
-    ):  # of an optional value, what is wrong with it
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {_listed(map(repr, known))}"
+        yield f"{at} is unknown; {hint}"
+    elif kind in ("anyOf", "oneOf") and (only := _only(asked)) is not None:
+        # Of an optional value, what is wrong with it.
         inside = _one_a_place(inner for inner in error.context or () if inner.relative_schema_path[0] == only)
         for inner in inside.values():
             yield from _faults(inner)
