@@ -45,7 +45,7 @@ def written_out(schema: Any) -> Any:
         return schema
     try:
         return _Writer(schema).written()
-    except (_TooLargeError, RecursionError):
+    except (TooLargeError, RecursionError):
         return schema
 
 
@@ -80,8 +80,8 @@ def pointed_to(root: Any, reference: str) -> Any:
         return None
 
 
-class _TooLargeError(Exception):
-    """A schema grows beyond all measure when it is written out."""
+class TooLargeError(Exception):
+    """A schema grows beyond all measure when it is written out, or when a value is checked against it."""
 
 
 class _Writer:
@@ -119,7 +119,7 @@ class _Writer:
         """
         self.size += 1
         if self.size > _LARGEST:
-            raise _TooLargeError
+            raise TooLargeError
         if not isinstance(node, Mapping):
             return node
         node = _unwrapped(node)

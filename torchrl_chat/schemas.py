@@ -26,7 +26,7 @@ from jsonschema.validators import Draft202012Validator, create
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from torchrl_chat.schema_references import pointed_to
+from torchrl_chat.schema_references import TooLargeError, pointed_to
 
 _MAX_DEPTH = 64
 _MAX_STEPS = 50_000
@@ -223,8 +223,10 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return None
     found: list[frozenset[str]] = []
-    if names := _names(schema):
-        found.append(frozenset(names))
+    names = schema.get("type")
+    names = [names] if isinstance(names, str) else names
+    if isinstance(names, Sequence) and (known := frozenset(name for name in names if isinstance(name, str))):
+        found.append(known)
     if isinstance(schema.get("enum"), Sequence):
         found.append(frozenset(map(kind_of, schema["enum"])))
     elif "const" in schema:
@@ -241,13 +243,6 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
         return frozenset([*implied, "string"]) if implied else None
     found = [kinds | {"integer"} if "number" in kinds else kinds for kinds in found]
     return frozenset.intersection(*found) or None
-
-
-def _names(schema: Mapping[str, Any]) -> list[str]:
-    """What a schema says under ``type``, one name or several."""
-    names = schema.get("type")
-    names = [names] if isinstance(names, str) else names
-    return [name for name in names if isinstance(name, str)] if isinstance(names, Sequence) else []
 
 
 def kind_of(value: Any) -> str:
@@ -276,10 +271,6 @@ def admits(value: Any, schema: Any, root: Any = None) -> bool:
 
 
 # ---------------------------------------------------------------------- jsonschema, as far as it is used
-class TooLargeError(Exception):
-    """A value and a schema for which a check would take too long."""
-
-
 def checker(schema: Any, root: Any = None) -> Any:
     """A validator of ``jsonschema`` that finds the errors of values under a schema, whatever the schema is.
 

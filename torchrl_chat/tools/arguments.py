@@ -17,7 +17,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchrl_chat.schemas import TooLargeError, checker, spelled
+from torchrl_chat.schema_references import TooLargeError
+from torchrl_chat.schemas import checker, spelled
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
