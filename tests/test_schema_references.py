@@ -10,8 +10,8 @@ from conftest import all_corpus, corpus_tokenizer
 
 from torchrl_chat import ChatTemplate
 from torchrl_chat.schema_references import pointed_to, written_out
+from torchrl_chat.schemas import admits
 from torchrl_chat.tools import Toolbox
-from torchrl_chat.tools.arguments import fits
 from torchrl_chat.tools.function import ToolBase
 
 QUERY = {
@@ -99,7 +99,7 @@ def test_what_a_schema_allows_stays():
     read = [schema for case, (schema, _) in SCHEMAS.items() if case != "a name with a slash and a space"]
     for schema, value in itertools.product(read, values):
         for key in schema["properties"]:
-            assert fits({key: value}, schema) == fits({key: value}, written_out(schema)), (schema, value)
+            assert admits({key: value}, schema) == admits({key: value}, written_out(schema)), (schema, value)
 
 
 def test_definitions_that_double_are_left_as_they_are():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import doctest
 import enum
 import importlib
@@ -16,13 +17,15 @@ import time
 import warnings
 from typing import Annotated, Any, Literal, Optional, TypedDict
 
+import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.schemas import admits
 from torchrl_chat.tools import ArgumentsError, Tool, Toolbox, ToolError, ToolStatus, tool
-from torchrl_chat.tools.arguments import fit, fits
+from torchrl_chat.tools.arguments import fit
 from torchrl_chat.tools.results import as_text, cut, malformed_text
 from torchrl_chat.tools.shapes import shape_of
 
@@ -40,6 +43,11 @@ class Point:
     def __post_init__(self):
         if self.x < 0:
             raise ValueError("x is negative")
+
+
+class Place(pydantic.BaseModel):
+    name: str
+    zone: int = pydantic.Field(0, ge=0, description="Of time.")
 
 
 class Options(TypedDict, total=False):
@@ -169,7 +177,38 @@ class TestSchema:
         with pytest.raises(TypeError, match="no parameter 'conversation'"):
             Tool(weather, per_conversation=True)
 
+    def test_of_what_else_pydantic_reads(self):
+        def meet(at: Place, when: datetime.date, again: list[Place] | None = None):
+            return at, when
+
+        it = Tool(meet)
+        place = {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "zone": {"type": "integer", "default": 0, "description": "Of time.", "minimum": 0},
+            },
+            "required": ["name"],
+        }
+        assert it.parameters["properties"] == {
+            "at": place,
+            "when": {"type": "string", "format": "date"},
+            "again": {"anyOf": [{"type": "array", "items": place}, {"type": "null"}]},
+        }
+        fitted = it.fit({"at": {"name": "x", "zone": "2"}, "when": "2026-11-29"})
+        assert fitted == {"at": Place(name="x", zone=2), "when": datetime.date(2026, 11, 29)}
+        with pytest.raises(ArgumentsError, match="'when': Input should be a valid date"):
+            it.fit({"at": {"name": "x"}, "when": "17"})  # no number of days
+        with pytest.raises(ArgumentsError, match="'at.zone' must be at least 0, not the number -1"):
+            it.fit({"at": {"name": "x", "zone": -1}, "when": "2026-11-29"})
+
+    def test_none_keeps_its_place(self):
+        assert shape_of(None | int).schema == {"type": ["null", "integer"]}
+        assert shape_of(Optional[Unit]).make(None) is None  # noqa: UP045
+
     def test_the_decorator_leaves_the_function(self):
+        with pytest.raises(TypeError, match="deadlin"):
+            tool(deadlin=3.0)
         assert add(1, 2) == 3
         assert (Tool(add).name, Tool(add).deadline, Tool(add, name="plus").name) == ("sum", 3.0, "plus")
 
@@ -234,6 +273,36 @@ class TestArguments:
             fit({"l": {"l": 3}}, tree)
         assert fit(3, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}) == 3
 
+    @pytest.mark.parametrize(
+        ("hint", "value"),
+        [(bool, "yes"), (bool, 1), (int, 1.5), (int, "1.5"), (float, True), (str, 1.0), (float, 10**400)],
+    )
+    def test_no_reading_changes_a_value(self, hint, value):
+        def take(x):
+            return x
+
+        take.__annotations__["x"] = hint
+        with pytest.raises(ArgumentsError, match="'x'"):
+            Tool(take).fit({"x": value})
+
+    @pytest.mark.parametrize(
+        "schema",
+        [
+            {"type": "any"},
+            {"type": 7},
+            {"properties": ["x"]},
+            {"required": True},
+            {"items": [{"type": "null"}], "enum": 3, "anyOf": [5]},
+            {"$ref": "https://example.org/x.json"},
+            {"$ref": 5, "minItems": "two"},
+            {"properties": {"x": {"pattern": "(", "$ref": "#/$defs/gone"}}, "patternProperties": {"(": False}},
+            {"$schema": "http://json-schema.org/draft-07/schema#", "$id": 7, "properties": {"x": True}},
+        ],
+    )
+    def test_what_is_no_schema_says_nothing(self, schema):
+        for value in ({"x": [1, "a"]}, [1], 3):
+            assert fit(value, schema) == value
+
     def test_hostile_values_end_soon(self):
         two = {"type": "array", "items": {"$ref": "#/$defs/t"}}
         schema = {
@@ -273,7 +342,7 @@ class TestArguments:
             | st.sampled_from(["1", "true", "[1]", "{}", "null", "a"])
         )
         value = data.draw(st.recursive(leaves, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8))
-        assert fits(value, {})
+        assert admits(value, {})
         fault, fitted = None, None
         try:
             fitted = fit(value, shape.schema)
@@ -281,10 +350,10 @@ class TestArguments:
             fault = error
         if fault is not None:
             assert fault.faults
-            assert not fits(value, shape.schema)
+            assert not admits(value, shape.schema)
             return
-        assert fits(fitted, shape.schema)
-        if fits(value, shape.schema):
+        assert admits(fitted, shape.schema)
+        if admits(value, shape.schema):
             assert fitted == value
         shape.make(fitted)
 

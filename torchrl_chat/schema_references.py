@@ -8,9 +8,12 @@ contains itself, or points elsewhere) keeps the reference and the definitions th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
+
+from referencing import Registry, Resource
+from referencing.exceptions import Unresolvable
 
 _DEFINITIONS = ("$defs", "definitions")
 _NAMED = ("properties", "patternProperties", "dependentSchemas", *_DEFINITIONS)
@@ -42,7 +45,7 @@ def written_out(schema: Any) -> Any:
         return schema
     try:
         return _Writer(schema).written()
-    except (_TooLargeError, RecursionError):
+    except (TooLargeError, RecursionError):
         return schema
 
 
@@ -71,22 +74,14 @@ def pointed_to(root: Any, reference: str) -> Any:
     """
     if reference != "#" and not reference.startswith("#/"):
         return None
-    found = root
-    for step in unquote(reference[1:]).split("/")[1:]:
-        key = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, Mapping) and key in found:
-            found = found[key]
-        elif (
-            isinstance(found, Sequence) and not isinstance(found, str) and key.isdecimal() and int(key) < len(found)
-        ):
-            found = found[int(key)]
-        else:
-            return None
-    return found
+    try:
+        return Resource.opaque(root).pointer(reference[1:], resolver=Registry().resolver()).contents
+    except (Unresolvable, TypeError, ValueError):
+        return None
 
 
-class _TooLargeError(Exception):
-    """A schema grows beyond all measure when it is written out."""
+class TooLargeError(Exception):
+    """A schema grows beyond all measure when it is written out, or when a value is checked against it."""
 
 
 class _Writer:
@@ -100,19 +95,15 @@ class _Writer:
         body = {key: value for key, value in self.root.items() if key not in _DEFINITIONS}
         out = self.schema(body)
         kept = {name: self.root[name] for name in _DEFINITIONS if name in self.root}
-        # What is still pointed to, and what that points to in its turn.
-        wanted: list[str] = []
-        pending = list(_references(out))
-        while pending:
-            reference = pending.pop()
-            if reference not in wanted:
-                wanted.append(reference)
-                pending += _references(pointed_to(self.root, reference))
+        wanted = self.reached(out)
         for name, definitions in kept.items():
             named = {
                 key: value
                 for key, value in definitions.items()
-                if any(f"{unquote(ref)}/".startswith(f"#/{name}/{_step(key)}/") for ref in wanted)
+                if any(
+                    f"{unquote(ref)}/".startswith(f"#/{name}/{key.replace('~', '~0').replace('/', '~1')}/")
+                    for ref in wanted
+                )
             }
             if named or any(unquote(ref) == f"#/{name}" for ref in wanted):
                 out[name] = named or definitions
@@ -128,7 +119,7 @@ class _Writer:
         """
         self.size += 1
         if self.size > _LARGEST:
-            raise _TooLargeError
+            raise TooLargeError
         if not isinstance(node, Mapping):
             return node
         node = _unwrapped(node)
@@ -160,14 +151,18 @@ class _Writer:
         """Whether a definition that contains itself stands around the reference already: written out twice is once."""
         if not any(_fields(node) == _fields(found) for node in around):
             return False
+        return reference in self.reached(found)
+
+    def reached(self, node: Any) -> set[str]:
+        """The references in a schema, and in what they point to."""
         reached: set[str] = set()
-        pending = list(_references(found))
+        pending = list(_references(node))
         while pending:
             one = pending.pop()
             if one not in reached:
                 reached.add(one)
                 pending += _references(pointed_to(self.root, one))
-        return reference in reached
+        return reached
 
 
 def _fields(node: Mapping[str, Any]) -> Any:
@@ -201,8 +196,3 @@ def _unwrapped(node: Mapping[str, Any]) -> Mapping[str, Any]:
         if "$ref" in parts[0] and others.keys() <= {"title", "description", "default", "examples"}:
             return {**parts[0], **others}
     return node
-
-
-def _step(key: str) -> str:
-    """A key as it stands in a reference."""
-    return key.replace("~", "~0").replace("/", "~1")

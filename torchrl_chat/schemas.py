@@ -1,4 +1,6 @@
-"""What a text means where a JSON schema says what it should be: the one place in which untyped text becomes a value.
+"""What a text means where a JSON schema says what it should be, and what a schema has against a value.
+
+This is the one place in which untyped text becomes a value, and the one in which ``jsonschema`` is asked.
 
 Formats of tool calls that look like XML write ``<parameter=version>3.10</parameter>``: only the tool's schema tells
 whether that is a number or a string. Where it says string, the text is the value, character for character.
@@ -9,18 +11,25 @@ Law of this file: whatever text and schema it is given, it raises nothing, and t
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from torchrl_chat.schema_references import pointed_to
+from jsonschema.exceptions import UnknownType, ValidationError
+from jsonschema.validators import Draft202012Validator, create
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from torchrl_chat.schema_references import TooLargeError, pointed_to
 
 _MAX_DEPTH = 64
-_MAX_STEPS = 20_000
+_MAX_STEPS = 50_000
 _ORDER = ("null", "boolean", "integer", "number", "array", "object")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,3999})")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,399})(?:\.[0-9]{1,400})?(?:[eE][-+]?[0-9]{1,3})?")
@@ -214,8 +223,10 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return None
     found: list[frozenset[str]] = []
-    if names := _names(schema):
-        found.append(frozenset(names))
+    names = schema.get("type")
+    names = [names] if isinstance(names, str) else names
+    if isinstance(names, Sequence) and (known := frozenset(name for name in names if isinstance(name, str))):
+        found.append(known)
     if isinstance(schema.get("enum"), Sequence):
         found.append(frozenset(map(kind_of, schema["enum"])))
     elif "const" in schema:
@@ -234,13 +245,6 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
     return frozenset.intersection(*found) or None
 
 
-def _names(schema: Mapping[str, Any]) -> list[str]:
-    """What a schema says under ``type``, one name or several."""
-    names = schema.get("type")
-    names = [names] if isinstance(names, str) else names
-    return [name for name in names if isinstance(name, str)] if isinstance(names, Sequence) else []
-
-
 def kind_of(value: Any) -> str:
     """The type of a JSON value, as JSON schema names it.
 
@@ -254,49 +258,106 @@ def kind_of(value: Any) -> str:
 
 
 def admits(value: Any, schema: Any, root: Any = None) -> bool:
-    """Whether a schema takes a value, as far as types, choices, keys and items go.
+    """Whether a schema takes a value, as far as :func:`checker` goes.
 
     Example:
         >>> admits([1], {"type": "array", "items": {"type": "integer"}}), admits(["a"], {"items": {"type": "integer"}})
         (True, False)
     """
-    return _admits(value, schema, root, [_MAX_STEPS], 0)
+    try:
+        return next(checker(schema, root).iter_errors(value), None) is None
+    except (TooLargeError, RecursionError):
+        return True  # whoever checks the arguments says so
 
 
-def _admits(value: Any, schema: Any, root: Any, left: list[int], depth: int) -> bool:
-    schema = resolved(schema, root)
-    left[0] -= 1
-    if not isinstance(schema, Mapping):
-        return schema is not False
-    if left[0] < 0 or depth > _MAX_DEPTH:
-        return True  # whoever checks the arguments says that they are too large
+# ---------------------------------------------------------------------- jsonschema, as far as it is used
+def checker(schema: Any, root: Any = None) -> Any:
+    """A validator of ``jsonschema`` that finds the errors of values under a schema, whatever the schema is.
 
-    def each(value: Any, part: Any) -> bool:
-        return _admits(value, part, root, left, depth + 1)
+    What is no schema says nothing, nor does a reference that leads nowhere: nothing is fetched. Keywords whose check may
+    take any time (``pattern``, ``uniqueItems``), and formats, are left to whoever takes the value. 3.0 is no integer, as
+    it is none for a Python function, and of ``oneOf`` several may hold.
 
-    names, kind = _names(schema), kind_of(value)
-    if names and kind not in names and (kind != "integer" or "number" not in names):
-        return False
-    if "enum" in schema or "const" in schema:
-        options = schema.get("enum", [schema.get("const")])
-        if not any(kind_of(option) == kind and option == value for option in options):
-            return False
-    if not all(each(value, part) for part in schema.get("allOf") or ()):
-        return False
-    for key in ("anyOf", "oneOf"):
-        if schema.get(key) and not any(each(value, part) for part in schema[key]):
-            return False
-    if isinstance(value, dict):
-        known = schema.get("properties") or {}
-        others = schema.get("additionalProperties", True)
-        return all(key in value for key in schema.get("required") or ()) and all(
-            each(one, known.get(key, others)) for key, one in value.items()
-        )
-    if isinstance(value, list):
-        places, rest = schema.get("prefixItems") or (), schema.get("items", True)
-        return all(each(one, places[i] if i < len(places) else rest) for i, one in enumerate(value))
-    return True
+    Args:
+        schema: the schema.
+        root: the schema that references start from; by default the schema itself.
+
+    Raises:
+        TooLargeError: by its methods, after many steps.
+    """
+    root = schema if root is None else root
+    whole = root if isinstance(root, Mapping) else {}
+    # What would check formats is handed from schema to schema: here, what one check must remember.
+    memory: Any = SimpleNamespace(left=_MAX_STEPS, followed=set())
+    found = _Checker(
+        {key: part for key, part in whole.items() if key not in ("$id", "$schema")},
+        format_checker=memory,
+        registry=Registry(),
+    )
+    return found if root is schema else found.evolve(schema=schema if isinstance(schema, (Mapping, bool)) else {})
 
 
+def _bounded(check: Callable[..., Any]) -> Callable[..., Any]:
+    """A keyword that counts its steps, and that says nothing where its value makes no sense."""
+
+    def keyword(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+        validator.format_checker.left -= 1
+        if validator.format_checker.left < 0:
+            raise TooLargeError
+        with contextlib.suppress(AttributeError, TypeError, ValueError, UnknownType, Unresolvable):
+            yield from check(validator, wanted, value, schema) or ()
+
+    return keyword
+
+
+def _reference(validator: Any, ref: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+    followed, step = validator.format_checker.followed, (ref, id(value))
+    if step not in followed:  # else it leads back to itself, and says nothing
+        followed.add(step)
+        yield from _DRAFT["$ref"](validator, ref, value, schema)
+        followed.discard(step)
+
+
+def _choice(validator: Any, options: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    if not any(kind_of(option) == kind_of(value) and option == value for option in options):
+        yield ValidationError("is none of the choices")
+
+
+def _required(validator: Any, keys: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    for key in keys if isinstance(value, dict) else ():
+        if key not in value:
+            yield ValidationError("is missing", path=[key])
+
+
+def _others(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    if not isinstance(value, dict) or "patternProperties" in schema:
+        return
+    for key in value:
+        if key in schema.get("properties", ()):
+            continue
+        if wanted is False:
+            yield ValidationError("is unknown", path=[key])
+        else:
+            yield from validator.descend(value[key], wanted, path=key)
+
+
+_DRAFT = Draft202012Validator.VALIDATORS
+_KEYWORDS: dict[str, Callable[..., Any]] = {
+    **{key: _DRAFT[key] for key in ("type", "properties", "prefixItems", "items", "anyOf", "allOf")},
+    **{key: _DRAFT[key] for key in ("minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum")},
+    **{key: _DRAFT[key] for key in ("exclusiveMinimum", "exclusiveMaximum")},
+    "oneOf": _DRAFT["anyOf"],
+    "enum": _choice,
+    "const": lambda validator, only, *more: _choice(validator, [only], *more),
+    "$ref": _reference,
+    "required": _required,
+    "additionalProperties": _others,
+}
+_Checker: Any = create(
+    Draft202012Validator.META_SCHEMA,
+    {key: _bounded(check) for key, check in _KEYWORDS.items()},
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, it: kind_of(it) == "integer"),
+    id_of=Draft202012Validator.ID_OF,
+)
 _SILENT = frozenset(["string"])
 _ANY = frozenset([*_ORDER, "string"])

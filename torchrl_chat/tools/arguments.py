@@ -5,31 +5,27 @@ that does not fit is read again as what the schema asks for: a string as the num
 spells, and an integer or a boolean as the string that spells it. A value that fits is never changed.
 
 Law of this file: whatever JSON it is given, it raises only :class:`ArgumentsError`, in time proportional to the value
-times the schema, and says for every fault where it is, what was expected and what was found. Keywords that it does not
-know (``pattern``, ``format``, ...) are left to whoever runs the tool.
+times the schema, and says for every fault where it is, what was expected and what was found: in the same words, whether
+``jsonschema`` has found it or pydantic. What :func:`~torchrl_chat.schemas.checker` does not check is left to whoever runs
+the tool.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torchrl_chat.schemas import resolved, spelled
+from torchrl_chat.schema_references import TooLargeError
+from torchrl_chat.schemas import checker, spelled
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
+    from pydantic import ValidationError as PydanticError
 
 _MAX_FAULTS = 5  # more help nobody, and each costs tokens
-_MAX_STEPS = 200_000
-_MAX_DEPTH = 64
-_KINDS: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-    "null": (type(None),),
-}
+_MAX_ROUNDS = 64
 
 
 class ArgumentsError(ValueError):
@@ -44,16 +40,13 @@ class ArgumentsError(ValueError):
         self.faults = list(faults)
 
 
-def fit(value: Any, schema: Mapping[str, Any], name: str = "", closed: bool = False) -> Any:
+def fit(value: Any, schema: Mapping[str, Any], closed: bool = False) -> Any:
     """The value, mended where it does not fit the schema but spells one that does.
 
     Args:
         value: a JSON value.
-        schema: a JSON schema. Read are ``type``, ``enum``, ``const``, ``properties``, ``required``,
-            ``additionalProperties``, ``items``, ``prefixItems``, ``minItems``, ``maxItems``, ``minimum``, ``maximum``,
-            ``anyOf``, ``oneOf``, ``allOf``, and ``$ref`` to its own definitions.
-        name: what error messages call the value.
-        closed: refuse keys that the schema does not name, even if it does not say so.
+        schema: a JSON schema.
+        closed: refuse keys that the schema does not name, where it says nothing about them.
 
     Raises:
         ArgumentsError: it does not fit.
@@ -65,29 +58,13 @@ def fit(value: Any, schema: Mapping[str, Any], name: str = "", closed: bool = Fa
         Traceback (most recent call last):
         torchrl_chat.tools.arguments.ArgumentsError: 'n' must be an integer, not the string "three"
     """
-    fitter = _Fitter(schema)
     try:
-        fitted = fitter.fit(value, schema, name, mend=True, closed=closed)
-    except RecursionError:
-        raise ArgumentsError(["the arguments are nested too deeply"]) from None
-    if fitter.faults:
-        raise ArgumentsError(fitter.faults)
+        fitted, errors = _fit(checker({"additionalProperties": False, **schema} if closed else schema), value)
+    except (TooLargeError, RecursionError):
+        raise ArgumentsError(["the arguments are too large, or nested too deeply"]) from None
+    if errors:
+        raise ArgumentsError([fault for error in errors for fault in _faults(error)][:_MAX_FAULTS])
     return fitted
-
-
-def fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether the value fits the schema as it is.
-
-    Example:
-        >>> fits(3, {"type": "integer"}), fits("3", {"type": "integer"})
-        (True, False)
-    """
-    fitter = _Fitter(schema)
-    try:
-        fitter.fit(value, schema, "", mend=False)
-    except (ArgumentsError, RecursionError):
-        return False
-    return not fitter.faults
 
 
 def described(schema: Any) -> str:
@@ -114,168 +91,132 @@ def described(schema: Any) -> str:
     return str(kind)
 
 
-class _Fitter:
-    """One pass over one value."""
-
-    def __init__(self, root: Mapping[str, Any]):
-        self.root = root
-        self.faults: list[str] = []
-        self.steps = 0
-
-    def fault(self, text: str) -> None:
-        if len(self.faults) < _MAX_FAULTS:
-            self.faults.append(text)
-
-    def fit(self, value: Any, schema: Any, at: str, mend: bool, closed: bool = False, depth: int = 0) -> Any:
-        self.steps += 1
-        if self.steps > _MAX_STEPS or depth > _MAX_DEPTH:
-            raise ArgumentsError(["the arguments are too large, or nested too deeply"])
-        schema = self.resolved(schema)
-        if not isinstance(schema, Mapping):
-            if schema is False:
-                self.fault(f"{_at(at)} is not allowed")
-            return value
-        for part in schema.get("allOf") or ():
-            value = self.fit(value, part, at, mend, depth=depth + 1)
-        for key in ("anyOf", "oneOf"):
-            if schema.get(key):
-                value = self.either(value, schema, schema[key], at, mend, depth)
-        kinds = schema.get("type")
-        if isinstance(kinds, str):
-            kinds = [kinds]
-        if kinds and not any(_is(value, kind) for kind in kinds):
-            found, value = _mended(value, kinds) if mend else (False, value)
-            if not found:
-                self.fault(f"{_at(at)} must be {_a(described({'type': kinds}))}, not {_shown(value)}")
-                return value
-        if "enum" in schema or "const" in schema:
-            return self.chosen(value, schema["enum"] if "enum" in schema else [schema["const"]], at, mend)
-        if isinstance(value, dict):
-            return self.fields(value, schema, at, mend, closed, depth)
-        if isinstance(value, list):
-            return self.items(value, schema, at, mend, depth)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = schema.get("minimum"), schema.get("maximum")
-            if isinstance(low, (int, float)) and value < low:
-                self.fault(f"{_at(at)} must be at least {low}, not {_shown(value)}")
-            if isinstance(high, (int, float)) and value > high:
-                self.fault(f"{_at(at)} must be at most {high}, not {_shown(value)}")
-        return value
-
-    def resolved(self, schema: Any) -> Any:
-        return resolved(schema, self.root)  # what points out of the schema is left to whoever runs the tool
-
-    def either(
-        self, value: Any, schema: Mapping[str, Any], branches: Sequence[Any], at: str, mend: bool, depth: int
-    ) -> Any:
-        before, self.faults = self.faults, []
-        best: list[str] | None = None
-        # First as it is in any branch: mending must not change a value that one of them takes.
-        for mending in (False, True) if mend else (False,):
-            for branch in branches:
-                self.faults = []
-                fitted = self.fit(value, branch, at, mending, depth=depth + 1)
-                if not self.faults:
-                    self.faults = before
-                    return fitted
-                if best is None or mending:
-                    best = self.faults
-        self.faults = before
-        only = (
-            [b for b in branches if self.resolved(b).get("type") != "null"]
-            if all(isinstance(self.resolved(b), Mapping) for b in branches)
-            else branches
-        )
-        if len(only) == 1:  # of an optional value, say what is wrong with it
-            self.fit(value, only[0], at, mend, depth=depth + 1)
-        else:
-            self.fault(f"{_at(at)} must be {_a(described(schema))}, not {_shown(value)}")
-        return value
-
-    def chosen(self, value: Any, options: Sequence[Any], at: str, mend: bool) -> Any:
-        for option in options:
-            if _same(value, option):
-                return value
-        if mend and isinstance(value, str):
-            for option in options:
-                if not isinstance(option, str) and value.strip() == _json(option):
-                    return option
-        if mend and not isinstance(value, str):
-            for option in options:
-                if isinstance(option, str) and option == _json(value):
-                    return option
-        names = ", ".join(_json(option) for option in options)
-        if len(names) > 400:
-            names = names[:400] + ", ..."
-        self.fault(f"{_at(at)} must be {'one of ' if len(options) > 1 else ''}{names}, not {_shown(value)}")
-        return value
-
-    def fields(
-        self, value: dict[str, Any], schema: Mapping[str, Any], at: str, mend: bool, closed: bool, depth: int
-    ) -> Any:
-        known = schema.get("properties")
-        known = known if isinstance(known, Mapping) else {}
-        others = schema.get("additionalProperties", not closed)
-        if "patternProperties" in schema and others is False:
-            others = True
-        fitted = {}
-        for key, one in value.items():
-            if key in known:
-                fitted[key] = self.fit(one, known[key], _under(at, key), mend, depth=depth + 1)
-            elif others is False:
-                near = difflib.get_close_matches(key[:100], known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; there is {_names(known)}"
-                self.fault(f"{_at(_under(at, key[:100]))} is unknown{hint}")
-            else:
-                fitted[key] = self.fit(one, others, _under(at, key), mend, depth=depth + 1)
-        for key in schema.get("required") or ():
-            if key not in value:
-                said = known.get(key)
-                kind = described(self.resolved(said)) if said else "any"
-                self.fault(f"{_at(_under(at, key))} is missing ({kind})")
-        return fitted
-
-    def items(self, value: list[Any], schema: Mapping[str, Any], at: str, mend: bool, depth: int) -> Any:
-        low, high = schema.get("minItems"), schema.get("maxItems")
-        if isinstance(low, int) and len(value) < low:
-            self.fault(f"{_at(at)} must have at least {low} items, not {len(value)}")
-        if isinstance(high, int) and len(value) > high:
-            self.fault(f"{_at(at)} must have at most {high} items, not {len(value)}")
-        places = schema.get("prefixItems") or ()
-        rest = schema.get("items")
-        rest = rest if isinstance(rest, (Mapping, bool)) else {}
-        return [
-            self.fit(one, places[i] if i < len(places) else rest, f"{at}[{i}]", mend, depth=depth + 1)
-            for i, one in enumerate(value)
-        ]
+# ---------------------------------------------------------------------- mending
+def _fit(check: Any, value: Any) -> tuple[Any, list[ValidationError]]:
+    """The value, read again wherever that helps, and the errors that are left."""
+    for _ in range(_MAX_ROUNDS):  # what is read again is checked again, but a schema may contradict itself
+        errors = _one_a_place(check.iter_errors(value))
+        readings = {place: _read_again(check, error) for place, error in errors.items()}
+        new = [place for place, reading in readings.items() if reading is not errors[place].instance]
+        if not new:
+            break
+        for place in sorted(new, key=len, reverse=True):
+            value = _put(value, place, readings[place])
+    return value, list(errors.values())
 
 
-def _is(value: Any, kind: Any) -> bool:
-    if kind == "integer" and isinstance(value, float):
-        return False  # 3.0 is an integer in JSON schema, but not in Python: it is mended
-    if isinstance(value, bool) and kind in ("integer", "number"):
-        return False
-    return isinstance(value, _KINDS.get(kind, (object,)))
+def _one_a_place(errors: Iterable[ValidationError]) -> dict[tuple[str | int, ...], ValidationError]:
+    """One error for each place in the value: of a wrong type nothing else is to be said."""
+    found: dict[tuple[str | int, ...], ValidationError] = {}
+    for error in errors:
+        place = tuple(error.absolute_path)
+        if place not in found or error.validator == "type":
+            found[place] = error
+    return found
 
 
-def _mended(value: Any, kinds: Sequence[str]) -> tuple[bool, Any]:
-    """Whether the value spells one of a kind, and which."""
+def _read_again(check: Any, error: ValidationError) -> Any:
+    """The value of an error as what the schema asks for; the very same object where it spells nothing of that."""
+    value, asked = error.instance, error.validator_value
+    if error.validator == "type":
+        return _mended(value, [asked] if isinstance(asked, str) else asked)
+    if error.validator in ("enum", "const"):
+        return _chosen(value, asked if error.validator == "enum" else [asked])
+    if error.validator in ("anyOf", "oneOf"):
+        for branch in asked:
+            fitted, errors = _fit(check.evolve(schema=branch), value)
+            if not errors:
+                return fitted
+        if (only := _only(asked)) is not None:  # so that what is wrong inside can be told
+            return _fit(check.evolve(schema=asked[only]), value)[0]
+    return value
+
+
+def _mended(value: Any, kinds: Sequence[str]) -> Any:
     for kind in kinds:
         if kind == "integer" and isinstance(value, float) and value.is_integer():
-            return True, int(value)
+            return int(value)
         if isinstance(value, str) and kind != "string":
             found, read = spelled(value, kind)
             if found:
-                return True, read
+                return read
         # Of a float, a list or an object it is not known how it was spelled: 3.10 has become 3.1.
         if kind == "string" and isinstance(value, (bool, int)):
-            return True, _json(value)
-    return False, value
+            return _json(value)
+    return value
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Equality as JSON has it: true is not 1."""
-    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+def _chosen(value: Any, options: Sequence[Any]) -> Any:
+    text = value.strip() if isinstance(value, str) else _json(value)
+    alike = [option for option in options if text == (option if isinstance(option, str) else _json(option))]
+    return next((option for option in alike if type(option) is not type(value)), value)
+
+
+def _only(branches: Sequence[Any]) -> int | None:
+    """The place of the one branch that is not null."""
+    others = [i for i, b in enumerate(branches) if not (isinstance(b, Mapping) and b.get("type") == "null")]
+    return others[0] if len(others) == 1 else None
+
+
+def _put(value: Any, place: Sequence[Any], new: Any) -> Any:
+    """A copy of a value with another one in this place."""
+    if not place:
+        return new
+    copied = value.copy()
+    copied[place[0]] = _put(value[place[0]], place[1:], new)
+    return copied
+
+
+# ---------------------------------------------------------------------- what is said
+_LIMITS = {
+    "minimum": "must be at least {}, not {}",
+    "maximum": "must be at most {}, not {}",
+    "exclusiveMinimum": "must be more than {}, not {}",
+    "exclusiveMaximum": "must be less than {}, not {}",
+    "minItems": "must have at least {} items, not {}",
+    "maxItems": "must have at most {} items, not {}",
+    "minLength": "must have at least {} characters, not {}",
+    "maxLength": "must have at most {} characters, not {}",
+}
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    """What ``jsonschema`` has found, in our words."""
+    at, kind, asked, schema = _at(error.absolute_path), error.validator, error.validator_value, error.schema
+    if kind == "required":
+        yield f"{at} is missing ({described((schema.get('properties') or {}).get(error.path[-1]))})"
+    elif kind == "additionalProperties":
+        known = schema.get("properties") or {}
+        near = difflib.get_close_matches(error.path[-1][:100], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {_listed(map(repr, known))}"
+        yield f"{at} is unknown; {hint}"
+    elif kind in ("anyOf", "oneOf") and (only := _only(asked)) is not None:
+        # Of an optional value, what is wrong with it.
+        inside = _one_a_place(inner for inner in error.context or () if inner.relative_schema_path[0] == only)
+        for inner in inside.values():
+            yield from _faults(inner)
+    elif kind in ("type", "anyOf", "oneOf"):
+        yield f"{at} must be {_a(described({'type': asked} if kind == 'type' else schema))}, not {_shown(error.instance)}"
+    elif kind in ("enum", "const"):
+        options = asked if kind == "enum" else [asked]
+        one_of = "one of " if len(options) > 1 else ""
+        yield f"{at} must be {one_of}{_listed(map(_json, options))}, not {_shown(error.instance)}"
+    elif kind in _LIMITS:
+        sized = kind.endswith(("Items", "Length"))
+        yield f"{at} {_LIMITS[kind].format(asked, len(error.instance) if sized else _shown(error.instance))}"
+    else:
+        yield f"{at} is not allowed"
+
+
+def faults_of(error: PydanticError, *at: str) -> list[str]:
+    """What pydantic refuses of a value that fits the schema; the check of a type of its own speaks for itself.
+
+    Args:
+        error: the error.
+        at: where the value stands among the arguments.
+    """
+    own = [fault["ctx"]["error"] for fault in error.errors() if fault["type"] == "value_error"]
+    return [str(fault) for fault in own] or [f"{_at((*at, *f['loc']))}: {f['msg']}" for f in error.errors()]
 
 
 def _json(value: Any) -> str:
@@ -301,14 +242,12 @@ def _a(words: str) -> str:
     return words if words == "null" else f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _at(at: str) -> str:
-    return repr(at) if at else "the value"
+def _at(path: Iterable[str | int]) -> str:
+    """A place in a value, as ``'options.tags[1]'``."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in path)
+    return repr(text.removeprefix(".")) if text else "the value"
 
 
-def _under(at: str, key: str) -> str:
-    return f"{at}.{key}" if at else key
-
-
-def _names(known: Mapping[str, Any]) -> str:
-    names = ", ".join(map(repr, known))
-    return names if len(names) <= 400 else names[:400] + ", ..."
+def _listed(names: Iterable[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 400 else text[:400] + ", ..."

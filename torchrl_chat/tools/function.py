@@ -146,10 +146,9 @@ class Tool(ToolBase):
         per_conversation: bool | None = None,
         end: Callable[[Hashable], None] | None = None,
     ):
-        given = {"name": name, "description": description, "deadline": deadline, "end": end}
-        given["per_conversation"] = per_conversation
-        self._given = {key: value for key, value in given.items() if value is not None}
-        options = {**getattr(function, _OPTIONS, {}), **self._given}
+        self._given: dict[str, Any] = {"name": name, "description": description, "deadline": deadline}
+        self._given |= {"per_conversation": per_conversation, "end": end}
+        options = {**getattr(function, _OPTIONS, {}), **{k: v for k, v in self._given.items() if v is not None}}
         self.function = function
         self.name = str(options.get("name") or getattr(function, "__name__", type(function).__name__))
         if not is_name(self.name):
@@ -161,14 +160,18 @@ class Tool(ToolBase):
         self._end = options.get("end")
         called = function if inspect.isroutine(function) or isinstance(function, functools.partial) else None
         self.is_async = inspect.iscoroutinefunction(called or type(function).__call__)
-
-        text, described_arguments = read_docstring(inspect.getdoc(function) if called else _own_doc(function))
+        # Of an object that can be called, the docstring is its method's, or else its class's.
+        doc = (
+            inspect.getdoc(called)
+            if called
+            else inspect.getdoc(type(function).__call__) or inspect.getdoc(type(function))
+        )
+        text, words = read_docstring(doc)
         self.description = str(options.get("description", text))
-        self._shapes, self._positional, self._open = self._parameters(described_arguments)
-        self.parameters = self._schema(described_arguments)
+        self._read_signature(words)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self.function, self._given)
+        return functools.partial(Tool, **self._given), (self.function,)
 
     def __repr__(self) -> str:
         return f"Tool({self.signature})"
@@ -181,7 +184,8 @@ class Tool(ToolBase):
         """The arguments as the function takes them: checked, mended, converted, with defaults left to the function."""
         fitted = fit(dict(arguments), self.parameters, closed=not self._open)
         return {
-            key: self._shapes[key].make(value) if key in self._shapes else value for key, value in fitted.items()
+            key: self._shapes[key].make(value, key) if key in self._shapes else value
+            for key, value in fitted.items()
         }
 
     def call(self, arguments: dict[str, Any], conversation: Hashable = None, deadline: float | None = None) -> Any:
@@ -201,65 +205,54 @@ class Tool(ToolBase):
         if self._end is not None:
             self._end(conversation)
 
-    # ------------------------------------------------------------------ the signature
-    def _parameters(self, texts: Mapping[str, str]) -> tuple[dict[str, Shape], dict[str, Any], bool]:
+    def _read_signature(self, words: Mapping[str, str]) -> None:
+        """What the hints, the defaults and the docstring's words say of the arguments."""
         try:
-            self._signature = inspect.signature(self.function)
+            signature = inspect.signature(self.function).parameters
         except ValueError:
             raise TypeError(f"{self.name} has no signature that Python can read: wrap it in a function.") from None
         hints = _hints(self.function, self.name)
-        shapes: dict[str, Shape] = {}
-        positional: dict[str, Any] = {}
-        takes_more = False
-        for key, parameter in self._signature.parameters.items():
+        self._shapes: dict[str, Shape] = {}
+        self._positional: dict[str, Any] = {}
+        self._open = False
+        properties, required = {}, []
+        for key, parameter in signature.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 raise TypeError(f"{self.name} takes *{key}, which a call by name cannot fill: take a list.")
             if parameter.kind is parameter.VAR_KEYWORD:
-                takes_more = True
+                self._open = True
                 continue
             if parameter.kind is parameter.POSITIONAL_ONLY:
-                positional[key] = parameter.default
-            if key != "conversation" or not self.per_conversation:
-                shapes[key] = shape_of(hints.get(key, parameter.annotation), f"the argument {key!r} of {self.name}")
-        if self.per_conversation and "conversation" not in self._signature.parameters and not takes_more:
+                self._positional[key] = parameter.default
+            if key == "conversation" and self.per_conversation:
+                continue
+            shape = shape_of(hints.get(key, parameter.annotation), f"the argument {key!r} of {self.name}")
+            self._shapes[key] = shape
+            properties[key] = dict(shape.schema)
+            if key in words:
+                properties[key]["description"] = words[key]
+            if parameter.default is parameter.empty:
+                required.append(key)
+            elif type(parameter.default) in (str, int, float, bool):
+                properties[key]["default"] = parameter.default
+        if self.per_conversation and "conversation" not in signature and not self._open:
             raise TypeError(
                 f"{self.name} is per_conversation, but has no parameter 'conversation', which gets the conversation's key."
             )
-        unknown = [key for key in texts if key.lstrip("*") not in self._signature.parameters]
-        if unknown:
-            raise ValueError(
-                f"the docstring of {self.name} describes {unknown[0]!r}, which is no argument of it: it has "
-                f"{', '.join(self._signature.parameters) or 'none'}."
-            )
-        return shapes, positional, takes_more
-
-    def _schema(self, texts: Mapping[str, str]) -> dict[str, Any]:
-        properties, required = {}, []
-        for key, shape in self._shapes.items():
-            schema = dict(shape.schema)
-            if key in texts:
-                schema["description"] = texts[key]
-            default = self._signature.parameters[key].default
-            if default is inspect.Parameter.empty:
-                required.append(key)
-            elif isinstance(default, (str, int, float, bool)) and type(default) in (str, int, float, bool):
-                schema["default"] = default
-            properties[key] = schema
-        return {"type": "object", "properties": properties, "required": required}
+        for key in words:
+            if key.lstrip("*") not in signature:
+                raise ValueError(
+                    f"the docstring of {self.name} describes {key!r}, which is no argument of it: it has "
+                    f"{', '.join(signature) or 'none'}."
+                )
+        self.parameters = {"type": "object", "properties": properties, "required": required}
 
 
-def tool(
-    *,
-    name: str | None = None,
-    description: str | None = None,
-    deadline: float | None = None,
-    per_conversation: bool | None = None,
-    end: Callable[[Hashable], None] | None = None,
-) -> Callable[[_F], _F]:
+def tool(**options: Any) -> Callable[[_F], _F]:
     """Say how a function is to be used as a tool; the function stays the function that it is.
 
     Args:
-        name, description, deadline, per_conversation, end: see :class:`Tool`.
+        **options: ``name``, ``description``, ``deadline``, ``per_conversation`` and ``end``: see :class:`Tool`.
 
     Example:
         >>> @tool(deadline=5.0)
@@ -268,11 +261,10 @@ def tool(
         >>> double(2), Tool(double).deadline
         (4, 5.0)
     """
-    given = {"name": name, "description": description, "deadline": deadline, "end": end}
-    given["per_conversation"] = per_conversation
+    inspect.signature(Tool).bind(None, **options)  # a name that there is none of is an error here
 
     def mark(function: _F) -> _F:
-        setattr(function, _OPTIONS, {key: value for key, value in given.items() if value is not None})
+        setattr(function, _OPTIONS, {key: value for key, value in options.items() if value is not None})
         return function
 
     return mark
@@ -299,15 +291,6 @@ def is_name(name: str) -> bool:
 def header_name(name: str) -> str:
     """The name in the header of a tool message: what a model made up that is no name is not written there."""
     return name if is_name(name) else "unknown"
-
-
-def _rebuilt(function: Callable[..., Any], given: dict[str, Any]) -> Tool:
-    return Tool(function, **given)
-
-
-def _own_doc(function: Any) -> str | None:
-    """The docstring of an object that can be called: its method's, or else its class's."""
-    return inspect.getdoc(type(function).__call__) or inspect.getdoc(type(function))
 
 
 def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:
@@ -362,6 +345,3 @@ def read_docstring(doc: str | None) -> tuple[str, dict[str, str]]:
         elif last is not None and line.strip():
             arguments[last] = f"{arguments[last]} {line.strip()}".strip()
     return "\n".join(text).strip(), arguments
-
-
-__all__ = ["Tool", "ToolBase", "checked_deadline", "header_name", "is_name", "read_docstring", "tool"]

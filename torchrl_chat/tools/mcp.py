@@ -14,13 +14,13 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Coroutine, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.endpoint import without_login
 from torchrl_chat.tools.function import ToolBase, checked_deadline, is_name
-from torchrl_chat.tools.mcp_link import Forgotten, Link, Lost, NotSent, Server, Unreachable, http_pool
+from torchrl_chat.tools.mcp_link import Forgotten, Link, Lost, NoSession, NotSent, Server, Unreachable, http_pool
 from torchrl_chat.tools.results import ToolError, ToolTimeout
 
 _RENEWED = (
@@ -119,7 +119,8 @@ class MCPTools:
         """
         with self._lock:
             if self._listed is None:
-                self._listed = self._choose(self._opened().run(lambda sessions: sessions.list()))
+                sessions = self._opened()
+                self._listed = self._choose(sessions.loop.run(sessions.list()))
             return list(self._listed)
 
     def end(self, conversation: Hashable) -> None:
@@ -130,14 +131,14 @@ class MCPTools:
         """Close the sessions of conversations that are over, all at once: a server may take seconds to go."""
         sessions, over = self._sessions, list(conversations)
         if sessions is not None and sessions.loop.alive:
-            sessions.run(lambda sessions: sessions.end(over))
+            sessions.loop.run(sessions.end(over))
 
     def close(self) -> None:
         """Close all sessions, and end the processes that were started; opened anew if used again."""
         with self._lock:
             sessions, self._sessions = self._sessions, None
         if sessions is not None and sessions.loop.alive:
-            sessions.run(lambda sessions: sessions.close())
+            sessions.loop.run(sessions.close())
             sessions.loop.close()
 
     async def call(self, name: str, arguments: dict[str, Any], conversation: Hashable, deadline: float) -> str:
@@ -225,12 +226,13 @@ class _Sessions:
         self._gate = asyncio.Semaphore(_CONNECTS_AT_ONCE)
         self._pool: Any = None
 
-    def run(self, step: Any) -> Any:
-        coroutine: Coroutine[Any, Any, Any] = step(self)
-        return self.loop.run(coroutine)
-
     async def list(self) -> list[Any]:
-        link = await self._connected()
+        try:
+            link = await self._connected()
+        except NoSession as error:
+            raise ValueError(str(error)) from None
+        except Unreachable as error:
+            raise ConnectionError(f"no connection to {self.server}: {error}") from None
         try:
             return await asyncio.wait_for(link.tools(), self.connect_timeout)
         except Exception as error:
@@ -321,28 +323,22 @@ class _Sessions:
                     task.add_done_callback(self._retiring.discard)
                 await self._make_room()
                 try:
-                    slot.link = await self._connected(unwrapped=True)
+                    slot.link = await self._connected()
                 except Unreachable as error:
                     slot.failures, slot.reason = slot.failures + 1, str(error)
                     raise
             return slot.link
 
-    async def _connected(self, unwrapped: bool = False) -> Link:
+    async def _connected(self) -> Link:
         async with self._gate:  # many processes that start at once would all be late
             if self._pool is None and self.server.url is not None:
                 self._pool = http_pool()
-            try:
-                link = await Link.open(self.server, self.connect_timeout, self._pool)
-            except Unreachable as error:
-                if unwrapped:
-                    raise
-                raise ConnectionError(f"no connection to {self.server}: {error}") from None
+            link = await Link.open(self.server, self.connect_timeout, self._pool)
         if self.per_conversation and self.server.url is not None and link.http_session is None:
             await link.close()
-            text = f"{self.server} opens no session, so it keeps no state for a conversation: use per_conversation=False"
-            if unwrapped:
-                raise Unreachable(text)
-            raise ValueError(text)
+            raise NoSession(
+                f"{self.server} opens no session, so it keeps no state for a conversation: use per_conversation=False"
+            )
         return link
 
     async def _make_room(self) -> None:

@@ -44,6 +44,10 @@ class Unreachable(Exception):
     """No connection could be opened."""
 
 
+class NoSession(Unreachable):
+    """A connection could be opened, but the server keeps no session."""
+
+
 @dataclass(frozen=True)
 class Server:
     """Where a server is: a command that speaks MCP over its standard streams, or a URL."""

@@ -7,6 +7,7 @@ not be stopped is known, counted, and of no tool more than ``max_stuck``.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import threading
 import time
@@ -73,15 +74,14 @@ class Runner:
         """Run one call; it raises nothing."""
         if tool.per_conversation and conversation in self._stuck_of:
             text = "Error: an earlier call in this conversation is still running, so nothing was run."
-            return Run(ToolStatus.ERROR, text)
+            return self._ended(ToolStatus.ERROR, text)
         places = self._awaited if tool.is_async else self._threads
         async with places:
             begun = time.monotonic()
             run = await (self._coroutine if tool.is_async else self._function)(
                 tool, arguments, conversation, deadline
             )
-            text, left_out = cut(clean(run.text), self.limit) if len(run.text) > self.limit else (run.text, 0)
-            return Run(run.status, text, run.left_out + left_out, time.monotonic() - begun, run.still_running)
+            return dataclasses.replace(run, seconds=time.monotonic() - begun)
 
     # ------------------------------------------------------------------ functions
     async def _function(
@@ -90,7 +90,7 @@ class Runner:
         stuck = len(self._stuck.get(tool.name, ()))
         if stuck >= self.max_stuck:
             text = f"Error: {tool.name} is out of order: {stuck} earlier calls of it are still running."
-            return Run(ToolStatus.ERROR, text)
+            return self._ended(ToolStatus.ERROR, text)
         own = tool.keeps_deadline
         job = self._crew.start(lambda: self._settled(lambda: tool.call(arguments, conversation, deadline)))
         done = asyncio.wrap_future(job)
@@ -98,7 +98,7 @@ class Runner:
         if finished:
             return done.result()
         self._give_up(job, tool, conversation)
-        return _late(tool, deadline, still_running=True)
+        return self._late(tool, deadline, still_running=True)
 
     def _settled(self, call: Callable[[], Any]) -> Run:
         """The outcome of a function; its text is made here too, since a huge result takes its time."""
@@ -109,11 +109,24 @@ class Runner:
                 raise TypeError("the function returned a coroutine: declare it with `async def`")
             return self._result(value)
         except BaseException as error:  # whatever a tool raises, sys.exit() too
-            return _failed(error)
+            return self._failed(error)
 
     def _result(self, value: Any) -> Run:
-        text, left_out = cut(clean(as_text(value)), self.limit)
-        return Run(ToolStatus.OK, text, left_out)
+        return self._ended(ToolStatus.OK, as_text(value))
+
+    def _failed(self, error: BaseException) -> Run:
+        status = ToolStatus.TIMEOUT if isinstance(error, ToolTimeout) else ToolStatus.ERROR
+        return self._ended(status, error_text(error))
+
+    def _late(self, tool: ToolBase, deadline: float, still_running: bool = False) -> Run:
+        end = (
+            "could not be stopped: it is still running and may yet take effect" if still_running else "was stopped"
+        )
+        text = f"Error: {tool.name} did not finish within {deadline:g} s and {end}."
+        return self._ended(ToolStatus.TIMEOUT, text, still_running)
+
+    def _ended(self, status: ToolStatus, text: str, still_running: bool = False) -> Run:
+        return Run(status, *cut(clean(text), self.limit), still_running=still_running)
 
     def _give_up(self, job: Future[Any], tool: ToolBase, conversation: Hashable) -> None:
         with self._lock:
@@ -147,9 +160,9 @@ class Runner:
             except asyncio.CancelledError as error:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # by us, not by the tool
                     raise
-                return _failed(error)
+                return self._failed(error)
             except BaseException as error:  # sys.exit() would end the loop's thread
-                return _failed(error)
+                return self._failed(error)
             finally:
                 ended.set_result(None)
 
@@ -162,23 +175,12 @@ class Runner:
         answer = loop.submit(asyncio.sleep(0)) if loop.alive else None  # it may have been replaced already
         stopped, _ = await asyncio.wait([asyncio.wrap_future(ended)], timeout=_GRACE)
         if stopped:
-            return _late(tool, deadline)
+            return self._late(tool, deadline)
         if answer is not None and not answer.done() and self._coroutines is loop:
             # Some call blocks the loop: those to come get another one.
             self._coroutines = None
             loop.close(patience=0.0)
         if not begun:  # it was waiting for the loop, and will not begin any more
-            return _late(tool, deadline)
+            return self._late(tool, deadline)
         self._give_up(ended, tool, conversation)
-        return _late(tool, deadline, still_running=True)
-
-
-def _failed(error: BaseException) -> Run:
-    status = ToolStatus.TIMEOUT if isinstance(error, ToolTimeout) else ToolStatus.ERROR
-    return Run(status, clean(error_text(error)))
-
-
-def _late(tool: ToolBase, deadline: float, still_running: bool = False) -> Run:
-    end = "could not be stopped: it is still running and may yet take effect" if still_running else "was stopped"
-    text = f"Error: {tool.name} did not finish within {deadline:g} s and {end}."
-    return Run(ToolStatus.TIMEOUT, text, still_running=still_running)
+        return self._late(tool, deadline, still_running=True)

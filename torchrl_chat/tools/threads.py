@@ -8,20 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass
-class _Shared:
-    """What the threads know of their crew, so that they do not keep it alive."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    idle: list[queue.SimpleQueue[Any]] = field(default_factory=list)
-    closed: bool = False
+_PATIENCE = 10.0  # seconds that an idle thread waits for work
 
 
 class Crew:
@@ -36,50 +27,51 @@ class Crew:
 
     def __init__(self, name: str = "torchrl_chat.tools"):
         self._name = name
-        self._shared = _Shared()
-        self._finalizer = weakref.finalize(self, _dismiss, self._shared)
+        self._idle: list[queue.SimpleQueue[Any]] = []
+        self._lock = threading.Lock()
 
     def start(self, work: Callable[[], Any]) -> Future[Any]:
         """Run a function in an idle thread, or in a new one."""
         job: Future[Any] = Future()
         job.set_running_or_notify_cancel()
-        shared = self._shared
-        with shared.lock:
-            inbox = shared.idle.pop() if shared.idle else None
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
         if inbox is None:
             inbox = queue.SimpleQueue()
-            threading.Thread(target=_serve, args=(inbox, shared), name=self._name, daemon=True).start()
+            # The thread knows nothing else of its crew, which it does not keep alive.
+            known = (inbox, self._idle, self._lock)
+            threading.Thread(target=_serve, args=known, name=self._name, daemon=True).start()
         inbox.put((job, work))
         return job
 
     def close(self) -> None:
-        """Let idle threads go; those at work end when their function does."""
-        self._finalizer()
+        """Let idle threads go; those at work go when they have been idle for a while."""
+        with self._lock:
+            while self._idle:
+                self._idle.pop().put(None)
 
 
-def _serve(inbox: queue.SimpleQueue[Any], shared: _Shared) -> None:
-    while (task := inbox.get()) is not None:
+def _serve(inbox: queue.SimpleQueue[Any], idle: list[queue.SimpleQueue[Any]], lock: threading.Lock) -> None:
+    while True:
+        try:
+            task = inbox.get(timeout=_PATIENCE)
+        except queue.Empty:
+            with lock:
+                if inbox not in idle:
+                    continue  # hired just now
+                idle.remove(inbox)
+                return
+        if task is None:
+            return
         job, work = task
         try:
             value, error = work(), None
         except BaseException as raised:  # sys.exit() in a tool is no reason to end the thread
             value, error = None, raised
-        with shared.lock:
-            closed = shared.closed
-            if not closed:
-                shared.idle.append(inbox)
+        with lock:
+            idle.append(inbox)
         if error is None:
             job.set_result(value)
         else:
             job.set_exception(error)
         del task, job, work, value, error  # an idle thread keeps nobody's data
-        if closed:
-            return
-
-
-def _dismiss(shared: _Shared) -> None:
-    with shared.lock:
-        shared.closed = True
-        idle, shared.idle = shared.idle, []
-    for inbox in idle:
-        inbox.put(None)

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torchrl_chat.messages import Message
@@ -184,22 +185,17 @@ class Toolbox:
         keys = [None] * len(rows) if conversations is None else list(conversations)
         if len(keys) != len(rows):
             raise ValueError(f"there are {len(rows)} rows, but {len(keys)} conversations.")
-        answers: list[list[ToolResult | None]] = []
-        waiting: dict[Hashable, list[_Job]] = {}
-        for row, (calls, key) in enumerate(zip(rows, keys, strict=True)):
-            answers.append([])
-            for call, malformed in _calls(calls):
-                place = len(answers[row])
-                answers[row].append(None)
-
-                def put(result: ToolResult, row: int = row, place: int = place) -> None:
-                    answers[row][place] = result
-
-                job = self._read(call, malformed, place, key, put, write_call)
-                if job is not None:
+        read = [
+            [self._read(*call, place, key, write_call) for place, call in enumerate(_calls(calls))]
+            for calls, key in zip(rows, keys, strict=True)
+        ]
+        waiting: dict[Hashable, list[_Call]] = {}
+        for row, calls in enumerate(read):
+            for place, call in enumerate(calls):
+                if call.tool is not None:
                     # Calls that share state wait for one another, all others for nothing.
-                    chain = ("of", key) if job.tool.per_conversation else (row, place)
-                    waiting.setdefault(chain, []).append(job)
+                    chain = ("of", call.conversation) if call.tool.per_conversation else (row, place)
+                    waiting.setdefault(chain, []).append(call)
         if waiting:
             with self._lock:
                 if self._runner is None or not self._runner.loop.alive:  # never started, closed, or before a fork
@@ -207,7 +203,7 @@ class Toolbox:
                     self._runner = Runner(self.workers, self.concurrency, self.max_result_chars, self.max_stuck)
                 runner = self._runner
             runner.loop.run(self._all(runner, list(waiting.values())))
-        results = [[answer for answer in some if answer is not None] for some in answers]
+        results = [[call.result() for call in calls] for calls in read]
         self._report(results)
         return results
 
@@ -244,50 +240,39 @@ class Toolbox:
 
     # ------------------------------------------------------------------ one call
     def _read(
-        self,
-        call: Any,
-        malformed: bool,
-        place: int,
-        conversation: Hashable,
-        put: Callable[[ToolResult], None],
-        write_call: WriteCall | None,
-    ) -> _Job | None:
-        """What is to be run for a call; ``None`` where it is answered at once."""
+        self, call: Any, malformed: bool, place: int, conversation: Hashable, write_call: WriteCall | None
+    ) -> _Call:
+        """What is to be run for a call, or what it is answered at once."""
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         name = function.get("name") if isinstance(function, Mapping) else None
         name = name if isinstance(name, str) else ""
         ident = call.get("id") if isinstance(call, Mapping) else None
         # Nine letters and digits: some templates refuse an id of any other form.
         ident = ident if isinstance(ident, str) and ident else f"{'bad0' if malformed else 'call'}{place:05d}"
-
-        def answer(run: Run) -> None:
-            known = name if name in self.tools else header_name(name)
-            message = {"role": "tool", "tool_call_id": ident, "name": known, "content": run.text}
-            put(ToolResult(message, run.status, run.seconds, run.left_out, run.still_running))
-
-        def refuse(status: ToolStatus, text: str) -> None:
-            text, left_out = cut(clean(text), self.max_result_chars)
-            answer(Run(status, text, left_out))
-
+        read = _Call(ident, name if name in self.tools else header_name(name), conversation)
         tool = self.tools.get(name)
         if malformed and (not name or call.get("status") != "unknown_tool"):
             signature = tool.signature if tool is not None else None
-            refuse(ToolStatus.MALFORMED, malformed_text(call, self._format(tool, write_call), signature))
+            said = malformed_text(call, self._format(tool, write_call), signature)
+            status = ToolStatus.MALFORMED
         elif not name:
-            bad = {"status": "missing_name", "arguments": None}
-            refuse(ToolStatus.MALFORMED, malformed_text(bad, self._format(None, write_call)))
+            said = malformed_text({"status": "missing_name"}, self._format(None, write_call))
+            status = ToolStatus.MALFORMED
         elif tool is None:
-            refuse(ToolStatus.UNKNOWN_TOOL, unknown_text(name, self.tools))
+            status, said = ToolStatus.UNKNOWN_TOOL, unknown_text(name, self.tools)
         else:
+            status = ToolStatus.INVALID_ARGUMENTS
             try:
-                return _Job(tool, _fitted(tool, function.get("arguments")), conversation, answer)
+                read.arguments = _fitted(tool, function.get("arguments"))
+                read.tool = tool
+                return read
             except ArgumentsError as error:
                 faults = "\n".join(f"- {fault}" for fault in error.faults)
-                text = f"Error: the arguments do not fit {tool.signature}; nothing was run.\n{faults}"
-                refuse(ToolStatus.INVALID_ARGUMENTS, text)
-            except Exception as error:  # a dataclass's own check, say
-                refuse(ToolStatus.INVALID_ARGUMENTS, error_text(error))
-        return None
+                said = f"Error: the arguments do not fit {tool.signature}; nothing was run.\n{faults}"
+            except Exception as error:  # a tool of somebody's own
+                said = error_text(error)
+        read.run = Run(status, *cut(clean(said), self.max_result_chars))
+        return read
 
     def _format(self, tool: ToolBase | None, write_call: WriteCall | None) -> str:
         """An example of a call: of this tool, or else of the first."""
@@ -299,15 +284,16 @@ class Toolbox:
         )
         return written or _CALL_FORMAT
 
-    async def _all(self, runner: Runner, chains: list[list[_Job]]) -> None:
-        async def one(chain: list[_Job]) -> None:
-            for job in chain:
-                limit = job.tool.deadline or self.deadline or 30.0
+    async def _all(self, runner: Runner, chains: list[list[_Call]]) -> None:
+        async def one(chain: list[_Call]) -> None:
+            for call in chain:
+                tool = call.tool
+                assert tool is not None
                 try:
-                    run = await runner.one(job.tool, job.arguments, job.conversation, limit)
+                    limit = tool.deadline or self.deadline or 30.0
+                    call.run = await runner.one(tool, call.arguments, call.conversation, limit)
                 except Exception as error:  # no defect of ours may lose the other rows
-                    run = Run(ToolStatus.ERROR, error_text(error))
-                job.answer(run)
+                    call.run = Run(ToolStatus.ERROR, error_text(error))
 
         await asyncio.gather(*map(one, chains))
 
@@ -329,18 +315,22 @@ class Toolbox:
             )
 
 
-class _Job:
-    """A call that is to be run."""
+@dataclass(slots=True)
+class _Call:
+    """A call: how it is answered, what is to be run for it, and what became of it."""
 
-    __slots__ = ("answer", "arguments", "conversation", "tool")
+    ident: str
+    name: str
+    conversation: Hashable
+    tool: ToolBase | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    run: Run | None = None
 
-    def __init__(
-        self, tool: ToolBase, arguments: dict[str, Any], conversation: Hashable, answer: Callable[[Run], None]
-    ):
-        self.tool = tool
-        self.arguments = arguments
-        self.conversation = conversation
-        self.answer = answer
+    def result(self) -> ToolResult:
+        assert self.run is not None
+        message = {"role": "tool", "tool_call_id": self.ident, "name": self.name, "content": self.run.text}
+        run = self.run
+        return ToolResult(message, run.status, run.seconds, run.left_out, run.still_running)
 
 
 def _calls(calls: Calls) -> list[tuple[Any, bool]]:

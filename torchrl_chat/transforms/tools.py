@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -224,23 +225,25 @@ class ToolExecutor(Transform):
     def _run(self, calls: Sequence[_Turn | None], keys: Sequence[str]) -> list[list[ToolResult]]:
         """The answers to all calls of the turns, each from the executor that has the tool; from this one, where none has."""
         executors = [self, *(other for other in alike(self, ToolExecutor) if other is not self)]
-        if len(executors) == 1:
-            return self.toolbox.run_batch([_allowed(row) for row in calls], keys, self._write_call)
         found: list[dict[int, ToolResult]] = [{} for _ in calls]
         for executor in executors:
-            own: list[list[int]] = []
-            parts: list[Message | None] = []
-            for row in calls:
-                every = [] if row is None else row.calls()
-                places = [k for k, (call, _) in enumerate(every) if _owner(call, executors, row) is executor]
-                own.append(places)
-                well, malformed = ([every[k][0] for k in places if every[k][1] is wrong] for wrong in (False, True))
-                message: Message = {"role": "assistant", "tool_calls": well, "invalid_tool_calls": malformed}
-                parts.append(message if places else None)
-            for at, places, results in zip(
-                found, own, executor.toolbox.run_batch(parts, keys, self._write_call), strict=True
-            ):
-                at.update(zip(places, results, strict=True))
+            own = [
+                {k: call for k, call in enumerate(row.calls()) if _owner(call[0], executors, row) is executor}
+                if row
+                else {}
+                for row in calls
+            ]
+            parts: list[Message | None] = [
+                {
+                    "role": "assistant",
+                    "tool_calls": [call for call, malformed in mine.values() if not malformed],
+                    "invalid_tool_calls": [call for call, malformed in mine.values() if malformed],
+                }
+                for mine in own
+            ]
+            answered = executor.toolbox.run_batch(parts, keys, self._write_call)
+            for at, mine, results in zip(found, own, answered, strict=True):
+                at.update(zip(mine, results, strict=True))
         return [[at[k] for k in sorted(at)] for at in found]
 
     def _write_call(self, name: str, arguments: dict[str, Any]) -> str | None:
@@ -263,16 +266,14 @@ class ToolExecutor(Transform):
             again: list[list[Message] | None] = [None] * len(answers)
             for i in errors:
                 said = "\n".join(content_text(message) for message in answers[i] or ())
-                again[i] = None if transcripts[i].messages[-1].get("tool_calls") else [self._instead(said)]
+                if not transcripts[i].messages[-1].get("tool_calls"):
+                    again[i] = [{"role": self.fallback_role, "content": said}]
             tried, errors = errors, {}
             following = env.append_messages(following, again, errors=errors)
             errors.update({i: error for i, error in tried.items() if again[i] is None})
         for i, error in errors.items():
             failures[i] = f"{type(error).__name__}: {error}"
         return following, failures
-
-    def _instead(self, said: str) -> Message:
-        return {"role": self.fallback_role, "content": said}
 
     def _begin(self, keys: dict[int, str]) -> None:
         """Let go of what tools keep for the conversations that stood in these rows before."""
@@ -295,13 +296,13 @@ def _name(schema: Any) -> str:
     return str(schema.get("function", schema).get("name", ""))
 
 
+@dataclass
 class _Turn:
     """The calls of one answer: those to be run, and those for which no budget is left."""
 
-    def __init__(self, message: Message, refused: Sequence[Any], count: int):
-        self.message = message
-        self.refused = refused
-        self.count = count
+    message: Message
+    refused: Sequence[Any] = ()
+    count: int = 1
 
     def calls(self) -> list[tuple[Any, bool]]:
         """The calls that are answered, each with whether it is malformed: well-formed ones first."""
@@ -323,17 +324,13 @@ class _Turn:
         return [*messages[:well], *late, *messages[well:]]
 
 
-def _owner(call: Any, executors: Sequence[ToolExecutor], turn: _Turn | None) -> ToolExecutor:
+def _owner(call: Any, executors: Sequence[ToolExecutor], turn: _Turn) -> ToolExecutor:
     """The executor that answers a call: the first that has its tool, else the one that has read the turn."""
     function = call.get("function", call) if isinstance(call, Mapping) else {}
     name = function.get("name") if isinstance(function, Mapping) else None
     if isinstance(turn, _Fenced) or not isinstance(name, str):
         return executors[0]
     return next((executor for executor in executors if name in executor.toolbox.tools), executors[0])
-
-
-def _allowed(turn: _Turn | None) -> Message | None:
-    return None if turn is None else turn.message
 
 
 class PythonInterpreter(ToolExecutor):
@@ -394,21 +391,20 @@ class PythonInterpreter(ToolExecutor):
         if not blocks:
             return None
         if limit is not None and limit <= 0:
-            return _Fenced({"role": "assistant"}, self.role)
+            return _Fenced({"role": "assistant"}, role=self.role)
         if not blocks[-1].closed:
-            return _Fenced({"role": "assistant"}, self.role, _NOT_CLOSED)
+            return _Fenced({"role": "assistant"}, role=self.role, instead=_NOT_CLOSED)
         code = "\n\n".join(block.code for block in blocks)
         call = {"id": "call00000", "type": "function", "function": {"name": "python", "arguments": {"code": code}}}
-        return _Fenced({"role": "assistant", "tool_calls": [call]}, self.role)
+        return _Fenced({"role": "assistant", "tool_calls": [call]}, role=self.role)
 
 
+@dataclass
 class _Fenced(_Turn):
     """A turn with code that is no call: its answer answers none."""
 
-    def __init__(self, message: Message, role: str, instead: str = _NO_CALLS_LEFT):
-        super().__init__(message, (), 1)
-        self.role = role
-        self.instead = instead
+    role: str = "tool"
+    instead: str = _NO_CALLS_LEFT
 
     def answer(self, messages: list[Message]) -> list[Message]:
         """One message with the output; or with why there is none."""
