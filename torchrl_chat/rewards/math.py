@@ -501,7 +501,10 @@ def too_much(text: str) -> str | None:
     for match in _POWER.finditer(text):
         exponent = 1.0
         for part in reversed(re.findall(r"\d+", match["tower"])):
-            exponent = _power(float(part), exponent)
+            try:
+                exponent = float(part) ** exponent
+            except OverflowError:
+                exponent = math.inf
         base = match["base"]
         if exponent * (math.log10(int(base) or 1) if base else 1.0) > _MAX_POWER:
             return f"it has a power of more than {_MAX_POWER:,} digits"
@@ -509,13 +512,6 @@ def too_much(text: str) -> str | None:
         if match["n"] is None or int(match["n"]) > 3_000:
             return "it has a large or repeated factorial"
     return None
-
-
-def _power(base: float, exponent: float) -> float:
-    try:
-        return base**exponent
-    except OverflowError:
-        return math.inf
 
 
 # --- The slow way --------------------------------------------------------------------------------------------------
@@ -531,17 +527,6 @@ def _math_verify() -> Any:
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).addFilter(lambda record: "Timeout is disabled" not in str(record.msg))
     return math_verify
-
-
-@lru_cache(maxsize=8)
-def _targets(extract: tuple[Target, ...]) -> tuple[Any, ...]:
-    library = _math_verify()
-    configs = {
-        "latex": library.LatexExtractionConfig,
-        "expr": library.ExprExtractionConfig,
-        "string": library.StringExtractionConfig,
-    }
-    return tuple(configs[name]() for name in extract)
 
 
 @lru_cache(maxsize=4096)
@@ -560,7 +545,8 @@ def _read(text: str, direct: bool, extract: tuple[Target, ...]) -> list[Any]:
         except Exception:
             pass  # the parser raises whatever it likes; the search below has further ways to read it
         text = f"\\boxed{{{text}}}"
-    return library.parse(text, extraction_config=_targets(extract), parsing_timeout=None)
+    targets = [getattr(library, f"{name.capitalize()}ExtractionConfig")() for name in extract]
+    return library.parse(text, extraction_config=targets, parsing_timeout=None)
 
 
 @lru_cache(maxsize=1)

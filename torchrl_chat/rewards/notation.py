@@ -221,28 +221,32 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
 _BEFORE_UNIT = re.compile(r"\\[,;:! ](?=\\(?:text|mbox|mathrm)\b)")
 
 
+def _unspaced(text: str) -> str:
+    """The text without the blanks and LaTeX spaces at its end."""
+    end = len(text)
+    while text.endswith(_SPACES, 0, end):
+        end -= 2 if text.endswith(_SPACES[:5], 0, end) else 1
+    return text[:end]
+
+
+def _unstopped(text: str) -> str:
+    """The text without the period of the sentence that it ends."""
+    if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
+        return text[:-1].rstrip()
+    return text
+
+
 def tidy(text: str) -> str:
     """The answer without what surrounds it, and with numbers spelled so that Math-Verify reads them right."""
     text = text.strip().strip("*`").strip()
     if text.isdecimal() and text.isascii():
         return text
-    text = plain(text.replace("~", " ")).strip()
-    if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
-        text = text[:-1].rstrip()
-    envelope = _ENVELOPE.fullmatch(text)
-    if envelope:
-        text = envelope[envelope.lastindex or 0].strip()
-        if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
-            text = text[:-1].rstrip()
-    end = len(text)
-    while text.endswith(_SPACES, 0, end):
-        end -= 2 if text.endswith(_SPACES[:5], 0, end) else 1
-    text = alone(text[:end])
+    text = _unstopped(plain(text.replace("~", " ")).strip())
+    if envelope := _ENVELOPE.fullmatch(text):
+        text = _unstopped(envelope[envelope.lastindex or 0].strip())
+    text = alone(_unspaced(text))
     if text.endswith("%"):  # Math-Verify does not read 5\,\%
-        head = text.removesuffix("%").removesuffix("\\")
-        while head.endswith(_SPACES):
-            head = head[: -2 if head.endswith(_SPACES[:5]) else -1]
-        text = head + "\\%"
+        text = _unspaced(text.removesuffix("%").removesuffix("\\")) + "\\%"
     text = _BEFORE_UNIT.sub(" ", text)  # nor 1,000\,\text{m}
     text = _THOUSANDS.sub(lambda m: re.sub(r"\D", "", m.group()), text)
     scaled = _SCALED.fullmatch(text) if "illion" in text or "thousand" in text or "hundred" in text else None
