@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from torchrl_chat.rewards.ifeval import FIGURES, IFEvalVerifier, figures, followed, variants
 from torchrl_chat.rewards.instructions import INSTRUCTIONS, LANGUAGES, count_sentences
-from torchrl_chat.rewards.instructions.content import capital_words
+from torchrl_chat.rewards.instructions.checks import capital_words
 from torchrl_chat.rewards.verdict import level_of
 
 LANGUAGE_KINDS = {"language:response_language", "change_case:english_capital", "change_case:english_lowercase"}

@@ -15,8 +15,9 @@ from growth import grows_linearly
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torchrl_chat.rewards.marked import after_reasoning, boxes, find_marked, spelling, tidy
+from torchrl_chat.rewards.marked import after_reasoning, boxes, find_marked
 from torchrl_chat.rewards.math import MathVerifier
+from torchrl_chat.rewards.notation import spelling, tidy
 
 needs_library = pytest.mark.usefixtures("library")
 

@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -81,47 +82,11 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-@dataclass
-class Tally:
-    """What was counted."""
-
-    rows: int = 0
-    correct: int = 0
-    score: float = 0.0
-    unanswered: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, float] = field(default_factory=dict)
-
-    def add(self, verdict: Any) -> None:
-        """Count one verdict."""
-        self.rows += 1
-        self.correct += verdict.correct
-        self.score += verdict.score
-        self.unanswered += verdict.answer is None and verdict.failure is None
-        if verdict.failure is not None:
-            kind = verdict.failure.partition(":")[0]
-            self.failures[kind] = self.failures.get(kind, 0) + 1
-        for name, value in verdict.parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + value
-
-    def summary(self) -> dict[str, Any]:
-        """The figures; accuracy with Wilson's 95 % interval (Wilson 1927)."""
-        low, high = wilson(self.correct, self.rows)
-        return {
-            "rows": self.rows,
-            "correct": self.correct,
-            "accuracy": self.correct / self.rows,
-            "interval": [low, high],
-            "mean_score": self.score / self.rows,
-            "unanswered": self.unanswered,
-            "failures": self.failures,
-            "parts": {name: value / self.rows for name, value in self.parts.items()},
-        }
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Grade the file; the result is the exit code."""
     import warnings
+
+    from tqdm import tqdm
 
     from torchrl_chat.rewards import Grader, Verdict
 
@@ -135,11 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
         verifier = task.make_verifier(**dict(map(_option, arguments.option)))
     except TypeError as error:
         raise ValueError(str(error)) from error
-    tally, shown = Tally(), 0
+    verdicts, shown = list[Verdict](), 0
     with ExitStack() as stack:
         grader = stack.enter_context(Grader(verifier, deadline=arguments.deadline, workers=arguments.workers))
-        output = stack.enter_context(_writer(arguments.output)) if arguments.output else None
-        bar = stack.enter_context(_bar(len(rows)))
+        output = None
+        if arguments.output is not None:
+            # A response may hold half a surrogate pair, which UTF-8 cannot encode: JSON and Python spell it alike, \\ud83d.
+            output = stack.enter_context(arguments.output.open("w", encoding="utf-8", errors="backslashreplace"))
+        bar = stack.enter_context(tqdm(total=len(rows), unit="row", disable=None))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", RuntimeWarning)  # failures are in the summary
         for start in range(0, len(rows), _BATCH):
@@ -147,24 +115,44 @@ def run(arguments: argparse.Namespace) -> int:
             graded = iter(grader.grade([episode for _, episode in batch if not isinstance(episode, str)]))
             for place, (row, episode) in enumerate(batch, start + 1):
                 verdict = Verdict(0.0, None, False, {}, episode) if isinstance(episode, str) else next(graded)
-                tally.add(verdict)
+                verdicts.append(verdict)
                 if output is not None:
-                    print(json.dumps({**_shape(row), **_plain(verdict)}, ensure_ascii=False), file=output)
-                wanted = arguments.show == "all" or (
-                    arguments.show == "wrong" and not verdict.correct and shown < 10
-                )
-                if wanted and not arguments.json:
+                    there = row if isinstance(row, dict) else {}
+                    print(json.dumps({**there, **_plain(verdict)}, ensure_ascii=False), file=output)
+                wrong = arguments.show == "wrong" and not verdict.correct and shown < 10
+                if (wrong or arguments.show == "all") and not arguments.json:
                     shown += 1
-                    bar.write(_printable(_line(place, verdict, episode)))
+                    encoding = sys.stdout.encoding or "utf-8"
+                    bar.write(_line(place, verdict, episode).encode(encoding, "backslashreplace").decode(encoding))
             bar.update(len(batch))
-    summary = {"task": task.name, **tally.summary()}
+    summary = {"task": task.name, **_summary(verdicts)}
     print(json.dumps(summary, indent=2) if arguments.json else _text(summary))
-    if tally.unanswered and task.unmarked and not getattr(verifier, task.unmarked):
+    if summary["unanswered"] and task.unmarked and not getattr(verifier, task.unmarked):
         print(
             f"An answer has to be marked, as in \\boxed{{42}}. --option {task.unmarked}=true reads unmarked ones too.",
             file=sys.stderr if arguments.json else sys.stdout,
         )
-    return 1 if tally.failures else 0
+    return 1 if summary["failures"] else 0
+
+
+def _summary(verdicts: Sequence[Any]) -> dict[str, Any]:
+    """The figures; accuracy with Wilson's 95 % interval (Wilson 1927)."""
+    count, correct = len(verdicts), sum(verdict.correct for verdict in verdicts)
+    parts: dict[str, float] = {}
+    for name, value in (part for verdict in verdicts for part in verdict.parts.items()):
+        parts[name] = parts.get(name, 0.0) + value
+    return {
+        "rows": count,
+        "correct": correct,
+        "accuracy": correct / count,
+        "interval": list(wilson(correct, count)),
+        "mean_score": sum(verdict.score for verdict in verdicts) / count,
+        "unanswered": sum(verdict.answer is None and verdict.failure is None for verdict in verdicts),
+        "failures": Counter(
+            verdict.failure.partition(":")[0] for verdict in verdicts if verdict.failure is not None
+        ),
+        "parts": {name: value / count for name, value in parts.items()},
+    }
 
 
 def _same_file(output: Path, file: str) -> bool:
@@ -246,16 +234,6 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     return Episode.of(response, reference, **more)
 
 
-def _writer(path: Path) -> TextIO:
-    # A response may hold half a surrogate pair, which UTF-8 cannot encode: JSON and Python spell it alike, \\ud83d.
-    return path.open("w", encoding="utf-8", errors="backslashreplace")
-
-
-def _printable(text: str) -> str:
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
 def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -264,10 +242,6 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _shape(row: Any) -> dict[str, Any]:
-    return row if isinstance(row, dict) else {}
 
 
 def _plain(verdict: Any) -> dict[str, Any]:
@@ -305,28 +279,3 @@ def _text(summary: dict[str, Any]) -> str:
         lines.append(f"{sum(summary['failures'].values())} not graded: {kinds}")
     lines += [f"{name}: {value:.4f}" for name, value in summary["parts"].items()]
     return "\n".join(lines)
-
-
-class _Silent:
-    """The progress bar where tqdm is not installed, or nobody watches."""
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass
-
-    @staticmethod
-    def write(text: str) -> None:
-        print(text)
-
-
-def _bar(total: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _Silent()
-    return tqdm(total=total, unit="row", disable=None)

@@ -25,37 +25,21 @@ if TYPE_CHECKING:
     from torchrl_chat.rewards.shaping import CosineLength, LengthPenalty, OverlongPenalty, RepetitionPenalty
     from torchrl_chat.rewards.verdict import Episode, Verdict, Verifier, grades
 
-_HOMES = {
-    "CodeVerifier": "code",
-    "CosineLength": "shaping",
-    "CountdownVerifier": "countdown",
-    "Episode": "verdict",
-    "ExactMatch": "matching",
-    "FormatVerifier": "formatting",
-    "GSM8KVerifier": "gsm8k",
-    "Gate": "compose",
-    "Grader": "grader",
-    "IFEvalVerifier": "ifeval",
-    "LLMJudge": "judge",
-    "LengthPenalty": "shaping",
-    "MathVerifier": "math",
-    "MultipleChoice": "matching",
-    "NumberVerifier": "numbers",
-    "OverlongPenalty": "shaping",
-    "PoolError": "pool",
-    "RegexMatch": "matching",
-    "RepetitionPenalty": "shaping",
-    "Rubric": "compose",
-    "RunResult": "code",
-    "Sequential": "compose",
-    "Verdict": "verdict",
-    "Verifier": "verdict",
-    "VerifierPool": "pool",
-    "WeightedSum": "compose",
-    "countdown_rows": "countdown",
-    "extract_number": "numbers",
-    "grades": "verdict",
-    "parse_number": "numbers",
+_NAMES = {
+    "code": ("CodeVerifier", "RunResult"),
+    "compose": ("Gate", "Rubric", "Sequential", "WeightedSum"),
+    "countdown": ("CountdownVerifier", "countdown_rows"),
+    "formatting": ("FormatVerifier",),
+    "grader": ("Grader",),
+    "gsm8k": ("GSM8KVerifier",),
+    "ifeval": ("IFEvalVerifier",),
+    "judge": ("LLMJudge",),
+    "matching": ("ExactMatch", "MultipleChoice", "RegexMatch"),
+    "math": ("MathVerifier",),
+    "numbers": ("NumberVerifier", "extract_number", "parse_number"),
+    "pool": ("PoolError", "VerifierPool"),
+    "shaping": ("CosineLength", "LengthPenalty", "OverlongPenalty", "RepetitionPenalty"),
+    "verdict": ("Episode", "Verdict", "Verifier", "grades"),
 }
 
 __all__ = [
@@ -91,4 +75,4 @@ __all__ = [
     "parse_number",
 ]
 
-__getattr__, __dir__ = lazy(__name__, _HOMES)
+__getattr__, __dir__ = lazy(__name__, {name: home for home, names in _NAMES.items() for name in names})

@@ -140,7 +140,8 @@ class CodeVerifier:
 
     def _graded(self, response: str, reference: Mapping[str, Any], seconds: float) -> Verdict:
         code = extract_code(response)
-        count = self._pairs if _is_pairs(reference) else self._tests
+        pairs = isinstance(reference, Mapping) and {"inputs", "outputs"} <= reference.keys()
+        count = self._pairs if pairs else self._tests
         try:
             passed, total = count(code, reference, seconds)
         except _NotRun as error:
@@ -152,7 +153,9 @@ class CodeVerifier:
     def _tests(self, code: str, reference: Mapping[str, Any], seconds: float) -> tuple[int, int]:
         sources, tests = assemble(code, reference)
         key = secrets.token_bytes(16)
-        trusted, entry = _trusted(reference)
+        named = "test" in reference and "entry_point" in reference
+        entry = str(reference["entry_point"]) if named else None
+        trusted = [str(reference.get("prompt") or "") if named else _set_up(reference)]
         arguments = (sources, trusted, tests, entry, math.ceil(seconds) + 1)
         program = _TESTS.format(source=inspect.getsource(exam), arguments=arguments, key=key)
         result = self._run(program, seconds)
@@ -234,7 +237,7 @@ class _Running:
         return asyncio.wrap_future(self.future).__await__()
 
 
-_slots = threading.BoundedSemaphore(2 * (os.cpu_count() or 2))
+_slots: threading.BoundedSemaphore
 
 
 def _new_slots() -> None:
@@ -242,6 +245,7 @@ def _new_slots() -> None:
     _slots = threading.BoundedSemaphore(2 * (os.cpu_count() or 2))
 
 
+_new_slots()
 os.register_at_fork(after_in_child=_new_slots)  # those that the parent's threads hold stay held in a copy
 
 
@@ -278,13 +282,6 @@ def assemble(code: str, reference: Mapping[str, Any]) -> tuple[list[str], list[s
     )
 
 
-def _trusted(reference: Mapping[str, Any]) -> tuple[list[str], str | None]:
-    """What of the sources is the reference's own, and the name of what it tests, if it says it."""
-    if "test" in reference and "entry_point" in reference:
-        return [str(reference.get("prompt") or "")], str(reference["entry_point"])
-    return [_set_up(reference)], None
-
-
 def _set_up(reference: Mapping[str, Any]) -> str:
     setup = reference.get("test_setup_code") or reference.get("test_imports") or ""
     return setup if isinstance(setup, str) else "\n".join(setup)
@@ -292,6 +289,7 @@ def _set_up(reference: Mapping[str, Any]) -> str:
 
 # Possessive, so that no line is gone over twice.
 _FENCE = re.compile(r"^(?P<indent>[ \t]*+)(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<info>[^\s`]*+)[^`\n]*+$", re.MULTILINE)
+_PYTHON = re.compile(r"\{?\.?(?:python|py)[\d.]*\}?", re.IGNORECASE)
 
 
 def extract_code(response: str) -> str:
@@ -303,34 +301,20 @@ def extract_code(response: str) -> str:
         >>> extract_code("Like this:\\n```python\\nx = 1\\n```\\nIt prints:\\n```\\n1\\n```")
         'x = 1\\n'
     """
-    python, other, opening = None, None, None
+    blocks, opening = list[tuple[re.Match[str], int]](), None
     for fence in _FENCE.finditer(response):
         if opening is None:
             opening = fence
         elif not fence["info"] and fence["fence"].startswith(opening["fence"]):
-            python, other = _kept(response, opening, fence.start(), python, other)
+            blocks.append((opening, fence.start()))
             opening = None
     if opening is not None:
-        python, other = _kept(response, opening, len(response), python, other)
-    block = python or other
-    if block is None:
+        blocks.append((opening, len(response)))
+    if not blocks:
         return response
-    opening, end = block
+    opening, end = ([block for block in blocks if _PYTHON.fullmatch(block[0]["info"])] or blocks)[-1]
     lines = response[opening.end() + 1 : end].splitlines(keepends=True)
     return "".join(line.removeprefix(opening["indent"]) for line in lines)
-
-
-_Block = tuple[re.Match[str], int] | None
-
-
-def _kept(text: str, opening: re.Match[str], end: int, python: _Block, other: _Block) -> tuple[_Block, _Block]:
-    if re.fullmatch(r"\{?\.?(?:python|py)[\d.]*\}?", opening["info"], re.IGNORECASE):
-        return (opening, end), other
-    return python, (opening, end)
-
-
-def _is_pairs(reference: Any) -> bool:
-    return isinstance(reference, Mapping) and "inputs" in reference and "outputs" in reference
 
 
 def _texts(reference: Mapping[str, Any], key: str) -> list[str]:

@@ -17,15 +17,28 @@ from torchrl_chat.rewards.worker import Reason
 Grade: TypeAlias = Callable[[Any, Sequence[Episode]], list[Verdict]]
 """Grades episodes with a component: ``grade(verifier, episodes)``."""
 
+_NOT_ASKED = Verdict(0.0, None, False)
+
 
 class Composition:
-    """What weighted sums, gates and sequences have in common."""
+    """What weighted sums, gates and sequences have in common.
 
-    components: tuple[str, ...] = ()
-    """The names of what the composition reports in :attr:`Verdict.parts <torchrl_chat.rewards.Verdict.parts>`."""
+    Args:
+        verifiers: the verifiers, or rubrics, by the names under which their scores are reported.
+    """
 
-    def __init__(self, verifiers: Sequence[Any]):
-        self.verifiers = [as_verifier(verifier) for verifier in verifiers]
+    def __init__(self, verifiers: Mapping[str, Any]):
+        self.names = tuple(verifiers)
+        self.verifiers = [as_verifier(verifier) for verifier in verifiers.values()]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names in :attr:`Verdict.parts <torchrl_chat.rewards.Verdict.parts>`: of the verifiers, and of their own parts."""
+        return tuple(
+            part
+            for name, verifier in zip(self.names, self.verifiers, strict=True)
+            for part in (name, *(f"{name}.{inner}" for inner in getattr(verifier, "components", ())))
+        )
 
     @property
     def grades(self) -> Level:
@@ -37,9 +50,26 @@ class Composition:
         """Whether a grade of any component may hang."""
         return any(getattr(verifier, "isolate", False) for verifier in self.verifiers)
 
+    @property
+    def deadline(self) -> float | None:
+        """The seconds that the components ask for, together; ``None`` if none of them does."""
+        return sum(getattr(verifier, "deadline", None) or 0 for verifier in self.verifiers) or None
+
     def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
         """The verdict of each episode, from those that ``grade`` gets from the components."""
         raise NotImplementedError
+
+    def _told(self, verdict: Verdict, row: Sequence[Verdict]) -> Verdict:
+        """The verdict with the scores of the components as its parts, and the first failure among them as its own."""
+        parts: dict[str, float] = {}
+        failure = None
+        for name, one in zip(self.names, row, strict=True):
+            parts[name] = one.score
+            parts.update({f"{name}.{inner}": value for inner, value in one.parts.items()})
+            if one.failure and failure is None:
+                failure = Reason(f"{one.failure} (in {name})")
+                failure.traceback = getattr(one.failure, "traceback", "")
+        return verdict._replace(parts=parts, failure=failure)
 
     def __call__(self, graded: Episode | Sequence[Episode]) -> Any:
         """Grade one episode (or a group, see :attr:`grades`) here and now."""
@@ -73,19 +103,16 @@ class WeightedSum(Composition):
                 "WeightedSum needs at least one component: {'name': verifier} or {'name': (verifier, weight)}."
             )
         pairs = {name: value if isinstance(value, tuple) else (value, 1.0) for name, value in components.items()}
-        super().__init__([verifier for verifier, _ in pairs.values()])
-        self.names = tuple(pairs)
+        super().__init__({name: verifier for name, (verifier, _) in pairs.items()})
         self.weights = [float(weight) for _, weight in pairs.values()]
-        self.components = named_parts(zip(self.names, self.verifiers, strict=True))
 
     def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
         """See :class:`Composition`."""
-        columns = [grade(verifier, episodes) for verifier in self.verifiers]
-        return [self._sum(row) for row in zip(*columns, strict=True)]
-
-    def _sum(self, row: Sequence[Verdict]) -> Verdict:
-        score = sum(weight * verdict.score for weight, verdict in zip(self.weights, row, strict=True))
-        return Verdict(score, row[0].answer, row[0].correct, _parts(self.names, row), _failure(self.names, row))
+        verdicts = []
+        for row in zip(*[grade(verifier, episodes) for verifier in self.verifiers], strict=True):
+            score = sum(weight * verdict.score for weight, verdict in zip(self.weights, row, strict=True))
+            verdicts.append(self._told(row[0]._replace(score=score), row))
+        return verdicts
 
 
 class Gate(Composition):
@@ -106,10 +133,9 @@ class Gate(Composition):
     """
 
     def __init__(self, condition: Any, then: Any, *, threshold: float = 1.0, otherwise: float = 0.0):
-        super().__init__([condition, then])
+        super().__init__({"condition": condition, "then": then})
         self.threshold = threshold
         self.otherwise = otherwise
-        self.components = named_parts(zip(("condition", "then"), self.verifiers, strict=True))
 
     def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
         """See :class:`Composition`."""
@@ -117,14 +143,10 @@ class Gate(Composition):
         gates = grade(condition, episodes)
         opened = [i for i, gate in enumerate(gates) if gate.failure is None and gate.score >= self.threshold]
         behind = dict(zip(opened, grade(then, [episodes[i] for i in opened]) if opened else [], strict=True))
-        names = ("condition", "then")
-        verdicts = []
-        for i, gate in enumerate(gates):
-            verdict = behind.get(i, Verdict(self.otherwise, None, False))
-            shown = verdict if i in behind else Verdict(0.0, None, False)
-            parts, failure = _parts(names, (gate, shown)), _failure(names, (gate, verdict))
-            verdicts.append(verdict._replace(parts=parts, failure=failure))
-        return verdicts
+        closed = Verdict(self.otherwise, None, False)
+        return [
+            self._told(behind.get(i, closed), (gate, behind.get(i, _NOT_ASKED))) for i, gate in enumerate(gates)
+        ]
 
 
 class Sequential(Composition):
@@ -147,26 +169,18 @@ class Sequential(Composition):
     def __init__(self, *verifiers: Any):
         if not verifiers:
             raise ValueError("Sequential needs at least one verifier.")
-        super().__init__(verifiers)
-        self.names = tuple(map(str, range(len(verifiers))))
-        self.components = named_parts(zip(self.names, self.verifiers, strict=True))
+        super().__init__({str(place): verifier for place, verifier in enumerate(verifiers)})
 
     def combine(self, episodes: Sequence[Episode], grade: Grade) -> list[Verdict]:
         """See :class:`Composition`."""
         rows: list[list[Verdict]] = [[] for _ in episodes]
         going = list(range(len(episodes)))
         for verifier in self.verifiers:
-            for i, verdict in zip(
-                going, grade(verifier, [episodes[i] for i in going]) if going else [], strict=True
-            ):
+            graded = grade(verifier, [episodes[i] for i in going]) if going else []
+            for i, verdict in zip(going, graded, strict=True):
                 rows[i].append(verdict)
             going = [i for i in going if rows[i][-1].score != 0 and rows[i][-1].failure is None]
-        blank = Verdict(0.0, None, False)
-        verdicts = []
-        for row in rows:
-            full = [*row, *[blank] * (len(self.names) - len(row))]
-            verdicts.append(row[-1]._replace(parts=_parts(self.names, full), failure=_failure(self.names, full)))
-        return verdicts
+        return [self._told(row[-1], [*row, *[_NOT_ASKED] * (len(self.names) - len(row))]) for row in rows]
 
 
 class Rubric:
@@ -231,29 +245,3 @@ def grade_here(verifier: Any, episodes: Sequence[Episode]) -> list[Verdict]:
     if level_of(verifier) == "group":
         return [as_verdict(v, e.response) for v, e in zip(verifier(episodes), episodes, strict=True)]
     return [as_verdict(verifier(*arguments(verifier, episode)), episode.response) for episode in episodes]
-
-
-def named_parts(verifiers: Any) -> tuple[str, ...]:
-    """The names of the parts of named verifiers: each name, then ``"name.part"`` for the parts that it has itself."""
-    return tuple(
-        part
-        for name, verifier in verifiers
-        for part in (name, *(f"{name}.{inner}" for inner in getattr(verifier, "components", ())))
-    )
-
-
-def _parts(names: Sequence[str], row: Sequence[Verdict]) -> dict[str, float]:
-    parts: dict[str, float] = {}
-    for name, verdict in zip(names, row, strict=True):
-        parts[name] = verdict.score
-        parts.update({f"{name}.{inner}": value for inner, value in verdict.parts.items()})
-    return parts
-
-
-def _failure(names: Sequence[str], row: Sequence[Verdict]) -> str | None:
-    for name, verdict in zip(names, row, strict=True):
-        if verdict.failure:
-            reason = Reason(f"{verdict.failure} (in {name})")
-            reason.traceback = getattr(verdict.failure, "traceback", "")
-            return reason
-    return None

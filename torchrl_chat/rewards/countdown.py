@@ -198,13 +198,11 @@ class CountdownVerifier:
         supply = Counter(given)
         # Of "24 = 4 * 6" the first side is the claim, unless it is an answer by itself (nums = [24]).
         own = [one for one in chain if one[1].numbers != (target,)] or chain
-        allowed = [one for one in chain if self._allowed(Counter(one[1].numbers), supply)]
-        shown, _ = own[0] if not allowed else allowed[0]
+        fits = operator.eq if self.use_all else operator.le
+        allowed = [one for one in chain if fits(Counter(one[1].numbers), supply)]
+        shown, _ = (allowed or own)[0]
         correct = bool(allowed) and all(expression.value == target for _, expression in chain)
         return Verdict(1.0 if correct else self.format_reward, shown, correct)
-
-    def _allowed(self, used: Counter[int], given: Counter[int]) -> bool:
-        return used == given if self.use_all else used <= given
 
 
 def _task(reference: Any) -> tuple[int, list[int]]:

@@ -86,7 +86,10 @@ class FormatVerifier:
         marks = [mark for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>")]
         correct = self._strict(text, marks)
         score = self._share(text, marks) if self.soft and not correct else float(correct)
-        return Verdict(score, _last_section(text, marks[-2], marks[-1]), correct)
+        opening, closing = marks[-2:]
+        end = text.rfind(closing)
+        start = text.rfind(opening, 0, end) if end >= 0 else -1
+        return Verdict(score, text[start + len(opening) : end].strip() if start >= 0 else None, correct)
 
     def text(self, message: Message) -> str:
         """The message as the policy wrote it, its reasoning between tags."""
@@ -131,9 +134,3 @@ class FormatVerifier:
             i = bisect_left(tails, at)
             tails[i : i + 1] = [at]
         return len(tails) / len(marks)
-
-
-def _last_section(text: str, opening: str, closing: str) -> str | None:
-    end = text.rfind(closing)
-    start = text.rfind(opening, 0, end) if end >= 0 else -1
-    return text[start + len(opening) : end].strip() if start >= 0 else None

@@ -1,4 +1,4 @@
-"""Where a text marks its final answer (``\\boxed{}``, ``<answer>``, ``####``, "the answer is") or its score; the answer's text.
+"""Where a text marks its final answer (``\\boxed{}``, ``<answer>``, ``####``, "the answer is") or its score.
 
 All of it is a few passes over the text, whatever the text is: hostile input costs no more than any other.
 """
@@ -9,11 +9,7 @@ import json
 import re
 from bisect import bisect
 from collections import deque
-from decimal import Decimal
-from functools import lru_cache
 from typing import Literal, NamedTuple
-
-from torchrl_chat.rewards.notation import alone, plain
 
 Kind = Literal["box", "tag", "hashes", "phrase"]
 
@@ -353,90 +349,3 @@ def _out_of(match: re.Match[str] | None, high: float) -> float | None:
         return None
     whole = 100.0 if match["percent"] else float(match["of"]) if match["of"] else high
     return float(match["value"]) if whole == high else None
-
-
-# --- The text of an answer: cleaned, compared, bounded ---
-
-_ENVELOPE = re.compile(
-    r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:[^\\]|\\(?![()]))+)\\\)|\\\[((?:[^\\]|\\(?![\[\]]))+)\\\]"
-)
-_SPACES = ("\\ ", "\\,", "\\;", "\\:", "\\!", " ", "\n")
-# 12\,345 is one number; Math-Verify reads it as the mixed number 12 + 345.
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|\{,\}\s?|,\\!\s?)\s?\d{3})+(?![\d,])")
-_SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
-
-TEXT = r"\\(?:text|textrm|textnormal|mathrm|mbox)\s*"
-UNITS = (
-    r"(?:square |cubic )?(?:cm|mm|km|m|kg|inch(?:es)?|feet|foot|ft|(?:centi|kilo|milli)?met(?:er|re)s?|miles?|units?"
-    r"|degrees?|dollars?|cents|hours?|minutes?|seconds?|days?|weeks?|months?|years?|people|students|ways|apples)"
-)
-_PLAIN_UNIT = re.compile(
-    rf"(?P<number>[-+]?[\d.,/]+)(?: |\\[,;: ]\s*)(?P<unit>(?:{UNITS}|(?!(?:pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|mod|theta|alpha|beta)\b)"
-    r"[a-zA-Z]{2,20}(?: [a-zA-Z]{2,20}){0,3}|L|(?:km|m|cm|mi|miles)/(?:h|hr|hour|s|min)))(?P<power>\^(?:[23]|\{[23]\}))?"
-)
-# Math-Verify drops the words behind a number, these too.
-_SCALED = re.compile(
-    rf"(?P<number>(?:\\?\$\s*)?[-+]?(?:\d[\d,]{{0,30}})?(?:\.\d{{1,20}})?(?<=\d))(?:\\[,;: ]|\s)*(?:{TEXT}\{{)?\s*(?P<scale>hundred|thousand|million|billion|trillion)"
-    r"(?P<more>\b[^{}]*)\}?"
-)
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-
-
-_BEFORE_UNIT = re.compile(r"\\[,;:! ](?=\\(?:text|mbox|mathrm)\b)")
-
-
-def tidy(text: str) -> str:
-    """The answer without what surrounds it, and with numbers spelled so that Math-Verify reads them right."""
-    text = text.strip().strip("*`").strip()
-    if text.isdecimal() and text.isascii():
-        return text
-    text = plain(text.replace("~", " ")).strip()
-    if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
-        text = text[:-1].rstrip()
-    envelope = _ENVELOPE.fullmatch(text)
-    if envelope:
-        text = envelope[envelope.lastindex or 0].strip()
-        if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
-            text = text[:-1].rstrip()
-    end = len(text)
-    while text.endswith(_SPACES, 0, end):
-        end -= 2 if text.endswith(_SPACES[:5], 0, end) else 1
-    text = alone(text[:end])
-    if text.endswith("%"):  # Math-Verify does not read 5\,\%
-        head = text.removesuffix("%").removesuffix("\\")
-        while head.endswith(_SPACES):
-            head = head[: -2 if head.endswith(_SPACES[:5]) else -1]
-        text = head + "\\%"
-    text = _BEFORE_UNIT.sub(" ", text)  # nor 1,000\,\text{m}
-    text = _THOUSANDS.sub(lambda m: re.sub(r"\D", "", m.group()), text)
-    scaled = _SCALED.fullmatch(text) if "illion" in text or "thousand" in text or "hundred" in text else None
-    if scaled:
-        number = Decimal(re.sub(r"[^-\d.]", "", scaled["number"])) * _SCALES[scaled["scale"]]
-        return f"{number.normalize():f}" + (f"\\text{{{scaled['more']}}}" if scaled["more"].strip() else "")
-    unit = _PLAIN_UNIT.fullmatch(text)
-    if unit:
-        return f"{unit['number']}\\text{{ {unit['unit']}}}{unit['power'] or ''}"
-    return text.replace(" ", "") if _SPACED.fullmatch(text) else text
-
-
-_SAME = (
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\(?:left|right)(?=\s*(?:[()\[\]|]|\\[{}|]))"), ""),
-    (re.compile(r"(?<!\\)\\(?:displaystyle(?![a-zA-Z])|[!,;:])"), " "),
-    (re.compile(r"\\(?:text|textbf|textrm|mbox|mathrm|mathbf)\s*(?=\{)"), r"\\text"),
-    (re.compile(r"([\^_])\{([0-9a-zA-Z])\}(?![0-9])"), r"\1\2"),
-    (re.compile(r"\s+"), " "),
-)
-_NEEDED_SPACE = re.compile(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|([0-9]) (?=[0-9])|([0-9],) (?=[0-9]{3}(?![0-9]))| ")
-
-
-@lru_cache(maxsize=1024)
-def spelling(text: str) -> str:
-    """The text without differences that mean nothing: spacing, ``\\left``, ``\\dfrac``, ``x^{2}`` for ``x^2``."""
-    for pattern, replacement in _SAME:
-        text = pattern.sub(replacement, text)
-    text = text.strip()
-    if "\\text" in text:
-        return text
-    return _NEEDED_SPACE.sub(lambda m: m.group() if m.lastindex else "", text)

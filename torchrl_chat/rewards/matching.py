@@ -47,7 +47,14 @@ class ExactMatch:
             ValueError: the reference is neither a text, a number, nor a list of these with an entry; or it is blank, in
                 the form in which it is compared.
         """
-        accepted = {self.normalise(text) for text in _texts(reference)}
+        texts: list[Any] = [reference]
+        if isinstance(reference, Sequence) and not isinstance(reference, str):
+            texts = list(reference)
+        if not texts or not all(isinstance(text, str | int | float) for text in texts):
+            raise ValueError(
+                f"the reference {reference!r:.80} is no text: expected a str, a number, or a list of these."
+            )
+        accepted = {self.normalise(str(text)) for text in texts}
         if any(not text.strip() for text in accepted):
             raise ValueError(f"the reference {reference!r:.80} is blank: every blank response would equal it.")
         found = last_marked(response) if self.marked else response
@@ -62,16 +69,6 @@ class ExactMatch:
         if self.ignore_punctuation:
             text = "".join(char for char in text if not unicodedata.category(char).startswith("P"))
         return _SPACE.sub(" ", text).strip() if self.ignore_space else text
-
-
-def _texts(reference: Any) -> list[str]:
-    several = isinstance(reference, Sequence) and not isinstance(reference, str)
-    texts = list(reference) if several else [reference]
-    if not texts or not all(isinstance(text, str | int | float) for text in texts):
-        raise ValueError(
-            f"the reference {reference!r:.80} is no text: expected a str, a number, or a list of these."
-        )
-    return [str(text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,11 @@ class MultipleChoice:
         Raises:
             ValueError: the reference names no choice.
         """
-        choices = _choices(reference)
+        choices = reference.get("choices", ()) if isinstance(reference, Mapping) else ()
+        if isinstance(choices, str) or not (
+            isinstance(choices, Sequence) and all(isinstance(choice, str) for choice in choices)
+        ):
+            raise ValueError(f"'choices' of the reference is {choices!r:.80}: expected a list of texts.")
         found = self.extract(response, choices)
         correct = found == self.expected(reference, choices)
         return Verdict(float(correct), found, correct)
@@ -308,12 +309,3 @@ class MultipleChoice:
             if same(choice).rstrip(".") == wanted
         ]
         return found[0] if len(found) == 1 else None
-
-
-def _choices(reference: Any) -> Sequence[str]:
-    choices = reference.get("choices", ()) if isinstance(reference, Mapping) else ()
-    if isinstance(choices, str) or not (
-        isinstance(choices, Sequence) and all(isinstance(choice, str) for choice in choices)
-    ):
-        raise ValueError(f"'choices' of the reference is {choices!r:.80}: expected a list of texts.")
-    return choices

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from functools import lru_cache
+from unicodedata import normalize
 
 _CHARACTERS = str.maketrans(
     {
@@ -24,21 +27,7 @@ _CHARACTERS = str.maketrans(
         "％": "%",
         "¢": "\\text{ cents}",
         "∅": "\\emptyset ",
-        "½": "\\frac{1}{2}",
-        "⅓": "\\frac{1}{3}",
-        "⅔": "\\frac{2}{3}",
-        "¼": "\\frac{1}{4}",
-        "¾": "\\frac{3}{4}",
-        "⅕": "\\frac{1}{5}",
-        "⅖": "\\frac{2}{5}",
-        "⅗": "\\frac{3}{5}",
-        "⅘": "\\frac{4}{5}",
-        "⅙": "\\frac{1}{6}",
-        "⅚": "\\frac{5}{6}",
-        "⅛": "\\frac{1}{8}",
-        "⅜": "\\frac{3}{8}",
-        "⅝": "\\frac{5}{8}",
-        "⅞": "\\frac{7}{8}",
+        **{char: "\\frac{{{}}}{{{}}}".format(*normalize("NFKC", char).split("⁄")) for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
     }
 )
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ⁽⁾", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ₍₎"
@@ -50,29 +39,12 @@ _RUN = re.compile(f"(?P<raised>[{_RAISED}]++)|[{_LOWERED}]++")
 _ROOT_SIGN = re.compile(r"([√∛∜])\s*+(?:(\d++|[a-zA-Z])|\(([^()]*+)\)|(?=\{))")
 _INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 
-_BASES = [
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+_BASES = (
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty"
+)
 _NUMBER_OF = {
-    **{word: str(base) for base, word in enumerate(_BASES, 2)},
+    **{word: str(base) for base, word in enumerate(_BASES.split(), 2)},
     "binary": "2", "octal": "8", "decimal": "10", "hexadecimal": "16", "hex": "16",
 }  # fmt: skip
 _BASE = r"(?P<base>\d{1,2}|" + "|".join(sorted(_NUMBER_OF, key=len, reverse=True)) + ")"
@@ -217,3 +189,94 @@ def _level(match: re.Match[str]) -> str:
 def _root(match: re.Match[str]) -> str:
     inside = match[2] or match[3]
     return f"\\sqrt{_INDEX[match[1]]}" + ("" if inside is None else f"{{{inside}}}")
+
+
+# --- An answer by itself, and what it is compared as ---
+
+_ENVELOPE = re.compile(
+    r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:[^\\]|\\(?![()]))+)\\\)|\\\[((?:[^\\]|\\(?![\[\]]))+)\\\]"
+)
+_SPACES = ("\\ ", "\\,", "\\;", "\\:", "\\!", " ", "\n")
+# 12\,345 is one number; Math-Verify reads it as the mixed number 12 + 345.
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|\{,\}\s?|,\\!\s?)\s?\d{3})+(?![\d,])")
+_SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+
+TEXT = r"\\(?:text|textrm|textnormal|mathrm|mbox)\s*"
+UNITS = (
+    r"(?:square |cubic )?(?:cm|mm|km|m|kg|inch(?:es)?|feet|foot|ft|(?:centi|kilo|milli)?met(?:er|re)s?|miles?|units?"
+    r"|degrees?|dollars?|cents|hours?|minutes?|seconds?|days?|weeks?|months?|years?|people|students|ways|apples)"
+)
+_PLAIN_UNIT = re.compile(
+    rf"(?P<number>[-+]?[\d.,/]+)(?: |\\[,;: ]\s*)(?P<unit>(?:{UNITS}|(?!(?:pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|mod|theta|alpha|beta)\b)"
+    r"[a-zA-Z]{2,20}(?: [a-zA-Z]{2,20}){0,3}|L|(?:km|m|cm|mi|miles)/(?:h|hr|hour|s|min)))(?P<power>\^(?:[23]|\{[23]\}))?"
+)
+# Math-Verify drops the words behind a number, these too.
+_SCALED = re.compile(
+    rf"(?P<number>(?:\\?\$\s*)?[-+]?(?:\d[\d,]{{0,30}})?(?:\.\d{{1,20}})?(?<=\d))(?:\\[,;: ]|\s)*(?:{TEXT}\{{)?\s*(?P<scale>hundred|thousand|million|billion|trillion)"
+    r"(?P<more>\b[^{}]*)\}?"
+)
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+_BEFORE_UNIT = re.compile(r"\\[,;:! ](?=\\(?:text|mbox|mathrm)\b)")
+
+
+def _unspaced(text: str) -> str:
+    """The text without the blanks and LaTeX spaces at its end."""
+    end = len(text)
+    while text.endswith(_SPACES, 0, end):
+        end -= 2 if text.endswith(_SPACES[:5], 0, end) else 1
+    return text[:end]
+
+
+def _unstopped(text: str) -> str:
+    """The text without the period of the sentence that it ends."""
+    if text.endswith(".") and not text.endswith(("..", "\\.", "left.", "right.")):
+        return text[:-1].rstrip()
+    return text
+
+
+def tidy(text: str) -> str:
+    """The answer without what surrounds it, and with numbers spelled so that Math-Verify reads them right."""
+    text = text.strip().strip("*`").strip()
+    if text.isdecimal() and text.isascii():
+        return text
+    text = _unstopped(plain(text.replace("~", " ")).strip())
+    if envelope := _ENVELOPE.fullmatch(text):
+        text = _unstopped(envelope[envelope.lastindex or 0].strip())
+    text = alone(_unspaced(text))
+    if text.endswith("%"):  # Math-Verify does not read 5\,\%
+        text = _unspaced(text.removesuffix("%").removesuffix("\\")) + "\\%"
+    text = _BEFORE_UNIT.sub(" ", text)  # nor 1,000\,\text{m}
+    text = _THOUSANDS.sub(lambda m: re.sub(r"\D", "", m.group()), text)
+    scaled = _SCALED.fullmatch(text) if "illion" in text or "thousand" in text or "hundred" in text else None
+    if scaled:
+        number = Decimal(re.sub(r"[^-\d.]", "", scaled["number"])) * _SCALES[scaled["scale"]]
+        return f"{number.normalize():f}" + (f"\\text{{{scaled['more']}}}" if scaled["more"].strip() else "")
+    unit = _PLAIN_UNIT.fullmatch(text)
+    if unit:
+        return f"{unit['number']}\\text{{ {unit['unit']}}}{unit['power'] or ''}"
+    return text.replace(" ", "") if _SPACED.fullmatch(text) else text
+
+
+_SAME = (
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\(?:left|right)(?=\s*(?:[()\[\]|]|\\[{}|]))"), ""),
+    (re.compile(r"(?<!\\)\\(?:displaystyle(?![a-zA-Z])|[!,;:])"), " "),
+    (re.compile(r"\\(?:text|textbf|textrm|mbox|mathrm|mathbf)\s*(?=\{)"), r"\\text"),
+    (re.compile(r"([\^_])\{([0-9a-zA-Z])\}(?![0-9])"), r"\1\2"),
+    (re.compile(r"\s+"), " "),
+)
+_NEEDED_SPACE = re.compile(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|([0-9]) (?=[0-9])|([0-9],) (?=[0-9]{3}(?![0-9]))| ")
+
+
+@lru_cache(maxsize=1024)
+def spelling(text: str) -> str:
+    """The text without differences that mean nothing: spacing, ``\\left``, ``\\dfrac``, ``x^{2}`` for ``x^2``."""
+    for pattern, replacement in _SAME:
+        text = pattern.sub(replacement, text)
+    text = text.strip()
+    if "\\text" in text:
+        return text
+    return _NEEDED_SPACE.sub(lambda m: m.group() if m.lastindex else "", text)

@@ -94,7 +94,8 @@ def extract_number(text: str) -> Decimal | None:
 
 def leading_number(text: str) -> tuple[Decimal, str] | None:
     """The number that the text begins with, and what follows it."""
-    text = _signed(text)
+    if text[:1] in (*_DASH, "+"):  # as a formula, "- 5" is a number
+        text = text[0] + text[1:].lstrip()
     match = _DIGITS.search(text, 0, _LEAD_REACH + _MAX_DIGITS)
     if match is None:
         return None
@@ -149,11 +150,6 @@ def reference_number(reference: Any) -> Decimal:
             f"the reference {reference!r:.80} does not end with a number: expected 42, '42' or '... #### 42'."
         )
     return Decimal(f"{number:f}")
-
-
-def _signed(text: str) -> str:
-    """The text without the space behind a sign that it begins with: as a formula, "- 5" is a number."""
-    return text[0] + text[1:].lstrip() if text[:1] in (*_DASH, "+") and text else text
 
 
 def _read(text: str, digits: re.Match[str]) -> tuple[int, Decimal | None]:

@@ -164,12 +164,12 @@ class CosineLength:
     @property
     def isolate(self) -> bool:
         """Whether the verifier inside belongs in a worker process."""
-        return _isolated(self.verifier)
+        return getattr(self.verifier, "isolate", False)
 
     @property
     def deadline(self) -> float | None:
         """The seconds that the verifier inside asks for, if it does; those of a composition's components together."""
-        return _deadline(self.verifier)
+        return getattr(self.verifier, "deadline", None)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -199,16 +199,6 @@ class CosineLength:
             first, last = self.correct if verdict.correct else self.wrong
             score = last + 0.5 * (first - last) * (1.0 + math.cos(math.pi * length / self.max_length))
         return verdict._replace(score=score, parts={**verdict.parts, "verifier": verdict.score})
-
-
-def _isolated(verifier: Any) -> bool:
-    return bool(getattr(verifier, "isolate", False)) or any(map(_isolated, getattr(verifier, "verifiers", ())))
-
-
-def _deadline(verifier: Any) -> float | None:
-    own = getattr(verifier, "deadline", None)
-    inner = [_deadline(part) for part in getattr(verifier, "verifiers", ())]
-    return own or sum(seconds for seconds in inner if seconds) or None
 
 
 # Words; a character each of scripts that do not space them; other characters. Long runs are cut, so that an answer

@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torchrl_chat.rewards as rewards
-from torchrl_chat.rewards.extras import require
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,16 @@ class Task:
             TypeError: an option that it does not have, with those that it has.
             ImportError: the package that it needs is not installed; the text names the extra.
         """
-        if self.needs is not None:
-            require(*self.needs, f"grading the task {self.name!r}")
+        if self.needs is not None:  # asked for without importing it, before the first answer is graded
+            package, extra = self.needs
+            try:
+                found = find_spec(package) is not None
+            except ModuleNotFoundError:
+                found = False
+            if not found:
+                raise ImportError(
+                    f"grading the task {self.name!r} needs the package {package}: pip install 'torchrl_chat[{extra}]'."
+                )
         kind: Callable[..., Any] = getattr(rewards, self.verifier)
         known = inspect.signature(kind).parameters
         if unknown := sorted(options.keys() - known.keys()):

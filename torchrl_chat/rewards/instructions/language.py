@@ -13,7 +13,7 @@ import functools
 import re
 from typing import Any
 
-from torchrl_chat.rewards.instructions.arguments import words
+from torchrl_chat.rewards.instructions.sentences import words
 
 LANGUAGES = words(
     "af ar bg bn ca cs cy da de el en es et fa fi fr gu he hi hr hu id it ja kn ko lt lv mk ml mr ne nl no pa pl pt ro ru "

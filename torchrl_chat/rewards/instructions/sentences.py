@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import re
 
-from torchrl_chat.rewards.instructions.arguments import words
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
+    return frozenset(text.split())
+
 
 _OPENERS = "([{\"'*_`“‘«#>-"
 _CLOSING = ")]}\"'*_`”’»"
