@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torchrl.envs import StepCounter
@@ -14,8 +14,41 @@ from torchrl_chat.rewards.tasks import Task
 from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.reward import RewardTransform
 
+GRADING = frozenset({"max_steps", "compute_reward", "on_failure", "failure_score", "deadline", "workers"})
+"""The keyword arguments that say how answers are graded, and how long a dialogue may be."""
 
-class TaskEnv(DatasetChatEnv):
+
+class GradedEnv(DatasetChatEnv):
+    """A dataset whose answers are graded, in the environment and offline; the dialogue ends with the answer."""
+
+    def _graded(
+        self,
+        verifier: Any,
+        reference_key: str = "answer",
+        *,
+        max_steps: int | None = None,
+        compute_reward: bool = True,
+        on_failure: Literal["score", "mask"] = "score",
+        **grading: Any,
+    ) -> None:
+        """Append what ends the dialogues, and what grades them."""
+        grader = self.__dict__["_grader"] = Grader(verifier, **grading)
+        if max_steps is None:
+            self._grow(EndOfDialogue())
+        elif max_steps:
+            self._grow(StepCounter(max_steps=max_steps))
+        if compute_reward:
+            self._grow(RewardTransform(grader, reference_key=reference_key, on_failure=on_failure))
+
+    def _scored(self, predictions: Sequence[str], references: Sequence[Any]) -> list[Verdict]:
+        """The verdicts of answers, given as texts."""
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
+        pairs = zip(predictions, references, strict=True)
+        return self.__dict__["_grader"].grade([Episode.of(text, reference) for text, reference in pairs])
+
+
+class TaskEnv(GradedEnv):
     """A dataset whose answers a verifier grades: one of the ready-made environments below.
 
     Each conversation starts with a question of the dataset; the policy's answer is graded against the row's reference,
@@ -50,17 +83,10 @@ class TaskEnv(DatasetChatEnv):
         name: str | None = None,
         split: str | None = "train",
         collate_fn: Callable[[Any], Any] | None = None,
-        compute_reward: bool = True,
-        max_steps: int | None = None,
         verifier: Any = None,
-        failure_score: float = 0.0,
-        on_failure: Literal["score", "mask"] = "score",
-        deadline: float = 10.0,
-        workers: int | None = None,
         **kwargs: Any,
     ):
-        options = {key: kwargs.pop(key) for key in kwargs.keys() - OPTIONS}
-        verifier = self._verifier(verifier, options)
+        verifier, grading = self._grading(verifier, kwargs, OPTIONS)
         if dataset is None:
             dataset = self.DATASET
         if isinstance(dataset, str) and dataset == self.DATASET and name is None:
@@ -71,61 +97,32 @@ class TaskEnv(DatasetChatEnv):
             dataset=dataset, name=name, split=split, collate_fn=collate_fn or self.columns_of, **kwargs
         )
         self.__dict__["_source"] = (dataset, name, split)
-        self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
-
-    def _reward(
-        self,
-        verifier: Any,
-        max_steps: int | None,
-        compute_reward: bool,
-        failure_score: float = 0.0,
-        on_failure: Literal["score", "mask"] = "score",
-        deadline: float = 10.0,
-        workers: int | None = None,
-    ) -> None:
-        grader = Grader(verifier, failure_score=failure_score, deadline=deadline, workers=workers)
-        self.__dict__["_grader"] = grader
-        if max_steps is None:
-            self._grow(EndOfDialogue())
-        elif max_steps:
-            self._grow(StepCounter(max_steps=max_steps))
-        if compute_reward:
-            self._grow(RewardTransform(grader, on_failure=on_failure))
+        self._graded(verifier, **grading)
 
     @classmethod
-    def from_dataloader(
-        cls,
-        dataloader: Any,
-        *,
-        max_steps: int | None = None,
-        compute_reward: bool = True,
-        verifier: Any = None,
-        failure_score: float = 0.0,
-        on_failure: Literal["score", "mask"] = "score",
-        deadline: float = 10.0,
-        workers: int | None = None,
-        **kwargs: Any,
-    ) -> Self:
+    def from_dataloader(cls, dataloader: Any, *, verifier: Any = None, **kwargs: Any) -> Self:
         """The environment over an existing dataloader, whose batches have ``query`` and ``answer``.
 
         Keyword arguments that :meth:`DatasetChatEnv.from_dataloader` does not know are the verifier's options.
         """
-        options = {key: kwargs.pop(key) for key in kwargs.keys() - LOADER_OPTIONS}
-        verifier = cls._verifier(verifier, options)
+        verifier, grading = cls._grading(verifier, kwargs, LOADER_OPTIONS)
         self = super().from_dataloader(dataloader, **kwargs)
-        self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
+        self._graded(verifier, **grading)
         return self
 
     @classmethod
-    def _verifier(cls, verifier: Any, options: dict[str, Any]) -> Any:
+    def _grading(cls, verifier: Any, given: dict[str, Any], known: Collection[str]) -> tuple[Any, dict[str, Any]]:
+        """The verifier, and the options of grading, taken out of what is given; what nobody knows are the verifier's own."""
+        grading = {key: given.pop(key) for key in given.keys() & GRADING}
+        options = {key: given.pop(key) for key in given.keys() - known}
         if verifier is None:
-            return cls.TASK.make_verifier(**options)
+            return cls.TASK.make_verifier(**options), grading
         if options:
             raise TypeError(
                 f"{cls.__name__} has no argument {', '.join(map(repr, sorted(options)))}; options of the task's own "
                 f"verifier go without verifier=..."
             )
-        return verifier
+        return verifier, grading
 
     @classmethod
     def columns_of(cls, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -154,7 +151,4 @@ class TaskEnv(DatasetChatEnv):
             if "_source" not in self.__dict__:
                 raise ValueError("an environment over a dataloader has no dataset order: pass references=[...].")
             references = self.columns_of(list(load_rows(*self.__dict__["_source"])))["answer"]
-        if len(predictions) != len(references):
-            raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
-        pairs = zip(predictions, references, strict=True)
-        return self.__dict__["_grader"].grade([Episode.of(text, reference) for text, reference in pairs])
+        return self._scored(predictions, references)
