@@ -1,4 +1,4 @@
-"""``TaskEnv``: a dataset, a prompt and a verifier; the ready-made environments are made of it."""
+"""``TaskEnv``: a dataset, a prompt and a verifier; and the ready-made environments that are nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchrl.envs import StepCounter
 from torchrl_chat.envs.dataset import LOADER_OPTIONS, OPTIONS, DatasetChatEnv
 from torchrl_chat.envs.loading import collate, load_rows
 from torchrl_chat.rewards import Episode, Grader, Verdict
-from torchrl_chat.rewards.tasks import Task
+from torchrl_chat.rewards.tasks import TASKS, Task
 from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.reward import RewardTransform
 
@@ -152,3 +152,76 @@ class TaskEnv(GradedEnv):
                 raise ValueError("an environment over a dataloader has no dataset order: pass references=[...].")
             references = self.columns_of(list(load_rows(*self.__dict__["_source"])))["answer"]
         return self._scored(predictions, references)
+
+
+class GSM8KEnv(TaskEnv):
+    """Grade-school word problems with verifiable answers (Cobbe et al. 2021, arXiv:2110.14168).
+
+    Rows have ``question`` and ``answer`` (a worked solution that ends with ``#### 42``); train 7,473 and test 1,319 of
+    them. Reward 1 if the number is right, 0 if not.
+
+    Keyword Args:
+        last_number: accept the last number of an answer that is not marked (``#### 42``, ``\\boxed{42}``,
+            ``<answer>42</answer>``).
+        format_reward: the reward of a wrong answer that is at least marked.
+
+    The others are as for :class:`TaskEnv`.
+
+    Example:
+        >>> env = GSM8KEnv(dataset="gsm8k/train.jsonl", tokenizer=tokenizer, num_envs=8, repeats=4)
+        >>> rollout = env.rollout(1, policy)  # doctest: +SKIP
+    """
+
+    TASK = TASKS["gsm8k"]
+    DATASET = "openai/gsm8k"
+    CONFIG = "main"
+    SYSTEM_PROMPT = (
+        "Solve the user's problem. Think step by step inside <think></think>, then give the final number, "
+        "and nothing but the number, inside <answer></answer>."
+    )
+
+
+class MATHEnv(TaskEnv):
+    """Competition mathematics with answers in LaTeX (Hendrycks et al. 2021, arXiv:2103.03874).
+
+    Rows have ``problem``, and ``answer`` or a worked ``solution`` that boxes it. Reward 1 if the marked answer equals the
+    reference as mathematics, see :class:`~torchrl_chat.rewards.MathVerifier`; needs the extra ``math``. An answer
+    that takes SymPy beyond ``deadline`` seconds costs its own row only.
+
+    Keyword Args:
+        unmarked: whether an answer counts that is not marked (``\\boxed{}``, ``<answer>``, ``####``). Defaults to ``False``.
+        format_reward: the reward of a wrong answer that is at least marked.
+
+    The others are those of the verifier and of :class:`TaskEnv`.
+
+    Example:
+        >>> rows = [{"problem": "What is $\\\\frac{1}{2} + \\\\frac{1}{3}$?", "answer": "\\\\frac{5}{6}"}]
+        >>> env = MATHEnv(dataset=rows, tokenizer=tokenizer, num_envs=8, group_repeats=True, repeats=4)
+    """
+
+    TASK = TASKS["math"]
+    DATASET = "DigitalLearningGmbH/MATH-lighteval"
+    SYSTEM_PROMPT = "Solve the user's problem. Reason step by step, and put your final answer within \\boxed{}."
+
+
+class IFEvalEnv(TaskEnv):
+    """Prompts with instructions that can be checked (Zhou et al. 2023, arXiv:2311.07911).
+
+    Rows have ``prompt``, ``instruction_id_list`` and ``kwargs``. The reward is a figure of
+    :class:`~torchrl_chat.rewards.IFEvalVerifier`; all of them are under ``("next", "reward_parts")``. Instructions about
+    languages need the extra ``ifeval``.
+
+    Keyword Args:
+        score: which figure is the reward: ``"prompt_strict"`` (default), ``"instruction_strict"``, ``"prompt_loose"``,
+            ``"instruction_loose"``, or ``"torchrl"``.
+
+    The others are as for :class:`TaskEnv`.
+
+    Example:
+        >>> rows = [{"prompt": "Greet me. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}]
+        >>> env = IFEvalEnv(dataset=rows, tokenizer=tokenizer, score="instruction_strict")
+    """
+
+    TASK = TASKS["ifeval"]
+    DATASET = "google/IFEval"
+    SYSTEM_PROMPT = None
