@@ -43,12 +43,10 @@ def json_rows(paths: Sequence[str | os.PathLike[str]]) -> Rows:
         DatasetError: a file cannot be read, or a line is no JSON object; the message names file and line.
     """
     files = [Path(path) for path in paths]
-    forms = [_form(path) for path in files]
-    if "array" not in forms and "columns" not in forms:
+    lines = list(map(_is_lines, files))
+    if all(lines):
         return JSONRows(files)
-    whole = [
-        _whole(path) if form != "lines" else list(JSONRows([path])) for path, form in zip(files, forms, strict=True)
-    ]
+    whole = [JSONRows([path]) if by_line else _whole(path) for path, by_line in zip(files, lines, strict=True)]
     return ListRows([row for rows in whole for row in rows], ", ".join(map(str, files)))
 
 
@@ -243,8 +241,8 @@ def _reason(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------- files that are no lines
-def _form(path: Path) -> str:
-    """``"array"``, ``"columns"`` (one object over several lines) or ``"lines"``."""
+def _is_lines(path: Path) -> bool:
+    """Whether a file is none that holds one array, or one object over several lines."""
     unpack: Callable[..., Any] = COMPRESSED.get(path.suffix.lower(), open)
     try:
         with unpack(path, "rb") as stream:
@@ -253,10 +251,8 @@ def _form(path: Path) -> str:
                 line = stream.readline(_BUFFER)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DatasetError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if line.lstrip().startswith(b"["):
-        return "array"
     # `{` alone opens an object that is written over several lines; a line of JSON Lines that is cut is another matter.
-    return "columns" if line.strip() == b"{" else "lines"
+    return not line.lstrip().startswith(b"[") and line.strip() != b"{"
 
 
 def _whole(path: Path) -> list[Any]:

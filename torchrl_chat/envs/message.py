@@ -198,12 +198,12 @@ class MessageChatEnv(DatasetChatEnv):
         cls = env if isinstance(env, type) else type(env())
         if not issubclass(cls, MessageEnv):
             raise TypeError(f"env makes a {cls.__name__}: expected a MessageEnv (torchrl_chat.conversation).")
-        self.__dict__["_episode"] = (
-            env,
-            deadline,
-            kwargs.get("data_key") or "query",
-            kwargs.get("user_role", "user"),
-        )
+        self.__dict__["_episode"] = {
+            "make": env,
+            "deadline": deadline,
+            "data_key": kwargs.get("data_key") or "query",
+            "user_role": kwargs.get("user_role", "user"),
+        }
         dataset = cls.dataset if dataset is None else dataset
         dataset = [{"index": 0}] if dataset is None else dataset
         given = dict(template_kwargs or {})
@@ -217,10 +217,7 @@ class MessageChatEnv(DatasetChatEnv):
         )
 
     def _primer(self, episodes: Any, **kwargs: Any) -> RowPrimer:
-        make, deadline, data_key, user_role = self.__dict__["_episode"]
-        return EpisodePrimer(
-            episodes, make=make, deadline=deadline, data_key=data_key, user_role=user_role, **kwargs
-        )
+        return EpisodePrimer(episodes, **self.__dict__["_episode"], **kwargs)
 
     @classmethod
     def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> MessageChatEnv:

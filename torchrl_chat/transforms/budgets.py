@@ -249,8 +249,13 @@ class Budget(Transform):
         return columns.read_objects(column, td.batch_size)
 
     def _calls(self, root: TensorDictBase, following: TensorDictBase, transcripts: list[Transcript]) -> list[int]:
-        """How many tools were called in each row."""
-        counts = list(map(_calls, transcripts))
+        """How many tools the policy has called: as structured calls, or (fenced code) by what a tool answered."""
+        counts = []
+        for transcript in transcripts:
+            # A prompt may tell of calls too.
+            said = transcript.messages[transcript.spans[0].message :] if transcript.spans else []
+            structured = sum(len(message.get("tool_calls") or ()) for message in said)
+            counts.append(max(structured, sum(message["role"] == "tool" for message in said)))
         made, left = following.get("tool_calls", None), root.get("calls_left", None)
         if made is None or left is None:
             return counts
@@ -271,14 +276,3 @@ class Budget(Transform):
     @staticmethod
     def _column(values: Sequence[int], td: TensorDictBase) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=td.device).reshape(*td.batch_size, 1)
-
-
-def _calls(transcript: Transcript) -> int:
-    """How many tools the policy has called: as structured calls, or (fenced code) by what a tool answered."""
-    if not transcript.spans:
-        return 0
-    said = transcript.messages[transcript.spans[0].message :]  # a prompt may tell of calls too
-    return max(
-        sum(len(message.get("tool_calls") or ()) for message in said),
-        sum(message["role"] == "tool" for message in said),
-    )
