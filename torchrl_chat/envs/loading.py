@@ -233,7 +233,15 @@ class RowPrimer(DataLoadingPrimer):
     ):
         self.episodes = episodes
         example = self._example(episodes)
-        primers = _specs(example, batch_size) if primers is None else primers.clone()
+        if primers is None:
+            specs = {
+                key: Unbounded(shape=(*batch_size, *value.shape), dtype=value.dtype)
+                if isinstance(value, torch.Tensor)
+                else NonTensor(shape=batch_size, example_data=value)
+                for key, value in example.items()
+            }
+            primers = Composite(specs, shape=batch_size)
+        primers = primers.clone()
         self._names = tuple(dict.fromkeys([*example, *map(str, primers.keys())]))
         for key in EPISODE_KEYS:
             primers[key] = Unbounded(shape=batch_size, dtype=torch.int64, device=primers.device)
@@ -311,13 +319,3 @@ class RowPrimer(DataLoadingPrimer):
             ValueError: it is the state of other episodes.
         """
         self.episodes.load_state_dict(state)
-
-
-def _specs(row: Mapping[str, Any], batch_size: torch.Size) -> Composite:
-    leaves: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, torch.Tensor):
-            leaves[key] = Unbounded(shape=(*batch_size, *value.shape), dtype=value.dtype)
-        else:
-            leaves[key] = NonTensor(shape=batch_size, example_data=value)
-    return Composite(leaves, shape=batch_size)
