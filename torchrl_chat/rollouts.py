@@ -90,14 +90,20 @@ def episodes(
     parts = {} if held is None else {str(key): number(("reward_parts", key)) for key in held.keys()}
     told = ("query", "answer", "grade_failure", "finish_reason", "policy_error", "env_failure")
     read_columns = {key: read(key) for key in told}
-    numbers = {key: number(key) for key in ("reward", "success", "stop_reason", "prompt_differs", *EPISODE_KEYS)}
-    flags = {key: _flags(td, key, len(transcripts)) for key in ("done", "terminated")}
+    numbered = ("reward", "success", "stop_reason", "done", "terminated", "prompt_differs", *EPISODE_KEYS)
+    numbers = {key: number(key) for key in numbered}
     for i, transcript in enumerate(transcripts):
-        of = {key: values[i] for key, values in (read_columns | numbers | flags).items()}
+        of = {key: values[i] for key, values in (read_columns | numbers).items()}
+        seed, row, epoch, place = (of[key] for key in EPISODE_KEYS)
+        stop = StopReason.of(of["stop_reason"], terminated=bool(of["terminated"]), done=bool(of["done"]))
         episode = {
             "version": VERSION,
             "id": uuid.uuid4().hex if ids is None else ids[i],
-            **_origin(of),
+            "row": row,
+            "epoch": epoch,
+            "group": None if row is None or epoch is None else f"{epoch}.{row}",
+            "place": place,
+            "seed": None if seed is None else str(seed),  # of 63 bits; the numbers of JavaScript have 53
             "query": of["query"],
             "reference": of["answer"],
             "messages": transcript.messages,
@@ -105,7 +111,7 @@ def episodes(
             "success": of["success"],
             "reward_parts": {name: values[i] for name, values in parts.items()},
             "grade_failure": of["grade_failure"] or None,
-            "stop": _stop(of),
+            "stop": (StopReason.ERROR if of["policy_error"] else stop).word,
             "finish_reason": of["finish_reason"],
             "cut": transcript.ended is False,
             "error": of["policy_error"] or None,
@@ -252,26 +258,6 @@ def _read(line: bytes) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- one episode
-def _origin(of: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the episode comes from, as far as a dataset environment tells."""
-    seed, row, epoch, place = (of[key] for key in EPISODE_KEYS)
-    group = None if row is None or epoch is None else f"{epoch}.{row}"
-    # A seed has 63 bits; the numbers of JavaScript have 53.
-    return {"row": row, "epoch": epoch, "group": group, "place": place, "seed": None if seed is None else str(seed)}
-
-
-def _stop(of: Mapping[str, Any]) -> str:
-    """Why the episode ended, in the word of a :class:`StopReason`."""
-    if of["policy_error"]:
-        return StopReason.ERROR.word
-    return StopReason.of(of["stop_reason"], terminated=of["terminated"], done=of["done"]).word
-
-
-def _flags(td: TensorDictBase, key: str, count: int) -> list[bool]:
-    value = td.get(key, None)
-    return [False] * count if value is None else value.reshape(count, -1).any(-1).tolist()
-
-
 def sequence(branch: Branch, spell: TokenPieces | None, scored: bool) -> dict[str, Any]:
     """One token sequence, compact: the mask as runs, log-probs of sampled tokens only."""
     ids = branch.tokens.tolist()
@@ -305,9 +291,7 @@ def runs(mask: torch.Tensor) -> list[list[int]]:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """The value as what JSON knows: NaN and infinities become ``None``, other objects are spelled as text."""
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, str):
+    if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
@@ -103,7 +104,9 @@ class RayEpisodeCollector:
         # A restart by Ray itself would be a second life that this class does not see.
         options = {"num_cpus": 1, **(remote_config or {}), "max_restarts": 0, "max_task_retries": 0}
         self._remote = self._ray.remote(**options)(Worker)
-        self._arguments = (env_factory, policy_factory, _Postprocessed(collect, postproc) if postproc else collect)
+        if postproc is not None:
+            collect = functools.partial(_collected, collect, postproc)
+        self._arguments = (env_factory, policy_factory, collect)
         self._workers = workers
         self._members: dict[Any, _Member] = {}  # by the reference of the call under way
         self._waiting: list[_Member] = []  # ready, and without a batch
@@ -149,7 +152,8 @@ class RayEpisodeCollector:
         deadline = time.monotonic() + self.start_timeout
         while True:
             while len(self._members) + len(self._waiting) < self._workers:
-                self._start()
+                actor = self._remote.remote(*self._arguments)
+                self._members[actor.describe.remote()] = _Member(actor)
             self._hand_out()
             if any(member.task is not None for member in self._members.values()):
                 deadline = time.monotonic() + self.start_timeout
@@ -162,10 +166,6 @@ class RayEpisodeCollector:
             received = self._take(ready[0]) if ready else None
             if received is not None:
                 return received
-
-    def _start(self) -> None:
-        actor = self._remote.remote(*self._arguments)
-        self._members[actor.describe.remote()] = _Member(actor)
 
     def _hand_out(self) -> None:
         while self._waiting:
@@ -279,12 +279,10 @@ class RayEpisodeCollector:
         self.shutdown()
 
 
-class _Postprocessed:
-    def __init__(self, collect: Collect, postproc: Callable[[TensorDictBase], TensorDictBase]):
-        self.collect, self.postproc = collect, postproc
-
-    def __call__(self, env: EnvBase, policy: Any) -> TensorDictBase:
-        return self.postproc(self.collect(env, policy))
+def _collected(
+    collect: Collect, postproc: Callable[..., TensorDictBase], env: EnvBase, policy: Any
+) -> TensorDictBase:
+    return postproc(collect(env, policy))
 
 
 def ray_module() -> Any:

@@ -4,14 +4,11 @@ from torchrl_chat.conversation import ResponseError
 from torchrl_chat.envs.chat import ChatEnv
 from torchrl_chat.envs.countdown import CountdownEnv
 from torchrl_chat.envs.dataset import DatasetChatEnv
-from torchrl_chat.envs.gsm8k import GSM8KEnv
-from torchrl_chat.envs.ifeval import IFEvalEnv
 from torchrl_chat.envs.loading import DatasetError
-from torchrl_chat.envs.math import MATHEnv
 from torchrl_chat.envs.message import MessageChatEnv
 from torchrl_chat.envs.reasoning import ReasoningGymEnv
 from torchrl_chat.envs.state import collector_state, load_collector_state, load_state, save_state
-from torchrl_chat.envs.task import TaskEnv
+from torchrl_chat.envs.task import GSM8KEnv, IFEvalEnv, MATHEnv, TaskEnv
 
 __all__ = [
     "ChatEnv",

@@ -18,6 +18,17 @@ from torchrl_chat.envs.transforming import TransformedChatEnv
 from torchrl_chat.seeds import EPISODE_KEYS
 
 
+class EpisodeOptions(ChatOptions, total=False):
+    """What :class:`DatasetChatEnv` takes wherever its rows come from; it documents them."""
+
+    seed: int | None
+    repeats: int | None
+    group_repeats: bool
+    primers: Composite | None
+    ray_backend: bool
+    dataloader_actor_name: str | None
+
+
 class DatasetChatEnv(TransformedChatEnv):
     """:class:`ChatEnv` with a primer that draws a row of a dataset for every conversation.
 
@@ -81,17 +92,11 @@ class DatasetChatEnv(TransformedChatEnv):
         name: str | None = None,
         split: str | None = None,
         num_envs: int = 1,
-        repeats: int | None = None,
         batch_size_dl: int = 1,
-        seed: int | None = None,
-        group_repeats: bool = False,
         apply_template: bool | None = None,
         collate_fn: Callable[[Any], Any] | None = None,
-        primers: Composite | None = None,
-        ray_backend: bool = False,
-        dataloader_actor_name: str | None = None,
         shard: tuple[int, int] = (0, 1),
-        **chat: Unpack[ChatOptions],
+        **options: Unpack[EpisodeOptions],
     ):
         self._build(
             functools.partial(
@@ -104,14 +109,8 @@ class DatasetChatEnv(TransformedChatEnv):
                 shard=shard,
                 collate_fn=collate_fn,
             ),
-            seed=seed,
-            repeats=repeats,
-            group_repeats=group_repeats,
-            batch_size=num_envs,
-            primers=primers,
-            ray_backend=ray_backend,
-            dataloader_actor_name=dataloader_actor_name,
-            **chat,
+            num_envs,
+            **options,
         )
 
     @classmethod
@@ -119,14 +118,8 @@ class DatasetChatEnv(TransformedChatEnv):
         cls,
         dataloader: Any,
         *,
-        repeats: int | None = None,
-        group_repeats: bool = False,
         batch_size: int | tuple[int, ...] | torch.Size | None = None,
-        primers: Composite | None = None,
-        ray_backend: bool = False,
-        dataloader_actor_name: str | None = None,
-        seed: int | None = None,
-        **chat: Unpack[ChatOptions],
+        **options: Unpack[EpisodeOptions],
     ) -> DatasetChatEnv:
         """The environment over an existing dataloader.
 
@@ -142,30 +135,20 @@ class DatasetChatEnv(TransformedChatEnv):
         The others are as for the class.
         """
         self = cls.__new__(cls)
-        self._build(
-            functools.partial(LoaderEpisodes, dataloader),
-            seed=seed,
-            repeats=repeats,
-            group_repeats=group_repeats,
-            batch_size=batch_size,
-            primers=primers,
-            ray_backend=ray_backend,
-            dataloader_actor_name=dataloader_actor_name,
-            **chat,
-        )
+        self._build(functools.partial(LoaderEpisodes, dataloader), batch_size, **options)
         return self
 
     def _build(
         self,
         episodes: Callable[..., Any],
-        *,
-        seed: int | None,
-        repeats: int | None,
-        group_repeats: bool,
         batch_size: int | tuple[int, ...] | torch.Size | None,
-        primers: Composite | None,
-        ray_backend: bool,
-        dataloader_actor_name: str | None,
+        *,
+        seed: int | None = None,
+        repeats: int | None = None,
+        group_repeats: bool = False,
+        primers: Composite | None = None,
+        ray_backend: bool = False,
+        dataloader_actor_name: str | None = None,
         **chat: Unpack[ChatOptions],
     ) -> None:
         if unknown := sorted(chat.keys() - ChatOptions.__annotations__.keys()):
@@ -236,10 +219,8 @@ class DatasetChatEnv(TransformedChatEnv):
 
 ChatEnv.dataset_env = DatasetChatEnv
 OPTIONS = frozenset(
-    {"dataset", *DatasetChatEnv.__init__.__kwdefaults__, *ChatOptions.__annotations__}  # type: ignore[misc]
+    {"dataset", *DatasetChatEnv.__init__.__kwdefaults__, *EpisodeOptions.__annotations__}  # type: ignore[misc]
 )
 """The keyword arguments of :class:`DatasetChatEnv`, for environments with further ones of their own."""
-LOADER_OPTIONS = frozenset(
-    {*DatasetChatEnv.from_dataloader.__func__.__kwdefaults__, *ChatOptions.__annotations__}  # type: ignore[attr-defined]
-)
+LOADER_OPTIONS = frozenset({"batch_size", *EpisodeOptions.__annotations__})
 """Those of :meth:`DatasetChatEnv.from_dataloader`."""

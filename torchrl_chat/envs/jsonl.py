@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open,
 """What opens a compressed file, by its suffix."""
 
 _BUFFER = 1 << 20
+_HASH = functools.partial(hashlib.blake2b, digest_size=16)
 _BOM = b"\xef\xbb\xbf"
 _SHOWN = 3  # broken lines that an error message names
 
@@ -41,12 +43,10 @@ def json_rows(paths: Sequence[str | os.PathLike[str]]) -> Rows:
         DatasetError: a file cannot be read, or a line is no JSON object; the message names file and line.
     """
     files = [Path(path) for path in paths]
-    forms = [_form(path) for path in files]
-    if "array" not in forms and "columns" not in forms:
+    lines = list(map(_is_lines, files))
+    if all(lines):
         return JSONRows(files)
-    whole = [
-        _whole(path) if form != "lines" else list(JSONRows([path])) for path, form in zip(files, forms, strict=True)
-    ]
+    whole = [JSONRows([path]) if by_line else _whole(path) for path, by_line in zip(files, lines, strict=True)]
     return ListRows([row for rows in whole for row in rows], ", ".join(map(str, files)))
 
 
@@ -100,7 +100,7 @@ class JSONRows(Rows):
     @property
     def fingerprint(self) -> str:
         """A hash of the files' contents; their names and places have no part in it."""
-        return hashlib.blake2b(b"".join(file.digest for file in self._files), digest_size=16).hexdigest()
+        return _HASH(b"".join(file.digest for file in self._files)).hexdigest()
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of these numbers."""
@@ -121,7 +121,7 @@ class JSONRows(Rows):
     # ------------------------------------------------------------------ the files
     def _index(self, file: _File, columns: dict[str, None]) -> Iterator[str]:
         """Read a file through; what is wrong with its lines comes out one by one."""
-        digest, position = hashlib.blake2b(digest_size=16), 0
+        digest, position = _HASH(), 0
         with self._stream(file) as stream:
             for number, line in enumerate(stream, 1):
                 digest.update(line)
@@ -171,7 +171,11 @@ class JSONRows(Rows):
         """
         if file.path.suffix.lower() in COMPRESSED:
             if self._scratch is None:  # after a pickle
-                self._unpack_all()
+                for packed in self._files:
+                    if packed.path.suffix.lower() in COMPRESSED:
+                        with self._stream(packed) as stream:
+                            if hashlib.file_digest(stream, _HASH).digest() != packed.digest:  # type: ignore[arg-type]
+                                raise _changed(packed)
             assert self._scratch is not None
             yield self._scratch.fileno(), file.base
             return
@@ -186,20 +190,8 @@ class JSONRows(Rows):
         finally:
             os.close(handle)
 
-    def _unpack_all(self) -> None:
-        for file in self._files:
-            if file.path.suffix.lower() in COMPRESSED:
-                digest = hashlib.blake2b(digest_size=16)
-                with self._stream(file) as stream:
-                    for line in stream:
-                        digest.update(line)
-                if digest.digest() != file.digest:
-                    raise _changed(file)
-        assert self._scratch is not None
-        self._scratch.flush()
-
     def _check_unchanged(self, file: _File, handle: int) -> None:
-        digest, position = hashlib.blake2b(digest_size=16), 0
+        digest, position = _HASH(), 0
         while position < file.size and (block := _bytes_at(handle, position, min(_BUFFER, file.size - position))):
             digest.update(block)
             position += len(block)
@@ -249,8 +241,8 @@ def _reason(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------- files that are no lines
-def _form(path: Path) -> str:
-    """``"array"``, ``"columns"`` (one object over several lines) or ``"lines"``."""
+def _is_lines(path: Path) -> bool:
+    """Whether a file is none that holds one array, or one object over several lines."""
     unpack: Callable[..., Any] = COMPRESSED.get(path.suffix.lower(), open)
     try:
         with unpack(path, "rb") as stream:
@@ -259,10 +251,8 @@ def _form(path: Path) -> str:
                 line = stream.readline(_BUFFER)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DatasetError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if line.lstrip().startswith(b"["):
-        return "array"
     # `{` alone opens an object that is written over several lines; a line of JSON Lines that is cut is another matter.
-    return "columns" if line.strip() == b"{" else "lines"
+    return not line.lstrip().startswith(b"[") and line.strip() != b"{"
 
 
 def _whole(path: Path) -> list[Any]:

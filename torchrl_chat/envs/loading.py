@@ -24,7 +24,7 @@ from torchrl_chat.envs.rows import ArrowRows, ListRows, Rows
 from torchrl_chat.pretrained import no_retries_without_hub
 from torchrl_chat.seeds import EPISODE_KEYS, ROW
 
-__all__ = ["DatasetError", "RowPrimer", "collate", "dataset_episodes", "load_rows", "renamed"]
+__all__ = ["DatasetError", "RowPrimer", "collate", "dataset_episodes", "load_rows"]
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 _UTF8 = ("utf-8", "utf8", "utf-8-sig")
@@ -80,7 +80,7 @@ def load_rows(dataset: Any, name: str | None = None, split: str | None = None) -
 
 def _opened(dataset: str | os.PathLike[str], name: str | None, split: str | None) -> Rows:
     """The rows behind a path or a hub name."""
-    from datasets import load_from_disk
+    from datasets import get_dataset_config_names, load_from_disk
 
     path = Path(os.fspath(dataset)).expanduser()
     if path.is_file():
@@ -89,11 +89,15 @@ def _opened(dataset: str | os.PathLike[str], name: str | None, split: str | None
         if path.is_dir():
             if any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
                 return ArrowRows(_of_split(load_from_disk(str(path)), split, repr(str(path))))
-            return _built(str(path), _config(path, name), split)
-        if _looks_like_path(os.fspath(dataset)):
+            # Plain data files have no configuration, whatever the hub's dataset has.
+            if name is not None and get_dataset_config_names(str(path)) == ["default"]:
+                name = None
+            return _built(str(path), name, split)
+        spelled = os.fspath(dataset)
+        if spelled.startswith((".", "/", "~")) or _kind(Path(spelled)) is not None or spelled.count("/") > 1:
             raise DatasetError(f"no such dataset file or folder: {path}")
         with no_retries_without_hub():
-            return _built(os.fspath(dataset), name, split)
+            return _built(spelled, name, split)
     except DatasetError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -178,35 +182,11 @@ def _of_split(loaded: Any, split: str | None, of: str) -> Any:
     return loaded[split]
 
 
-def _config(folder: Path, name: str | None) -> str | None:
-    """The configuration to ask a folder for: plain data files have none, whatever the hub's dataset has."""
-    from datasets import get_dataset_config_names
-
-    return None if name is None or get_dataset_config_names(str(folder)) == ["default"] else name
-
-
 def _kind(path: Path) -> str | None:
     """What a file is, by its suffix; JSON may be compressed."""
-    kind = _FORMATS.get(path.suffix.lower())
-    if (
-        kind is None
-        and path.suffix.lower() in COMPRESSED
-        and _FORMATS.get(Path(path.stem).suffix.lower()) == "json"
-    ):
-        return "json"
-    return kind
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or _kind(Path(name)) is not None or name.count("/") > 1
-
-
-def renamed(rows: Sequence[Mapping[str, Any]], key: str, to: str) -> dict[str, list[Any]]:
-    """:func:`collate` with one column under another name."""
-    batch = collate(rows)
-    if key in batch:
-        batch[to] = batch.pop(key)
-    return batch
+    if path.suffix.lower() not in COMPRESSED:
+        return _FORMATS.get(path.suffix.lower())
+    return "json" if _FORMATS.get(Path(path.stem).suffix.lower()) == "json" else None
 
 
 def dataset_episodes(
@@ -253,7 +233,15 @@ class RowPrimer(DataLoadingPrimer):
     ):
         self.episodes = episodes
         example = self._example(episodes)
-        primers = _specs(example, batch_size) if primers is None else primers.clone()
+        if primers is None:
+            specs = {
+                key: Unbounded(shape=(*batch_size, *value.shape), dtype=value.dtype)
+                if isinstance(value, torch.Tensor)
+                else NonTensor(shape=batch_size, example_data=value)
+                for key, value in example.items()
+            }
+            primers = Composite(specs, shape=batch_size)
+        primers = primers.clone()
         self._names = tuple(dict.fromkeys([*example, *map(str, primers.keys())]))
         for key in EPISODE_KEYS:
             primers[key] = Unbounded(shape=batch_size, dtype=torch.int64, device=primers.device)
@@ -283,18 +271,15 @@ class RowPrimer(DataLoadingPrimer):
 
     def _reset_func(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         reset = tensordict.get("_reset", None)
-        chosen = (
-            torch.ones(self.batch_size, dtype=torch.bool)
-            if reset is None
-            else reset.reshape(*self.batch_size, -1).any(-1)
-        ).tolist()
+        [count] = self.batch_size
+        chosen = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
         if not any(chosen):
             return tensordict_reset
         drawn = self._begun([self.episodes.next() for wanted in chosen if wanted])
         rows = iter(drawn)
-        loaded = [next(rows) if wanted else None for wanted in chosen]
         filler = drawn[0]  # torchrl keeps the other rows as they were
-        made = self._columns([row or filler for row in loaded], self.batch_size, tensordict_reset.device)
+        loaded = [next(rows) if wanted else filler for wanted in chosen]
+        made = self._columns(loaded, self.batch_size, tensordict_reset.device)
         for key in made.keys():
             tensordict_reset.set(key, made.get(key))
         return tensordict_reset
@@ -334,13 +319,3 @@ class RowPrimer(DataLoadingPrimer):
             ValueError: it is the state of other episodes.
         """
         self.episodes.load_state_dict(state)
-
-
-def _specs(row: Mapping[str, Any], batch_size: torch.Size) -> Composite:
-    leaves: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, torch.Tensor):
-            leaves[key] = Unbounded(shape=(*batch_size, *value.shape), dtype=value.dtype)
-        else:
-            leaves[key] = NonTensor(shape=batch_size, example_data=value)
-    return Composite(leaves, shape=batch_size)

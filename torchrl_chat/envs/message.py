@@ -16,7 +16,7 @@ from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.envs.episodes import Episodes
 from torchrl_chat.envs.loading import RowPrimer
 from torchrl_chat.seeds import EPISODE_KEYS, EPOCH, ROW, mixed
-from torchrl_chat.transforms.home import chat_env, tell_failures
+from torchrl_chat.transforms.home import chat_env, flags, raise_flags, tell_failures
 
 STATE_KEY = "episode"
 """Where the state of an episode travels: an object a row."""
@@ -75,13 +75,8 @@ class EpisodePrimer(RowPrimer):
         env, batch, device = chat_env(self), following.batch_size, following.device
         transcripts = env._transcripts(following)
         states: list[State] = columns.read_objects(tensordict.get(STATE_KEY), batch)
-        over = following.get("done", None)
-        done = [False] * len(states) if over is None else over.flatten().tolist()
-        asked = [
-            i
-            for i, going in enumerate(columns.stepped(tensordict))
-            if going and not done[i] and transcripts[i].ended is not None
-        ]
+        rows = zip(columns.stepped(tensordict), flags(following, "done"), transcripts, strict=True)
+        asked = [i for i, (going, done, t) in enumerate(rows) if going and not done and t.ended is not None]
         replies: dict[int, Reply | Exception] = {}
         stepped: dict[int, MessageEnv] = {}
         for i in asked:
@@ -117,17 +112,16 @@ class EpisodePrimer(RowPrimer):
         paid = torch.tensor(rewards, dtype=torch.float32, device=device).reshape(*batch, 1, 1)
         before = following.get("reward", None)
         following.set("reward", paid if before is None else before.reshape(paid.shape) + paid)
-        for key, flags in (("success", solved), ("graded", graded)):
-            following.set(key, torch.tensor(flags, device=device).reshape(*batch, 1, 1))
+        for key, told in (("success", solved), ("graded", graded)):
+            following.set(key, torch.tensor(told, device=device).reshape(*batch, 1, 1))
         self._end(tensordict, following, ends, failures)
         return following
 
     def settle(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
         """Close the episodes that are over, whoever has ended them."""
         states = columns.read_objects(next_tensordict.get(STATE_KEY), next_tensordict.batch_size)
-        ends = zip(next_tensordict.get("done").flatten().tolist(), columns.stepped(tensordict), strict=True)
-        over = [state.env for state, (done, went) in zip(states, ends, strict=True) if done and went]
-        close_all(over, self.deadline)
+        rows = zip(states, flags(next_tensordict, "done"), columns.stepped(tensordict), strict=True)
+        close_all([state.env for state, done, went in rows if done and went], self.deadline)
 
     @staticmethod
     def _end(root: TensorDictBase, td: TensorDictBase, ends: list[bool], failures: list[str]) -> None:
@@ -138,12 +132,8 @@ class EpisodePrimer(RowPrimer):
             known = columns.read_objects(td.get("env_failure"), batch)
             told = [old or why for old, why in zip(known, told, strict=True)]
             td.set("env_failure", columns.objects(told, batch, device))
-        failed = list(map(bool, failures))
-        either = [end or wrong for end, wrong in zip(ends, failed, strict=True)]
-        for key, flags in (("terminated", ends), ("truncated", failed), ("done", either)):
-            column = torch.tensor(flags, device=device).reshape(*batch, 1)
-            before = td.get(key, None)
-            td.set(key, column if before is None else before | column)
+        raise_flags(td, ends, "terminated", "done")
+        raise_flags(td, list(map(bool, failures)), "truncated", "done")
         if any(ends):
             reasons = td.get("stop_reason")
             answered = torch.tensor(ends, device=device).reshape(reasons.shape) & (reasons == StopReason.RUNNING)
@@ -208,12 +198,12 @@ class MessageChatEnv(DatasetChatEnv):
         cls = env if isinstance(env, type) else type(env())
         if not issubclass(cls, MessageEnv):
             raise TypeError(f"env makes a {cls.__name__}: expected a MessageEnv (torchrl_chat.conversation).")
-        self.__dict__["_episode"] = (
-            env,
-            deadline,
-            kwargs.get("data_key") or "query",
-            kwargs.get("user_role", "user"),
-        )
+        self.__dict__["_episode"] = {
+            "make": env,
+            "deadline": deadline,
+            "data_key": kwargs.get("data_key") or "query",
+            "user_role": kwargs.get("user_role", "user"),
+        }
         dataset = cls.dataset if dataset is None else dataset
         dataset = [{"index": 0}] if dataset is None else dataset
         given = dict(template_kwargs or {})
@@ -227,10 +217,7 @@ class MessageChatEnv(DatasetChatEnv):
         )
 
     def _primer(self, episodes: Any, **kwargs: Any) -> RowPrimer:
-        make, deadline, data_key, user_role = self.__dict__["_episode"]
-        return EpisodePrimer(
-            episodes, make=make, deadline=deadline, data_key=data_key, user_role=user_role, **kwargs
-        )
+        return EpisodePrimer(episodes, **self.__dict__["_episode"], **kwargs)
 
     @classmethod
     def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> MessageChatEnv:

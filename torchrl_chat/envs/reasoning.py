@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torchrl.envs import StepCounter
 
-from torchrl_chat.envs.dataset import DatasetChatEnv
 from torchrl_chat.envs.rows import GeneratedRows
-from torchrl_chat.rewards import Episode, Grader, Verdict
+from torchrl_chat.envs.task import GRADING, GradedEnv
+from torchrl_chat.rewards import Verdict
 from torchrl_chat.rewards.reasoning_gym import ReasoningGymVerifier, task_rows
-from torchrl_chat.transforms.ending import EndOfDialogue
-from torchrl_chat.transforms.reward import RewardTransform
 
 
-class ReasoningGymEnv(DatasetChatEnv):
+class ReasoningGymEnv(GradedEnv):
     """One of ``reasoning-gym``'s hundred task generators (Stojanovski et al. 2025, arXiv:2505.24760).
 
     Rows are generated from the seed; each answer is scored by the task's own ``score_answer``, but for what
@@ -32,10 +29,8 @@ class ReasoningGymEnv(DatasetChatEnv):
         size: how many rows are generated before they repeat.
         seed: the seed of the rows and of their order.
         task_kwargs: settings of the generator, e.g. ``{"min_terms": 2, "max_terms": 2}``.
-        max_steps: as for :class:`~torchrl_chat.envs.TaskEnv`.
-        compute_reward: whether rewards are computed.
         floors: whether an empty answer gets what the task's scorer gives it: 0.01 to 0.05 in twelve tasks, else 0.
-        deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
+        max_steps, compute_reward, deadline, workers: as for :class:`~torchrl_chat.envs.TaskEnv`.
 
     The others are as for :class:`DatasetChatEnv`.
 
@@ -53,26 +48,17 @@ class ReasoningGymEnv(DatasetChatEnv):
         seed: int | None = None,
         task_kwargs: dict[str, Any] | None = None,
         shuffle: bool = False,
-        max_steps: int | None = None,
-        compute_reward: bool = True,
         floors: bool = True,
-        deadline: float = 10.0,
-        workers: int | None = None,
         **kwargs: Any,
     ):
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         settings = {**(task_kwargs or {}), "size": size, "seed": seed}
         rows = GeneratedRows(task_rows(task, settings), {"task": task, **(task_kwargs or {})})
+        grading = {key: kwargs.pop(key) for key in kwargs.keys() & GRADING}
         super().__init__(dataset=rows, shuffle=shuffle, seed=seed, **kwargs)
-        if max_steps is None:
-            self._grow(EndOfDialogue())
-        elif max_steps:
-            self._grow(StepCounter(max_steps=max_steps))
-        grader = Grader(ReasoningGymVerifier(task, settings, floors=floors), deadline=deadline, workers=workers)
-        self.__dict__["_grader"], self.__dict__["_rows"] = grader, rows
-        if compute_reward:
-            self._grow(RewardTransform(grader, reference_key="entry"))
+        self.__dict__["_rows"] = rows
+        self._graded(ReasoningGymVerifier(task, settings, floors=floors), "entry", **grading)
 
     def score(self, predictions: Sequence[str], indices: Sequence[int] | None = None) -> list[Verdict]:
         """Grade answers offline, as the environment would.
@@ -87,10 +73,7 @@ class ReasoningGymEnv(DatasetChatEnv):
         """
         rows: GeneratedRows = self.__dict__["_rows"]
         indices = range(len(rows)) if indices is None else indices
-        if len(predictions) != len(indices):
-            raise ValueError(f"{len(predictions)} predictions for {len(indices)} rows.")
-        pairs = zip(predictions, indices, strict=True)
-        return self.__dict__["_grader"].grade([Episode.of(text, rows[index]["entry"]) for text, index in pairs])
+        return self._scored(predictions, [rows[index]["entry"] for index in indices])
 
     @classmethod
     def from_dataloader(cls, dataloader: Any, **kwargs: Any) -> ReasoningGymEnv:

@@ -210,7 +210,8 @@ class ArrowRows(Rows):
 
     def _tell(self) -> None:
         table = self.dataset.data
-        places = [place for name in self._nested for place in _null_places(table.column(name), name)]
+        chunks = [(name, chunk) for name in self._nested for chunk in table.column(name).chunks]
+        places = list(dict.fromkeys(place for name, chunk in chunks for place in _nulls_in(chunk, name)))
         if places:
             warnings.warn(
                 f"the dataset has nulls inside dicts: {_some(places)}. Arrow pads the dicts of a column with the keys of all "
@@ -254,15 +255,8 @@ def _may_be_converted(feature: Any, of_json: bool) -> bool:
     return own or any(_may_be_converted(inner, of_json) for _, inner in _inner(feature))
 
 
-def _null_places(column: Any, name: str) -> list[str]:
-    """Where dicts of a column have nulls, such as ``messages[].tool_calls``; only validity bits are read."""
-    found: dict[str, None] = {}
-    for chunk in column.chunks:
-        found.update(dict.fromkeys(_nulls_in(chunk, name)))
-    return list(found)
-
-
 def _nulls_in(array: Any, place: str) -> Iterator[str]:
+    """Where dicts of a column have nulls, such as ``messages[].tool_calls``; only validity bits are read."""
     import pyarrow
 
     if pyarrow.types.is_struct(array.type):

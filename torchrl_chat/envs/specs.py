@@ -49,10 +49,17 @@ class RaggedComposite(Composite):
 
     def expand(self, *shape: Any) -> Composite:
         """The same spec with more leading dimensions."""
-        return _same_class(self, super().expand(*shape))
+        expanded = super().expand(*shape)
+        return type(self)(
+            dict(expanded.items()),
+            shape=expanded.shape,
+            device=expanded.device,
+            data_cls=expanded.data_cls,
+            step_mdp_static=self.step_mdp_static,
+        )
 
 
-class HistoryComposite(Composite):
+class HistoryComposite(RaggedComposite):
     """The spec of a ``ChatHistory`` with one field: any number of messages a row."""
 
     def is_in(self, val: Any) -> bool:
@@ -68,31 +75,17 @@ class HistoryComposite(Composite):
 
     def zero(self, shape: torch.Size | None = None) -> Any:
         """One empty message a row."""
-        return self._filled(shape, {"role": "user", "content": ""})
+        return self._said(shape, {"role": "user", "content": ""})
 
     def rand(self, shape: torch.Size | None = None) -> Any:
         """One short assistant message a row."""
-        return self._filled(shape, {"role": "assistant", "content": "a string"})
+        return self._said(shape, {"role": "assistant", "content": "a string"})
 
-    def _filled(self, shape: torch.Size | None, message: dict[str, str]) -> Any:
+    def _said(self, shape: torch.Size | None, message: dict[str, str]) -> Any:
         size = torch.Size([*(shape or ()), *self.shape])
         [key] = self.keys()
         entries = [history_messages([message], self.device) for _ in range(size.numel())]
         return histories(key, entries, size, self.device)
-
-    def expand(self, *shape: Any) -> Composite:
-        """The same spec with more leading dimensions."""
-        return _same_class(self, super().expand(*shape))
-
-
-def _same_class(spec: Composite, expanded: Composite) -> Composite:
-    return type(spec)(
-        dict(expanded.items()),
-        shape=expanded.shape,
-        device=expanded.device,
-        data_cls=expanded.data_cls,
-        step_mdp_static=spec.step_mdp_static,
-    )
 
 
 def _leaf_is_in(spec: TensorSpec, value: Any) -> bool:

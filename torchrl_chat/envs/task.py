@@ -1,8 +1,8 @@
-"""``TaskEnv``: a dataset, a prompt and a verifier; the ready-made environments are made of it."""
+"""``TaskEnv``: a dataset, a prompt and a verifier; and the ready-made environments that are nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torchrl.envs import StepCounter
@@ -10,12 +10,45 @@ from torchrl.envs import StepCounter
 from torchrl_chat.envs.dataset import LOADER_OPTIONS, OPTIONS, DatasetChatEnv
 from torchrl_chat.envs.loading import collate, load_rows
 from torchrl_chat.rewards import Episode, Grader, Verdict
-from torchrl_chat.rewards.tasks import Task
+from torchrl_chat.rewards.tasks import TASKS, Task
 from torchrl_chat.transforms.ending import EndOfDialogue
 from torchrl_chat.transforms.reward import RewardTransform
 
+GRADING = frozenset({"max_steps", "compute_reward", "on_failure", "failure_score", "deadline", "workers"})
+"""The keyword arguments that say how answers are graded, and how long a dialogue may be."""
 
-class TaskEnv(DatasetChatEnv):
+
+class GradedEnv(DatasetChatEnv):
+    """A dataset whose answers are graded, in the environment and offline; the dialogue ends with the answer."""
+
+    def _graded(
+        self,
+        verifier: Any,
+        reference_key: str = "answer",
+        *,
+        max_steps: int | None = None,
+        compute_reward: bool = True,
+        on_failure: Literal["score", "mask"] = "score",
+        **grading: Any,
+    ) -> None:
+        """Append what ends the dialogues, and what grades them."""
+        grader = self.__dict__["_grader"] = Grader(verifier, **grading)
+        if max_steps is None:
+            self._grow(EndOfDialogue())
+        elif max_steps:
+            self._grow(StepCounter(max_steps=max_steps))
+        if compute_reward:
+            self._grow(RewardTransform(grader, reference_key=reference_key, on_failure=on_failure))
+
+    def _scored(self, predictions: Sequence[str], references: Sequence[Any]) -> list[Verdict]:
+        """The verdicts of answers, given as texts."""
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
+        pairs = zip(predictions, references, strict=True)
+        return self.__dict__["_grader"].grade([Episode.of(text, reference) for text, reference in pairs])
+
+
+class TaskEnv(GradedEnv):
     """A dataset whose answers a verifier grades: one of the ready-made environments below.
 
     Each conversation starts with a question of the dataset; the policy's answer is graded against the row's reference,
@@ -50,17 +83,10 @@ class TaskEnv(DatasetChatEnv):
         name: str | None = None,
         split: str | None = "train",
         collate_fn: Callable[[Any], Any] | None = None,
-        compute_reward: bool = True,
-        max_steps: int | None = None,
         verifier: Any = None,
-        failure_score: float = 0.0,
-        on_failure: Literal["score", "mask"] = "score",
-        deadline: float = 10.0,
-        workers: int | None = None,
         **kwargs: Any,
     ):
-        options = {key: kwargs.pop(key) for key in kwargs.keys() - OPTIONS}
-        verifier = self._verifier(verifier, options)
+        verifier, grading = self._grading(verifier, kwargs, OPTIONS)
         if dataset is None:
             dataset = self.DATASET
         if isinstance(dataset, str) and dataset == self.DATASET and name is None:
@@ -71,61 +97,32 @@ class TaskEnv(DatasetChatEnv):
             dataset=dataset, name=name, split=split, collate_fn=collate_fn or self.columns_of, **kwargs
         )
         self.__dict__["_source"] = (dataset, name, split)
-        self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
-
-    def _reward(
-        self,
-        verifier: Any,
-        max_steps: int | None,
-        compute_reward: bool,
-        failure_score: float = 0.0,
-        on_failure: Literal["score", "mask"] = "score",
-        deadline: float = 10.0,
-        workers: int | None = None,
-    ) -> None:
-        grader = Grader(verifier, failure_score=failure_score, deadline=deadline, workers=workers)
-        self.__dict__["_grader"] = grader
-        if max_steps is None:
-            self._grow(EndOfDialogue())
-        elif max_steps:
-            self._grow(StepCounter(max_steps=max_steps))
-        if compute_reward:
-            self._grow(RewardTransform(grader, on_failure=on_failure))
+        self._graded(verifier, **grading)
 
     @classmethod
-    def from_dataloader(
-        cls,
-        dataloader: Any,
-        *,
-        max_steps: int | None = None,
-        compute_reward: bool = True,
-        verifier: Any = None,
-        failure_score: float = 0.0,
-        on_failure: Literal["score", "mask"] = "score",
-        deadline: float = 10.0,
-        workers: int | None = None,
-        **kwargs: Any,
-    ) -> Self:
+    def from_dataloader(cls, dataloader: Any, *, verifier: Any = None, **kwargs: Any) -> Self:
         """The environment over an existing dataloader, whose batches have ``query`` and ``answer``.
 
         Keyword arguments that :meth:`DatasetChatEnv.from_dataloader` does not know are the verifier's options.
         """
-        options = {key: kwargs.pop(key) for key in kwargs.keys() - LOADER_OPTIONS}
-        verifier = cls._verifier(verifier, options)
+        verifier, grading = cls._grading(verifier, kwargs, LOADER_OPTIONS)
         self = super().from_dataloader(dataloader, **kwargs)
-        self._reward(verifier, max_steps, compute_reward, failure_score, on_failure, deadline, workers)
+        self._graded(verifier, **grading)
         return self
 
     @classmethod
-    def _verifier(cls, verifier: Any, options: dict[str, Any]) -> Any:
+    def _grading(cls, verifier: Any, given: dict[str, Any], known: Collection[str]) -> tuple[Any, dict[str, Any]]:
+        """The verifier, and the options of grading, taken out of what is given; what nobody knows are the verifier's own."""
+        grading = {key: given.pop(key) for key in given.keys() & GRADING}
+        options = {key: given.pop(key) for key in given.keys() - known}
         if verifier is None:
-            return cls.TASK.make_verifier(**options)
+            return cls.TASK.make_verifier(**options), grading
         if options:
             raise TypeError(
                 f"{cls.__name__} has no argument {', '.join(map(repr, sorted(options)))}; options of the task's own "
                 f"verifier go without verifier=..."
             )
-        return verifier
+        return verifier, grading
 
     @classmethod
     def columns_of(cls, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -154,7 +151,77 @@ class TaskEnv(DatasetChatEnv):
             if "_source" not in self.__dict__:
                 raise ValueError("an environment over a dataloader has no dataset order: pass references=[...].")
             references = self.columns_of(list(load_rows(*self.__dict__["_source"])))["answer"]
-        if len(predictions) != len(references):
-            raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
-        pairs = zip(predictions, references, strict=True)
-        return self.__dict__["_grader"].grade([Episode.of(text, reference) for text, reference in pairs])
+        return self._scored(predictions, references)
+
+
+class GSM8KEnv(TaskEnv):
+    """Grade-school word problems with verifiable answers (Cobbe et al. 2021, arXiv:2110.14168).
+
+    Rows have ``question`` and ``answer`` (a worked solution that ends with ``#### 42``); train 7,473 and test 1,319 of
+    them. Reward 1 if the number is right, 0 if not.
+
+    Keyword Args:
+        last_number: accept the last number of an answer that is not marked (``#### 42``, ``\\boxed{42}``,
+            ``<answer>42</answer>``).
+        format_reward: the reward of a wrong answer that is at least marked.
+
+    The others are as for :class:`TaskEnv`.
+
+    Example:
+        >>> env = GSM8KEnv(dataset="gsm8k/train.jsonl", tokenizer=tokenizer, num_envs=8, repeats=4)
+        >>> rollout = env.rollout(1, policy)  # doctest: +SKIP
+    """
+
+    TASK = TASKS["gsm8k"]
+    DATASET = "openai/gsm8k"
+    CONFIG = "main"
+    SYSTEM_PROMPT = (
+        "Solve the user's problem. Think step by step inside <think></think>, then give the final number, "
+        "and nothing but the number, inside <answer></answer>."
+    )
+
+
+class MATHEnv(TaskEnv):
+    """Competition mathematics with answers in LaTeX (Hendrycks et al. 2021, arXiv:2103.03874).
+
+    Rows have ``problem``, and ``answer`` or a worked ``solution`` that boxes it. Reward 1 if the marked answer equals the
+    reference as mathematics, see :class:`~torchrl_chat.rewards.MathVerifier`; needs the extra ``math``. An answer
+    that takes SymPy beyond ``deadline`` seconds costs its own row only.
+
+    Keyword Args:
+        unmarked: whether an answer counts that is not marked (``\\boxed{}``, ``<answer>``, ``####``). Defaults to ``False``.
+        format_reward: the reward of a wrong answer that is at least marked.
+
+    The others are those of the verifier and of :class:`TaskEnv`.
+
+    Example:
+        >>> rows = [{"problem": "What is $\\\\frac{1}{2} + \\\\frac{1}{3}$?", "answer": "\\\\frac{5}{6}"}]
+        >>> env = MATHEnv(dataset=rows, tokenizer=tokenizer, num_envs=8, group_repeats=True, repeats=4)
+    """
+
+    TASK = TASKS["math"]
+    DATASET = "DigitalLearningGmbH/MATH-lighteval"
+    SYSTEM_PROMPT = "Solve the user's problem. Reason step by step, and put your final answer within \\boxed{}."
+
+
+class IFEvalEnv(TaskEnv):
+    """Prompts with instructions that can be checked (Zhou et al. 2023, arXiv:2311.07911).
+
+    Rows have ``prompt``, ``instruction_id_list`` and ``kwargs``. The reward is a figure of
+    :class:`~torchrl_chat.rewards.IFEvalVerifier`; all of them are under ``("next", "reward_parts")``. Instructions about
+    languages need the extra ``ifeval``.
+
+    Keyword Args:
+        score: which figure is the reward: ``"prompt_strict"`` (default), ``"instruction_strict"``, ``"prompt_loose"``,
+            ``"instruction_loose"``, or ``"torchrl"``.
+
+    The others are as for :class:`TaskEnv`.
+
+    Example:
+        >>> rows = [{"prompt": "Greet me. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}]
+        >>> env = IFEvalEnv(dataset=rows, tokenizer=tokenizer, score="instruction_strict")
+    """
+
+    TASK = TASKS["ifeval"]
+    DATASET = "google/IFEval"
+    SYSTEM_PROMPT = None

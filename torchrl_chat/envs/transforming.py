@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -20,7 +20,7 @@ from torchrl.envs.transforms.transforms import _CallableTransform
 from torchrl_chat.conversation import StopReason
 from torchrl_chat.envs.resetting import FreshRows
 from torchrl_chat.envs.stepping import FlatStepping
-from torchrl_chat.transforms.home import flat, stack
+from torchrl_chat.transforms.home import flat, missing, stack
 
 
 class _Result:
@@ -165,7 +165,7 @@ class TransformedChatEnv(Appending, FreshRows, FlatStepping, TransformedEnv):
         for transform in flat(self.transform):
             for key, argument in _reads(transform).items():
                 if result.get(key, None) is None:
-                    raise _missing(transform, key, argument, result.keys())
+                    raise missing(transform, key, argument, result.keys())
         return result
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -230,18 +230,11 @@ def check_columns(env: TransformedEnv, transform: Transform) -> None:
     known = {*env.observation_spec.keys(True), *env.state_spec.keys(True)}
     for key, argument in reads.items():
         if key not in known:
-            raise _missing(transform, key, argument, known)
+            raise missing(transform, key, argument, known)
 
 
 def _reads(transform: Transform) -> dict[NestedKey, str]:
     return transform.reads() if hasattr(transform, "reads") else {}
-
-
-def _missing(transform: Transform, key: NestedKey, argument: str, found: Iterable[Any]) -> KeyError:
-    plain = sorted({name for name in found if isinstance(name, str)})
-    return KeyError(
-        f"{type(transform).__name__} reads {key!r}, which is not there: got the keys {plain}. Pass {argument}=..."
-    )
 
 
 def _tell_reason(td: TensorDictBase) -> None:

@@ -111,20 +111,15 @@ def _of_view(
     ):
         if value is None:
             raise KeyError(f"the view has no {name!r} ({how}): got the keys {sorted(map(str, view.keys()))}.")
-    if valid is None:
-        valid = _trained(view, len(reward)).to(found.device)
+    if valid is None:  # the sequences that have a token to train
+        if (owners := view.get("sequence_ids", None)) is not None:
+            valid = torch.zeros(len(reward), dtype=torch.bool, device=owners.device)
+            valid[owners[view.get("masks").all_assistant_mask.bool()]] = True
+        else:
+            rows = columns.read_field(view.get("masks"), "all_assistant_mask", view.batch_size)
+            valid = torch.tensor([bool(row.any()) for row in rows or ()], dtype=torch.bool)
+        valid = valid.to(found.device)
     return reward, found, view.get("episode", None) if episode is None else episode, valid
-
-
-def _trained(view: TensorDictBase, count: int) -> torch.Tensor:
-    """Which sequences of a view have a token to train, bool (N,)."""
-    owners = view.get("sequence_ids", None)
-    if owners is not None:
-        trained = torch.zeros(count, dtype=torch.bool, device=owners.device)
-        trained[owners[view.get("masks").all_assistant_mask.bool()]] = True
-        return trained
-    rows = columns.read_field(view.get("masks"), "all_assistant_mask", view.batch_size)
-    return torch.tensor([bool(row.any()) for row in rows or ()], dtype=torch.bool)
 
 
 def token_rewards(reward: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

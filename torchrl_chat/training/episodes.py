@@ -53,30 +53,14 @@ class Episodes:
 
     def __init__(self, data: TensorDictBase | Sequence[TensorDictBase]):
         batches = [data] if isinstance(data, TensorDictBase) else list(data)
-        self.picks: list[tuple[_Part, list[int]]] = []
-        found: list[tuple[int, Transcript]] = []
-        self._lines: list[_Line] = []
+        self._batches: list[_Batch] = []
         offset = 0
         for batch in batches:
-            parts = list(_parts(batch, torch.arange(batch.numel()).reshape(batch.batch_size)))
-            ended = [_ended(part) for part in parts]
-            transcripts = {place: t for rows in ended for _, place, t in rows}
-            times = batch.batch_size[-1] if batch.batch_size else 1
-            repeated = {
-                place
-                for place, transcript in transcripts.items()
-                if place % times and _same(transcript, transcripts.get(place - 1))
-            }
-            if any(part.following is None for part in parts):
-                repeated = set()  # rows, not steps
-            ended = [[row for row in rows if row[1] not in repeated] for rows in ended]
-            self.picks += [
-                (part, [row for row, *_ in rows]) for part, rows in zip(parts, ended, strict=True) if rows
-            ]
-            found += [(place + offset, t) for rows in ended for _, place, t in rows]
-            places = [place for rows in ended for _, place, _ in rows]
-            self._lines.append(_Line(batch.batch_size, parts, places, offset))
+            self._batches.append(_Batch(batch, offset))
             offset += batch.numel()
+        ended = [(part, rows) for batch in self._batches for part, rows in batch.ended if rows]
+        self._picks = [(part, [row for row, *_ in rows]) for part, rows in ended]
+        found = [(place, transcript) for _, rows in ended for _, place, transcript in rows]
         if not found:
             raise ValueError(
                 f"no row ends an episode: ('next', 'done') is false throughout the {offset} rows. Collect whole "
@@ -89,16 +73,16 @@ class Episodes:
 
     def keys(self) -> list[str]:
         """The columns that every batch has, but for the sequences."""
-        first, *others = [part.keys() for part, _ in self.picks]
+        first, *others = [part.keys() for part, _ in self._picks]
         return sorted(first.intersection(*others))
 
     def column(self, key: str, episodes: Sequence[int]) -> Any:
         """One column, a row for each of ``episodes``; a value may be asked for more than once."""
         chosen = [self._permutation[i] for i in episodes]
-        if len(self.picks) == 1:
-            [(part, rows)] = self.picks
+        if len(self._picks) == 1:
+            [(part, rows)] = self._picks
             return _take(part.source(key), key, [rows[i] for i in chosen])
-        pieces = [_take(part.source(key), key, rows) for part, rows in self.picks]
+        pieces = [_take(part.source(key), key, rows) for part, rows in self._picks]
         first = pieces[0]
         if isinstance(first, (NonTensorStack, NonTensorData)):
             values = [value for piece in pieces for value in columns.read_objects(piece, piece.batch_size)]
@@ -113,66 +97,76 @@ class Episodes:
 
     def slots(self) -> tuple[list[int], int]:
         """The number of each episode among all that the data hold steps of, unfinished ones too; and how many these are."""
-        numbers: dict[int, int] = {}
-        begun = 0
-        for line in self._lines:
-            found, begun = line.slots(begun)
-            numbers.update(found)
-        return [numbers[place] for place in self.places], begun
+        numbers: list[int] = []
+        for batch in self._batches:
+            numbers += batch.slots(numbers[-1] + 1 if numbers else 0)
+        return [numbers[place] for place in self.places], numbers[-1] + 1
 
     def turn_rewards(self) -> list[torch.Tensor]:
         """The rewards of each episode's turns, float32 (K,), as far as the batch holds them."""
         rewards: dict[int, torch.Tensor] = {}
-        for line in self._lines:
-            rewards.update(line.turn_rewards())
+        for batch in self._batches:
+            rewards.update(batch.turn_rewards())
         return [rewards[place] for place in self.places]
 
 
-class _Line:
-    """The steps of one batch along its last dimension, time."""
+class _Batch:
+    """The rows of one batch by their place among all rows, counted from ``first``: steps, with time as the last dimension.
 
-    def __init__(self, batch: torch.Size, parts: list[_Part], ended: list[int], offset: int):
-        self.batch, self.parts, self.ended, self.offset = batch, parts, ended, offset
+    Attributes:
+        ended: of each part the rows that end an episode: their number, their place, the ledger.
+    """
 
-    def slots(self, begun: int) -> tuple[dict[int, int], int]:
+    def __init__(self, td: TensorDictBase, first: int):
+        self.places = range(first, first + td.numel())
+        self.times = td.batch_size[-1] if td.batch_size else 1
+        order = torch.arange(first, first + td.numel()).reshape(td.batch_size)
+        parts = list(_parts(td, order))
+        self.steps = all(part.following is not None for part in parts)
+        ended = [(part, _ended(part)) for part in parts]
+        ledgers = {place: transcript for _, rows in ended for _, place, transcript in rows}
+        repeated = {place for place, ledger in ledgers.items() if _same(ledger, self._before(ledgers, place))}
+        self.ended = [(part, [row for row in rows if row[1] not in repeated]) for part, rows in ended]
+        self._ends = ledgers.keys() - repeated
+
+    def _before(self, ledgers: dict[int, Transcript], place: int) -> Transcript | None:
+        """The ledger of the step before, if there is one."""
+        return ledgers.get(place - 1) if self.steps and (place - self.places.start) % self.times else None
+
+    def slots(self, begun: int) -> list[int]:
         """The number of the episode of each place, counted on from ``begun``."""
-        count = self.batch.numel()
         ledgers: dict[int, Transcript] = {}
-        steps = False
-        for part in self.parts:
+        for part, _ in self.ended:
             source = part.source("transcript")
-            steps = steps or part.following is not None
             rows = columns.read_objects(source.get("transcript"), source.batch_size)
             ledgers.update(zip(part.order.tolist(), rows, strict=True))
-        times, ended = self.batch[-1] if self.batch else 1, set(self.ended)
-        numbers: dict[int, int] = {}
-        for place in range(count):
-            before = ledgers.get(place - 1) if steps and place % times else None
-            on = before is not None and place - 1 not in ended and _goes_on(ledgers[place], before)
+        numbers = []
+        for place in self.places:
+            before = self._before(ledgers, place)
+            on = before is not None and place - 1 not in self._ends and _goes_on(ledgers[place], before)
             begun += not (on or _same(ledgers[place], before))
-            numbers[place + self.offset] = begun - 1
-        return numbers, begun
+            numbers.append(begun - 1)
+        return numbers
 
     def turn_rewards(self) -> dict[int, torch.Tensor]:
-        count = self.batch.numel()
+        """The rewards of the turns of each episode, by the place where it ends."""
+        first, count = self.places.start, len(self.places)
         reward, stepped = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
-        for part in self.parts:
+        for part, _ in self.ended:
             if part.following is None:
                 raise ValueError("the rewards of the turns are asked for: pass the steps, with their 'next'.")
             value = part.following.get("reward", None)
             if value is None or value.numel() != len(part.order):
                 raise ValueError("the rewards of the turns are asked for: expected one ('next', 'reward') a row.")
-            reward[part.order] = value.reshape(-1).float().cpu()
-            stepped[part.order] = _went(part)
-        ended = set(self.ended)
-        times = self.batch[-1] if self.batch else 1
+            reward[part.order - first] = value.reshape(-1).float().cpu()
+            stepped[part.order - first] = _went(part)
         result, start = {}, 0
         for place in range(count):
-            if place % times == 0:
+            if place % self.times == 0:
                 start = place
-            if place in ended:
+            if place + first in self._ends:
                 turns = slice(start, place + 1)
-                result[place + self.offset] = reward[turns][stepped[turns]]
+                result[place + first] = reward[turns][stepped[turns]]
                 start = place + 1
         return result
 

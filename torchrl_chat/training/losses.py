@@ -101,7 +101,13 @@ def policy_loss(
         tensor(-1.)
     """
     low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
-    _check(log_probs, old_log_probs, mask, (low, high), dual_clip, aggregation, constant)
+    if not log_probs.shape == old_log_probs.shape == mask.shape or mask.ndim != 2:
+        shapes = [tuple(value.shape) for value in (log_probs, old_log_probs, mask)]
+        raise ValueError(f"log-probs, old log-probs and mask have the shapes {shapes}: expected one shape (N, T).")
+    if not 0 <= low < 1 or high < 0:
+        raise ValueError(f"clip={(low, high)}: expected 0 <= low < 1 and high >= 0.")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip={dual_clip}: expected more than 1.")
     weights = _per_token(advantage, mask, sequences)
     log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
     ratio = log_ratio.exp()
@@ -109,7 +115,7 @@ def policy_loss(
     gain = torch.minimum(plain, clipped)
     if dual_clip is not None:
         gain = torch.where(weights < 0, torch.maximum(gain, dual_clip * weights), gain)
-    loss = _aggregated(torch.where(mask, -gain, 0.0), mask, aggregation, constant, denominator, sequences)
+    loss = masked_mean(-gain, mask, aggregation, constant=constant, denominator=denominator, sequences=sequences)
     with torch.no_grad():
         count = mask.sum().clamp(min=1)
         chosen = log_ratio[mask]
@@ -138,26 +144,9 @@ def masked_mean(
         >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
         tensor(3.)
     """
-    _check(values, values, mask, (0.0, 0.0), None, aggregation, constant)
-    return _aggregated(torch.where(mask, values, 0.0), mask, aggregation, constant, denominator, sequences)
-
-
-def _check(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    mask: torch.Tensor,
-    clip: tuple[float, float],
-    dual_clip: float | None,
-    aggregation: str,
-    constant: float | None,
-) -> None:
-    if not log_probs.shape == old_log_probs.shape == mask.shape or mask.ndim != 2:
-        shapes = [tuple(value.shape) for value in (log_probs, old_log_probs, mask)]
-        raise ValueError(f"log-probs, old log-probs and mask have the shapes {shapes}: expected one shape (N, T).")
-    if not 0 <= clip[0] < 1 or clip[1] < 0:
-        raise ValueError(f"clip={clip}: expected 0 <= low < 1 and high >= 0.")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip={dual_clip}: expected more than 1.")
+    if values.shape != mask.shape or mask.ndim != 2:
+        shapes = [tuple(values.shape), tuple(mask.shape)]
+        raise ValueError(f"values and mask have the shapes {shapes}: expected one shape (N, T).")
     if aggregation not in ("token", "sequence", "constant"):
         raise ValueError(f"aggregation={aggregation!r}: expected 'token', 'sequence' or 'constant'.")
     if (aggregation == "constant") != (constant is not None):
@@ -166,6 +155,22 @@ def _check(
         )
     if constant is not None and constant <= 0:
         raise ValueError(f"constant={constant}: expected more than 0.")
+    values = torch.where(mask, values, 0.0)
+    if aggregation == "token":
+        return values.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    if sequences is None:
+        index = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    else:
+        index = sequences if sequences.shape == mask.shape else sequences.reshape(-1, 1).expand_as(mask)
+    if constant is not None:
+        count = max(1, index[mask].unique().numel()) if denominator is None else denominator
+        return values.sum() / (constant * count)
+    size = int(index.max()) + 1
+    flat = index.clamp(min=0).flatten()
+    sums = torch.zeros(size, device=values.device, dtype=values.dtype).index_add(0, flat, values.flatten())
+    tokens = torch.zeros(size, device=values.device).index_add(0, flat, mask.flatten().float())
+    means = sums / tokens.clamp(min=1)
+    return means.sum() / ((tokens > 0).sum().clamp(min=1) if denominator is None else denominator)
 
 
 def _per_token(advantage: torch.Tensor, mask: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:
@@ -180,28 +185,3 @@ def _per_token(advantage: torch.Tensor, mask: torch.Tensor, sequences: torch.Ten
     raise ValueError(
         f"the advantage has the shape {tuple(advantage.shape)}: expected one a token, {tuple(mask.shape)}, or one a sequence."
     )
-
-
-def _aggregated(
-    loss: torch.Tensor,
-    mask: torch.Tensor,
-    aggregation: str,
-    constant: float | None,
-    denominator: float | torch.Tensor | None,
-    sequences: torch.Tensor | None,
-) -> torch.Tensor:
-    if aggregation == "token":
-        return loss.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
-    if sequences is None:
-        index = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    else:
-        index = sequences if sequences.shape == mask.shape else sequences.reshape(-1, 1).expand_as(mask)
-    if constant is not None:
-        count = max(1, index[mask].unique().numel()) if denominator is None else denominator
-        return loss.sum() / (constant * count)
-    size = int(index.max()) + 1
-    flat = index.clamp(min=0).flatten()
-    sums = torch.zeros(size, device=loss.device, dtype=loss.dtype).index_add(0, flat, loss.flatten())
-    tokens = torch.zeros(size, device=loss.device).index_add(0, flat, mask.flatten().float())
-    means = sums / tokens.clamp(min=1)
-    return means.sum() / ((tokens > 0).sum().clamp(min=1) if denominator is None else denominator)

@@ -35,9 +35,7 @@ class _Dense(NamedTuple):
     sequence_ids: torch.Tensor | None  # only where a row has several sequences
 
     def part(self, rows: torch.Tensor, width: int) -> _Dense:
-        ids, mask, attention, position_ids = (field[rows, :width] for field in self[:4])
-        owners = None if self.sequence_ids is None else self.sequence_ids[rows, :width]
-        return _Dense(ids, mask, attention, position_ids, owners)
+        return _Dense(*(None if field is None else field[rows, :width] for field in self))  # type: ignore[arg-type]
 
 
 def sequence_log_probs(
@@ -88,7 +86,11 @@ def sequence_log_probs(
         raise ValueError(f"chunk={chunk}, max_tokens={max_tokens}: expected at least 1.")
     device = next(model.parameters()).device
     dense = _dense(view, device)
-    _check_ids(model, dense)
+    known, highest = model.get_input_embeddings().num_embeddings, int(dense.ids.max())
+    if highest >= known:
+        raise ValueError(
+            f"the view has the token id {highest}, and the model knows {known} ids: it has another vocabulary."
+        )
     # The first token of a sequence has nothing before it: it is never scored.
     mask = dense.mask & (dense.position_ids > 0)
     log_probs = torch.zeros(mask.shape, device=device)
@@ -143,15 +145,18 @@ def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
 
 
 def _dense(view: TensorDictBase, device: torch.device) -> _Dense:
+    rectangular = "sequence_ids" in view.keys() or "position_ids" in view.keys()
+
     def rows(container: str, key: str) -> Any:
-        value = columns.bare(view.get(container, None))
-        if value is None:
-            raise KeyError(f"the view has no ({container!r}, {key!r}): make it with training_view.")
-        if "sequence_ids" in view.keys() or "position_ids" in view.keys():
-            return value.get(key).to(device)
-        found = columns.read_field(value, key, view.batch_size)
+        value = view.get(container, None)
+        if rectangular and value is not None:
+            found = columns.bare(value).get(key, None)
+        else:
+            found = columns.read_field(value, key, view.batch_size)
         if found is None:
             raise KeyError(f"the view has no ({container!r}, {key!r}): make it with training_view.")
+        if rectangular:
+            return found.to(device)
         return pad_sequence([row.to(device) for row in found], batch_first=True)
 
     ids = rows("tokens", "full")
@@ -165,24 +170,13 @@ def _dense(view: TensorDictBase, device: torch.device) -> _Dense:
     return _Dense(ids, mask, attention, position_ids.to(device), sequence_ids)
 
 
-def _check_ids(model: Any, dense: _Dense) -> None:
-    size = model.get_input_embeddings().num_embeddings
-    highest = int(dense.ids.max())
-    if highest >= size:
-        raise ValueError(
-            f"the view has the token id {highest}, and the model knows {size} ids: it has another vocabulary."
-        )
-
-
 def _minibatches(
     attention: torch.Tensor, mask: torch.Tensor, max_tokens: int | None
 ) -> Iterator[tuple[torch.Tensor, int]]:
     """Row numbers, and how wide these rows are; rows without a token to score are left out."""
-    count, width = mask.shape
-    places = torch.arange(1, width + 1, device=mask.device)
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     ends = (attention * places).amax(-1).tolist()
-    wanted = mask.any(-1).tolist()
-    chosen = [row for row in range(count) if wanted[row]]
+    chosen = mask.any(-1).nonzero().flatten().tolist()
     if max_tokens is None:
         groups = [chosen] if chosen else []
     else:

@@ -111,8 +111,10 @@ def training_view(
     device, count = found.device, len(every)
     failed = failed_rows(kept, count)
     masks = [torch.zeros_like(s.mask) if bad else s.mask for s, bad in zip(every, failed, strict=True)]
-    versions = [s.token_versions for s in every] if any(s.versions for s in every) else None
-    flat = Flat.of([s.tokens for s in every], masks, [s.log_probs for s in every], versions).to(device)
+    fields = {"mask": masks, "log_probs": [s.log_probs for s in every]}
+    if any(s.versions for s in every):
+        fields["versions"] = [s.token_versions for s in every]
+    flat = Flat.of([s.tokens for s in every], **fields).to(device)
     if layout == "ragged":
         laid = layouts.ragged(flat, device)
     elif layout == "padded":

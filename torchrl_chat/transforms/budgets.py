@@ -14,7 +14,7 @@ from torchrl.envs import Transform
 from torchrl_chat import columns
 from torchrl_chat.conversation import Limits, StopReason, Transcript
 from torchrl_chat.conversation.limits import NO_LIMIT
-from torchrl_chat.transforms.home import alike, chat_env
+from torchrl_chat.transforms.home import alike, chat_env, flags, raise_flags
 
 
 class Budget(Transform):
@@ -116,12 +116,9 @@ class Budget(Transform):
             for own, count in zip(known, left, strict=True)
         ]
         self._write(tensordict_reset, left, reasons, [0] * len(transcripts))
-        batch, device = tensordict_reset.batch_size, tensordict_reset.device
-        if tensordict_reset.get("truncated", None) is None:
-            tensordict_reset.set("truncated", torch.zeros((*batch, 1), dtype=torch.bool, device=device))
         if self.max_seconds is not None:
-            now = torch.full((*batch, 1), time.time(), dtype=torch.float64, device=device)
-            tensordict_reset.set("started_at", now)
+            shape, device = (*tensordict_reset.batch_size, 1), tensordict_reset.device
+            tensordict_reset.set("started_at", torch.full(shape, time.time(), dtype=torch.float64, device=device))
         return tensordict_reset
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -133,7 +130,7 @@ class Budget(Transform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         if self.max_seconds is not None:
             next_tensordict.set("started_at", tensordict.get("started_at"))
-        ends = [self._flags(next_tensordict, key) for key in ("terminated", "truncated")]
+        ends = [flags(next_tensordict, key) for key in ("terminated", "truncated")]
         open_rows = [not reason for reason in self._known(next_tensordict)]
         cut = self._decide(tensordict, next_tensordict, *ends)
         mine = [short and not was for short, was in zip(cut, ends[1], strict=True)]
@@ -148,9 +145,7 @@ class Budget(Transform):
         before, open_rows, mine = left
         if all(old is new for old, new in zip(before, self._seen(next_tensordict), strict=True)):
             return
-        terminated, truncated, done = (
-            self._flags(next_tensordict, key) for key in ("terminated", "truncated", "done")
-        )
+        terminated, truncated, done = (flags(next_tensordict, key) for key in ("terminated", "truncated", "done"))
         # What this budget has ended goes on, but for what an answer or another transform ends.
         truncated = [short and not own for short, own in zip(truncated, mine, strict=True)]
         done = [over and (not own or ended) for over, own, ended in zip(done, mine, terminated, strict=True)]
@@ -172,15 +167,8 @@ class Budget(Transform):
     @staticmethod
     def _seen(td: TensorDictBase) -> list[Any]:
         """What a decision depends on, to be compared by identity."""
-        column = td.get("transcript")
-        ends = [td.get(key, None) for key in ("terminated", "truncated", "done")]
-        return [*ends, *columns.read_objects(column, td.batch_size)]
-
-    @staticmethod
-    def _flags(td: TensorDictBase, key: str) -> list[bool]:
-        value = td.get(key, None)
-        count = td.batch_size.numel()
-        return [False] * count if value is None else value.reshape(count, -1).any(-1).tolist()
+        ends = [td.get(key) for key in ("terminated", "truncated", "done")]
+        return [*ends, *columns.read_objects(td.get("transcript"), td.batch_size)]
 
     def _decide(
         self,
@@ -190,14 +178,13 @@ class Budget(Transform):
         truncated: list[bool],
     ) -> list[bool]:
         """Write the reasons and end the rows that have one; which those are."""
-        batch = next_tensordict.batch_size
         transcripts = self._transcripts(next_tensordict)
         given = self._allowed(self._transcripts(tensordict))
         calls = self._calls(tensordict, next_tensordict, transcripts)
         seconds = [0.0] * len(transcripts)
         if self.max_seconds is not None:
             seconds = list(map(self._seconds, tensordict.get("started_at").flatten().tolist()))
-        template = self._env.template
+        template = chat_env(self).template
         reasons = [
             StopReason(own)
             if own
@@ -225,10 +212,7 @@ class Budget(Transform):
             ]
         self._write(next_tensordict, self._allowed(transcripts), reasons, calls)
         own = [reason not in (StopReason.RUNNING, StopReason.ANSWERED) for reason in reasons]
-        ended = torch.tensor(own, device=next_tensordict.device).reshape(*batch, 1)
-        for key in ("truncated", "done"):
-            before = next_tensordict.get(key, None)
-            next_tensordict.set(key, ended if before is None else before | ended)
+        raise_flags(next_tensordict, own, "truncated", "done")
         return own
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
@@ -244,35 +228,19 @@ class Budget(Transform):
             observation_spec["started_at"] = Unbounded(shape, dtype=torch.float64, device=device)
         return observation_spec
 
-    def transform_done_spec(self, done_spec: Composite) -> Composite:
-        """The spec of ``truncated``, if no other transform has added it."""
-        if "truncated" not in done_spec.keys():
-            done_spec["truncated"] = done_spec["done"].clone()
-        return done_spec
-
     # ------------------------------------------------------------------ one row
     def _allowed(self, transcripts: list[Transcript]) -> list[int]:
         """How many tokens the policy may sample in its next turn, by all budgets of the environment."""
-        budgets, template = alike(self, Budget), self._env.template
-        if template is None:
-            for budget in budgets:
-                budget._refuse_tokens()
-        return [
-            min(budget.limits.tokens_left(transcript, template) for budget in budgets) for transcript in transcripts
-        ]
-
-    def _refuse_tokens(self) -> None:
-        """Raise where a limit in tokens was given."""
-        if given := self.limits.in_tokens:
-            raise TypeError(
-                f"Budget: {' and '.join(given)} count tokens, and this environment has no tokenizer: give it one "
-                f"(ChatEnv(tokenizer=...)), or limit max_turns or max_seconds."
-            )
+        limits, template = [budget.limits for budget in alike(self, Budget)], chat_env(self).template
+        for limit in limits:
+            if template is None and (given := limit.in_tokens):
+                raise TypeError(
+                    f"Budget: {' and '.join(given)} count tokens, and this environment has no tokenizer: give it one "
+                    f"(ChatEnv(tokenizer=...)), or limit max_turns or max_seconds."
+                )
+        return [min(limit.tokens_left(transcript, template) for limit in limits) for transcript in transcripts]
 
     # ------------------------------------------------------------------ columns
-    @property
-    def _env(self) -> Any:
-        return chat_env(self)
 
     def _transcripts(self, td: TensorDictBase) -> list[Transcript]:
         column = td.get("transcript", None)
@@ -281,8 +249,13 @@ class Budget(Transform):
         return columns.read_objects(column, td.batch_size)
 
     def _calls(self, root: TensorDictBase, following: TensorDictBase, transcripts: list[Transcript]) -> list[int]:
-        """How many tools were called in each row."""
-        counts = list(map(_calls, transcripts))
+        """How many tools the policy has called: as structured calls, or (fenced code) by what a tool answered."""
+        counts = []
+        for transcript in transcripts:
+            # A prompt may tell of calls too.
+            said = transcript.messages[transcript.spans[0].message :] if transcript.spans else []
+            structured = sum(len(message.get("tool_calls") or ()) for message in said)
+            counts.append(max(structured, sum(message["role"] == "tool" for message in said)))
         made, left = following.get("tool_calls", None), root.get("calls_left", None)
         if made is None or left is None:
             return counts
@@ -303,14 +276,3 @@ class Budget(Transform):
     @staticmethod
     def _column(values: Sequence[int], td: TensorDictBase) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=td.device).reshape(*td.batch_size, 1)
-
-
-def _calls(transcript: Transcript) -> int:
-    """How many tools the policy has called: as structured calls, or (fenced code) by what a tool answered."""
-    if not transcript.spans:
-        return 0
-    said = transcript.messages[transcript.spans[0].message :]  # a prompt may tell of calls too
-    return max(
-        sum(len(message.get("tool_calls") or ()) for message in said),
-        sum(message["role"] == "tool" for message in said),
-    )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from tensordict import TensorDictBase
-from torchrl.data import Composite
 from torchrl.envs import StepCounter
 
 from torchrl_chat import columns
-from torchrl_chat.conversation import Transcript
+from torchrl_chat.transforms.home import flags, raise_flags
 
 
 class EndOfDialogue(StepCounter):
@@ -35,30 +33,10 @@ class EndOfDialogue(StepCounter):
     def __init__(self) -> None:
         super().__init__(max_steps=None)
 
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        tensordict_reset = super()._reset(tensordict, tensordict_reset)
-        if tensordict_reset.get("truncated", None) is None:
-            tensordict_reset.set(
-                "truncated", torch.zeros_like(tensordict_reset.get("step_count"), dtype=torch.bool)
-            )
-        return tensordict_reset
-
     def settle(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
         """Truncate the rows whose conversation ends with an answer, and that nobody has ended."""
-        batch = next_tensordict.batch_size
-        transcripts: list[Transcript] = columns.read_objects(next_tensordict.get("transcript"), batch)
-        goes = columns.stepped(tensordict)
-        last = [going and t.ended is not None for t, going in zip(transcripts, goes, strict=True)]
-        if not any(last):
-            return
-        done = next_tensordict.get("done")
-        cut = torch.tensor(last, device=next_tensordict.device).reshape(done.shape) & ~done
-        before = next_tensordict.get("truncated", None)
-        next_tensordict.set("truncated", cut if before is None else before | cut)
-        next_tensordict.set("done", done | cut)
-
-    def transform_done_spec(self, done_spec: Composite) -> Composite:
-        """The spec of ``truncated``, if no other transform has added it."""
-        if "truncated" not in done_spec.keys():
-            done_spec["truncated"] = done_spec["done"].clone()
-        return done_spec
+        transcripts = columns.read_objects(next_tensordict.get("transcript"), next_tensordict.batch_size)
+        rows = zip(transcripts, columns.stepped(tensordict), flags(next_tensordict, "done"), strict=True)
+        last = [going and not done and transcript.ended is not None for transcript, going, done in rows]
+        if any(last):
+            raise_flags(next_tensordict, last, "truncated", "done")

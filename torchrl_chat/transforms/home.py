@@ -15,11 +15,11 @@ Two more methods are called by the environments of this package, see :mod:`torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, Transform
 
 from torchrl_chat.conversation import StopReason
@@ -73,6 +73,27 @@ def alike(transform: _T, kind: type[_T]) -> list[_T]:
 def is_replied_to(transform: Transform, message: Message) -> bool:
     """Whether a transform of the same environment answers this message of the policy, so that it is no answer itself."""
     return any(other.replies_to(message) for other in beside(transform) if hasattr(other, "replies_to"))
+
+
+def flags(td: TensorDictBase, key: str) -> list[bool]:
+    """Flags such as ``"done"``, one a row in row-major order; false where there are none."""
+    value, count = td.get(key, None), td.batch_size.numel()
+    return [False] * count if value is None else value.reshape(count, -1).any(-1).tolist()
+
+
+def raise_flags(td: TensorDictBase, rows: Sequence[bool], *keys: str) -> None:
+    """Raise flags such as ``"done"`` in some rows of what a step has written; where they are raised they stay so."""
+    raised = torch.tensor(rows, device=td.device).reshape(*td.batch_size, 1)
+    for key in keys:
+        td.set(key, td.get(key) | raised)
+
+
+def missing(transform: Transform, key: NestedKey, argument: str, found: Iterable[Any]) -> KeyError:
+    """The error of a transform that does not find what it reads; ``argument`` is what chooses the key."""
+    plain = sorted({name for name in found if isinstance(name, str)})
+    return KeyError(
+        f"{type(transform).__name__} reads {key!r}, which is not there: got the keys {plain}. Pass {argument}=..."
+    )
 
 
 def tell_failures(td: TensorDictBase, root: TensorDictBase, failures: Sequence[str]) -> list[str]:

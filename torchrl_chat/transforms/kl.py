@@ -6,8 +6,8 @@ this turn, and score exactly these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -16,14 +16,24 @@ from torchrl.envs import Transform
 from torchrl.modules.llm.policies import LogProbs
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import Transcript
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 from torchrl_chat.training import kl_estimate
 from torchrl_chat.training.losses import KLKind
 from torchrl_chat.training.totals import episode_totals
-from torchrl_chat.transforms.home import chat_env
+from torchrl_chat.transforms.home import chat_env, flags
 from torchrl_chat.transforms.references import ModelReference, Reference, as_reference
-from torchrl_chat.transforms.scored import Scored, of_episode, of_turn
+
+
+class Scored(NamedTuple):
+    """A token sequence that a reference scores, with what is looked at in it."""
+
+    row: int
+    tokens: torch.Tensor  # int64 (T,)
+    mask: torch.Tensor  # bool (T,), every sampled token
+    turn: torch.Tensor  # bool (T,), those whose KL counts now
+    log_probs: torch.Tensor  # float32 (T,), of the policy
 
 
 class RetrieveLogProb(Transform):
@@ -131,16 +141,14 @@ class RetrieveLogProb(Transform):
                 raise KeyError(
                     f"{type(self).__name__} reads {name}, which is not there: it works on a ChatEnv's steps."
                 )
-        before = columns.read_objects(root.get("transcript"), batch)
-        after = columns.read_objects(following.get("transcript"), batch)
-        goes = columns.stepped(root)
-        if (over := root.get("done", None)) is not None:  # torchrl leaves finished rows in a rollout
-            goes = [went and not o for went, o in zip(goes, _any(over, batch), strict=True)]
+        before: list[Transcript | None] = columns.read_objects(root.get("transcript"), batch)
+        after: list[Transcript] = columns.read_objects(following.get("transcript"), batch)
+        # torchrl leaves finished rows in a rollout.
+        goes = [went and not over for went, over in zip(columns.stepped(root), flags(root, "done"), strict=True)]
         if self.when == "done":
-            goes = [went and d for went, d in zip(goes, _any(following.get("done"), batch), strict=True)]
-            sequences = [s for row, went in enumerate(goes) if went for s in of_episode(row, after[row])]
-        else:
-            sequences = [s for row, went in enumerate(goes) if went for s in of_turn(row, before[row], after[row])]
+            goes = [went and over for went, over in zip(goes, flags(following, "done"), strict=True)]
+            before = [None] * len(after)
+        sequences = [s for row, went in enumerate(goes) if went for s in _sampled(row, before[row], after[row])]
         sequences = self._check(sequences, torch.tensor([t.scored for t in after]))
         scores = self._score(sequences)
         shown = {sequence.row: i for i, sequence in enumerate(sequences)}
@@ -150,7 +158,8 @@ class RetrieveLogProb(Transform):
             rows = [
                 values[shown[row]] if row in shown else torch.zeros(length) for row, length in enumerate(lengths)
             ]
-            return columns.ragged(LogProbs, "full", _to(rows, device), batch, device)
+            rows = rows if device is None else [row.to(device) for row in rows]
+            return columns.ragged(LogProbs, "full", rows, batch, device)
 
         self._write(following, sequences, scores, ragged, len(after))
         return following
@@ -378,12 +387,30 @@ class KLRewardTransform(RetrieveKL):
         super().__init__(ref_model, coeff=coef, add_to_reward=add_to_reward, **options)
 
 
-def _any(flags: torch.Tensor, batch: torch.Size) -> list[bool]:
-    return flags.reshape(batch.numel(), -1).any(-1).tolist()
+def _sampled(row: int, before: Transcript | None, after: Transcript) -> Iterator[Scored]:
+    """What was sampled since ``before``, in the sequence that stood then and in those begun since; all of it if ``None``.
+
+    Each sequence goes up to its last sampled token, as ``("tokens", "full")`` of a policy.
+    """
+    known = 0 if before is None else len(before.branches)
+    for number, branch in enumerate(after.sequences[known:]):
+        sampled = branch.mask.nonzero()
+        if not len(sampled):
+            continue
+        end = int(sampled[-1]) + 1
+        turn = branch.mask[:end].clone()
+        if before is not None and number == 0:
+            turn[: _shared(before.tokens, branch.tokens)] = False
+        yield Scored(row, branch.tokens[:end], branch.mask[:end], turn, branch.log_probs[:end])
 
 
-def _to(rows: list[torch.Tensor], device: torch.device | None) -> list[torch.Tensor]:
-    return rows if device is None else [row.to(device) for row in rows]
+def _shared(first: torch.Tensor, second: torch.Tensor) -> int:
+    """The length of the longest common prefix."""
+    count = min(len(first), len(second))
+    if first.data_ptr() == second.data_ptr():
+        return count
+    differs = (first[:count] != second[:count]).nonzero()
+    return int(differs[0]) if len(differs) else count
 
 
 def _container_key(key: NestedKey, name: str) -> str:

@@ -87,8 +87,8 @@ class ModelReference(Reference):
     @torch.no_grad()
     def score(self, tokens: list[torch.Tensor], masks: list[torch.Tensor]) -> list[torch.Tensor]:
         """See :meth:`Reference.score`."""
-        flat = layouts.Flat.of(tokens, masks, [torch.zeros(0)])
-        flat = flat._replace(log_probs=torch.zeros(len(flat.tokens), device=flat.tokens.device))
+        unknown = [torch.zeros(ids.shape, device=ids.device) for ids in tokens]
+        flat = layouts.Flat.of(tokens, mask=masks, log_probs=unknown)
         view = TensorDict(layouts.padded(flat, None, "right", 0, 1), batch_size=(len(tokens),))
         training = self.model.training
         self.model.eval()

@@ -13,9 +13,8 @@ from torchrl.envs import Transform
 from torchrl_chat import columns
 from torchrl_chat.conversation import Transcript
 from torchrl_chat.rewards import Episode, Grader, Verdict, Verifier
-from torchrl_chat.transforms.home import is_replied_to
+from torchrl_chat.transforms.home import flags, is_replied_to, missing, raise_flags
 
-_NOT_ASKED = Verdict(0.0, None, False)
 _ENOUGH = 8  # grades: so many must have failed in a row before a verifier is taken for broken
 
 
@@ -131,57 +130,44 @@ class RewardTransform(Transform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch, device = next_tensordict.batch_size, next_tensordict.device
         failed = self._failed(next_tensordict)
-        transcripts = columns.read_objects(next_tensordict.get("transcript"), batch)
+        answers = [
+            None if transcript.answer is None else transcript.messages[transcript.answer]
+            for transcript in columns.read_objects(next_tensordict.get("transcript"), batch)
+        ]
         rows = [row for row, goes in enumerate(columns.stepped(tensordict)) if goes and not failed[row]]
-        replied = {row for row in rows if self._goes_on(transcripts[row])}
+        # Those to whose last turn a transform of the environment replies, or has just replied.
+        replied = {row for row in rows if (said := answers[row]) is not None and is_replied_to(self, said)}
         if self.when == "done":
-            done = _flags(next_tensordict, "done")
+            done = flags(next_tensordict, "done")
             rows = [row for row in rows if done[row]]
         elif self.when == "answer":
             rows = [row for row in rows if row not in replied]
         self._seen = set(rows)
-        verdicts = [_NOT_ASKED] * batch.numel()
-        found = self._grade(tensordict, next_tensordict, rows)
-        self._stop_if_broken(found)
-        for row, verdict in zip(rows, found, strict=True):
-            verdicts[row] = verdict
-
-        def column(values: list[Any], dtype: torch.dtype, tail: int) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).reshape(*batch, *[1] * tail)
-
-        reward = column([verdict.score for verdict in verdicts], torch.float32, 2)
+        verdicts = self._grade(tensordict, next_tensordict, rows)
+        self._stop_if_broken(list(verdicts.values()))
+        nothing = torch.zeros(*batch, 1, 1, device=device)
         earlier = next_tensordict.get("reward", None)
-        if earlier is not None:
-            if earlier.numel() != reward.numel():
-                raise ValueError(
-                    f"('next', 'reward') has the shape {tuple(earlier.shape)}: expected one reward a row, "
-                    f"{tuple(reward.shape)}, to add to."
-                )
-            reward = earlier.reshape(reward.shape) + reward
-        next_tensordict.set("reward", reward)
-        next_tensordict.set("success", column([verdict.correct for verdict in verdicts], torch.bool, 2))
-        graded = [False] * len(verdicts)
-        for row in rows:
-            graded[row] = self._counts(verdicts[row])
-        next_tensordict.set("graded", column(graded, torch.bool, 2))
-        failures = [str(verdict.failure or failure) for verdict, failure in zip(verdicts, failed, strict=True)]
-        next_tensordict.set("grade_failure", columns.objects(failures, batch, device))
+        if earlier is not None and earlier.numel() != nothing.numel():
+            raise ValueError(
+                f"('next', 'reward') has the shape {tuple(earlier.shape)}: expected one reward a row, "
+                f"{tuple(nothing.shape)}, to add to."
+            )
+        next_tensordict.set("reward", nothing if earlier is None else earlier.reshape(nothing.shape) + nothing)
+        next_tensordict.set("success", nothing.bool())
+        next_tensordict.set("graded", nothing.bool())
+        next_tensordict.set("grade_failure", columns.objects(failed, batch, device))
         if parts := self.grader.components:
-            values = {
-                name: column([verdict.parts.get(name, 0.0) for verdict in verdicts], torch.float32, 2)
-                for name in parts
-            }
-            next_tensordict.set("reward_parts", TensorDict(values, batch_size=batch, device=device))
+            zeros = {name: nothing.clone() for name in parts}
+            next_tensordict.set("reward_parts", TensorDict(zeros, batch_size=batch, device=device))
+        self._write(next_tensordict, verdicts)
         if self.end_on_answer:
             # A failed grade ends the dialogue too: a policy that makes its grader fail gets no second one.
-            over = [
-                row not in replied and (verdict.answer is not None or verdict.failure is not None)
-                for row, verdict in enumerate(verdicts)
-            ]
-            answered = column(over, torch.bool, 1)
-            for key in ("terminated", "done"):
-                before = next_tensordict.get(key, None)
-                next_tensordict.set(key, answered if before is None else before | answered)
+            over = {
+                row
+                for row, verdict in verdicts.items()
+                if row not in replied and (verdict.answer is not None or verdict.failure is not None)
+            }
+            raise_flags(next_tensordict, [row in over for row in range(len(failed))], "terminated", "done")
         return next_tensordict
 
     def _stop_if_broken(self, verdicts: Sequence[Verdict]) -> None:
@@ -198,45 +184,41 @@ class RewardTransform(Transform):
         self._failed_grades += len(failures)
         if self._failed_batches >= self.patience and self._failed_grades >= _ENOUGH:
             batches, self._failed_batches, self._failed_grades = self._failed_batches, 0, 0
+            verifier = self.grader.verifier
+            name = getattr(verifier, "__qualname__", None) or type(verifier).__name__
             raise VerifierError(
-                f"no grade came for {batches} batches running: {_name_of(self.grader.verifier)} fails whatever it is asked. "
+                f"no grade came for {batches} batches running: {name} fails whatever it is asked. "
                 f"RewardTransform(patience=None) goes on all the same. Its first failure:\n{self._first_failure.rstrip()}"
             )
 
     def settle(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
         """Grade what a transform behind this one has ended without an answer: the episode's last turn is graded."""
         seen, self._seen = self._seen, set()
-        done, failed = _flags(next_tensordict, "done"), self._failed(next_tensordict)
+        done, failed = flags(next_tensordict, "done"), self._failed(next_tensordict)
         goes = columns.stepped(tensordict)
         rows = [i for i, over in enumerate(done) if over and goes[i] and i not in seen and not failed[i]]
-        if not rows:
-            return
-        verdicts = dict(zip(rows, self._grade(tensordict, next_tensordict, rows), strict=True))
+        if rows:
+            self._write(next_tensordict, self._grade(tensordict, next_tensordict, rows))
 
-        def changed(key: NestedKey, values: dict[int, Any], add: bool = False) -> None:
-            column = next_tensordict.get(key).clone()
-            flat = column.view(-1)
-            for row, value in values.items():
-                flat[row] = flat[row] + value if add else value
-            next_tensordict.set(key, column)
+    def _write(self, td: TensorDictBase, verdicts: dict[int, Verdict]) -> None:
+        """Put the verdicts of some rows into the columns."""
+        rows = torch.tensor(list(verdicts), dtype=torch.int64, device=td.device)
 
-        changed("reward", {row: verdict.score for row, verdict in verdicts.items()}, add=True)
-        changed("success", {row: verdict.correct for row, verdict in verdicts.items()})
-        changed("graded", {row: self._counts(verdict) for row, verdict in verdicts.items()})
+        def changed(key: NestedKey, values: list[Any]) -> None:
+            column = td.get(key).clone()
+            added = torch.tensor(values, dtype=column.dtype, device=column.device)
+            column.view(-1)[rows] = column.view(-1)[rows] + added if key == "reward" else added
+            td.set(key, column)
+
+        told = verdicts.values()
+        changed("reward", [verdict.score for verdict in told])
+        changed("success", [verdict.correct for verdict in told])
+        changed("graded", [verdict.failure is None or self.on_failure == "score" for verdict in told])
         for name in self.grader.components:
-            parts = {row: verdict.parts.get(name, 0.0) for row, verdict in verdicts.items()}
-            changed(("reward_parts", name), parts)
-        batch = next_tensordict.batch_size
-        failures = columns.read_objects(next_tensordict.get("grade_failure"), batch)
-        failures = [verdicts[i].failure or "" if i in verdicts else old for i, old in enumerate(failures)]
-        next_tensordict.set("grade_failure", columns.objects(failures, batch, next_tensordict.device))
-
-    def _counts(self, verdict: Verdict) -> bool:
-        return verdict.failure is None or self.on_failure == "score"
-
-    def _goes_on(self, transcript: Transcript) -> bool:
-        """Whether a transform of the environment replies to the policy's last turn, or has just done so."""
-        return transcript.answer is not None and is_replied_to(self, transcript.messages[transcript.answer])
+            changed(("reward_parts", name), [verdict.parts.get(name, 0.0) for verdict in told])
+        failures = columns.read_objects(td.get("grade_failure"), td.batch_size)
+        failures = [str(verdicts[i].failure or "") if i in verdicts else old for i, old in enumerate(failures)]
+        td.set("grade_failure", columns.objects(failures, td.batch_size, td.device))
 
     @staticmethod
     def _failed(td: TensorDictBase) -> list[str]:
@@ -254,38 +236,32 @@ class RewardTransform(Transform):
     def _of_groups(self) -> bool:
         return getattr(self.grader.verifier, "grades", None) == "group"
 
-    def _grade(self, root: TensorDictBase, following: TensorDictBase, rows: list[int]) -> list[Verdict]:
+    def _grade(self, root: TensorDictBase, following: TensorDictBase, rows: list[int]) -> dict[int, Verdict]:
         """The verdicts of some rows."""
         batch = following.batch_size
-
-        def read(key: NestedKey, what: str) -> list[Any]:
-            value = following.get(key, None)
-            value = root.get(key, None) if value is None else value
+        found: dict[NestedKey, list[Any]] = {}
+        for name, argument in self.reads().items():
+            value = following.get(name, None)
+            value = root.get(name, None) if value is None else value
             if value is None:
-                raise KeyError(
-                    f"RewardTransform reads {key!r}, which is not there: got the keys "
-                    f"{sorted(map(str, root.keys()))}. Pass {what}=..."
-                )
-            return columns.read_objects(value, batch)
-
-        if isinstance(self.reference_key, list):
-            named = {key: read(key, "reference_key") for key in self.reference_key}
-            references: list[Any] = [
-                dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)
-            ]
-        else:
-            references = read(self.reference_key, "reference_key")
-        others = {key: read(key, "row_keys") for key in self.row_keys}
+                raise missing(self, name, argument, root.keys())
+            found[name] = columns.read_objects(value, batch)
+        key = self.reference_key
+        references: list[Any] = (
+            [dict(zip(key, row, strict=True)) for row in zip(*(found[part] for part in key), strict=True)]
+            if isinstance(key, list)
+            else found[key]
+        )
         transcripts = columns.read_objects(following.get("transcript"), batch)
         episodes = [
-            _episode(transcripts[row], references[row], {key: column[row] for key, column in others.items()})
+            _episode(transcripts[row], references[row], {name: found[name][row] for name in self.row_keys})
             for row in rows
         ]
         groups: list[Hashable] | None = None
         if self._of_groups:
-            asked = read(self.group_key, "group_key")
+            asked = found[self.group_key]
             groups = [asked[row] if isinstance(asked[row], Hashable) else repr(asked[row]) for row in rows]
-        return self.grader.grade(episodes, groups)
+        return dict(zip(rows, self.grader.grade(episodes, groups), strict=True))
 
     def close(self) -> None:
         """End the worker processes; they start anew at the next step."""
@@ -305,14 +281,6 @@ class RewardTransform(Transform):
         if parts := self.grader.components:
             reward_spec["reward_parts"] = Composite({name: number() for name in parts}, shape=shape, device=device)
         return reward_spec
-
-
-def _name_of(verifier: Any) -> str:
-    return getattr(verifier, "__qualname__", None) or type(verifier).__name__
-
-
-def _flags(td: TensorDictBase, key: str) -> list[bool]:
-    return td.get(key).reshape(td.batch_size.numel(), -1).any(-1).tolist()
 
 
 def _episode(transcript: Transcript, reference: Any, row: dict[str, Any]) -> Episode:

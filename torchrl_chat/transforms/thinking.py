@@ -128,36 +128,24 @@ class AddThinkingPrompt(Transform):
         else:
             following = env.begin_answers(next_tensordict, words, errors)
         if errors:
-            self._leave(asked, errors)
+            # Rows that cannot be continued are not asked; where that is all of them, the template cannot do it.
+            row, error = next(iter(errors.items()))
+            if len(errors) == sum(asked):
+                raise error
+            warnings.warn(
+                f"{len(errors)} of {sum(asked)} rows cannot be asked to think again and stay as they are. The first, "
+                f"row {row}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            asked = [wanted and i not in errors for i, wanted in enumerate(asked)]
         chosen = torch.tensor(asked, device=next_tensordict.device).reshape(batch)
-        if self.undo_done:
-            self._clear(following, ("done", "terminated", "truncated"), chosen)
-        if self.zero_reward:
-            self._clear(following, ("reward",), chosen)
+        cleared = ["done", "terminated", "truncated"] if self.undo_done else []
+        for key in [*cleared, "reward"] if self.zero_reward else cleared:
+            if (value := following.get(key, None)) is not None:
+                where = chosen.reshape(*batch, *[1] * (value.ndim - len(batch)))
+                following.set(key, value.masked_fill(where, 0))
         return following
-
-    @staticmethod
-    def _leave(asked: list[bool], errors: dict[int, Exception]) -> None:
-        """Rows that cannot be continued are not asked; where that is all of them, the template cannot do it."""
-        row, error = next(iter(errors.items()))
-        if len(errors) == sum(asked):
-            raise error
-        warnings.warn(
-            f"{len(errors)} of {sum(asked)} rows cannot be asked to think again and stay as they are. The first, "
-            f"row {row}: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        for i in errors:
-            asked[i] = False
-
-    @staticmethod
-    def _clear(td: TensorDictBase, keys: tuple[str, ...], chosen: torch.Tensor) -> None:
-        for key in keys:
-            value = td.get(key, None)
-            if value is not None:
-                where = chosen.reshape(*chosen.shape, *[1] * (value.ndim - chosen.ndim))
-                td.set(key, torch.where(where, torch.zeros_like(value), value))
 
     def _words(self, transcript: Any, seed: int | None) -> str:
         if not self.random_prompt:
