@@ -93,7 +93,9 @@ def make_env(
     options |= {"seed": seed} | ({} if data is None else {"dataset": data})
     kind, _, task = name.partition(":")
     if kind == "reasoning-gym":
-        return envs.ReasoningGymEnv(task, **options, **({} if size is None else {"size": size}))
+        if size is not None:
+            options["size"] = size
+        return envs.ReasoningGymEnv(task, **options)
     if is_name(name):
         env = envs.MessageChatEnv(named(name), **options)
         return env.append_transform(transforms.Budget(**limits)) if limits else env
