@@ -146,7 +146,7 @@ class TestSettings:
 
     def test_a_dataset_that_makes_its_own_rows_takes_no_data(self, tmp_path):
         settings = config(tmp_path, dataset="reasoning-gym:basic_arithmetic", data="mine.jsonl")
-        with pytest.raises(ValueError, match=r"--data is mine\.jsonl: reasoning-gym:basic_arithmetic makes"):
+        with pytest.raises(ValueError, match=r"data='mine\.jsonl': reasoning-gym:basic_arithmetic makes"):
             make_env(settings, tiny_tokenizer(), 1, 1, 0)
 
     @pytest.mark.parametrize(
