@@ -73,7 +73,9 @@ class Course:
         course = self
         for message in messages:
             plain = len(message) == 2 and type(message.get("content")) is str
-            course = _after_text(course, message["role"]) if plain else course._after(message)
+            # Behind calls each conversation has a course of its own, and telling it from others would take all of their ids.
+            known = plain and not course.call_ids
+            course = _after_text(course, message["role"]) if known else course._after(message)
         return course
 
     def _after(self, message: Message) -> Course:

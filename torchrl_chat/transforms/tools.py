@@ -21,7 +21,7 @@ from torchrl_chat.tools.function import header_name
 from torchrl_chat.tools.python import PythonTool, fenced_code
 from torchrl_chat.tools.results import ToolResult, ToolStatus
 from torchrl_chat.tools.toolbox import Toolbox
-from torchrl_chat.transforms.home import alike, chat_env, check_inside, tell_failures
+from torchrl_chat.transforms.home import alike, chat_env, check_inside, flags, tell_failures
 
 _NO_CALLS_LEFT = "Error: this call was not run: no tool calls are left in this conversation. Answer without one."
 _NOT_CLOSED = (
@@ -120,8 +120,7 @@ class ToolExecutor(Transform):
         keys = columns.read_objects(tensordict.get("conversation"), batch)
         left = tensordict.get("calls_left", None)
         limits = [None] * len(keys) if left is None else left.reshape(len(keys)).tolist()
-        done = next_tensordict.get("done", None)
-        over = [False] * len(keys) if done is None else done.reshape(len(keys), -1).any(-1).tolist()
+        over = flags(next_tensordict, "done")
         goes = columns.stepped(tensordict)
         calls = [
             None if finished or not going or transcript.ended is None else self._calls(transcript, limit)

@@ -22,7 +22,7 @@ from torchrl_chat._loop import LoopThread
 from torchrl_chat.conversation import Transcript
 from torchrl_chat.messages import Message, MessageError, as_messages, check_message, content_text
 from torchrl_chat.seeds import turn_seeds
-from torchrl_chat.transforms.home import chat_env, check_inside, is_replied_to, tell_failures
+from torchrl_chat.transforms.home import chat_env, check_inside, flags, is_replied_to, tell_failures
 
 
 class _Reply(NamedTuple):
@@ -185,7 +185,7 @@ class UserSimulator(Transform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         env, batch = chat_env(self), next_tensordict.batch_size
         transcripts = env._transcripts(next_tensordict)
-        over = next_tensordict.get("done").reshape(len(transcripts), -1).any(-1).tolist()
+        over = flags(next_tensordict, "done")
         stepped = columns.stepped(tensordict)  # torchrl's way to leave finished rows as they are
         asked = [
             i
