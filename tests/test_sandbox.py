@@ -289,6 +289,15 @@ def test_a_session_stands_still_between_calls(box):
         assert moved > before + 20
 
 
+def test_what_forks_as_soon_as_the_last_call_has_ended_is_not_left_standing(box):
+    """That everything is to stop may be heard of when the next call runs already: one of 15 such children never ran."""
+    for _ in range(80):
+        with box.session() as session:
+            session.run("import os")
+            forked = session.run("child = os.fork()\nchild or os._exit(7)\nos.waitstatus_to_exitcode(os.wait()[1])")
+            assert forked.value == "7", forked
+
+
 def test_sessions_are_apart(box):
     with box.session() as a, box.session() as b:
         a.run("x = 'a'; open('f', 'w').write('a')")

@@ -25,6 +25,7 @@ from torchrl_chat.sandbox.settings import Settings
 
 _TICK = 0.04  # seconds between two looks at the sums
 _CALM = 0.25  # seconds between them while everything stands still
+_SETTLE = 0.5  # seconds to wait at most until all have taken the signal that stops them
 _AWAKE = 0.5  # seconds of processor time that a session may take between its calls, before it is ended
 _OWN = 48 << 20  # bytes that interpreters bring along and share
 
@@ -134,7 +135,7 @@ def _watch(
     poll = select.poll()
     for end_of in (status.fileno(), bell, start.fileno()):
         poll.register(end_of, select.POLLIN)
-    isolated, gate, end = processes is not None, None, None
+    isolated, held, gate, end = processes is not None, False, None, None
     watch = _Watch(settings, processes, pid) if processes is not None else None
     while end is None:
         ready = dict(poll.poll(None if watch is None else watch.wait()))
@@ -160,6 +161,9 @@ def _watch(
             if not orders:
                 break
             running = orders == wire.RUN
+            if running and held:
+                _settle(pid, processes)
+            held = not running
             _signal(signal.SIGCONT if running else signal.SIGSTOP, pid, isolated)
             if gate is not None and running:
                 gate.locks = 0
@@ -239,6 +243,25 @@ def _signal(number: int, pid: int, isolated: bool) -> None:
             os.killpg(pid, number)
         elif os.getpid() == 1:  # anywhere else, -1 would be the whole machine
             os.kill(-1, number)
+
+
+def _settle(pid: int, processes: Processes | None) -> None:
+    """Wait until those that were told to stop have done so, before they are told to go on.
+
+    The next call's code may have begun before the end of the last one was heard of here. A process that is forking when
+    it is stopped and continued at once goes on, but its child is born stopped and stays so: Linux passes the one signal on
+    to it, and forgets the other.
+    """
+    late = time.monotonic() + _SETTLE
+    while not (_stopped(pid) if processes is None else processes.stopped()) and time.monotonic() < late:
+        time.sleep(0.0002)
+
+
+def _stopped(pid: int) -> bool:
+    """Whether our child has stopped with all its threads, or ended."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+    return True
 
 
 def _reap(pid: int) -> dict[str, Any] | None:

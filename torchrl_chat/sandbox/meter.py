@@ -64,6 +64,17 @@ class Processes:
         """Whether a thread's process is the only one."""
         return self.names() == [self.status(task)["Tgid:"]]
 
+    def stopped(self) -> bool:
+        """Whether none of their threads runs, or will when what it waits for has come."""
+        for name in self.names():
+            with contextlib.suppress(*ENDED):
+                for task in self.tasks(name):
+                    with contextlib.suppress(*ENDED):
+                        # "D" is a parent in vfork, whose child is there already and has stopped.
+                        if self.read(task, "stat").rpartition(")")[2].split()[0] in "RS":
+                            return False
+        return True
+
     def device(self, name: str, fd: int) -> int:
         """The file system that an open file lies on."""
         return os.stat(f"{name}/fd/{fd}", dir_fd=self._proc).st_dev
