@@ -114,7 +114,9 @@ def _parsed(
 ) -> dict[int, Any]:
     """The turns as messages, those that can be read."""
     places = list(turns)
-    whole = [_head(transcripts[i]) + ids[i].tolist() for i in places]
+    whole = [
+        ids[i].tolist() if transcripts[i].open is None else _begun(transcripts[i]) + ids[i].tolist() for i in places
+    ]
     prompts = [prompt_end(transcripts[i]) for i in places] if template.parser.openings else None
 
     def parse(some: Sequence[int]) -> list[Any]:
@@ -129,9 +131,9 @@ def _parsed(
     return {i: parsed for i, parsed in zip(places, read, strict=True) if parsed is not None}
 
 
-def _head(transcript: Transcript) -> list[int]:
+def _begun(transcript: Transcript) -> list[int]:
     """The words of a turn that the environment has begun: it is read as a whole."""
-    return [] if transcript.open is None else transcript.tokens[transcript.open :].tolist()
+    return transcript.tokens[transcript.open :].tolist()
 
 
 def _entered(

@@ -50,7 +50,7 @@ class Tape:
     observation.
     """
 
-    __slots__ = ("_arrays", "_pointers", "_tensors", "capacity", "used")
+    __slots__ = ("_arrays", "_pointers", "_shown", "_tensors", "capacity", "used")
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -63,6 +63,7 @@ class Tape:
         ]
         self._tensors: list[torch.Tensor | None] = [None, None, None]
         self._pointers = [0, 0, 0]
+        self._shown: list[int] = []  # the parts of which there is a tensor
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> Tape:
@@ -82,6 +83,7 @@ class Tape:
                     found = _versioned(self._arrays[part])
                     self._pointers[part] = found.data_ptr()
                     self._tensors[part] = found
+                    self._shown.append(part)
         return found
 
     @property
@@ -91,8 +93,9 @@ class Tape:
         Torch moves a tensor's storage (into shared memory, when an observation is sent to another process): then its array is
         taken anew.
         """
-        for part, tensor in enumerate(self._tensors):
-            if tensor is not None and tensor.data_ptr() != self._pointers[part]:
+        for part in self._shown:
+            tensor: Any = self._tensors[part]
+            if tensor.data_ptr() != self._pointers[part]:
                 self._arrays[part] = tensor.numpy()
                 self._pointers[part] = tensor.data_ptr()
         return self._arrays
@@ -100,8 +103,8 @@ class Tape:
     @property
     def overwritten(self) -> int | None:
         """Which of the three somebody else has written to, if one was."""
-        for part, tensor in enumerate(self._tensors):
-            if tensor is not None and tensor._version:
+        for part in self._shown:
+            if self._tensors[part]._version:  # type: ignore[union-attr]
                 return part
         return None
 

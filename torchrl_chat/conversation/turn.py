@@ -93,31 +93,36 @@ def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> t
         the ids, int64 (R,), and the log-probs of the rows that have some, float32 (R,): arrays, which ledgers take faster
         than tensors.
     """
-    ids = _arrays({i: turn.sampled for i, turn in turns.items()})
-    log_probs = _arrays({i: turn.log_probs for i, turn in turns.items() if turn.log_probs is not None})
+    ids, flat = _arrays({i: turn.sampled for i, turn in turns.items()})
+    log_probs, scores = _arrays({i: turn.log_probs for i, turn in turns.items() if turn.log_probs is not None})
     for i, row in ids.items():
         if not len(row) and turns[i].may_sample:
             errors[i] = ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
-    flat = np.concatenate(list(ids.values())) if ids else np.empty(0, dtype=np.int64)
     if len(flat) and (flat.min() < 0 or flat.max() >= vocab_size):
         for i, row in ids.items():
             if reason := _outside(row.tolist(), vocab_size):
                 errors.setdefault(i, ResponseError(f"row {i}: {reason}"))
-    places = [i for i in turns if i not in errors]
-    reasons = bad_log_probs([log_probs.get(i) for i in places], [ids[i] for i in places])
-    for i, reason in zip(places, reasons, strict=True):
-        if reason is not None:
-            errors[i] = ResponseError(f"row {i}: {reason}")
+    if not _possible(scores) or any(len(row) != len(ids[i]) for i, row in log_probs.items()):
+        places = [i for i in turns if i not in errors]
+        reasons = bad_log_probs([log_probs.get(i) for i in places], [ids[i] for i in places])
+        for i, reason in zip(places, reasons, strict=True):
+            if reason is not None:
+                errors[i] = ResponseError(f"row {i}: {reason}")
     return ids, log_probs
 
 
-def _arrays(rows: dict[int, torch.Tensor]) -> Arrays:
-    if not rows:
-        return {}
-    flat, end = torch.cat(list(rows.values())).numpy(), 0
-    return {i: flat[end : (end := end + row.numel())] for i, row in rows.items()}
+def _arrays(rows: dict[int, torch.Tensor]) -> tuple[Arrays, np.ndarray]:
+    """Rows as arrays, and the one array that they are parts of."""
+    flat, end = torch.cat(list(rows.values())).numpy() if rows else np.empty(0), 0
+    return {i: flat[end : (end := end + row.numel())] for i, row in rows.items()}, flat
+
+
+def _possible(log_probs: np.ndarray) -> bool:
+    """Whether sampled tokens can have these log-probs."""
+    # Both ends are NaN where one value is.
+    return not len(log_probs) or bool(log_probs.min() > -np.inf and log_probs.max() <= _ROUNDING)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, row: int = 0) -> None:
@@ -163,11 +168,9 @@ def bad_log_probs(
         for row, sampled in zip(log_probs, ids, strict=True)
     ]
     rows = {i: np.asarray(row) for i, row in enumerate(log_probs) if row is not None and found[i] is None}
-    flat = np.concatenate(list(rows.values())) if rows else np.empty(0)
-    # Both are NaN where one value is.
-    if not len(flat) or (float(flat.min()) > -float("inf") and float(flat.max()) <= _ROUNDING):
-        return found
     for i, row in rows.items():
+        if _possible(row):
+            continue
         for place, value in enumerate(row.tolist()):
             if not -float("inf") < value <= _ROUNDING:
                 found[i] = (

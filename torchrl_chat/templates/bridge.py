@@ -122,7 +122,7 @@ class Close:
     # for each token that may end the turn, what surely comes behind it (``"\n"`` in ChatML)
     stops: Mapping[int, Suffix]
     cut: Suffix  # what surely comes behind a turn that was cut by a limit, the stop token included
-    # for each stop token, the texts by which the template ends a turn that ended with it: up to and with the
+    # for each stop token, the texts by which the template ends a turn that ended with it, longest first: up to and with the
     # stop token, or what stands in its place once a message follows; behind the end of a call. Empty for a
     # token that closes the call itself
     heads: Mapping[int, tuple[str, ...]]
@@ -144,7 +144,7 @@ class Close:
 
     def without_end(self, text: str, stop: int, token: str) -> str:
         """The sampled text without what ends the turn: the stop token, and what the template has in front of it."""
-        for head in sorted(self.heads.get(stop, ()), key=len, reverse=True):
+        for head in self.heads.get(stop, ()):
             if text.endswith(head):
                 return text.removesuffix(head)
         return text.removesuffix(token).removesuffix(self.body)
@@ -355,10 +355,10 @@ class Bridge:
             afters.append(self._behind(last, stop, tails[0]))
             stops[stop] = self._suffix(stop, afters)
         cut = [text[tail.cut :] for tail, text in zip(tails, certain, strict=True)]
-        heads = {
-            stop: tuple({t.text[t.cut : t.resume[stop]]: None for t in tails if t.resume.get(stop, -1) > 0})
-            for stop in stops
-        }
+        heads = {}
+        for stop in stops:
+            found = dict.fromkeys(t.text[t.cut : t.resume[stop]] for t in tails if t.resume.get(stop, -1) > 0)
+            heads[stop] = tuple(sorted(found, key=len, reverse=True))
         main = tuple({self._main(tail): None for tail in tails if tail.resume})
         lead = self.lead(before, roles.policy)
         return Close(lead, tails[0].body, main, stops, self._suffix(None, [*cut, last[tails[0].cut :]]), heads)

@@ -160,6 +160,7 @@ class AnswerKind(NamedTuple):
 
 
 _TEXT = AnswerKind()
+_TEXT_KEYS = ("content", "role")
 
 
 class Kind(NamedTuple):
@@ -177,6 +178,9 @@ class Kind(NamedTuple):
         ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
         kinds = []
         for message in new:
+            if len(message) == 2 and type(message.get("content")) is str:
+                kinds.append((message["role"], _TEXT_KEYS, -1))
+                continue
             if not message.keys() <= _FIELDS or not all(isinstance(value, str) for value in message.values()):
                 return None
             place = -1

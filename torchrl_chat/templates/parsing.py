@@ -216,7 +216,7 @@ class AnswerParser:
     def _by_pairs(self, text: str, opened: bool) -> tuple[list[tuple[int, int]] | None, list[Piece]]:
         """Reasoning and content of a turn that begins with reasoning between a pair of delimiters."""
         start, closes = 0, [pair.close for pair in self.pairs]
-        if not opened:
+        if closes and not opened:
             first = Scan(text).blank(0)
             begun = [pair for pair in self.pairs if text.startswith(pair.open, first)]
             start = first + len(begun[0].open) if begun else 0
@@ -492,8 +492,8 @@ class Reader:
         shape = course.shape
         if shape not in self._known:  # the closes that an answer may have, before it is known what it is
             kinds = (AnswerKind(), _A_CALL) if self.parser.parse_calls else (AnswerKind(),)
-            closes = [self.close(shape, kind) for kind in kinds]
-            self._known[shape] = [close for close in closes if isinstance(close, Close)]
+            closes = [close for kind in kinds if isinstance(close := self.close(shape, kind), Close)]
+            self._known[shape] = [close for k, close in enumerate(closes) if close not in closes[:k]]
         known = self._known[shape]
         lead = known[0].lead if known else ""
         stopped = [(close, stop) for close in known if (stop := close.stop(last, text)) is not None]
