@@ -176,7 +176,7 @@ class Kind(NamedTuple):
         """The kind of an extension; ``None`` where a message carries more than text."""
         calls = answer.get("tool_calls") or ()
         ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
-        kinds = []
+        kinds: list[tuple[str, tuple[str, ...], int]] = []
         for message in new:
             if len(message) == 2 and type(message.get("content")) is str:
                 kinds.append((message["role"], _TEXT_KEYS, -1))
