@@ -13,9 +13,9 @@ from torchrl.envs.utils import check_env_specs
 from torchrl.objectives.llm.grpo import GRPOLoss, MCAdvantage
 
 from torchrl_chat import DatasetChatEnv, RewardTransform, TransformersPolicy, columns, training_view
+from torchrl_chat.models.sampling import GumbelNoise
 from torchrl_chat.policies import ExactTransformersWrapper
 from torchrl_chat.rewards import NumberVerifier
-from torchrl_chat.sampling import GumbelNoise
 from torchrl_chat.tiny import last_digit_rows, tiny_model, tiny_tokenizer
 from torchrl_chat.training import gae, group_advantages, policy_loss, sequence_log_probs, token_rewards
 from torchrl_chat.transforms.kl import RetrieveKL

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from torchrl_chat import TransformersPolicy
 from torchrl_chat.conversation.turn import bad_log_probs
+from torchrl_chat.models.sampling import generate
 from torchrl_chat.recipes import checkpoints as saving
-from torchrl_chat.sampling import generate
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.training import NotFiniteError, scoring, take_step, whitened
 from torchrl_chat.training.updates import not_finite

@@ -16,9 +16,9 @@ from torchrl.objectives.llm.grpo import GRPOLoss
 
 from torchrl_chat import ChatEnv, ChatTemplate, TransformersPolicy, columns
 from torchrl_chat.conversation import Turn, answer
+from torchrl_chat.models.sampling import GumbelNoise, default_stop_ids, stream_seed
 from torchrl_chat.policies import Policy, Prompt, VLLMPolicy
 from torchrl_chat.policies.writing import read_prompts, read_seeds, write_answers
-from torchrl_chat.sampling import GumbelNoise, default_stop_ids, stream_seed
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from tensordict import TensorDict
 
 from torchrl_chat import DatasetChatEnv, TransformersPolicy, columns
+from torchrl_chat.models.proof import prover_of
 from torchrl_chat.playing import play
 from torchrl_chat.policies import ExactTransformersWrapper, VLLMPolicy
 from torchrl_chat.transforms import Budget, StopReason, UserSimulator
@@ -22,6 +23,7 @@ class Seen:
 
     def __init__(self, model):
         self.rows: list[int] = []
+        prover_of(model).sampling()  # which calls it, the first time
         model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, _model, _args, kwargs):

@@ -17,9 +17,9 @@ from torchrl_chat.conversation import Turn
 from torchrl_chat.conversation.turn import Errors
 from torchrl_chat.endpoint import RESERVED, Endpoint, Reply
 from torchrl_chat.messages import Message
+from torchrl_chat.models.sampling import default_stop_ids
 from torchrl_chat.policies.policy import Policy, Prompt
 from torchrl_chat.policies.writing import Prompts, read_prompts, read_seeds
-from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.seeds import turn_seeds
 from torchrl_chat.templates import ChatTemplate
 

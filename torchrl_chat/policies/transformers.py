@@ -18,9 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 
 from torchrl_chat import columns
+from torchrl_chat.models.passes import whole_pass
+from torchrl_chat.models.proof import groups_of, prover_of
+from torchrl_chat.models.ropes import rope_change
+from torchrl_chat.models.sampling import default_stop_ids, generate
 from torchrl_chat.policies.policy import Policy
 from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_attention
-from torchrl_chat.sampling import default_stop_ids, generate
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
@@ -54,7 +57,7 @@ class TransformersPolicy(Policy):
         generator: the random state to sample with; torch's global one if ``None``.
         seeded: sample each row from its ``"episode_seed"``, int64 (\\*B,), and the position in its conversation, so that
             what a conversation samples does not depend on the rows beside it: see
-            :class:`~torchrl_chat.sampling.GumbelNoise`. Rows of one seed and one prompt sample the same.
+            :class:`~torchrl_chat.models.sampling.GumbelNoise`. Rows of one seed and one prompt sample the same.
 
     Example:
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=64)
@@ -105,7 +108,7 @@ class TransformersPolicy(Policy):
         limits: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Sample an answer to each prompt: :func:`~torchrl_chat.sampling.generate` with this policy's settings.
+        """Sample an answer to each prompt: :func:`~torchrl_chat.models.sampling.generate` with this policy's settings.
 
         Args:
             prompts: int64 ids, each of shape (P,).
@@ -182,22 +185,37 @@ def token_logits(
 
     Returns:
         logits, float32 (B, T, V), of rows that are padded on the left to the longest, 0 at the first position (the first
-        token of a row is never sampled); and which tokens are no padding, bool (B, T).
+        token of a row is never sampled) and at padding; and which tokens are no padding, bool (B, T). Through the model they
+        go as its proof allows.
     """
     device = next(model.parameters()).device
-    ids, mask = (
-        pad_sequence([row.to(device) for row in rows], batch_first=True, padding_side="left")
-        for rows in (fulls, attention)
-    )
-    logits = (
-        model(
-            input_ids=ids.masked_fill(~mask, 0),  # whatever stands there, -100 say
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        )
-        .logits[..., :vocab_size]
-        .float()
-        / temperature
-    )
-    # Logits at position t predict token t + 1.
-    return torch.cat((torch.zeros_like(logits[:, :1]), logits[:, :-1]), 1), mask
+    real = [row.to(device).bool() for row in attention]
+    rows = [row.to(device)[mask] for row, mask in zip(fulls, real, strict=True)]
+    mask = pad_sequence(real, batch_first=True, padding_side="left")
+    together = prover_of(model).scoring()
+    logits: torch.Tensor | None = None
+    lengths = [len(row) for row in rows]
+    groups, change = groups_of(lengths, together), rope_change(model)
+    if change is not None:
+        if not change.once and max(lengths) > change.length:
+            raise change.refused(type(model).__name__, max(lengths))
+        groups = [part for group in groups for part in change.apart(group, lengths, [0] * len(rows))]
+    for group in groups:
+        some = [rows[i] for i in group]
+        found = whole_pass(model, some, padded=together == "padded").logits[..., :vocab_size]
+        if change is not None and len(some[0]) > change.length:  # their beginnings were embedded otherwise
+            begun = torch.stack([row[: change.length] for row in some])
+            found = torch.cat(
+                (model(input_ids=begun, use_cache=False).logits[..., :vocab_size], found[:, change.length :]), 1
+            )
+        found = found.float() / temperature
+        if logits is None:
+            logits = found.new_zeros(*mask.shape, found.shape[-1])
+        # Logits at position t predict token t + 1.
+        ends = torch.tensor([lengths[i] - 1 for i in group], device=device)
+        before = torch.arange(found.shape[1], device=device) < ends[:, None]
+        here = torch.zeros_like(mask)
+        here[group] = mask[group] & (mask[group].cumsum(-1) > 1)
+        logits = logits.masked_scatter(here[..., None], found[before])
+    assert logits is not None
+    return logits, mask

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.models.sampling import default_stop_ids, stream_seed
 from torchrl_chat.policies.policy import Policy
 from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS
-from torchrl_chat.sampling import default_stop_ids, stream_seed
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
@@ -47,7 +47,7 @@ class VLLMPolicy(Policy):
             template, and the tokenizer's and the model's eos.
         seeded: sample each row from its ``"episode_seed"``, int64 (\\*B,), and the length of its prompt, so that it does
             not depend on the rows beside it, up to rounding: see
-            :class:`~torchrl_chat.sampling.GumbelNoise`, whose limit holds here too (not its numbers).
+            :class:`~torchrl_chat.models.sampling.GumbelNoise`, whose limit holds here too (not its numbers).
 
     Attributes:
         prompt_tokens: tokens of all prompts since :meth:`reset_counts`.

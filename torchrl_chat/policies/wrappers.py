@@ -14,16 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.data.llm import History
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import ChatHistory, LLMWrapperBase, LogProbs, Masks, Text
-from transformers import GenerationConfig
 
 from torchrl_chat import columns
 from torchrl_chat.conversation import Turn
 from torchrl_chat.conversation.turn import Errors
+from torchrl_chat.models.sampling import default_stop_ids, generate
 from torchrl_chat.policies.policy import Policy, Prompt
 from torchrl_chat.policies.transformers import token_logits
 from torchrl_chat.policies.vllm import check_log_probs_mode, sampled, sampling_params, vocabulary_bias
 from torchrl_chat.policies.writing import Prompts, container, read_attention
-from torchrl_chat.sampling import default_stop_ids, left_padded
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
 
@@ -252,8 +251,8 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
 
     What of torchrl 0.14.1 it mends, and what by:
 
-    - the first sampled token's log-prob is 0; log-probs ignore the temperature: log-probs are those of the scores that
-      ``model.generate`` sampled from, and ``generate=False`` and ``get_dist`` divide by the same temperature;
+    - the first sampled token's log-prob is 0; log-probs ignore the temperature: log-probs are those of the
+      distribution that was sampled from, and ``generate=False`` and ``get_dist`` divide by the same temperature;
     - no ``("log_probs", "full")`` from ``generate=True``: it is written, 0 where not sampled, earlier turns included;
     - rows that are padded with ``<none>`` messages, or have unequal numbers of messages or tokens, lose their answers or
       crash, ``prefer_tokens`` or not: messages are not read;
@@ -264,8 +263,7 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
 
     Refused, since they cannot be mended here: ``pad_output``, packing (``pad_model_input=False``, not causal), ``num_samples``
     and ``batching``, sampling that the loss cannot see (``top_k``, ``top_p``, penalties, beams ...), and settings that are
-    not known. The model's own generation config is not read, but for its ``eos_token_id``: whatever it asks for is
-    switched off.
+    not known. The model's own generation config is not read, but for its ``eos_token_id``.
 
     Rows that are not stepped, or may sample nothing more, are left out, as by :class:`~torchrl_chat.TransformersPolicy`;
     and where there is a ``("masks", "all_attention_mask")``, it tells where sequences are padded.
@@ -291,38 +289,24 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
     def __init__(self, model: Any, **options: Any):
         super().__init__(model, **options)
         given = self._options["generate_kwargs"]
-        greedy = not given.get("do_sample")
-        beyond = list(range(self.codec.vocab_size, self.model.config.vocab_size))
-        self.generate_kwargs = {
-            "max_new_tokens": given.get("max_tokens", given.get("max_new_tokens")),
-            "do_sample": not greedy,
-            **(
-                {} if greedy else {"temperature": self.temperature, "top_k": 0}
-            ),  # top_k is 50 where nothing is said
-            "eos_token_id": sorted(self.stop_ids),
-            "pad_token_id": min(self.stop_ids),  # what stands behind an answer is cut off
-            "suppress_tokens": beyond or None,
-            "output_scores": True,
-            "return_dict_in_generate": True,
-        }
+        most = given.get("max_tokens", given.get("max_new_tokens"))
+        self.generate_kwargs = {"max_new_tokens": most, "do_sample": bool(given.get("do_sample"))}
 
     def _model_eos(self) -> Any:
         return getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
 
     def _sampled(self, prompts: list[torch.Tensor], most: int | None) -> Sampled:
         device = next(self.model.parameters()).device
-        ids, attention = left_padded([prompt.to(device) for prompt in prompts])
         lengths = [length for length in (most, self.generate_kwargs["max_new_tokens"]) if length is not None]
-        settings = _Settings(**{**self.generate_kwargs, "max_new_tokens": min(lengths, default=20)})
-        output = self.model.generate(input_ids=ids, attention_mask=attention.long(), generation_config=settings)
-        answers = output["sequences"][:, ids.shape[1] :]
-        scores = torch.stack([step.float().log_softmax(-1) for step in output["scores"]], 1)
-        scores = scores.gather(-1, answers[..., None]).squeeze(-1).cpu()
-        rows = []
-        for row in answers.tolist():
-            end = next((i for i, token in enumerate(row) if token in self.stop_ids), len(row) - 1)
-            rows.append(row[: end + 1])
-        return rows, [row_scores[: len(row)] for row, row_scores in zip(rows, scores, strict=True)]
+        ids, scores = generate(
+            self.model,
+            [prompt.to(device) for prompt in prompts],
+            stop_ids=self.stop_ids,
+            most=[min(lengths, default=20)] * len(prompts),
+            vocab_size=self.codec.vocab_size,
+            temperature=self.temperature if self.generate_kwargs["do_sample"] else 0.0,
+        )
+        return [row.tolist() for row in ids], [row.cpu() for row in scores]
 
     def _scored(self, tensordict: TensorDictBase, logits_only: bool) -> TensorDictBase:
         fulls, attention, written = self._sequences(tensordict)
@@ -348,19 +332,6 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
         # torchrl writes what it got into the TensorDict, which fails for ragged columns of a dense one.
         rows = tensordict.select("tokens", "masks", strict=False).to_lazystack(0)
         return super()._get_dist_with_assistant_mask(rows, *args, **options)
-
-
-class _Settings(GenerationConfig):
-    """The settings of one call. ``generate`` fills in what is not given from the model's own, which is not meant here."""
-
-    def update(
-        self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As ``GenerationConfig.update``, but for the model's settings: those alone come with custom entries."""
-        if allow_custom_entries:
-            return {}
-        unused: dict[str, Any] = super().update(defaults_only=defaults_only, **kwargs)
-        return unused
 
 
 class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):

@@ -1,4 +1,4 @@
-"""Three ways to lay token sequences out: ragged rows, a padded rectangle, sequences packed one behind the other.
+"""Ways to lay token sequences out: ragged rows, a padded rectangle, packed one behind the other, trees of what begins alike.
 
 All of them start from one flat buffer of all tokens, sequence after sequence.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
+from torchrl_chat.training.trees import first_fit, rows_of_trees
 
-Layout = Literal["ragged", "padded", "packed"]
+Layout = Literal["ragged", "padded", "packed", "tree"]
 Side = Literal["left", "right"]
 
 _FILLS = {"mask": False, "log_probs": 0.0, "versions": -1}
@@ -81,7 +83,7 @@ def packed(
             raise ValueError(
                 f"sequence {lengths.index(longest)} has {longest} tokens: more than max_tokens={max_tokens}."
             )
-        bins = _first_fit(lengths, max_tokens)
+        bins = first_fit(lengths, max_tokens)
     width = _up(max(sum(lengths[i] for i in row) for row in bins), multiple)
     order = [i for row in bins for i in row]
     if order != sorted(order):
@@ -104,6 +106,31 @@ def packed(
         "position_ids": position_ids,
         "sequence_ids": _filled(attention, ids, -1),
         "cu_seqlens": torch.cat((starts, total)).to(torch.int32),
+    }
+
+
+def tree(
+    flat: Flat, device: torch.device | None, pad_id: int, multiple: int, max_tokens: int | None
+) -> dict[str, Any]:
+    """The same as rows (M, L) of trees, with what tells the sequences apart."""
+    fields, lengths = flat
+    where = fields["tokens"].device
+    rows = rows_of_trees(fields["tokens"].cpu().numpy(), fields["mask"].cpu().numpy(), lengths, max_tokens)
+    width = _up(max(len(row.source) for row in rows), multiple)
+    attention = (
+        torch.arange(width, device=where) < torch.tensor([len(row.source) for row in rows], device=where)[:, None]
+    )
+    source, positions, parents, ends = (
+        torch.from_numpy(np.concatenate(parts)).to(where) for parts in zip(*rows, strict=True)
+    )
+    numbers = torch.arange(len(lengths), device=where).repeat_interleave(torch.tensor(lengths, device=where))
+    alone = torch.arange(1, width + 1, device=where).expand(attention.shape)  # padding is seen by itself only
+    return {
+        **_rectangles({name: field[source] for name, field in fields.items()}, attention, device, pad_id),
+        "position_ids": _filled(attention, positions, 0),
+        "sequence_ids": _filled(attention, numbers[source], -1),
+        "parents": _filled(attention, parents, -1),
+        "ends": alone.masked_scatter(attention, ends),
     }
 
 
@@ -132,22 +159,6 @@ def _contained(fields: dict[str, Any], attention: Any, make: Callable[[dict[str,
         "log_probs": container(LogProbs, full=fields["log_probs"]),
     }
     return laid | ({"weight_versions": make({"full": fields["versions"]})} if "versions" in fields else {})
-
-
-def _first_fit(lengths: list[int], size: int) -> list[list[int]]:
-    """Bins of at most ``size`` tokens, the longest sequences first (at most 11/9 of the best possible number, plus one)."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for place, left in enumerate(room):
-            if lengths[i] <= left:
-                bins[place].append(i)
-                room[place] -= lengths[i]
-                break
-        else:
-            bins.append([i])
-            room.append(size - lengths[i])
-    return [sorted(row) for row in bins]
 
 
 def _up(length: int, multiple: int) -> int:

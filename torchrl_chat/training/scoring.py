@@ -8,6 +8,8 @@ more than a chunk.
 from __future__ import annotations
 
 import contextlib
+import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from torchrl_chat import columns
+from torchrl_chat.models.passes import ModelError, packed_pass, padded_pass, tree_pass
+from torchrl_chat.models.proof import Together, groups_of, prover_of
+from torchrl_chat.models.ropes import rope_change
 
 
 class Scores(NamedTuple):
@@ -27,15 +32,123 @@ class Scores(NamedTuple):
     mask: torch.Tensor  # bool, the tokens that were scored
 
 
-class _Dense(NamedTuple):
+class Dense(NamedTuple):
+    """The rows of a view as rectangles."""
+
     ids: torch.Tensor
     mask: torch.Tensor
     attention: torch.Tensor
     position_ids: torch.Tensor
     sequence_ids: torch.Tensor | None  # only where a row has several sequences
+    parents: torch.Tensor | None = None  # only where they share their beginnings, as are the ends
+    ends: torch.Tensor | None = None
 
-    def part(self, rows: torch.Tensor, width: int) -> _Dense:
-        return _Dense(*(None if field is None else field[rows, :width] for field in self))  # type: ignore[arg-type]
+    def part(self, rows: torch.Tensor, width: int) -> Dense:
+        """Some of the rows, cut."""
+        return Dense(*(None if field is None else field[rows, :width] for field in self))  # type: ignore[arg-type]
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """The tokens to score: the first of a sequence has nothing before it, and is never scored."""
+        return self.mask & (self.position_ids > 0)
+
+    @property
+    def begins_left(self) -> bool:
+        """Whether every row is one sequence, with its padding on the right."""
+        places = torch.arange(self.attention.shape[1], device=self.attention.device)
+        return self.sequence_ids is None and bool(
+            (self.attention == (places < self.attention.sum(-1)[:, None])).all()
+        )
+
+    def apart(self) -> Dense:
+        """The same sequences in the same order, each in a row of its own, with its padding on the right."""
+        if self.ends is not None:
+            return self._paths(self.ends)
+        starts = (self.position_ids[self.attention] == 0).nonzero().flatten()
+        ends = torch.cat((starts[1:], self.attention.sum()[None]))
+        places = torch.arange(int((ends - starts).max()), device=starts.device)
+        attention = places < (ends - starts)[:, None]
+
+        def moved(field: torch.Tensor) -> torch.Tensor:
+            return field.new_zeros(attention.shape).masked_scatter(attention, field[self.attention])
+
+        return Dense(moved(self.ids), moved(self.mask), attention, places * attention, None)
+
+    def _paths(self, ends: torch.Tensor) -> Dense:
+        """Trees as sequences: a row for each token that none follows, with those before it.
+
+        A token is scored in the first of the sequences that it stands in, which keeps the order of those that are scored.
+        """
+        places = torch.arange(ends.shape[1], device=ends.device)
+        last = self.attention & (ends == places + 1)
+        rows, at = last.nonzero(as_tuple=True)
+        path = self.attention[rows] & (places <= at[:, None]) & (at[:, None] < ends[rows])
+        # The first last token behind a token is that of the first sequence that it stands in.
+        number = torch.nn.functional.pad(last.long().cumsum(-1)[:, :-1], (1, 0))[rows]
+        first = number == number.gather(1, at[:, None])
+        attention = places < path.sum(-1)[:, None]
+        width = int(path.sum(-1).max())
+
+        def moved(field: torch.Tensor) -> torch.Tensor:
+            return field.new_zeros(attention.shape).masked_scatter(attention, field[path])[:, :width]
+
+        mask = self.mask[rows] & first
+        return Dense(moved(self.ids[rows]), moved(mask), attention[:, :width], moved(self.position_ids[rows]), None)
+
+    def split_at(self, length: int) -> Dense:
+        """Each longer row twice: for the tokens that so many are enough for, and for those behind them."""
+        longer = self.attention.sum(-1) > length
+        copies = 1 + longer.long()
+        rows = torch.arange(len(copies), device=copies.device).repeat_interleave(copies)
+        first = torch.cat((rows[1:] == rows[:-1], rows.new_zeros(1, dtype=torch.bool)))[:, None]
+        second = torch.cat((rows.new_zeros(1, dtype=torch.bool), rows[1:] == rows[:-1]))[:, None]
+        places = torch.arange(self.ids.shape[1], device=rows.device)
+        mask = self.mask[rows] & ~(first & (places > length)) & ~(second & (places <= length))
+        attention = self.attention[rows] & ~(first & (places >= length))
+        return Dense(self.ids[rows], mask, attention, self.position_ids[rows], None)
+
+
+class Passing(NamedTuple):
+    """How sequences go through a model."""
+
+    dense: Dense  # as they are laid out for it
+    moved: bool  # whether the view has them elsewhere
+    together: Together  # which rows go together
+    packing: str | None  # what tells packed sequences apart; ``None`` where none are packed
+    length: int | None = None  # rows of more tokens do not go together with others, where there are some
+
+
+def passing_of(model: Any, dense: Dense) -> Passing:
+    """How the sequences of a view go through a model, as its proof allows; packed ones are taken apart where it must be."""
+    prover, packing, change = prover_of(model), None, rope_change(model)
+    longest = int(dense.position_ids[dense.attention].max()) + 1 if change is not None else 0
+    if change is not None and longest > change.length:
+        if not change.once and bool((dense.scored & (dense.position_ids > change.length)).any()):
+            raise change.refused(prover.proof.name, longest)
+        if prover.scoring() != "padded":
+            raise ModelError(
+                f"{prover.proof.name} takes no padded rows, and some have more than {change.length} tokens."
+            )
+        return Passing(dense.apart().split_at(change.length), True, "padded", None, change.length)
+    if dense.sequence_ids is not None:
+        packing = prover.packing() if dense.ends is None else prover.sharing()
+        if packing is not None:
+            return Passing(dense, False, "padded", packing)
+        if model not in _told:
+            _told.add(model)
+            what = "tell packed sequences apart" if dense.ends is None else "share what sequences begin with"
+            warnings.warn(
+                f"{prover.proof.name} cannot {what} ({prover.tried('packing' if dense.ends is None else 'sharing')}): they are "
+                "taken apart, and scored as padded rows.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    together = prover.scoring()
+    moved = not dense.begins_left
+    return Passing(dense.apart() if moved else dense, moved, together, None)
+
+
+_told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def sequence_log_probs(
@@ -71,9 +184,11 @@ def sequence_log_probs(
         KeyError: the view lacks tokens or masks.
         ValueError: a token id is outside the model's vocabulary, or a setting is out of range.
 
+    How rows go through the model is what :mod:`~torchrl_chat.models.proof` found right for it, whatever the view's layout.
     Packed rows attend block by block: causal within a sequence, blind to the others. transformers makes such a mask
     of ``position_ids`` that begin anew (with flash attention for one row at a time, so the rows go through it one by
-    one). Models that carry a state over positions (Mamba, linear attention) cannot take packed rows.
+    one). Models for which that is not so, those that carry a state over positions (Mamba, linear attention) among them, get the
+    sequences of a packed view as padded rows, with a warning.
 
     Example:
         >>> view = training_view(batch, layout="padded")
@@ -85,28 +200,31 @@ def sequence_log_probs(
     if chunk < 1 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"chunk={chunk}, max_tokens={max_tokens}: expected at least 1.")
     device = next(model.parameters()).device
-    dense = _dense(view, device)
+    dense = dense_of(view, device)
     known, highest = model.get_input_embeddings().num_embeddings, int(dense.ids.max())
     if highest >= known:
         raise ValueError(
             f"the view has the token id {highest}, and the model knows {known} ids: it has another vocabulary."
         )
-    # The first token of a sequence has nothing before it: it is never scored.
-    mask = dense.mask & (dense.position_ids > 0)
+    asked = dense.scored
+    passing = passing_of(model, dense)
+    dense, mask = passing.dense, passing.dense.scored
     log_probs = torch.zeros(mask.shape, device=device)
     entropies = torch.zeros(mask.shape, device=device) if entropy else None
-    if dense.sequence_ids is not None and "flash" in str(getattr(model.config, "_attn_implementation", "")):
-        max_tokens = 1
-    for rows, width in _minibatches(dense.attention, mask, max_tokens):
+    for rows, width in _minibatches(dense.attention, mask, max_tokens, passing):
         wanted = mask[rows, :width]
         part = dense.part(rows, width)
-        scored, uncertain = _score(model, part, wanted, temperature, vocab_size, entropy, chunk)
+        scored, uncertain = _score(model, part, passing, wanted, temperature, vocab_size, entropy, chunk)
         where = torch.zeros_like(mask)
         where[rows, :width] = wanted
         log_probs = log_probs.masked_scatter(where, scored)
         if entropies is not None:
             entropies = entropies.masked_scatter(where, uncertain)
-    return Scores(log_probs, entropies, mask)
+    if passing.moved:  # the view has its tokens in other places, in the same order
+        log_probs = torch.zeros(asked.shape, device=device).masked_scatter(asked, log_probs[mask])
+        if entropies is not None:
+            entropies = torch.zeros(asked.shape, device=device).masked_scatter(asked, entropies[mask])
+    return Scores(log_probs, entropies, asked)
 
 
 def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
@@ -144,7 +262,8 @@ def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
     return [torch.tensor([chosen[i] for i in rows]) for rows in _by_length(lengths, max_tokens)]
 
 
-def _dense(view: TensorDictBase, device: torch.device) -> _Dense:
+def dense_of(view: TensorDictBase, device: torch.device) -> Dense:
+    """The rows of a view as rectangles, as they lie in it; ragged rows are padded on the right."""
     rectangular = "sequence_ids" in view.keys() or "position_ids" in view.keys()
 
     def rows(container: str, key: str) -> Any:
@@ -167,23 +286,30 @@ def _dense(view: TensorDictBase, device: torch.device) -> _Dense:
     if sequence_ids is not None:
         sequence_ids = sequence_ids.to(device)
     ids = ids.masked_fill(~attention, 0)  # whatever stands there, -100 say
-    return _Dense(ids, mask, attention, position_ids.to(device), sequence_ids)
+    tree = (None if (field := view.get(key, None)) is None else field.to(device) for key in ("parents", "ends"))
+    return Dense(ids, mask, attention, position_ids.to(device), sequence_ids, *tree)
 
 
 def _minibatches(
-    attention: torch.Tensor, mask: torch.Tensor, max_tokens: int | None
+    attention: torch.Tensor, mask: torch.Tensor, max_tokens: int | None, passing: Passing
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Row numbers, and how wide these rows are; rows without a token to score are left out."""
+    """Numbers of rows that go together, and how wide they are; rows without a token to score are left out."""
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    ends = (attention * places).amax(-1).tolist()
+    # A token may be scored that does not go through the model itself.
+    ends = ((attention | mask) * places).amax(-1).tolist()
     chosen = mask.any(-1).nonzero().flatten().tolist()
-    if max_tokens is None:
-        groups = [chosen] if chosen else []
-    else:
-        groups = [[chosen[i] for i in group] for group in _by_length([ends[row] for row in chosen], max_tokens)]
-    for group in groups:
-        group = sorted(group)
-        yield torch.tensor(group, device=mask.device), max(ends[row] for row in group)
+    groups = groups_of([ends[row] for row in chosen], passing.together) if chosen else []
+    if passing.length is not None:
+        long = (attention.sum(-1) > passing.length).tolist()
+        groups = [[i for i in group if long[chosen[i]] is side] for group in groups for side in (False, True)]
+    for may in filter(None, groups):
+        rows = [chosen[i] for i in may]
+        if max_tokens is None:
+            parts = [rows]
+        else:
+            parts = [[rows[i] for i in group] for group in _by_length([ends[row] for row in rows], max_tokens)]
+        for group in map(sorted, parts):
+            yield torch.tensor(group, device=mask.device), max(ends[row] for row in group)
 
 
 def _by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -202,7 +328,8 @@ def _by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 def _score(
     model: Any,
-    dense: _Dense,
+    dense: Dense,
+    passing: Passing,
     wanted: torch.Tensor,
     temperature: float,
     vocab_size: int | None,
@@ -210,15 +337,19 @@ def _score(
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of the wanted tokens, both (K,), in row-major order."""
-    before = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # position t has the logits of token t + 1
+    before: Any = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # position t has the logits of token t + 1
+    if dense.parents is not None:
+        rows, places = wanted.nonzero(as_tuple=True)
+        before = rows, dense.parents[rows, places]
     with _head_sees_only(model, before) as head:
-        output = model(
-            input_ids=dense.ids,
-            # Without a mask transformers reads from the position ids where packed sequences begin.
-            attention_mask=None if dense.sequence_ids is not None else dense.attention.long(),
-            position_ids=dense.position_ids,
-            use_cache=False,
-        )
+        if passing.packing is not None and dense.ends is not None:
+            output = tree_pass(model, dense.ids, dense.position_ids, dense.ends, passing.packing)
+        elif passing.packing is not None:
+            output = packed_pass(model, dense.ids, dense.position_ids, passing.packing)
+        elif passing.together == "padded":
+            output = padded_pass(model, dense.ids, dense.attention)
+        else:
+            output = model(input_ids=dense.ids, use_cache=False)
     logits = output.logits.squeeze(0) if head else output.logits[before]
     targets = dense.ids[wanted]
     return _TokenScores.apply(logits, targets, temperature, vocab_size, entropy, chunk)
@@ -273,7 +404,7 @@ class _TokenScores(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _head_sees_only(model: Any, where: torch.Tensor) -> Iterator[bool]:
+def _head_sees_only(model: Any, where: Any) -> Iterator[bool]:
     """Inside, the model's output head gets the hidden states at ``where`` only, as one row of K.
 
     What models do behind the head (soft caps, scales) is element by element, so their logits are the same. Yields

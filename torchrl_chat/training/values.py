@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from torchrl_chat.training.scoring import Scores, sequence_log_probs
+from torchrl_chat.models.passes import ModelError, padded_pass
+from torchrl_chat.training.scoring import Scores, dense_of, passing_of, sequence_log_probs
 
 
 class PolicyAndValue(nn.Module):
@@ -33,7 +34,7 @@ class PolicyAndValue(nn.Module):
         self.model = model
         # What PEFT calls the base model is a wrapper around the whole of it, head and all.
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.trunk = copy.deepcopy(plain.base_model) if trunk == "separate" else None
+        self.trunk = copy.deepcopy(_trunk_of(plain)) if trunk == "separate" else None
         width = model.get_output_embeddings().in_features
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)  # no opinion at the start
@@ -56,11 +57,17 @@ class PolicyAndValue(nn.Module):
 
         Raises:
             ValueError: the view is not padded, or the rows would go through the model in several passes.
+            ModelError: the model takes no padded rows.
         """
         if "position_ids" not in view.keys() or len(view.batch_size) != 1:
             raise ValueError("values need a padded view: training_view(..., layout='padded').")
         if scoring.get("max_tokens") is not None:
             raise ValueError("values need one pass: split the view with microbatches instead of max_tokens.")
+        passing = passing_of(self.model, dense_of(view, next(self.model.parameters()).device))
+        if passing.together != "padded" or passing.length is not None:
+            raise ModelError(
+                f"{type(self.model).__name__} takes not all of these rows together, and values need one pass."
+            )
         seen: list[torch.Tensor] = []
         # The output head's first hook sees all hidden states, before scoring cuts them to those that it needs.
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -68,21 +75,32 @@ class PolicyAndValue(nn.Module):
             scores = sequence_log_probs(self.model, view, **scoring)
         finally:
             hook.remove()
-        values = torch.zeros(scores.mask.shape, device=scores.mask.device)
+        mask = passing.dense.scored
+        values = torch.zeros(mask.shape, device=mask.device)
         if not seen:
-            return scores, values
-        rows = scores.mask.any(-1)  # the others did not go through the model
+            return scores, torch.zeros(scores.mask.shape, device=mask.device)
+        rows = mask.any(-1)  # the others did not go through the model
         hidden = seen[0]
         width = hidden.shape[1]
         if self.trunk is not None:
-            device = scores.mask.device
-            hidden = self.trunk(
-                input_ids=view["tokens"].full[rows, :width].to(device),
-                attention_mask=view["masks"].all_attention_mask[rows, :width].long().to(device),
-                position_ids=view["position_ids"][rows, :width].to(device),
-                use_cache=False,
-            ).last_hidden_state
+            dense = passing.dense.part(rows.nonzero().flatten(), width)
+            hidden = padded_pass(self.trunk, dense.ids, dense.attention).last_hidden_state
         found = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
         # Position t sees token t: it says what is expected before token t + 1.
         values[rows, 1:width] = found[:, :-1]
-        return scores, torch.where(scores.mask, values, 0.0)
+        return scores, torch.zeros(scores.mask.shape, device=mask.device).masked_scatter(scores.mask, values[mask])
+
+
+def _trunk_of(model: Any) -> nn.Module:
+    """The model without its output head.
+
+    Raises:
+        ModelError: it does not say which part of it that is.
+    """
+    trunk, embeddings = model.base_model, model.get_input_embeddings()
+    if trunk is model:  # its prefix is not what the part is called (Llama 4)
+        parts = (part for part in model.children() if part is not embeddings)
+        trunk = next((part for part in parts if any(module is embeddings for module in part.modules())), None)
+    if trunk is None:
+        raise ModelError(f"{type(model).__name__} does not say which part of it is the trunk: give trunk='shared'.")
+    return trunk

@@ -24,7 +24,7 @@ from torchrl_chat.training.layouts import Flat, Layout, Side
 # The view's own columns: those of the same name in the data are not kept (but may tell the groups).
 _OWN = {
     "episode", "episode_digest", "episode_sequence", "group", "scored", "turn_reward", "position_ids", "sequence_ids",
-    "cu_seqlens", "weight_versions",
+    "cu_seqlens", "weight_versions", "parents", "ends",
 }  # fmt: skip
 
 
@@ -57,7 +57,8 @@ def training_view(
         side: where a padded layout has its padding.
         pad_id: the token id of padding.
         multiple_of: T and L below are multiples of it.
-        max_tokens: how many tokens a row of a packed layout has at most; one row if ``None``.
+        max_tokens: how many tokens a row of a packed layout has at most, one row if ``None``; of a tree layout likewise, as
+            many as the largest tree has if ``None``.
 
     Returns:
         E episodes in N >= E sequences, those of an episode in the order in which they were sampled, without those in which
@@ -86,6 +87,11 @@ def training_view(
         ``"position_ids"`` int64 (M, L), which begin at 0 with each sequence; ``"sequence_ids"`` int64 (M, L), the
         sequence's number 0..N-1 by which the columns of length N are indexed, -1 on padding; and ``"cu_seqlens"``
         int32, where each sequence begins in the flattened rows, a row's padding being one of them, and their end.
+        ``"tree"``: batch size (), as ``"packed"``, but what sequences begin with alike stands once: the prompt of a group, what
+        was said before an episode's branches parted. A row has as many trees as fit. A token that is trained in two sequences stands twice. ``"position_ids"`` count the tokens before one in
+        its sequences; ``"sequence_ids"`` name the sequence that a token is trained in, else one of those that it stands in;
+        ``"parents"`` int64 (M, L) is the place of the token before it in its row, -1 for a first one; and ``"ends"`` int64
+        (M, L) the place behind the last token that follows it.
 
     An episode that failed (see :func:`~torchrl_chat.training.failures.failed_rows`: no grade came, and
     :class:`~torchrl_chat.RewardTransform` masks it; or it ended with an error) moves nobody: the assistant mask of its sequences
@@ -120,8 +126,9 @@ def training_view(
     elif layout == "padded":
         laid = layouts.padded(flat, device, side, pad_id, multiple_of)
     else:
-        laid = layouts.packed(flat, device, pad_id, multiple_of, max_tokens)
-    batch = torch.Size([]) if layout == "packed" else torch.Size([count])
+        lay = layouts.tree if layout == "tree" else layouts.packed
+        laid = lay(flat, device, pad_id, multiple_of, max_tokens)
+    batch = torch.Size([]) if layout in ("packed", "tree") else torch.Size([count])
     view = TensorDict({"episode": torch.tensor(episodes, device=device)}, batch_size=batch, device=device)
     digests = list(map(_digest, branches))
     places = [(number, len(sequences)) for sequences in branches for number in range(len(sequences))]
@@ -150,8 +157,8 @@ def training_view(
 
 
 def _check(layout: str, side: str, multiple_of: int, max_tokens: int | None) -> None:
-    if layout not in ("ragged", "padded", "packed"):
-        raise ValueError(f"layout={layout!r}: expected 'ragged', 'padded' or 'packed'.")
+    if layout not in ("ragged", "padded", "packed", "tree"):
+        raise ValueError(f"layout={layout!r}: expected 'ragged', 'padded', 'packed' or 'tree'.")
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r}: expected 'left' or 'right'.")
     if multiple_of < 1:

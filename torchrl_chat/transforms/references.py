@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_chat.endpoint import Secrets, of_url, shown_url, without_login
+from torchrl_chat.models.mode import evaluating
 from torchrl_chat.training import layouts, sequence_log_probs
 
 RemoteLogProbs = Callable[[list[list[int]]], Sequence[Sequence[float | None]]]
@@ -90,9 +91,7 @@ class ModelReference(Reference):
         unknown = [torch.zeros(ids.shape, device=ids.device) for ids in tokens]
         flat = layouts.Flat.of(tokens, mask=masks, log_probs=unknown)
         view = TensorDict(layouts.padded(flat, None, "right", 0, 1), batch_size=(len(tokens),))
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             scores = sequence_log_probs(
                 self.model,
                 view,
@@ -100,9 +99,6 @@ class ModelReference(Reference):
                 vocab_size=self.vocab_size,
                 max_tokens=self.max_tokens,
             ).log_probs
-        finally:
-            if training:
-                self.model.train()
         home = tokens[0].device
         return [row[: len(ids)].to(home) for row, ids in zip(scores, tokens, strict=True)]
 

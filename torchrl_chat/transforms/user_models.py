@@ -14,9 +14,9 @@ import torch
 
 from torchrl_chat.endpoint import Endpoint, broken, filled
 from torchrl_chat.messages import Message, content_text
+from torchrl_chat.models.sampling import default_stop_ids
 from torchrl_chat.policies import Prompt, TransformersPolicy
 from torchrl_chat.rewards.marked import after_reasoning
-from torchrl_chat.sampling import default_stop_ids
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from torchrl_chat.models.mode import evaluating
+from torchrl_chat.models.passes import Decoding
+from torchrl_chat.models.proof import groups_of, prover_of
+from torchrl_chat.models.ropes import rope_change
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 
 
@@ -38,13 +41,6 @@ def default_stop_ids(tokenizer: Any, eos: int | Sequence[int] | None = None) -> 
             "neither the tokenizer, its chat template nor the model names a token that ends an answer."
         )
     return frozenset(stops)
-
-
-def left_padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids, int64 (T,) each, as one batch (B, T) padded on the left, and its attention mask, bool (B, T)."""
-    ids = pad_sequence(list(rows), batch_first=True, padding_side="left")
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    return ids, torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
 
 
 @torch.no_grad()
@@ -75,28 +71,64 @@ def generate(
         the sampled ids, each int64 (R,), the stop id included, and their log-probs, each float32 (R,); NaN where the model's
         logits were not finite, which an environment refuses for that row.
 
+    Raises:
+        ModelError: the model does not compute what it computes for one row in any way that is known here; or its rope is
+            another for each length, and a row may grow beyond the first.
+
+    The model is in ``eval()`` meanwhile. Which rows go through it together, and whether it keeps a cache, is what
+    :mod:`~torchrl_chat.models.proof` found right for it.
+
     Example:
         >>> ids, log_probs = generate(model, [torch.tensor([5, 6])], stop_ids={2}, most=[8])
     """
-    ids, attention = left_padded(prompts)
-    device = ids.device
+    with evaluating(model):
+        # What is no model of transformers, a function say, is asked as one that takes rows of any length together.
+        way = prover_of(model).sampling() if hasattr(model, "get_input_embeddings") else ("padded", True)
+        together, cached = way
+        ids: list[torch.Tensor] = [_NOTHING] * len(prompts)
+        scores: list[torch.Tensor] = [_NOTHING] * len(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        groups, change = groups_of(lengths, together), rope_change(model)
+        if change is not None:
+            if not change.once and (longest := max(map(sum, zip(lengths, most, strict=True)))) > change.length:
+                raise change.refused(type(model).__name__, longest)
+            groups = [part for group in groups for part in change.apart(group, lengths, most)]
+        for group in groups:
+            rows = [prompts[i] for i in group]
+            limits = [most[i] for i in group]
+            noise = None
+            if seeds is not None and temperature > 0:
+                before = torch.tensor([lengths[i] for i in group])
+                noise = GumbelNoise([seeds[i] for i in group], before, max(limits), rows[0].device)
+            renewed = change.length if change is not None and len(group) == 1 else None
+            run = Decoding(model, rows, padded=together == "padded", cached=cached, renewed=renewed)
+            sampled = _sampled(run, stop_ids, limits, vocab_size, temperature, noise, generator)
+            for i, row, row_scores in zip(group, *sampled, strict=True):
+                ids[i], scores[i] = row, row_scores
+    return ids, scores
+
+
+_NOTHING = torch.empty(0)
+
+
+def _sampled(
+    run: Decoding,
+    stop_ids: Collection[int],
+    most: Sequence[int],
+    vocab_size: int | None,
+    temperature: float,
+    noise: GumbelNoise | None,
+    generator: torch.Generator | None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Answers of rows that go through the model together, and their log-probs."""
+    device = run.logits.device
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     limits = torch.tensor(list(most), device=device)
-    position = attention.sum(-1)
-    noise = None if seeds is None or temperature == 0 else GumbelNoise(seeds, position, max(most), device)
-    output = model(
-        input_ids=ids,
-        attention_mask=attention.long(),
-        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    alive, taken = torch.ones_like(limits, dtype=torch.bool), torch.zeros_like(limits)
     sampled: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    taken = torch.zeros_like(position)
     while True:
-        log_probs = scaled_log_probs(output.logits[:, -1, :vocab_size], temperature)
+        log_probs = scaled_log_probs(run.logits[:, :vocab_size], temperature)
         if temperature == 0:
             token = log_probs.argmax(-1)
         elif noise is not None:
@@ -111,15 +143,7 @@ def generate(
         alive = alive & ~torch.isin(token, stops) & (taken < limits)
         if not alive.any():
             break
-        attention = torch.cat((attention, torch.ones_like(alive)[:, None]), -1)
-        output = model(
-            input_ids=token[:, None],
-            attention_mask=attention.long(),
-            position_ids=position[:, None],
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
-        position = position + 1
+        run.push(token)
     rows, row_scores, counts = torch.stack(sampled, 1), torch.stack(scores, 1), taken.tolist()
     return (
         [row[:count].clone() for row, count in zip(rows, counts, strict=True)],

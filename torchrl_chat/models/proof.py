@@ -1,0 +1,376 @@
+"""The proof of a model: in which ways rows may go through it together, so that it computes what it computes of each alone.
+
+What a causal language model says of a row is what it says of the row by itself: ``model(input_ids=row[None])``. Everything
+else is a way to say it faster, and none of them is right for all architectures: padding on the left moves what counts
+columns and leaks into states, position ids are ignored or counted otherwise, caches are kept under other names, or not at all,
+and rows that are packed one behind the other see each other. None of that raises, and none of it shows in a loss.
+
+So a model is tried where it is first used, on a few short rows of its own ids, in ``eval()``: each row alone against the ways
+that are asked for, the cheapest first, through the very functions that run afterwards. The first right one is taken; where
+there is none, the model is refused by name, with what was measured. The record belongs to the model object and outlives
+changes of its weights, but not of its dtype, device, attention kernel or adapters.
+
+What only long rows show (windows, chunks, states that are compressed block by block), or only weights that have learned
+something, is tried as well on a small random copy of the same class, in float32, whose windows are a few tokens wide
+(:mod:`~torchrl_chat.models.small`): once for a class and config. Ropes that change with the length are
+:mod:`~torchrl_chat.models.ropes`'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from torchrl_chat.models.mode import evaluating
+from torchrl_chat.models.passes import Decoding, ModelError, float_type, packed_pass, tree_pass, whole_pass
+from torchrl_chat.models.small import STRETCH, small_copy
+
+LIMIT = 1e-3
+"""Nats that a log-prob may differ by in float32; the rounding of real models is a tenth of that."""
+# In lower precision: so many times the spacing of its numbers, or what equal work in another order differs by; never more.
+_LEAST, _ROUNDING, _MOST = 8.0, 4.0, 0.5
+_LENGTHS, _LONG = (9, 2, 5), (5 * STRETCH, 3, 2 * STRETCH + 5)
+_MORE = 3  # ids that follow, one by one
+
+Together = Literal["padded", "equal", "alone"]
+"""Which rows go through a model together: all, padded to one length; those of one length; none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One way for rows to go through a model, beside each row alone."""
+
+    difference: float
+    """The largest difference of a log-prob, in nats; infinite where the model raised, or gave no number."""
+    error: str = ""
+    """What it raised."""
+
+    def __str__(self) -> str:
+        return self.error or f"{self.difference:.2g} nats off"
+
+
+@dataclass
+class Proof:
+    """What was tried of one model. Everything is tried when it is first asked for.
+
+    Attributes:
+        name: the model's class.
+        limit: nats that a difference may have, in the model's precision.
+        checks: what was tried, by its name.
+    """
+
+    name: str
+    limit: float
+    checks: dict[str, Check] = field(default_factory=dict)
+
+    def holds(self, name: str, measure: Callable[[], float]) -> bool:
+        """Whether a way is right; measured once."""
+        if name not in self.checks:
+            try:
+                self.checks[name] = Check(measure())
+            except torch.OutOfMemoryError:  # of the moment
+                raise
+            except Exception as error:  # whatever a model raises, it is no way for its rows
+                said = str(error).partition("\n")[0]
+                self.checks[name] = Check(float("inf"), f"{type(error).__name__}: {said:.200}")
+        return self.checks[name].difference <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was tried, by name: the difference in nats, or what the model raised."""
+        return {name: check.error or check.difference for name, check in self.checks.items()}
+
+    def refused(self, what: str, names: Sequence[str]) -> ModelError:
+        """Why none of these ways is right."""
+        tried = "; ".join(f"{name}: {self.checks[name]}" for name in names)
+        return ModelError(f"{self.name}: {what} as the model computes it for one row alone. Tried were {tried}.")
+
+
+@dataclass(frozen=True)
+class Prover:
+    """Tries a model's ways on rows of its own.
+
+    Args:
+        model: the model.
+        proof: where what was found is kept.
+        rows: some ids with :data:`_MORE` behind them, int64 (T,) each.
+        small: tries a small copy of the model, on longer rows; ``None`` for that copy itself, and where there is none.
+    """
+
+    model: Any
+    proof: Proof
+    rows: list[torch.Tensor]
+    small: Prover | None = None
+
+    def sampling(self) -> tuple[Together, bool]:
+        """How rows are sampled from: which together, and whether with a cache."""
+        ways: list[tuple[Together, bool]] = [("padded", True), ("equal", True), ("alone", True), ("equal", False)]
+        for way, cached in [*ways, ("alone", False)]:
+            name = f"sampling, {_SAID[way]}" + ("" if cached else ", without a cache")
+            if self._holds(name, lambda prover: prover._continued(way, cached)):  # noqa: B023  # called at once
+                return way, cached
+        raise self.proof.refused(
+            "it cannot be sampled from", [n for n in self.proof.checks if n.startswith("sampling")]
+        )
+
+    def scoring(self) -> Together:
+        """Which rows are scored together, padded on the right."""
+        ways: list[Together] = ["padded", "equal"]
+        for way in ways:
+            if self._holds(f"scoring, {_SAID[way]}", lambda prover: prover._whole(way)):  # noqa: B023
+                return way
+        return "alone"
+
+    def packing(self) -> str | None:
+        """How sequences are told apart that are packed into one row; ``None`` where the model cannot."""
+        for name in ("positions", "mask", "masks"):
+            # A mask of ours takes the place of the model's own, which may look at a stretch only: short rows do not show it.
+            if name != "positions" and self.small is None:
+                break
+            if self._holds(f"packing, told apart by {name}", lambda prover: prover._packed(name)):  # noqa: B023
+                return name
+        return None
+
+    def sharing(self) -> str | None:
+        """How sequences that begin alike share what they begin with; ``None`` where the model cannot."""
+        for name in ("mask", "masks"):
+            if self.small is not None and self._holds(f"sharing, by {name}", lambda prover: prover._shared(name)):  # noqa: B023
+                return name
+        return None
+
+    def tried(self, what: str) -> str:
+        """What was measured of some ways."""
+        return (
+            "; ".join(f"{name}: {check}" for name, check in self.proof.checks.items() if name.startswith(what))
+            or "nothing"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Everything that can be asked of the model, tried: as plain data with one JSON form.
+
+        ``"sampling"`` and ``"scoring"`` say which rows go together (``None`` where it is refused), ``"packing"`` and ``"sharing"``
+        what tells sequences apart (``None``: they are taken apart), ``"checks"`` the largest difference in nats of each way that was
+        tried, and ``"small_copy"`` those of the small copy.
+        """
+        try:
+            way, cached = self.sampling()
+            sampling: str | None = _SAID[way] + ("" if cached else ", without a cache")
+        except ModelError:
+            sampling = None
+        found = {
+            "sampling": sampling,
+            "scoring": _SAID[self.scoring()],
+            "packing": self.packing(),
+            "sharing": self.sharing(),
+        }
+        return {
+            "class": self.proof.name,
+            "dtype": str(float_type(self.model)).removeprefix("torch."),
+            "kernel": getattr(getattr(self.model, "config", None), "_attn_implementation", None),
+            "limit": self.proof.limit,
+            **found,
+            "checks": self.proof.as_dict(),
+            "small_copy": None if self.small is None else self.small.proof.as_dict(),
+        }
+
+    # ------------------------------------------------------------------ trying
+    def _holds(self, name: str, measure: Callable[[Prover], float]) -> bool:
+        with evaluating(self.model) if name not in self.proof.checks else contextlib.nullcontext(), torch.no_grad():
+            right = self.proof.holds(name, lambda: measure(self))
+        if not right or self.small is None:
+            return right
+        if not self.small._holds(name, measure):
+            self.proof.checks[name] = self.small.proof.checks[name]
+            return False
+        return True
+
+    def alone(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Log-probs of each row by itself, float32 (T, V): not kept, since weights change between two checks."""
+        return [_log_probs(self.model(input_ids=row[None], use_cache=False).logits[0]) for row in rows]
+
+    def _continued(self, way: Together, cached: bool) -> float:
+        worst = 0.0
+        for rows, alone in self._batches(way):
+            run = Decoding(self.model, [row[:-_MORE] for row in rows], padded=way == "padded", cached=cached)
+            for step in range(_MORE + 1):
+                at = [len(row) - _MORE - 1 + step for row in rows]
+                worst = max(
+                    worst, *map(_difference, _log_probs(run.logits), [a[i] for a, i in zip(alone, at, strict=True)])
+                )
+                if step < _MORE:
+                    run.push(torch.stack([row[i + 1] for row, i in zip(rows, at, strict=True)]))
+        return worst
+
+    def _whole(self, way: Together) -> float:
+        worst = 0.0
+        for rows, alone in self._batches(way):
+            logits = _log_probs(whole_pass(self.model, rows, padded=way == "padded").logits)
+            worst = max(worst, *(_difference(found[: len(a)], a) for found, a in zip(logits, alone, strict=True)))
+        return worst
+
+    def _packed(self, manner: str) -> float:
+        positions = torch.cat([torch.arange(len(row), device=row.device) for row in self.rows])
+        logits = packed_pass(self.model, torch.cat(self.rows)[None], positions[None], manner).logits[0]
+        return _difference(_log_probs(logits), torch.cat(self.alone(self.rows)))
+
+    def _shared(self, manner: str) -> float:
+        """Two sequences that begin alike, and one that is all of one of them but its end."""
+        one = max(self.rows, key=len)
+        half, end = len(one) // 2, len(one)
+        other = torch.cat((one[:half], one[half:].flip(0)))
+        ids = torch.cat((one, other[half:]))[None]
+        positions = torch.cat((torch.arange(end), torch.arange(half, end))).to(ids.device)[None]
+        ends = torch.tensor(
+            [ids.shape[1]] * half + [end] * (end - half) + [ids.shape[1]] * (end - half), device=ids.device
+        )
+        logits = _log_probs(tree_pass(self.model, ids, positions, ends[None], manner).logits[0])
+        first, second = self.alone([one, other])
+        return max(_difference(logits[:end], first), _difference(logits[end:], second[half:]))
+
+    def _batches(self, way: Together) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Rows that go together, with their log-probs alone."""
+        if way == "equal":
+            longest = max(self.rows, key=len)
+            rows = [longest, longest.flip(0)]
+        else:
+            rows = self.rows
+        alone = self.alone(rows)
+        if way == "alone":
+            yield from (([row], [scores]) for row, scores in zip(rows, alone, strict=True))
+        else:
+            yield rows, alone
+
+
+def groups_of(lengths: Sequence[int], together: Together) -> list[list[int]]:
+    """Row numbers in groups that go through a model together."""
+    if together == "alone":
+        return [[i] for i in range(len(lengths))]
+    if together == "padded":
+        return [list(range(len(lengths)))]
+    by_length: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(i)
+    return list(by_length.values())
+
+
+_SAID = {"padded": "rows of any length together", "equal": "rows of one length together", "alone": "row by row"}
+# What was found of each model, by the state in which it was; without the model itself, which a value here would keep.
+_found: weakref.WeakKeyDictionary[Any, tuple[Any, Prover]] = weakref.WeakKeyDictionary()
+
+
+def prover_of(model: Any) -> Prover:
+    """What tries a model, and remembers what was found.
+
+    Raises:
+        ModelError: what the model says of a token depends on what is behind it.
+    """
+    state = _state(model)
+    kept = _found.get(model)
+    if kept is None or kept[0] != state:
+        kept = state, replace(_begun(model, small=_small_of(model)), model=None)
+        _found[model] = kept
+    return replace(kept[1], model=model)
+
+
+def _begun(model: Any, lengths: Sequence[int] = _LENGTHS, small: Prover | None = None) -> Prover:
+    """A proof with what every other check rests on: that a pass over a row tells what passes over its beginnings tell."""
+    proof = Proof(type(model).__name__, LIMIT)
+    prover = Prover(model, proof, _rows(model, lengths), small)
+    with evaluating(model), torch.no_grad():
+        rounding = 0.0
+        for row, alone in zip(prover.rows, prover.alone(prover.rows), strict=True):
+            for length in {len(row) // 4, len(row) // 2, len(row) - _MORE} - {0}:
+                begun = _log_probs(model(input_ids=row[None, :length], use_cache=False).logits[0])
+                rounding = max(rounding, _difference(begun, alone[:length]))
+    precision = torch.finfo(float_type(model)).eps
+    if precision > torch.finfo(torch.float32).eps:
+        proof.limit = min(max(LIMIT, _LEAST * precision, _ROUNDING * rounding), _MOST)
+    if rounding > proof.limit:
+        raise ModelError(
+            f"{proof.name} is not causal: what it says of a token depends on those behind it ({rounding:.2g} nats). Such a model "
+            "cannot be sampled from token by token. Give a decoder, or make it one in its config (is_decoder=True)."
+        )
+    proof.checks["beginnings of rows"] = Check(rounding)
+    return prover
+
+
+_small: dict[str, Prover | None] = {}  # by class and config
+
+
+def _small_of(model: Any) -> Prover | None:
+    """What tries a small copy of a model; ``None`` where the class makes none of these numbers.
+
+    Raises:
+        ModelError: what the copy says of a token depends on what is behind it.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    key = f"{type(model).__name__} {config._attn_implementation == 'eager'} {config.to_json_string()}"
+    if key not in _small:
+        try:
+            _small[key] = _begun(small_copy(model), _LONG)
+        except ModelError:
+            raise
+        except Exception:  # whatever a class raises on numbers that it was not made for
+            _small[key] = None
+    return _small[key]
+
+
+def _state(model: Any) -> Any:
+    """What a proof depends on, besides the weights."""
+    weight, config = next(model.parameters()), getattr(model, "config", None)
+    adapters = getattr(model, "active_adapters", None)
+    return (
+        type(model),
+        weight.dtype,
+        weight.device,
+        getattr(config, "_attn_implementation", None),
+        tuple(adapters) if isinstance(adapters, (list, tuple)) else None,
+    )
+
+
+def _rows(model: Any, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Rows of ids, the same every time; in one of them are those that end, begin and pad rows, which a policy may sample, too.
+
+    Other ids that a config names stand for images and sounds, and are left out.
+    """
+    known, config = model.get_input_embeddings().num_embeddings, getattr(model, "config", None)
+    named = {} if config is None else config.to_dict()
+    plain = [i for i in range(min(known, 4096)) if i not in set(_special(named))]
+    draw, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    # Few of them, so that ids come again as in any text: what a layer makes of ids alone is then exactly equal.
+    ids = torch.tensor(plain or [0])[torch.randperm(max(len(plain), 1), generator=draw)[:16]]
+    rows = [ids[torch.randint(len(ids), (length + _MORE,), generator=draw)] for length in lengths]
+    ends = [named.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    ends = [i for value in ends for i in (value if isinstance(value, list) else [value])]
+    marks = sorted({i for i in ends if isinstance(i, int) and 0 <= i < known})[:_MORE]
+    # In the middle, and among the last, which are sampled.
+    rows[0][2 : 2 + len(marks)] = rows[0][-1 - len(marks) : -1] = torch.tensor(marks, dtype=torch.int64)
+    return [row.to(device) for row in rows]
+
+
+def _special(config: dict[Any, Any]) -> Iterator[int]:
+    """Ids that a config names."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _special(value)
+        elif str(key).endswith(("token_id", "token_index", "token_ids")):
+            yield from (i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+
+
+def _log_probs(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().log_softmax(-1)
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference; infinite where one is no number, or the shapes differ."""
+    if one.shape != other.shape:
+        return float("inf")
+    apart = (one - other).abs().masked_fill(one == other, 0.0)  # two infinities are the same
+    worst = float(apart.max())
+    return worst if worst == worst else float("inf")
