@@ -27,7 +27,12 @@ the reason shown) or unsupported (the template itself raises, or leaves a messag
 rendering at each turn, "rendered" runs the template. Below stand what the template does to earlier turns
 (where history_policy="template" branches), and whether other ways to the next prompt would give the same ids.
 
-The exit code is 0 if user turns are proved, 1 if not, 2 if there is nothing to audit."""
+With --model the model itself is loaded and tried: in which ways rows may go through it together (padded, packed, as trees
+of what they begin with alike, with a cache), so that it computes what it computes of each alone, and by how many nats
+the others are off.
+
+The exit code is 0 if user turns are proved (and, with --model, the model can be sampled from), 1 if not, 2 if there is
+nothing to audit."""
 
 
 def add_parser(commands: Any) -> None:
@@ -56,6 +61,8 @@ def add_parser(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="variables of the template; a value is JSON or else a string: enable_thinking=false",
     )
+    parser.add_argument("--model", action="store_true", help="try the model of the folder or name, too")
+    parser.add_argument("--dtype", default="float32", help="of its weights (default float32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
         "--tails", action="store_true", help="show the tokens of every tail, also of those seen above"
@@ -85,19 +92,43 @@ def run(arguments: argparse.Namespace) -> int:
         except BrokenTemplateError as error:
             print(f"torchrl-chat audit: {error}", file=sys.stderr)
             return 1
+        model = _model(arguments.tokenizer, arguments.dtype) if arguments.model else None
     if arguments.json:
-        text = json.dumps(report.as_dict(), indent=2)
+        text = json.dumps(report.as_dict() | ({} if model is None else {"model": model}), indent=2)
     else:
-        from torchrl_chat.cli.audit_text import Style, lines
+        from torchrl_chat.cli.audit_text import Style, lines, model_lines
 
         style = Style.of(sys.stdout, shutil.get_terminal_size((100, 24)).columns)
-        text = "\n".join(lines(report, style, all_tails=arguments.tails))
-    exit_code = 0 if report.proved else 1
+        shown = [*lines(report, style, all_tails=arguments.tails)]
+        text = "\n".join(shown if model is None else [*shown, "", *model_lines(model, style)])
+    exit_code = 0 if report.proved and (model is None or model["sampling"]) else 1
     try:
         print(text, flush=True)
     except BrokenPipeError:  # the verdict is known all the same; main ends other commands
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return exit_code
+
+
+def _model(name: str, dtype: str) -> dict[str, Any]:
+    """What a model was found to be right for.
+
+    Raises:
+        ValueError: there is no such model, or no such type.
+    """
+    import torch
+
+    from torchrl_chat.models.passes import ModelError
+    from torchrl_chat.models.proof import prover_of
+    from torchrl_chat.pretrained import load_model
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
+    model = load_model(name, dtype=kind)
+    try:
+        return prover_of(model).record()
+    except ModelError as error:
+        return {"class": type(model).__name__, "sampling": None, "refused": str(error)}
 
 
 def template_kwargs(pairs: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TextIO
@@ -181,3 +181,34 @@ def _drift(entry: Drift, style: Style) -> Iterator[str]:
     first, *rest = replace(style, colour=False).field(entry.turn, text, 2)
     yield style.paint(symbol if style.symbols else letter, look) + first[1:]
     yield from rest
+
+
+def model_lines(model: Mapping[str, Any], style: Style) -> Iterator[str]:
+    """The lines of what a model was found to be right for (:meth:`~torchrl_chat.models.proof.Prover.record`)."""
+
+    def line(mark: Status, label: str, text: str) -> str:
+        symbol, plain, look = _LOOKS[mark]
+        return f"{style.paint(symbol if style.symbols else plain, look)} {label:<{_LABEL}} {style.plain(text)}"
+
+    yield style.paint("model", "bold") + f"  {model['class']}"
+    if "refused" in model:
+        yield line(Status.REFUSED, "refused", model["refused"])
+        return
+    yield f"  {model['dtype']}, attention {model['kernel']}; right is within {model['limit']:.2g} nats of each row alone"
+    apart = "sequences are taken apart"
+    for what, text in (
+        ("sampling", model["sampling"]),
+        ("scoring", model["scoring"]),
+        ("packed views", model["packing"] and f"told apart by {model['packing']}"),
+        ("tree views", model["sharing"] and f"shared, by {model['sharing']}"),
+    ):
+        refused = Status.REFUSED if what == "sampling" else Status.UNSUPPORTED
+        yield line(Status.PROVED if text else refused, what, text or ("refused" if what == "sampling" else apart))
+    for place, checks in (("its own weights", model["checks"]), ("a small copy", model["small_copy"])):
+        if checks is None:
+            yield f"  {place}: none could be made, so that what only long rows show is taken on trust"
+            continue
+        yield f"  {place}, nats off:"
+        for name, found in checks.items():
+            shown = found if isinstance(found, str) else f"{found:.1e}"
+            yield f"    {name:<60} {style.plain(shown)}"
