@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-RUN = ["your-environment.md", "reference.md"]  # from top to bottom, each block with the names of those before it
+RUN = [
+    "your-environment.md",
+    "reference.md",
+    "models.md",
+]  # from top to bottom, each block with the names of those before it
 FILES = "https://github.com/torchrl-chat/torchrl_chat/blob/main/"
 IMAGES = "https://raw.githubusercontent.com/torchrl-chat/torchrl_chat/main/"
 
