@@ -319,6 +319,8 @@ class TestProof:
         assert prover_of(model).proof is not first
         assert prover_of(model).proof.limit > LIMIT
         assert prover_of(model).sampling() == ("padded", True)
+        scores = sequence_log_probs(model, _alone_view(torch.arange(9) + 5, torch.ones(9, dtype=torch.bool)))
+        assert (scores.precision, scores.log_probs.dtype) == (torch.bfloat16, torch.float32)
 
     def test_what_a_model_raises_is_no_way_for_its_rows(self):
         class Refuses(LlamaForCausalLM):
@@ -532,6 +534,7 @@ class TestAudit:
         found = json.loads(capsys.readouterr().out)["model"]
         assert (found["class"], found["dtype"], found["sharing"]) == ("LlamaForCausalLM", "bfloat16", "mask")
         assert found["limit"] > LIMIT > max(found["small_copy"].values())
+        assert 1e-5 < found["rounding"] < found["limit"]
         assert set(found["checks"]) == set(found["small_copy"])
 
     def test_without_being_asked_nothing_is_said_of_models(self, folder, capsys):

@@ -195,6 +195,8 @@ def model_lines(model: Mapping[str, Any], style: Style) -> Iterator[str]:
         yield line(Status.REFUSED, "refused", model["refused"])
         return
     yield f"  {model['dtype']}, attention {model['kernel']}; right is within {model['limit']:.2g} nats of each row alone"
+    if model["rounding"]:
+        yield f"  {model['rounding']:.2g} nats off what the same weights say in float32"
     apart = "sequences are taken apart"
     for what, text in (
         ("sampling", model["sampling"]),

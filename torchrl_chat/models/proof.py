@@ -19,6 +19,7 @@ something, is tried as well on a small random copy of the same class, in float32
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,7 +155,9 @@ class Prover:
 
         ``"sampling"`` and ``"scoring"`` say which rows go together (``None`` where it is refused), ``"packing"`` and ``"sharing"``
         what tells sequences apart (``None``: they are taken apart), ``"checks"`` the largest difference in nats of each way that was
-        tried, and ``"small_copy"`` those of the small copy.
+        tried, and ``"small_copy"`` those of the small copy. ``"rounding"`` is how far log-probs are from those of the same
+        weights in float32, of which a copy is made: importance ratios between a sampler and a learner of other precisions are off
+        by as much before anything is learned.
         """
         try:
             way, cached = self.sampling()
@@ -172,6 +175,7 @@ class Prover:
             "dtype": str(float_type(self.model)).removeprefix("torch."),
             "kernel": getattr(getattr(self.model, "config", None), "_attn_implementation", None),
             "limit": self.proof.limit,
+            "rounding": self._rounding(),
             **found,
             "checks": self.proof.as_dict(),
             "small_copy": None if self.small is None else self.small.proof.as_dict(),
@@ -187,6 +191,14 @@ class Prover:
             self.proof.checks[name] = self.small.proof.checks[name]
             return False
         return True
+
+    def _rounding(self) -> float:
+        if float_type(self.model) in (torch.float32, torch.float64):
+            return 0.0
+        with evaluating(self.model), torch.no_grad():
+            own = self.alone(self.rows)
+            exact = replace(self, model=copy.deepcopy(self.model).float()).alone(self.rows)
+        return max(map(_difference, own, exact))
 
     def alone(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Log-probs of each row by itself, float32 (T, V): not kept, since weights change between two checks."""

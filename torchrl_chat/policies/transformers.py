@@ -193,29 +193,25 @@ def token_logits(
     rows = [row.to(device)[mask] for row, mask in zip(fulls, real, strict=True)]
     mask = pad_sequence(real, batch_first=True, padding_side="left")
     together = prover_of(model).scoring()
-    logits: torch.Tensor | None = None
     lengths = [len(row) for row in rows]
     groups, change = groups_of(lengths, together), rope_change(model)
     if change is not None:
         if not change.once and max(lengths) > change.length:
             raise change.refused(type(model).__name__, max(lengths))
         groups = [part for group in groups for part in change.apart(group, lengths, [0] * len(rows))]
+    places = mask.cumsum(-1) - 1
+    source, parts, taken = torch.zeros_like(places), [], 0
     for group in groups:
         some = [rows[i] for i in group]
         found = whole_pass(model, some, padded=together == "padded").logits[..., :vocab_size]
         if change is not None and len(some[0]) > change.length:  # their beginnings were embedded otherwise
             begun = torch.stack([row[: change.length] for row in some])
-            found = torch.cat(
-                (model(input_ids=begun, use_cache=False).logits[..., :vocab_size], found[:, change.length :]), 1
-            )
-        found = found.float() / temperature
-        if logits is None:
-            logits = found.new_zeros(*mask.shape, found.shape[-1])
+            begun = model(input_ids=begun, use_cache=False).logits[..., :vocab_size]
+            found = torch.cat((begun, found[:, change.length :]), 1)
+        parts.append((found.float() / temperature).flatten(0, 1))
         # Logits at position t predict token t + 1.
-        ends = torch.tensor([lengths[i] - 1 for i in group], device=device)
-        before = torch.arange(found.shape[1], device=device) < ends[:, None]
-        here = torch.zeros_like(mask)
-        here[group] = mask[group] & (mask[group].cumsum(-1) > 1)
-        logits = logits.masked_scatter(here[..., None], found[before])
-    assert logits is not None
-    return logits, mask
+        first = taken + found.shape[1] * torch.arange(len(group), device=device)
+        source[group] = first[:, None] + (places[group] - 1).clamp(min=0)
+        taken += len(parts[-1])
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return flat[source].masked_fill_(~(mask & (places > 0))[..., None], 0.0), mask

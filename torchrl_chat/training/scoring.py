@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from torchrl_chat import columns
-from torchrl_chat.models.passes import ModelError, packed_pass, padded_pass, tree_pass
+from torchrl_chat.models.passes import ModelError, float_type, packed_pass, padded_pass, tree_pass
 from torchrl_chat.models.proof import Together, groups_of, prover_of
 from torchrl_chat.models.ropes import rope_change
 
@@ -30,6 +30,7 @@ class Scores(NamedTuple):
     log_probs: torch.Tensor  # float32 (N, T) or (M, L), 0 where the mask is false
     entropy: torch.Tensor | None  # the same shape, of the distribution that the token was drawn from
     mask: torch.Tensor  # bool, the tokens that were scored
+    precision: torch.dtype = torch.float32  # in which the model computed, whatever the type of the log-probs
 
 
 class Dense(NamedTuple):
@@ -178,7 +179,8 @@ def sequence_log_probs(
         chunk: how many distributions are in float32 at a time.
 
     Returns:
-        ``Scores(log_probs, entropy, mask)``, float32 and bool of shape (N, T), or (M, L) for a packed view.
+        ``Scores(log_probs, entropy, mask, precision)``, float32 and bool of shape (N, T), or (M, L) for a packed view; and the
+        dtype that the model computed in.
 
     Raises:
         KeyError: the view lacks tokens or masks.
@@ -224,7 +226,7 @@ def sequence_log_probs(
         log_probs = torch.zeros(asked.shape, device=device).masked_scatter(asked, log_probs[mask])
         if entropies is not None:
             entropies = torch.zeros(asked.shape, device=device).masked_scatter(asked, entropies[mask])
-    return Scores(log_probs, entropies, asked)
+    return Scores(log_probs, entropies, asked, float_type(model))
 
 
 def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
