@@ -160,7 +160,7 @@ def sequence_log_probs(
     vocab_size: int | None = None,
     entropy: bool = False,
     max_tokens: int | None = None,
-    chunk: int = 1024,
+    chunk: int = 256,
 ) -> Scores:
     """The log-prob of every trained token of a view, given the tokens before it.
 
@@ -395,13 +395,16 @@ class _TokenScores(torch.autograd.Function):
         gradient = torch.zeros_like(logits)
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            log_probs = (logits[rows, :vocab_size].float() / temperature).log_softmax(-1)
-            probs = log_probs.exp()
-            part = probs * -of_scored[rows, None]
-            part.scatter_add_(1, targets[rows, None], of_scored[rows, None])
+            # In place where it can be: of a vocabulary of 150,000 each of these is as large as a layer's weights.
+            part = (logits[rows, :vocab_size].float() / temperature).log_softmax(-1)
             if entropy:
-                part -= probs * (log_probs + uncertain[rows, None]) * of_uncertain[rows, None]
-            gradient[rows, :vocab_size] = part / temperature
+                probs = part.exp()
+                part.add_(uncertain[rows, None]).mul_(of_uncertain[rows, None]).add_(of_scored[rows, None])
+                part.mul_(probs).neg_()
+            else:
+                part.exp_().mul_(-of_scored[rows, None])
+            part.scatter_add_(1, targets[rows, None], of_scored[rows, None])
+            gradient[rows, :vocab_size] = part.div_(temperature)
         return gradient, None, None, None, None, None
 
 
