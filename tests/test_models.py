@@ -77,10 +77,10 @@ def carried(model, td):
         return max(float((alone(model, t.tokens) - t.log_probs)[t.mask].abs().max()) for t in ledgers(td))
 
 
-def refused(work):
+def refused(work, *given, **options):
     """What a way gives; ``None`` where the model is refused by name."""
     try:
-        return work()
+        return work(*given, **options)
     except ModelError as error:
         told = str(error)
     assert told.split()[0].rstrip(":").isidentifier()
@@ -97,12 +97,12 @@ def refused(work):
 @pytest.mark.filterwarnings("ignore")
 def test_every_architecture_is_right_or_refused(name):
     model, right = zoo.make(name), {}
-    critics = {trunk: refused(lambda: PolicyAndValue(model, trunk)) for trunk in ("shared", "separate")}  # noqa: B023
+    critics = {trunk: refused(PolicyAndValue, model, trunk) for trunk in ("shared", "separate")}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for seeded in (False, True):
             policy = TransformersPolicy(model, TOKENIZER, max_new_tokens=12, seeded=seeded)
-            td = refused(lambda: played(policy))  # noqa: B023
+            td = refused(played, policy)
             if td is None:
                 assert name not in zoo.KINDS
                 return
@@ -111,7 +111,7 @@ def test_every_architecture_is_right_or_refused(name):
         wrapper = ExactTransformersWrapper(
             model, tokenizer=TOKENIZER, input_mode="tokens", generate_kwargs=settings
         )
-        acted = refused(lambda: played(wrapper, turns=1))
+        acted = refused(played, wrapper, turns=1)
         if acted is not None:
             right["wrapper"] = carried(model, acted)
     ids, masks = [t.tokens for t in ledgers(td)], [t.mask for t in ledgers(td)]
@@ -136,7 +136,7 @@ def test_every_architecture_is_right_or_refused(name):
         "trees": {"layout": "tree"},
     }.items():
         view = training_view(td, group=None, **options)
-        scores = refused(lambda: sequence_log_probs(model, view, vocab_size=len(TOKENIZER)))  # noqa: B023
+        scores = refused(sequence_log_probs, model, view, vocab_size=len(TOKENIZER))
         if scores is None:
             continue
         flat = scores.log_probs[scores.mask]
@@ -170,11 +170,11 @@ def values(critics, td, ids, masks):
         own = []
         for row, mask in zip(ids, masks, strict=True):
             one = _alone_view(row, mask)
-            given = refused(lambda: actor_critic(one))  # noqa: B023
+            given = refused(actor_critic, one)
             own.append(None if given is None else given[1][given[0].mask])
         for side in ("right", "left"):
             view = training_view(td, group=None, layout="padded", side=side)
-            given = refused(lambda: actor_critic(view))  # noqa: B023
+            given = refused(actor_critic, view)
             if given is not None and all(row is not None for row in own):
                 apart = given[1][given[0].mask] - torch.cat(own)
                 found[f"values, {trunk}, {side}"] = float(apart.detach().abs().max())

@@ -6,7 +6,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from torchrl_chat.models.small import _widen, small_config
+from torchrl_chat.models.small import small_config, widen
 
 # Configs whose defaults leave out what their models need, and decoders that have to be told so.
 _DECODER = {"is_decoder": True}
@@ -72,5 +72,5 @@ def make(name: str, seed: int = 0, **told):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float().eval()
-        _widen(model)
+        widen(model)
     return model

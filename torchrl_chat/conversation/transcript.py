@@ -63,7 +63,7 @@ class Tape:
         ]
         self._tensors: list[torch.Tensor | None] = [None, None, None]
         self._pointers = [0, 0, 0]
-        self._shown: list[int] = []  # the parts of which there is a tensor
+        self._shown: list[tuple[int, torch.Tensor]] = []  # the parts of which there is a tensor: most have one
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> Tape:
@@ -83,7 +83,7 @@ class Tape:
                     found = _versioned(self._arrays[part])
                     self._pointers[part] = found.data_ptr()
                     self._tensors[part] = found
-                    self._shown.append(part)
+                    self._shown.append((part, found))
         return found
 
     @property
@@ -93,8 +93,7 @@ class Tape:
         Torch moves a tensor's storage (into shared memory, when an observation is sent to another process): then its array is
         taken anew.
         """
-        for part in self._shown:
-            tensor: Any = self._tensors[part]
+        for part, tensor in self._shown:
             if tensor.data_ptr() != self._pointers[part]:
                 self._arrays[part] = tensor.numpy()
                 self._pointers[part] = tensor.data_ptr()
@@ -103,8 +102,8 @@ class Tape:
     @property
     def overwritten(self) -> int | None:
         """Which of the three somebody else has written to, if one was."""
-        for part in self._shown:
-            if self._tensors[part]._version:  # type: ignore[union-attr]
+        for part, tensor in self._shown:
+            if tensor._version:
                 return part
         return None
 

@@ -14,8 +14,8 @@ def evaluating(model: Any) -> Iterator[None]:
     """Inside, a model is in ``eval()``; behind it, each of its modules is in the mode that it was in, also after an error.
 
     In ``train()`` a model samples from another distribution than the one that is trained: layers under gradient checkpointing
-    give up their cache, so that each token is sampled after the one before it alone (2 to 8 nats on every mainstream
-    architecture of transformers 5.23), and with dropout each token comes from a random part of the network.
+    give up their cache, so that each token is sampled after the one before it alone, and with dropout each token comes from a
+    random part of the network.
 
     Args:
         model: a module; anything else is left alone.

@@ -7,13 +7,17 @@ functions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 # Under which names transformers' models give back what their next call goes on from.
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
+
+
+Together = Literal["padded", "equal", "alone"]
+"""Which rows go through a model together: all, padded to one length; those of one length; none."""
 
 
 class ModelError(ValueError):
@@ -23,6 +27,18 @@ class ModelError(ValueError):
 def float_type(model: Any) -> torch.dtype:
     """In which numbers a model computes: those of its first weights that are no integers (as quantized ones are)."""
     return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def groups_of(lengths: Sequence[int], together: Together) -> list[list[int]]:
+    """Row numbers in groups that go through a model together."""
+    if together == "alone":
+        return [[i] for i in range(len(lengths))]
+    if together == "padded":
+        return [list(range(len(lengths)))]
+    by_length: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(i)
+    return list(by_length.values())
 
 
 def left_padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

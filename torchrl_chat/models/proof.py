@@ -23,12 +23,20 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from torchrl_chat.models.mode import evaluating
-from torchrl_chat.models.passes import Decoding, ModelError, float_type, packed_pass, tree_pass, whole_pass
+from torchrl_chat.models.passes import (
+    Decoding,
+    ModelError,
+    Together,
+    float_type,
+    packed_pass,
+    tree_pass,
+    whole_pass,
+)
 from torchrl_chat.models.small import STRETCH, small_copy
 
 LIMIT = 1e-3
@@ -37,9 +45,6 @@ LIMIT = 1e-3
 _LEAST, _ROUNDING, _MOST = 8.0, 4.0, 0.5
 _LENGTHS, _LONG = (9, 2, 5), (5 * STRETCH, 3, 2 * STRETCH + 5)
 _MORE = 3  # ids that follow, one by one
-
-Together = Literal["padded", "equal", "alone"]
-"""Which rows go through a model together: all, padded to one length; those of one length; none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ class Prover:
         ways: list[tuple[Together, bool]] = [("padded", True), ("equal", True), ("alone", True), ("equal", False)]
         for way, cached in [*ways, ("alone", False)]:
             name = f"sampling, {_SAID[way]}" + ("" if cached else ", without a cache")
-            if self._holds(name, lambda prover: prover._continued(way, cached)):  # noqa: B023  # called at once
+            if self._holds(name, Prover._continued, way, cached):
                 return way, cached
         raise self.proof.refused(
             "it cannot be sampled from", [n for n in self.proof.checks if n.startswith("sampling")]
@@ -122,7 +127,7 @@ class Prover:
         """Which rows are scored together, padded on the right."""
         ways: list[Together] = ["padded", "equal"]
         for way in ways:
-            if self._holds(f"scoring, {_SAID[way]}", lambda prover: prover._whole(way)):  # noqa: B023
+            if self._holds(f"scoring, {_SAID[way]}", Prover._whole, way):
                 return way
         return "alone"
 
@@ -132,14 +137,14 @@ class Prover:
             # A mask of ours takes the place of the model's own, which may look at a stretch only: short rows do not show it.
             if name != "positions" and self.small is None:
                 break
-            if self._holds(f"packing, told apart by {name}", lambda prover: prover._packed(name)):  # noqa: B023
+            if self._holds(f"packing, told apart by {name}", Prover._packed, name):
                 return name
         return None
 
     def sharing(self) -> str | None:
         """How sequences that begin alike share what they begin with; ``None`` where the model cannot."""
         for name in ("mask", "masks"):
-            if self.small is not None and self._holds(f"sharing, by {name}", lambda prover: prover._shared(name)):  # noqa: B023
+            if self.small is not None and self._holds(f"sharing, by {name}", Prover._shared, name):
                 return name
         return None
 
@@ -182,12 +187,13 @@ class Prover:
         }
 
     # ------------------------------------------------------------------ trying
-    def _holds(self, name: str, measure: Callable[[Prover], float]) -> bool:
+    def _holds(self, name: str, measure: Callable[..., float], *given: Any) -> bool:
+        """Whether a way is right, by a method that measures it, of this model and of its small copy."""
         with evaluating(self.model) if name not in self.proof.checks else contextlib.nullcontext(), torch.no_grad():
-            right = self.proof.holds(name, lambda: measure(self))
+            right = self.proof.holds(name, lambda: measure(self, *given))
         if not right or self.small is None:
             return right
-        if not self.small._holds(name, measure):
+        if not self.small._holds(name, measure, *given):
             self.proof.checks[name] = self.small.proof.checks[name]
             return False
         return True
@@ -255,18 +261,6 @@ class Prover:
             yield from (([row], [scores]) for row, scores in zip(rows, alone, strict=True))
         else:
             yield rows, alone
-
-
-def groups_of(lengths: Sequence[int], together: Together) -> list[list[int]]:
-    """Row numbers in groups that go through a model together."""
-    if together == "alone":
-        return [[i] for i in range(len(lengths))]
-    if together == "padded":
-        return [list(range(len(lengths)))]
-    by_length: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(i)
-    return list(by_length.values())
 
 
 _SAID = {"padded": "rows of any length together", "equal": "rows of one length together", "alone": "row by row"}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_chat.models.passes import ModelError
+from torchrl_chat.models.passes import ModelError, Together, groups_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +64,26 @@ def rope_change(model: Any) -> RopeChange | None:
             length = known or config.max_position_embeddings
             found.append(RopeChange(kind, int(length)))
     return min(found, key=lambda change: change.length, default=None)
+
+
+def groups_apart(
+    model: Any, lengths: Sequence[int], more: Sequence[int], together: Together
+) -> tuple[list[list[int]], RopeChange | None]:
+    """Row numbers in groups that go through a model together, and the change of its rope, which they stand on one side of.
+
+    Args:
+        model: a transformers causal language model.
+        lengths: how many tokens each row has.
+        more: how many it may get.
+        together: which rows may go together otherwise.
+
+    Raises:
+        ModelError: the rope is another for each length, and a row may grow beyond the first.
+    """
+    groups, change = groups_of(lengths, together), rope_change(model)
+    if change is None:
+        return groups, None
+    longest = max(map(sum, zip(lengths, more, strict=True)), default=0)
+    if not change.once and longest > change.length:
+        raise change.refused(type(model).__name__, longest)
+    return [part for group in groups for part in change.apart(group, lengths, more)], change

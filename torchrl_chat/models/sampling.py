@@ -15,8 +15,8 @@ import torch
 
 from torchrl_chat.models.mode import evaluating
 from torchrl_chat.models.passes import Decoding
-from torchrl_chat.models.proof import groups_of, prover_of
-from torchrl_chat.models.ropes import rope_change
+from torchrl_chat.models.proof import prover_of
+from torchrl_chat.models.ropes import groups_apart
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 
 
@@ -83,16 +83,12 @@ def generate(
     """
     with evaluating(model):
         # What is no model of transformers, a function say, is asked as one that takes rows of any length together.
-        way = prover_of(model).sampling() if hasattr(model, "get_input_embeddings") else ("padded", True)
-        together, cached = way
+        provable = hasattr(model, "get_input_embeddings")
+        together, cached = prover_of(model).sampling() if provable else ("padded", True)
         ids: list[torch.Tensor] = [_NOTHING] * len(prompts)
         scores: list[torch.Tensor] = [_NOTHING] * len(prompts)
         lengths = [len(prompt) for prompt in prompts]
-        groups, change = groups_of(lengths, together), rope_change(model)
-        if change is not None:
-            if not change.once and (longest := max(map(sum, zip(lengths, most, strict=True)))) > change.length:
-                raise change.refused(type(model).__name__, longest)
-            groups = [part for group in groups for part in change.apart(group, lengths, most)]
+        groups, change = groups_apart(model, lengths, most, together)
         for group in groups:
             rows = [prompts[i] for i in group]
             limits = [most[i] for i in group]

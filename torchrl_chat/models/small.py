@@ -107,7 +107,7 @@ def small_copy(model: Any, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         copy = made(config).float().eval()
-        _widen(copy)
+        widen(copy)
     return copy
 
 
@@ -227,7 +227,7 @@ def _narrower(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _widen(model: Any) -> None:
+def widen(model: Any) -> None:
     """Weights so wide that what stands before a token matters: as they are initialised, every distribution is nearly uniform."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for parameter in model.parameters():

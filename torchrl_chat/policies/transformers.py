@@ -19,8 +19,8 @@ from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 
 from torchrl_chat import columns
 from torchrl_chat.models.passes import whole_pass
-from torchrl_chat.models.proof import groups_of, prover_of
-from torchrl_chat.models.ropes import rope_change
+from torchrl_chat.models.proof import prover_of
+from torchrl_chat.models.ropes import groups_apart
 from torchrl_chat.models.sampling import default_stop_ids, generate
 from torchrl_chat.policies.policy import Policy
 from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_attention
@@ -194,11 +194,7 @@ def token_logits(
     mask = pad_sequence(real, batch_first=True, padding_side="left")
     together = prover_of(model).scoring()
     lengths = [len(row) for row in rows]
-    groups, change = groups_of(lengths, together), rope_change(model)
-    if change is not None:
-        if not change.once and max(lengths) > change.length:
-            raise change.refused(type(model).__name__, max(lengths))
-        groups = [part for group in groups for part in change.apart(group, lengths, [0] * len(rows))]
+    groups, change = groups_apart(model, lengths, [0] * len(rows), together)
     places = mask.cumsum(-1) - 1
     source, parts, taken = torch.zeros_like(places), [], 0
     for group in groups:

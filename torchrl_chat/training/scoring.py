@@ -8,20 +8,16 @@ more than a chunk.
 from __future__ import annotations
 
 import contextlib
-import warnings
-import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
 
 from torchrl_chat import columns
-from torchrl_chat.models.passes import ModelError, float_type, packed_pass, padded_pass, tree_pass
-from torchrl_chat.models.proof import Together, groups_of, prover_of
-from torchrl_chat.models.ropes import rope_change
+from torchrl_chat.models.passes import float_type, groups_of, packed_pass, padded_pass, tree_pass
+from torchrl_chat.training.passing import Dense, Passing, dense_of, passing_of
 
 
 class Scores(NamedTuple):
@@ -31,125 +27,6 @@ class Scores(NamedTuple):
     entropy: torch.Tensor | None  # the same shape, of the distribution that the token was drawn from
     mask: torch.Tensor  # bool, the tokens that were scored
     precision: torch.dtype = torch.float32  # in which the model computed, whatever the type of the log-probs
-
-
-class Dense(NamedTuple):
-    """The rows of a view as rectangles."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    attention: torch.Tensor
-    position_ids: torch.Tensor
-    sequence_ids: torch.Tensor | None  # only where a row has several sequences
-    parents: torch.Tensor | None = None  # only where they share their beginnings, as are the ends
-    ends: torch.Tensor | None = None
-
-    def part(self, rows: torch.Tensor, width: int) -> Dense:
-        """Some of the rows, cut."""
-        return Dense(*(None if field is None else field[rows, :width] for field in self))  # type: ignore[arg-type]
-
-    @property
-    def scored(self) -> torch.Tensor:
-        """The tokens to score: the first of a sequence has nothing before it, and is never scored."""
-        return self.mask & (self.position_ids > 0)
-
-    @property
-    def begins_left(self) -> bool:
-        """Whether every row is one sequence, with its padding on the right."""
-        places = torch.arange(self.attention.shape[1], device=self.attention.device)
-        return self.sequence_ids is None and bool(
-            (self.attention == (places < self.attention.sum(-1)[:, None])).all()
-        )
-
-    def apart(self) -> Dense:
-        """The same sequences in the same order, each in a row of its own, with its padding on the right."""
-        if self.ends is not None:
-            return self._paths(self.ends)
-        starts = (self.position_ids[self.attention] == 0).nonzero().flatten()
-        ends = torch.cat((starts[1:], self.attention.sum()[None]))
-        places = torch.arange(int((ends - starts).max()), device=starts.device)
-        attention = places < (ends - starts)[:, None]
-
-        def moved(field: torch.Tensor) -> torch.Tensor:
-            return field.new_zeros(attention.shape).masked_scatter(attention, field[self.attention])
-
-        return Dense(moved(self.ids), moved(self.mask), attention, places * attention, None)
-
-    def _paths(self, ends: torch.Tensor) -> Dense:
-        """Trees as sequences: a row for each token that none follows, with those before it.
-
-        A token is scored in the first of the sequences that it stands in, which keeps the order of those that are scored.
-        """
-        places = torch.arange(ends.shape[1], device=ends.device)
-        last = self.attention & (ends == places + 1)
-        rows, at = last.nonzero(as_tuple=True)
-        path = self.attention[rows] & (places <= at[:, None]) & (at[:, None] < ends[rows])
-        # The first last token behind a token is that of the first sequence that it stands in.
-        number = torch.nn.functional.pad(last.long().cumsum(-1)[:, :-1], (1, 0))[rows]
-        first = number == number.gather(1, at[:, None])
-        attention = places < path.sum(-1)[:, None]
-        width = int(path.sum(-1).max())
-
-        def moved(field: torch.Tensor) -> torch.Tensor:
-            return field.new_zeros(attention.shape).masked_scatter(attention, field[path])[:, :width]
-
-        mask = self.mask[rows] & first
-        return Dense(moved(self.ids[rows]), moved(mask), attention[:, :width], moved(self.position_ids[rows]), None)
-
-    def split_at(self, length: int) -> Dense:
-        """Each longer row twice: for the tokens that so many are enough for, and for those behind them."""
-        longer = self.attention.sum(-1) > length
-        copies = 1 + longer.long()
-        rows = torch.arange(len(copies), device=copies.device).repeat_interleave(copies)
-        first = torch.cat((rows[1:] == rows[:-1], rows.new_zeros(1, dtype=torch.bool)))[:, None]
-        second = torch.cat((rows.new_zeros(1, dtype=torch.bool), rows[1:] == rows[:-1]))[:, None]
-        places = torch.arange(self.ids.shape[1], device=rows.device)
-        mask = self.mask[rows] & ~(first & (places > length)) & ~(second & (places <= length))
-        attention = self.attention[rows] & ~(first & (places >= length))
-        return Dense(self.ids[rows], mask, attention, self.position_ids[rows], None)
-
-
-class Passing(NamedTuple):
-    """How sequences go through a model."""
-
-    dense: Dense  # as they are laid out for it
-    moved: bool  # whether the view has them elsewhere
-    together: Together  # which rows go together
-    packing: str | None  # what tells packed sequences apart; ``None`` where none are packed
-    length: int | None = None  # rows of more tokens do not go together with others, where there are some
-
-
-def passing_of(model: Any, dense: Dense) -> Passing:
-    """How the sequences of a view go through a model, as its proof allows; packed ones are taken apart where it must be."""
-    prover, packing, change = prover_of(model), None, rope_change(model)
-    longest = int(dense.position_ids[dense.attention].max()) + 1 if change is not None else 0
-    if change is not None and longest > change.length:
-        if not change.once and bool((dense.scored & (dense.position_ids > change.length)).any()):
-            raise change.refused(prover.proof.name, longest)
-        if prover.scoring() != "padded":
-            raise ModelError(
-                f"{prover.proof.name} takes no padded rows, and some have more than {change.length} tokens."
-            )
-        return Passing(dense.apart().split_at(change.length), True, "padded", None, change.length)
-    if dense.sequence_ids is not None:
-        packing = prover.packing() if dense.ends is None else prover.sharing()
-        if packing is not None:
-            return Passing(dense, False, "padded", packing)
-        if model not in _told:
-            _told.add(model)
-            what = "tell packed sequences apart" if dense.ends is None else "share what sequences begin with"
-            warnings.warn(
-                f"{prover.proof.name} cannot {what} ({prover.tried('packing' if dense.ends is None else 'sharing')}): they are "
-                "taken apart, and scored as padded rows.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    together = prover.scoring()
-    moved = not dense.begins_left
-    return Passing(dense.apart() if moved else dense, moved, together, None)
-
-
-_told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def sequence_log_probs(
@@ -264,34 +141,6 @@ def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
     return [torch.tensor([chosen[i] for i in rows]) for rows in _by_length(lengths, max_tokens)]
 
 
-def dense_of(view: TensorDictBase, device: torch.device) -> Dense:
-    """The rows of a view as rectangles, as they lie in it; ragged rows are padded on the right."""
-    rectangular = "sequence_ids" in view.keys() or "position_ids" in view.keys()
-
-    def rows(container: str, key: str) -> Any:
-        value = view.get(container, None)
-        if rectangular and value is not None:
-            found = columns.bare(value).get(key, None)
-        else:
-            found = columns.read_field(value, key, view.batch_size)
-        if found is None:
-            raise KeyError(f"the view has no ({container!r}, {key!r}): make it with training_view.")
-        if rectangular:
-            return found.to(device)
-        return pad_sequence([row.to(device) for row in found], batch_first=True)
-
-    ids = rows("tokens", "full")
-    mask, attention = rows("masks", "all_assistant_mask").bool(), rows("masks", "all_attention_mask").bool()
-    position_ids, sequence_ids = view.get("position_ids", None), view.get("sequence_ids", None)
-    if position_ids is None:
-        position_ids = (attention.cumsum(-1) - 1).clamp(min=0)
-    if sequence_ids is not None:
-        sequence_ids = sequence_ids.to(device)
-    ids = ids.masked_fill(~attention, 0)  # whatever stands there, -100 say
-    tree = (None if (field := view.get(key, None)) is None else field.to(device) for key in ("parents", "ends"))
-    return Dense(ids, mask, attention, position_ids.to(device), sequence_ids, *tree)
-
-
 def _minibatches(
     attention: torch.Tensor, mask: torch.Tensor, max_tokens: int | None, passing: Passing
 ) -> Iterator[tuple[torch.Tensor, int]]:
@@ -301,10 +150,10 @@ def _minibatches(
     ends = ((attention | mask) * places).amax(-1).tolist()
     chosen = mask.any(-1).nonzero().flatten().tolist()
     groups = groups_of([ends[row] for row in chosen], passing.together) if chosen else []
-    if passing.length is not None:
-        long = (attention.sum(-1) > passing.length).tolist()
-        groups = [[i for i in group if long[chosen[i]] is side] for group in groups for side in (False, True)]
-    for may in filter(None, groups):
+    if passing.change is not None:
+        lengths = attention.sum(-1)[chosen].tolist()
+        groups = [part for group in groups for part in passing.change.apart(group, lengths, [0] * len(chosen))]
+    for may in groups:
         rows = [chosen[i] for i in may]
         if max_tokens is None:
             parts = [rows]

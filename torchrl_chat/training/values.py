@@ -10,7 +10,8 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from torchrl_chat.models.passes import ModelError, padded_pass
-from torchrl_chat.training.scoring import Scores, dense_of, passing_of, sequence_log_probs
+from torchrl_chat.training.passing import dense_of, passing_of
+from torchrl_chat.training.scoring import Scores, sequence_log_probs
 
 
 class PolicyAndValue(nn.Module):
@@ -64,7 +65,7 @@ class PolicyAndValue(nn.Module):
         if scoring.get("max_tokens") is not None:
             raise ValueError("values need one pass: split the view with microbatches instead of max_tokens.")
         passing = passing_of(self.model, dense_of(view, next(self.model.parameters()).device))
-        if passing.together != "padded" or passing.length is not None:
+        if passing.together != "padded" or passing.change is not None:
             raise ModelError(
                 f"{type(self.model).__name__} takes not all of these rows together, and values need one pass."
             )
