@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from torchrl_chat import ChatEnv, TransformersPolicy, columns, training_view
 from torchrl_chat.cli.main import main
@@ -27,7 +27,7 @@ from torchrl_chat.models.passes import ModelError
 from torchrl_chat.models.proof import prover_of
 from torchrl_chat.models.ropes import rope_change
 from torchrl_chat.models.sampling import generate
-from torchrl_chat.models.small import VOCABULARY, small_config
+from torchrl_chat.models.small import VOCABULARY, small_config, widen
 from torchrl_chat.policies import ExactTransformersWrapper
 from torchrl_chat.policies.transformers import token_logits
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
@@ -127,22 +127,12 @@ def test_every_architecture_is_right_or_refused(name):
         )
 
     expected = gradient(reference)
-    for way, options in {
-        "ragged": {"layout": "ragged"},
-        "right": {"layout": "padded"},
-        "left": {"layout": "padded", "side": "left"},
-        "packed": {"layout": "packed"},
-        "packed in bins": {"layout": "packed", "max_tokens": max(map(len, ids)) + 40},
-        "trees": {"layout": "tree"},
-    }.items():
+    for way, options in VIEWS.items():
         view = training_view(td, group=None, **options)
         scores = refused(sequence_log_probs, model, view, vocab_size=len(TOKENIZER))
         if scores is None:
             continue
-        flat = scores.log_probs[scores.mask]
-        if "max_tokens" in options or way == "trees":  # whose order is not that of the sequences
-            numbers = view["sequence_ids"][scores.mask]
-            flat = torch.cat([flat[numbers == i] for i in range(len(ids))])
+        flat = by_sequence(view, scores.mask, scores.log_probs, len(ids))
         right[way] = float((flat - reference).detach().abs().max())
         found = gradient(flat)
         right[f"{way}, gradient"] = float((found - expected).norm() / expected.norm()) / 10
@@ -167,18 +157,30 @@ def values(critics, td, ids, masks):
         if actor_critic is None:
             continue
         nn.init.normal_(actor_critic.head.weight, generator=torch.Generator().manual_seed(0))
-        own = []
-        for row, mask in zip(ids, masks, strict=True):
-            one = _alone_view(row, mask)
-            given = refused(actor_critic, one)
-            own.append(None if given is None else given[1][given[0].mask])
-        for side in ("right", "left"):
-            view = training_view(td, group=None, layout="padded", side=side)
-            given = refused(actor_critic, view)
-            if given is not None and all(row is not None for row in own):
-                apart = given[1][given[0].mask] - torch.cat(own)
-                found[f"values, {trunk}, {side}"] = float(apart.detach().abs().max())
+        given = [actor_critic(_alone_view(row, mask)) for row, mask in zip(ids, masks, strict=True)]
+        own = [value[scores.mask] for scores, value in given]
+        for way, options in VIEWS.items():
+            view = training_view(td, group=None, **options)
+            scores, value = actor_critic(view)
+            apart = by_sequence(view, scores.mask, value, len(ids)) - torch.cat(own)
+            found[f"values, {trunk}, {way}"] = float(apart.detach().abs().max())
     return found
+
+
+VIEWS = {
+    "ragged": {"layout": "ragged"},
+    "right": {"layout": "padded"},
+    "left": {"layout": "padded", "side": "left"},
+    "packed": {"layout": "packed"},
+    "packed in bins": {"layout": "packed", "max_tokens": 160},
+    "trees": {"layout": "tree"},
+}
+
+
+def by_sequence(view, mask, found, count):
+    """What was found of the scored tokens, sequence by sequence: bins and trees have an order of their own."""
+    flat, numbers = found[mask], view.get("sequence_ids", None)
+    return flat if numbers is None else torch.cat([flat[numbers[mask] == i] for i in range(count)])
 
 
 def _alone_view(row, mask):
@@ -279,13 +281,17 @@ def test_a_packed_view_that_is_taken_apart_says_so_once():
 
 # ---------------------------------------------------------------------- the mode
 class TestMode:
-    def model(self, **told):
-        return zoo.make("gpt2", **told)
+    def model(self, dropout: float = 0.0):
+        model = zoo.make("gpt2")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        return model
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_sampling_is_in_eval_and_gives_the_mode_back(self, checkpointing):
         """With dropout, and with layers whose cache checkpointing drops."""
-        model = self.model(resid_pdrop=0.3)
+        model = self.model(dropout=0.3)
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
@@ -360,12 +366,66 @@ class TestProof:
         assert kept() is None
 
     def test_it_changes_neither_the_mode_nor_the_random_state(self):
-        model = zoo.make("gpt2").train()
+        model = TestMode().model(dropout=0.1).train()
+        frozen = model.transformer.h[0].eval()
         before = torch.get_rng_state()
-        prover_of(model).sampling()
-        prover_of(model).packing()
-        assert model.training
+        prover_of(model).record()
+        assert (model.training, frozen.training, model.transformer.h[1].training) == (True, False, True)
         assert torch.equal(torch.get_rng_state(), before)
+
+    def test_what_is_scored_in_train_is_tried_there_too(self):
+        class OtherwiseInTrain(LlamaForCausalLM):
+            def forward(self, input_ids=None, attention_mask=None, **kwargs):
+                mask = None if self.training else attention_mask
+                shift = 0 if attention_mask is None or not self.training else (attention_mask == 0).sum()
+                output = super().forward(input_ids=input_ids, attention_mask=mask, **kwargs)
+                output.logits = output.logits + shift * torch.arange(output.logits.shape[-1]) / 20
+                return output
+
+        model = made_up(OtherwiseInTrain)
+        td = played(TransformersPolicy(model, TOKENIZER, max_new_tokens=12))
+        expected = torch.cat([alone(model, t.tokens)[t.mask] for t in ledgers(td)])
+        for training, together in ((False, "padded"), (True, "equal"), (False, "padded")):
+            model.train(training)
+            assert prover_of(model).scoring() == together
+            assert prover_of(model).sampling()[0] == "padded"
+            scores = sequence_log_probs(model, training_view(td, group=None), vocab_size=len(TOKENIZER))
+            assert float((scores.log_probs[scores.mask] - expected).abs().max()) < LIMIT
+        assert "scoring, rows of any length together, in train()" in prover_of(model).proof.checks
+
+    def test_with_dropout_eval_decides(self):
+        model = TestMode().model(dropout=0.3).train()
+        record = prover_of(model).record()
+        assert (record["scoring"], record["packing"]) == ("rows of any length together", "positions")
+        assert record["checks"]["row by row, twice, in train()"] > record["limit"]
+        assert not any(name.startswith("scoring") and "train" in name for name in record["checks"])
+        assert record["small_copy"]["scoring, rows of any length together, in train()"] < LIMIT
+
+    def test_a_model_that_is_right_in_short_rows_only_is_right_there_and_refused_beyond(self):
+        """Doge keeps so many keys a head, and which of two that tie depends on how long the row is."""
+        config = small_config(zoo.CONFIG_MAPPING["doge"]())
+        config.keep_window_size = 48
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        widen(model)
+        td = played(TransformersPolicy(model, TOKENIZER, max_new_tokens=5), ("1+1=", "2+2="))
+        assert max(map(len, ledgers(td))) <= 48
+        assert carried(model, td) < LIMIT
+        for options in VIEWS.values():
+            view = training_view(td, group=None, **options)
+            scores = sequence_log_probs(model, view, vocab_size=len(TOKENIZER))
+            found = by_sequence(view, scores.mask, scores.log_probs, 2)
+            expected = torch.cat([alone(model, t.tokens)[t.mask] for t in ledgers(td)])
+            assert float((found - expected).abs().max()) < LIMIT
+        row = torch.arange(49) % 50 + 5
+        with pytest.raises(
+            ModelError, match=r"DogeForCausalLM: in rows of more than 48 tokens .* a row of 49 tokens"
+        ):
+            sequence_log_probs(model, _alone_view(row, torch.ones(49, dtype=torch.bool)))
+        with pytest.raises(ModelError, match="a row of 49 tokens"):
+            generate(model, [row[:40]], stop_ids=set(), most=[9])
+        with pytest.raises(ModelError, match="a row of 49 tokens"):
+            token_logits(model, [row], [torch.ones(49, dtype=torch.bool)], len(TOKENIZER), 1.0)
 
     def test_a_small_copy_has_every_kind_of_layer_and_short_windows(self):
         config = small_config(zoo.CONFIG_MAPPING["gpt_oss"]())

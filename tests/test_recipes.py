@@ -402,14 +402,22 @@ class TestValues:
             assert trained
             assert all("lora" in name for name in trained)
 
-    def test_other_layouts_are_refused(self, view):
+    @pytest.mark.parametrize("trunk", ["shared", "separate"])
+    def test_in_several_passes_they_are_the_same(self, view, trunk):
         model, rows = view
-        with pytest.raises(ValueError, match="padded view"):
-            PolicyAndValue(model)(rows.exclude("position_ids"))
-        with pytest.raises(ValueError, match="one pass"):
-            PolicyAndValue(model)(rows, max_tokens=8)
+        both = PolicyAndValue(model, trunk)
+        torch.nn.init.normal_(both.head.weight)
+        scores, values = both(rows)
+        longest = int(rows["masks"].all_attention_mask.sum(-1).max())
+        few_scores, few = both(rows, max_tokens=longest)
+        assert torch.allclose(few, values, atol=1e-5)
+        assert torch.allclose(few_scores.log_probs, scores.log_probs, atol=1e-5)
+        _, ragged = both(rows.exclude("position_ids"))
+        assert torch.allclose(ragged[scores.mask], values[scores.mask], atol=1e-5)
+
+    def test_a_trunk_that_is_none(self, view):
         with pytest.raises(ValueError, match="trunk='own'"):
-            PolicyAndValue(model, "own")
+            PolicyAndValue(view[0], "own")
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,9 @@ def _model(name: str, dtype: str) -> dict[str, Any]:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
-    model = load_model(name, dtype=kind)
+    model = load_model(
+        name, dtype=kind
+    ).train()  # what is scored with gradients is in train(), what is sampled never
     try:
         return prover_of(model).record()
     except ModelError as error:

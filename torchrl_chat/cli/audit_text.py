@@ -197,6 +197,8 @@ def model_lines(model: Mapping[str, Any], style: Style) -> Iterator[str]:
     yield f"  {model['dtype']}, attention {model['kernel']}; right is within {model['limit']:.2g} nats of each row alone"
     if model["rounding"]:
         yield f"  {model['rounding']:.2g} nats off what the same weights say in float32"
+    if model["longest"] is not None:
+        yield f"  in rows of up to {model['longest']} tokens; longer ones are refused"
     apart = "sequences are taken apart"
     for what, text in (
         ("sampling", model["sampling"]),

@@ -5,10 +5,11 @@ else is a way to say it faster, and none of them is right for all architectures:
 columns and leaks into states, position ids are ignored or counted otherwise, caches are kept under other names, or not at all,
 and rows that are packed one behind the other see each other. None of that raises, and none of it shows in a loss.
 
-So a model is tried where it is first used, on a few short rows of its own ids, in ``eval()``: each row alone against the ways
-that are asked for, the cheapest first, through the very functions that run afterwards. The first right one is taken; where
-there is none, the model is refused by name, with what was measured. The record belongs to the model object and outlives
-changes of its weights, but not of its dtype, device, attention kernel or adapters.
+So a model is tried where it is first used, on a few short rows of its own ids, in the mode it is used in (``eval()``, and for
+what is scored with gradients the caller's as well): each row alone against the ways that are asked for, the cheapest first,
+through the very functions that run afterwards. The first right one is taken; where there is none, the model is refused by
+name, with what was measured. The record belongs to the model object and outlives changes of its weights, but not of its
+dtype, device, attention kernel, compilation or adapters.
 
 What only long rows show (windows, chunks, states that are compressed block by block), or only weights that have learned
 something, is tried as well on a small random copy of the same class, in float32, whose windows are a few tokens wide
@@ -37,14 +38,15 @@ from torchrl_chat.models.passes import (
     tree_pass,
     whole_pass,
 )
-from torchrl_chat.models.small import STRETCH, small_copy
+from torchrl_chat.models.small import STRETCH, least_stretch, small_copy
 
 LIMIT = 1e-3
 """Nats that a log-prob may differ by in float32; the rounding of real models is a tenth of that."""
 # In lower precision: so many times the spacing of its numbers, or what equal work in another order differs by; never more.
 _LEAST, _ROUNDING, _MOST = 8.0, 4.0, 0.5
-_LENGTHS, _LONG = (9, 2, 5), (5 * STRETCH, 3, 2 * STRETCH + 5)
+_TWICE = "row by row, twice, in train()"
 _MORE = 3  # ids that follow, one by one
+_LENGTHS, _LONG, _WITHIN = (9, 2, 5), (5 * STRETCH, 3, 2 * STRETCH + 5), (STRETCH - _MORE, 2, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +107,29 @@ class Prover:
         proof: where what was found is kept.
         rows: some ids with :data:`_MORE` behind them, int64 (T,) each.
         small: tries a small copy of the model, on longer rows; ``None`` for that copy itself, and where there is none.
+        longest: tokens of the longest rows that it is right for; ``None`` for all.
+        training: whether rows are scored in ``train()``, and every way is tried in that mode, too.
     """
 
     model: Any
     proof: Proof
     rows: list[torch.Tensor]
     small: Prover | None = None
+    longest: int | None = None
+    training: bool = False
+
+    def check_length(self, length: int) -> None:
+        """Refuse rows of so many tokens, if they have no log-probs of their own.
+
+        Raises:
+            ModelError: what the model says of a token in them depends on how many follow.
+        """
+        if self.longest is not None and length > self.longest:
+            raise ModelError(
+                f"{self.proof.name}: in rows of more than {self.longest} tokens (its shortest window) what it says of a token depends "
+                f"on those behind it, as a small copy of it shows: a row of {length} tokens has no log-probs of its own. Keep rows "
+                f"within {self.longest} tokens (max_context=, max_new_tokens=)."
+            )
 
     def sampling(self) -> tuple[Together, bool]:
         """How rows are sampled from: which together, and whether with a cache."""
@@ -159,10 +178,11 @@ class Prover:
         """Everything that can be asked of the model, tried: as plain data with one JSON form.
 
         ``"sampling"`` and ``"scoring"`` say which rows go together (``None`` where it is refused), ``"packing"`` and ``"sharing"``
-        what tells sequences apart (``None``: they are taken apart), ``"checks"`` the largest difference in nats of each way that was
-        tried, and ``"small_copy"`` those of the small copy. ``"rounding"`` is how far log-probs are from those of the same
-        weights in float32, of which a copy is made: importance ratios between a sampler and a learner of other precisions are off
-        by as much before anything is learned.
+        what tells sequences apart (``None``: they are taken apart), ``"longest"`` how many tokens a row may have (``None``: any
+        number), ``"checks"`` the largest difference in nats of each way that was tried, and ``"small_copy"`` those of the small
+        copy; of a model in ``train()``, in that mode, too. ``"rounding"`` is how far log-probs are from those of the same weights
+        in float32, of which a copy is made: importance ratios between a sampler and a learner of other precisions are off by as
+        much before anything is learned.
         """
         try:
             way, cached = self.sampling()
@@ -177,6 +197,7 @@ class Prover:
         }
         return {
             "class": self.proof.name,
+            "longest": self.longest,
             "dtype": str(float_type(self.model)).removeprefix("torch."),
             "kernel": getattr(getattr(self.model, "config", None), "_attn_implementation", None),
             "limit": self.proof.limit,
@@ -188,15 +209,26 @@ class Prover:
 
     # ------------------------------------------------------------------ trying
     def _holds(self, name: str, measure: Callable[..., float], *given: Any) -> bool:
-        """Whether a way is right, by a method that measures it, of this model and of its small copy."""
-        with evaluating(self.model) if name not in self.proof.checks else contextlib.nullcontext(), torch.no_grad():
-            right = self.proof.holds(name, lambda: measure(self, *given))
-        if not right or self.small is None:
-            return right
-        if not self.small._holds(name, measure, *given):
-            self.proof.checks[name] = self.small.proof.checks[name]
-            return False
+        """Whether a way is right, by a method that measures it: of this model and of its small copy, in every mode that counts."""
+        for training in (False, True) if self.training and not name.startswith("sampling") else (False,):
+            tried = f"{name}, in train()" if training else name
+            for prover in (self, self.small):
+                if prover is not None and not prover._right(tried, training, measure, *given):
+                    self.proof.checks[tried] = prover.proof.checks[tried]
+                    return False
         return True
+
+    def _right(self, name: str, training: bool, measure: Callable[..., float], *given: Any) -> bool:
+        # With dropout no two passes are alike, and eval() alone can tell.
+        if training and name != _TWICE and not self._right(_TWICE, True, Prover._again):
+            return True
+        tried = name in self.proof.checks
+        mode = contextlib.nullcontext() if tried else _training(self.model) if training else evaluating(self.model)
+        with mode, torch.no_grad():
+            return self.proof.holds(name, lambda: measure(self, *given))
+
+    def _again(self) -> float:
+        return max(map(_difference, self.alone(self.rows), self.alone(self.rows)))
 
     def _rounding(self) -> float:
         if float_type(self.model) in (torch.float32, torch.float64):
@@ -263,6 +295,25 @@ class Prover:
             yield rows, alone
 
 
+@contextlib.contextmanager
+def _training(model: Any) -> Iterator[None]:
+    """Inside, a model is in ``train()``, or in the mode of its own that has some of it there; the random state is left alone."""
+    moved = not _trains(model)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        if moved:
+            model.train()
+        try:
+            yield
+        finally:
+            if moved:
+                model.eval()
+
+
+def _trains(model: Any) -> bool:
+    return any(module.training for module in model.modules())
+
+
 _SAID = {"padded": "rows of any length together", "equal": "rows of one length together", "alone": "row by row"}
 # What was found of each model, by the state in which it was; without the model itself, which a value here would keep.
 _found: weakref.WeakKeyDictionary[Any, tuple[Any, Prover]] = weakref.WeakKeyDictionary()
@@ -277,9 +328,13 @@ def prover_of(model: Any) -> Prover:
     state = _state(model)
     kept = _found.get(model)
     if kept is None or kept[0] != state:
-        kept = state, replace(_begun(model, small=_small_of(model)), model=None)
+        small = _small_of(model)
+        begun = _begun(model, small=small)
+        # What the copy is right for is its windows' length: that is the model's, too, in its own numbers.
+        longest = None if small is None or small.longest is None else least_stretch(model.config)
+        kept = state, replace(begun, model=None, longest=longest)
         _found[model] = kept
-    return replace(kept[1], model=model)
+    return replace(kept[1], model=model, training=_trains(model))
 
 
 def _begun(model: Any, lengths: Sequence[int] = _LENGTHS, small: Prover | None = None) -> Prover:
@@ -319,7 +374,7 @@ def _small_of(model: Any) -> Prover | None:
     key = f"{type(model).__name__} {config._attn_implementation == 'eager'} {config.to_json_string()}"
     if key not in _small:
         try:
-            _small[key] = _begun(small_copy(model), _LONG)
+            _small[key] = _small_begun(small_copy(model))
         except ModelError:
             raise
         except Exception:  # whatever a class raises on numbers that it was not made for
@@ -327,12 +382,25 @@ def _small_of(model: Any) -> Prover | None:
     return _small[key]
 
 
+def _small_begun(copy: Any) -> Prover:
+    """The proof of a small copy: on long rows, or on rows within its windows if only those have log-probs of their own."""
+    try:
+        return _begun(copy, _LONG)
+    except ModelError:
+        if least_stretch(copy.config) is None:
+            raise
+        return replace(_begun(copy, _WITHIN), longest=STRETCH)
+
+
 def _state(model: Any) -> Any:
     """What a proof depends on, besides the weights."""
     weight, config = next(model.parameters()), getattr(model, "config", None)
     adapters = getattr(model, "active_adapters", None)
+    if callable(adapters):  # transformers' own, which raises where none was ever loaded
+        adapters = adapters() if getattr(model, "_hf_peft_config_loaded", False) else None
     return (
         type(model),
+        getattr(model, "_compiled_call_impl", None) is not None,
         weight.dtype,
         weight.device,
         getattr(config, "_attn_implementation", None),

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from torchrl_chat.models.mode import evaluating
-from torchrl_chat.models.passes import Decoding
-from torchrl_chat.models.proof import prover_of
+from torchrl_chat.models.passes import Decoding, Together
+from torchrl_chat.models.proof import Prover, prover_of
 from torchrl_chat.models.ropes import groups_apart
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 
@@ -84,7 +84,7 @@ def generate(
     with evaluating(model):
         # What is no model of transformers, a function say, is asked as one that takes rows of any length together.
         provable = hasattr(model, "get_input_embeddings")
-        together, cached = prover_of(model).sampling() if provable else ("padded", True)
+        together, cached = _together(prover_of(model), prompts, most) if provable else ("padded", True)
         ids: list[torch.Tensor] = [_NOTHING] * len(prompts)
         scores: list[torch.Tensor] = [_NOTHING] * len(prompts)
         lengths = [len(prompt) for prompt in prompts]
@@ -105,6 +105,11 @@ def generate(
 
 
 _NOTHING = torch.empty(0)
+
+
+def _together(prover: Prover, prompts: Sequence[torch.Tensor], most: Sequence[int]) -> tuple[Together, bool]:
+    prover.check_length(max((len(p) + m for p, m in zip(prompts, most, strict=True)), default=0))
+    return prover.sampling()
 
 
 def _sampled(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ STRETCH = 8
 _HIDDEN, _HEADS, _HEAD, _GROUPS, _INNER, _RANK = 64, 4, 16, 2, 96, 16
 _MOST_LAYERS = 8
 
+_STRETCHES = (
+    r"(index|indexer)_?topk$|budget$",
+    r"(sliding|attention|local|keep)_?(attention_)?window|^window_size$|^sliding_window_size$|^local_attention$",
+    r"chunk_?(size|length)$|^(index_)?block_size$",
+)
 # The first that matches a number's name says what becomes of it; what matches none stays as it is.
 _NUMBERS: tuple[tuple[str, int], ...] = (
     (r"(^|_)vocab(ulary)?_size(_|$)", VOCABULARY),
@@ -31,16 +36,11 @@ _NUMBERS: tuple[tuple[str, int], ...] = (
     (r"^(moe_)?(num|n)_(local_|routed_)?experts$|zero_expert_num", 4),
     (r"experts_per_tok(en)?$|^(moe_)?top_?k$|^moe_k$|top_k_experts", 2),
     (r"^(n|topk|num_expert)_group$|^topk_group$|mamba_n_?groups|^n_groups$", 1),
-    (r"(index|indexer)_?topk$|budget$", STRETCH),
     (r"topk_blocks$", 2),
     (r"n_shared_experts|num_shared_experts", 1),
     (r"first_k_dense_replace|num_dense_layers|max_window_layers|interleave.*step$", 1),
     # how far
-    (
-        r"(sliding|attention|local|keep)_?(attention_)?window|^window_size$|^sliding_window_size$|^local_attention$",
-        STRETCH,
-    ),
-    (r"chunk_?(size|length)$|^(index_)?block_size$", STRETCH),
+    *((pattern, STRETCH) for pattern in _STRETCHES),
     (r"^compress_ratio$", 4),
     (r"(period|interval|pattern|every_n.*|_group_size)$", 2),
     (r"offset$", 1),
@@ -85,6 +85,23 @@ def small_config(config: Any) -> Any:
         Exception: whatever the class raises on numbers that do not go together.
     """
     return type(config).from_dict(_smaller(config.to_dict()))
+
+
+def least_stretch(config: Any) -> int | None:
+    """Tokens of the shortest window, chunk or block that a config names; ``None`` where it names none.
+
+    Args:
+        config: a config of transformers.
+    """
+    return min(_stretches(config.to_dict()), default=None)
+
+
+def _stretches(fields: Mapping[Any, Any]) -> Iterator[int]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _stretches(value)
+        elif type(value) is int and value > 0 and any(re.search(pattern, str(key)) for pattern in _STRETCHES):
+            yield value
 
 
 def small_copy(model: Any, seed: int = 0) -> Any:
@@ -135,7 +152,7 @@ def _smaller(given: Mapping[Any, Any]) -> dict[Any, Any]:
             fields[key] = sum(layer >= count - value for layer in kept)
         elif isinstance(value, int) and not isinstance(value, bool):
             fields[key] = _number(name, value, len(kept))
-        elif isinstance(value, float) and "dropout" in name:
+        elif isinstance(value, float) and re.search("drop|jitter", name):
             fields[key] = 0.0
     if "tie_word_embeddings" in fields:
         fields["tie_word_embeddings"] = False  # with random weights a tied head says the last token again

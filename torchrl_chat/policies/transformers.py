@@ -192,8 +192,9 @@ def token_logits(
     real = [row.to(device).bool() for row in attention]
     rows = [row.to(device)[mask] for row, mask in zip(fulls, real, strict=True)]
     mask = pad_sequence(real, batch_first=True, padding_side="left")
-    together = prover_of(model).scoring()
-    lengths = [len(row) for row in rows]
+    prover, lengths = prover_of(model), [len(row) for row in rows]
+    prover.check_length(max(lengths, default=0))
+    together = prover.scoring()
     groups, change = groups_apart(model, lengths, [0] * len(rows), together)
     places = mask.cumsum(-1) - 1
     source, parts, taken = torch.zeros_like(places), [], 0

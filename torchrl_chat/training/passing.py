@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch.nn.utils.rnn import pad_sequence
 
 from torchrl_chat import columns
-from torchrl_chat.models.passes import ModelError, Together
+from torchrl_chat.models.passes import ModelError, Together, packed_pass, padded_pass, tree_pass
 from torchrl_chat.models.proof import prover_of
 from torchrl_chat.models.ropes import RopeChange, rope_change
 
@@ -101,11 +101,22 @@ class Passing(NamedTuple):
     packing: str | None  # what tells packed sequences apart; ``None`` where none are packed
     change: RopeChange | None = None  # of the rope, where some rows are longer than that
 
+    def through(self, model: Any, part: Dense) -> Any:
+        """A model's output for some of the rows, which go together; or that of a part of it that takes what the whole takes."""
+        if self.packing is not None and part.ends is not None:
+            return tree_pass(model, part.ids, part.position_ids, part.ends, self.packing)
+        if self.packing is not None:
+            return packed_pass(model, part.ids, part.position_ids, self.packing)
+        if self.together == "padded":
+            return padded_pass(model, part.ids, part.attention)
+        return model(input_ids=part.ids, use_cache=False)
+
 
 def passing_of(model: Any, dense: Dense) -> Passing:
     """How the sequences of a view go through a model, as its proof allows; packed ones are taken apart where it must be."""
     prover, packing, change = prover_of(model), None, rope_change(model)
-    longest = int(dense.position_ids[dense.attention].max()) + 1 if change is not None else 0
+    longest = int(dense.position_ids[dense.attention].max()) + 1
+    prover.check_length(longest)
     if change is not None and longest > change.length:
         if not change.once and bool((dense.scored & (dense.position_ids > change.length)).any()):
             raise change.refused(prover.proof.name, longest)

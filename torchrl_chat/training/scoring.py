@@ -8,7 +8,7 @@ more than a chunk.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch.autograd.function import once_differentiable
 
 from torchrl_chat import columns
-from torchrl_chat.models.passes import float_type, groups_of, packed_pass, padded_pass, tree_pass
+from torchrl_chat.models.passes import float_type, groups_of
 from torchrl_chat.training.passing import Dense, Passing, dense_of, passing_of
 
 
@@ -27,6 +27,11 @@ class Scores(NamedTuple):
     entropy: torch.Tensor | None  # the same shape, of the distribution that the token was drawn from
     mask: torch.Tensor  # bool, the tokens that were scored
     precision: torch.dtype = torch.float32  # in which the model computed, whatever the type of the log-probs
+
+
+# What a pass is worth: values (K,) of the hidden states (K, H) before the scored tokens, which stand at the given places of
+# some rows.
+Critic = Callable[[torch.Tensor, Dense, Passing, Any], torch.Tensor]
 
 
 def sequence_log_probs(
@@ -74,6 +79,31 @@ def sequence_log_probs(
         >>> scores = sequence_log_probs(model, view)
         >>> ratio = (scores.log_probs - view["log_probs"].full).exp()[scores.mask]
     """
+    scores, _ = scores_and_values(
+        model,
+        view,
+        None,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        entropy=entropy,
+        max_tokens=max_tokens,
+        chunk=chunk,
+    )
+    return scores
+
+
+def scores_and_values(
+    model: Any,
+    view: TensorDictBase,
+    critic: Critic | None,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    max_tokens: int | None = None,
+    chunk: int = 256,
+) -> tuple[Scores, torch.Tensor]:
+    """:func:`sequence_log_probs`, and what a critic makes of the same passes: float32 (N, T) or (M, L), 0 where nothing is scored."""
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: expected more than 0.")
     if chunk < 1 or (max_tokens is not None and max_tokens < 1):
@@ -88,22 +118,19 @@ def sequence_log_probs(
     asked = dense.scored
     passing = passing_of(model, dense)
     dense, mask = passing.dense, passing.dense.scored
-    log_probs = torch.zeros(mask.shape, device=device)
-    entropies = torch.zeros(mask.shape, device=device) if entropy else None
+    # Log-probs, entropies, values.
+    found = [torch.zeros(mask.shape, device=device) for _ in range(3)]
     for rows, width in _minibatches(dense.attention, mask, max_tokens, passing):
         wanted = mask[rows, :width]
         part = dense.part(rows, width)
-        scored, uncertain = _score(model, part, passing, wanted, temperature, vocab_size, entropy, chunk)
+        told = _score(model, part, passing, critic, wanted, temperature, vocab_size, entropy, chunk)
         where = torch.zeros_like(mask)
         where[rows, :width] = wanted
-        log_probs = log_probs.masked_scatter(where, scored)
-        if entropies is not None:
-            entropies = entropies.masked_scatter(where, uncertain)
+        found = [whole.masked_scatter(where, some) for whole, some in zip(found, told, strict=True)]
     if passing.moved:  # the view has its tokens in other places, in the same order
-        log_probs = torch.zeros(asked.shape, device=device).masked_scatter(asked, log_probs[mask])
-        if entropies is not None:
-            entropies = torch.zeros(asked.shape, device=device).masked_scatter(asked, entropies[mask])
-    return Scores(log_probs, entropies, asked, float_type(model))
+        found = [torch.zeros(asked.shape, device=device).masked_scatter(asked, whole[mask]) for whole in found]
+    log_probs, entropies, values = found
+    return Scores(log_probs, entropies if entropy else None, asked, float_type(model)), values
 
 
 def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
@@ -181,29 +208,25 @@ def _score(
     model: Any,
     dense: Dense,
     passing: Passing,
+    critic: Critic | None,
     wanted: torch.Tensor,
     temperature: float,
     vocab_size: int | None,
     entropy: bool,
     chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies of the wanted tokens, both (K,), in row-major order."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, entropies and values of the wanted tokens, (K,) each, in row-major order."""
     before: Any = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # position t has the logits of token t + 1
     if dense.parents is not None:
         rows, places = wanted.nonzero(as_tuple=True)
         before = rows, dense.parents[rows, places]
-    with _head_sees_only(model, before) as head:
-        if passing.packing is not None and dense.ends is not None:
-            output = tree_pass(model, dense.ids, dense.position_ids, dense.ends, passing.packing)
-        elif passing.packing is not None:
-            output = packed_pass(model, dense.ids, dense.position_ids, passing.packing)
-        elif passing.together == "padded":
-            output = padded_pass(model, dense.ids, dense.attention)
-        else:
-            output = model(input_ids=dense.ids, use_cache=False)
-    logits = output.logits.squeeze(0) if head else output.logits[before]
+    with _head_sees_only(model, before) as seen:
+        output = passing.through(model, dense)
+    logits = output.logits.squeeze(0) if seen else output.logits[before]
     targets = dense.ids[wanted]
-    return _TokenScores.apply(logits, targets, temperature, vocab_size, entropy, chunk)
+    scored, uncertain = _TokenScores.apply(logits, targets, temperature, vocab_size, entropy, chunk)
+    values = torch.zeros_like(scored) if critic is None else critic(seen[0], dense, passing, before)
+    return scored, uncertain, values
 
 
 class _TokenScores(torch.autograd.Function):
@@ -258,22 +281,21 @@ class _TokenScores(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _head_sees_only(model: Any, where: Any) -> Iterator[bool]:
+def _head_sees_only(model: Any, where: Any) -> Iterator[list[torch.Tensor]]:
     """Inside, the model's output head gets the hidden states at ``where`` only, as one row of K.
 
-    What models do behind the head (soft caps, scales) is element by element, so their logits are the same. Yields
-    whether there is such a head.
+    What models do behind the head (soft caps, scales) is element by element, so their logits are the same. Yields a list, in
+    which afterwards the hidden states (K, H) are; none, if there is no such head.
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        yield False
-        return
+    head, seen = model.get_output_embeddings(), list[torch.Tensor]()
 
     def select(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][where][None], *args[1:])
+        seen.append(args[0][where])
+        return (seen[-1][None], *args[1:])
 
-    hook = head.register_forward_pre_hook(select)
+    hook = None if head is None else head.register_forward_pre_hook(select)
     try:
-        yield True
+        yield seen
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()

@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from torchrl_chat.models.passes import ModelError, padded_pass
-from torchrl_chat.training.passing import dense_of, passing_of
-from torchrl_chat.training.scoring import Scores, sequence_log_probs
+from torchrl_chat.models.passes import ModelError
+from torchrl_chat.training.passing import Dense, Passing
+from torchrl_chat.training.scoring import Scores, scores_and_values
 
 
 class PolicyAndValue(nn.Module):
@@ -50,46 +50,22 @@ class PolicyAndValue(nn.Module):
         """Log-probs of the trained tokens, and the value before each of them is sampled.
 
         Args:
-            view: a padded training view of N sequences.
-            scoring: options of :func:`~torchrl_chat.training.sequence_log_probs`, without ``max_tokens``.
+            view: a training view in any layout.
+            scoring: options of :func:`~torchrl_chat.training.sequence_log_probs`.
 
         Returns:
-            the scores, and float32 (N, T), 0 where the mask is false.
+            the scores, and float32 of the same shape, (N, T) or (M, L), 0 where the mask is false.
 
         Raises:
-            ValueError: the view is not padded, or the rows would go through the model in several passes.
-            ModelError: the model takes no padded rows.
+            ModelError: the model does not compute of these rows what it computes of each alone.
         """
-        if "position_ids" not in view.keys() or len(view.batch_size) != 1:
-            raise ValueError("values need a padded view: training_view(..., layout='padded').")
-        if scoring.get("max_tokens") is not None:
-            raise ValueError("values need one pass: split the view with microbatches instead of max_tokens.")
-        passing = passing_of(self.model, dense_of(view, next(self.model.parameters()).device))
-        if passing.together != "padded" or passing.change is not None:
-            raise ModelError(
-                f"{type(self.model).__name__} takes not all of these rows together, and values need one pass."
-            )
-        seen: list[torch.Tensor] = []
-        # The output head's first hook sees all hidden states, before scoring cuts them to those that it needs.
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            scores = sequence_log_probs(self.model, view, **scoring)
-        finally:
-            hook.remove()
-        mask = passing.dense.scored
-        values = torch.zeros(mask.shape, device=mask.device)
-        if not seen:
-            return scores, torch.zeros(scores.mask.shape, device=mask.device)
-        rows = mask.any(-1)  # the others did not go through the model
-        hidden = seen[0]
-        width = hidden.shape[1]
+        return scores_and_values(self.model, view, self._values, **scoring)
+
+    def _values(self, hidden: torch.Tensor, dense: Dense, passing: Passing, before: Any) -> torch.Tensor:
         if self.trunk is not None:
-            dense = passing.dense.part(rows.nonzero().flatten(), width)
-            hidden = padded_pass(self.trunk, dense.ids, dense.attention).last_hidden_state
-        found = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
-        # Position t sees token t: it says what is expected before token t + 1.
-        values[rows, 1:width] = found[:, :-1]
-        return scores, torch.zeros(scores.mask.shape, device=mask.device).masked_scatter(scores.mask, values[mask])
+            hidden = passing.through(self.trunk, dense).last_hidden_state[before]
+        values: torch.Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+        return values
 
 
 def _trunk_of(model: Any) -> nn.Module:
