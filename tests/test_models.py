@@ -10,6 +10,7 @@ import weakref
 
 import episodes
 import numpy as np
+import peft
 import pytest
 import torch
 import zoo
@@ -17,11 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from torchrl_chat import ChatEnv, TransformersPolicy, columns, training_view
 from torchrl_chat.cli.main import main
 from torchrl_chat.models import proof
+from torchrl_chat.models.head import Head
 from torchrl_chat.models.mode import evaluating
 from torchrl_chat.models.passes import ModelError
 from torchrl_chat.models.proof import prover_of
@@ -443,6 +448,121 @@ class TestProof:
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=1e-4)
         assert prover_of(model).sampling()[0] == "equal"
+
+
+# ---------------------------------------------------------------------- the head, some states at a time
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor has that is made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def with_lora_head():
+    return peft.get_peft_model(
+        zoo.make("llama"), peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    ).eval()
+
+
+def frozen_head():
+    model = zoo.make("gemma2")
+    return model.lm_head.requires_grad_(False) and model
+
+
+def tied():
+    model = zoo.make("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+class NothingAround(LlamaForCausalLM):
+    """Its body is no module that is called, so that it cannot be left out."""
+
+    def forward(self, input_ids=None, logits_to_keep=0, **kwargs):
+        hidden = self.model.forward(input_ids=input_ids, **kwargs)
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden[0]), past_key_values=hidden.past_key_values)
+
+
+class TestHead:
+    MODELS = {
+        **{name: lambda name=name: zoo.make(name) for name in ("llama", "gemma2", "cohere", "granite", "phi", "roberta", "opt")},
+        "tied": tied, "frozen": frozen_head, "adapter": with_lora_head, "nothing around": lambda: made_up(NothingAround),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("entropy", [False, True])
+    def test_log_probs_entropies_and_gradients_are_those_of_all_logits(self, name, entropy):
+        model = self.MODELS[name]()
+        rows = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+        flat = layouts.Flat.of(list(rows), mask=[torch.arange(12) > 3] * 3, log_probs=[torch.zeros(12)] * 3)
+        view = TensorDict(layouts.padded(flat, None, "right", 0, 1), batch_size=(3,))
+        weights = [p for p in model.parameters() if p.requires_grad]
+        factors, more = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+
+        def gradient(scores, entropies):
+            loss = (scores * factors).sum() + ((entropies * more).sum() if entropy else 0)
+            return torch.autograd.grad(loss, weights, allow_unused=True)
+
+        logits = model(input_ids=rows, use_cache=False).logits[:, 3:-1, : len(TOKENIZER)] / 0.7
+        whole = logits.log_softmax(-1)
+        expected = whole.gather(-1, rows[:, 4:, None]).flatten(), -(whole.exp() * whole).sum(-1).flatten()
+        of_expected = gradient(*expected)
+        settings = {"temperature": 0.7, "vocab_size": len(TOKENIZER), "entropy": entropy}
+        for chunk in (5, None):
+            scores = sequence_log_probs(model, view, chunk=chunk, **settings)
+            found = scores.log_probs[scores.mask], scores.entropy[scores.mask] if entropy else None
+            assert torch.allclose(found[0], expected[0], atol=1e-5)
+            if entropy:
+                assert torch.allclose(found[1], expected[1], atol=1e-5)
+            for a, b in zip(gradient(*found), of_expected, strict=True):
+                assert (a is None or not bool(a.any())) if b is None else torch.allclose(a, b, atol=1e-4)
+        assert prover_of(model).chunking() == (name != "nothing around")
+
+    def test_nothing_is_as_large_as_all_logits_forward_or_backward(self):
+        """Twenty thousand ids, and a body that is small beside them."""
+        model = tiny_model(20_000)
+        rows = torch.randint(5, 20_000, (4, 65), generator=torch.Generator().manual_seed(0))
+        flat = layouts.Flat.of(list(rows), mask=[torch.arange(65) > 0] * 4, log_probs=[torch.zeros(65)] * 4)
+        view = TensorDict(layouts.padded(flat, None, "right", 0, 1), batch_size=(4,))
+        prover_of(model).record()
+        weight = max(p.numel() for p in model.parameters())
+        for options in ({}, {"entropy": True}):
+            with Largest() as made:
+                scores = sequence_log_probs(model, view, chunk=16, **options)
+                (scores.log_probs.sum() + (scores.entropy.sum() if options else 0)).backward()
+            assert 16 * 20_000 <= made.numbers <= max(weight, 16 * 20_000) < 256 * 20_000
+
+    def test_under_autocast_the_backward_pass_computes_what_the_forward_pass_did(self):
+        model = zoo.make("gemma2")
+        view = _alone_view(torch.arange(12) + 5, torch.arange(12) > 3)
+        gradients = []
+        for chunk in (3, 100):
+            with torch.autocast("cpu", torch.bfloat16):
+                scores = sequence_log_probs(model, view, chunk=chunk)
+            scores.log_probs.sum().backward()
+            gradients.append((scores.log_probs.detach(), model.lm_head.weight.grad.clone()))
+            model.zero_grad()
+        (few, of_few), (all_, of_all) = gradients
+        assert torch.equal(few, all_)
+        assert float((of_few - of_all).norm() / of_all.norm()) < 2e-3
+
+    def test_the_model_is_as_it_was_also_after_an_error(self):
+        model = zoo.make("llama")
+        head, ids = Head(model), torch.arange(6)[None]
+        with head.held_back((0, slice(None))) as seen:
+            model(input_ids=ids)
+        before = model(input_ids=ids).logits
+        with pytest.raises(RuntimeError), head.apart() as logits_of:
+            logits_of(torch.zeros(3, 7))  # of another width
+        assert torch.equal(model(input_ids=ids).logits, before)
+        with head.apart() as logits_of:
+            assert torch.allclose(logits_of(seen[0][2:4])[0], before[0, 2:4], atol=1e-6)
 
 
 # ---------------------------------------------------------------------- ropes that change

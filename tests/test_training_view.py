@@ -367,7 +367,9 @@ class TestScoring:
             scores = sequence_log_probs(policy.model, view)
         finally:
             hook.remove()
-        assert seen == [(1, int(scores.mask.sum()), policy.model.config.vocab_size)]
+        # One state of the pass over the body, in which the head has no part.
+        width = policy.model.config.vocab_size
+        assert seen == [(1, 1, width), (1, int(scores.mask.sum()), width)]
         logits = policy.model(input_ids=torch.tensor([[5, 6]])).logits
         assert logits.shape[:2] == (1, 2)  # the model is as it was
 

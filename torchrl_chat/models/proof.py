@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from torchrl_chat.models.head import Head, token_scores
 from torchrl_chat.models.mode import evaluating
 from torchrl_chat.models.passes import (
     Decoding,
@@ -167,6 +168,10 @@ class Prover:
                 return name
         return None
 
+    def chunking(self) -> bool:
+        """Whether the output head may see some hidden states at a time, the model's body left out."""
+        return self.small is not None and self._holds("head, some states at a time", Prover._chunked)
+
     def tried(self, what: str) -> str:
         """What was measured of some ways."""
         return (
@@ -178,7 +183,7 @@ class Prover:
         """Everything that can be asked of the model, tried: as plain data with one JSON form.
 
         ``"sampling"`` and ``"scoring"`` say which rows go together (``None`` where it is refused), ``"packing"`` and ``"sharing"``
-        what tells sequences apart (``None``: they are taken apart), ``"longest"`` how many tokens a row may have (``None``: any
+        what tells sequences apart (``None``: they are taken apart), ``"chunking"`` whether the output head sees some states at a time, ``"longest"`` how many tokens a row may have (``None``: any
         number), ``"checks"`` the largest difference in nats of each way that was tried, and ``"small_copy"`` those of the small
         copy; of a model in ``train()``, in that mode, too. ``"rounding"`` is how far log-probs are from those of the same weights
         in float32, of which a copy is made: importance ratios between a sampler and a learner of other precisions are off by as
@@ -194,6 +199,7 @@ class Prover:
             "scoring": _SAID[self.scoring()],
             "packing": self.packing(),
             "sharing": self.sharing(),
+            "chunking": self.chunking(),
         }
         return {
             "class": self.proof.name,
@@ -280,6 +286,32 @@ class Prover:
         logits = _log_probs(tree_pass(self.model, ids, positions, ends[None], manner).logits[0])
         first, second = self.alone([one, other])
         return max(_difference(logits[:end], first), _difference(logits[end:], second[half:]))
+
+    def _chunked(self) -> float:
+        row, head = max(self.rows, key=len), Head(self.model)
+        targets, before = row[1:], (0, slice(None, -1))
+
+        def chunked() -> torch.Tensor:
+            with head.held_back(before) as seen:
+                self.model(input_ids=row[None], use_cache=False)
+            return token_scores(head, seen[0], targets, chunk=4)[0]
+
+        def whole() -> torch.Tensor:
+            logits = self.model(input_ids=row[None], use_cache=False).logits[before]
+            return _log_probs(logits).gather(-1, targets[:, None])[:, 0]
+
+        apart = _difference(chunked(), whole())
+        if self.small is not None:  # gradients of a large model take as much memory as the model
+            return apart
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        factors = torch.randn(len(targets), generator=torch.Generator().manual_seed(0))
+        found = []
+        for scores in (chunked, whole):
+            with torch.enable_grad():
+                parts = torch.autograd.grad((scores() * factors).sum(), weights, allow_unused=True)
+            found.append([w.new_zeros(w.shape) if p is None else p for w, p in zip(weights, parts, strict=True)])
+        norm = max(float(part.norm()) for part in found[1])
+        return max(apart, *(_difference(a, b) / norm for a, b in zip(*found, strict=True)))
 
     def _batches(self, way: Together) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Rows that go together, with their log-probs alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from tensordict import TensorDictBase
 from torch.nn.utils.rnn import pad_sequence
 
 from torchrl_chat import columns
+from torchrl_chat.models.head import Head
 from torchrl_chat.models.passes import ModelError, Together, packed_pass, padded_pass, tree_pass
-from torchrl_chat.models.proof import prover_of
+from torchrl_chat.models.proof import Prover, prover_of
 from torchrl_chat.models.ropes import RopeChange, rope_change
 
 
@@ -92,14 +94,24 @@ class Dense(NamedTuple):
         return Dense(self.ids[rows], mask, attention, self.position_ids[rows], None)
 
 
-class Passing(NamedTuple):
+@dataclass(frozen=True)
+class Passing:
     """How sequences go through a model."""
 
-    dense: Dense  # as they are laid out for it
-    moved: bool  # whether the view has them elsewhere
-    together: Together  # which rows go together
-    packing: str | None  # what tells packed sequences apart; ``None`` where none are packed
-    change: RopeChange | None = None  # of the rope, where some rows are longer than that
+    dense: Dense
+    """The sequences as they are laid out for it."""
+    moved: bool
+    """Whether the view has them elsewhere."""
+    together: Together
+    """Which rows go together."""
+    packing: str | None
+    """What tells packed sequences apart; ``None`` where none are packed."""
+    change: RopeChange | None = None
+    """Of the rope, where some rows are longer than that."""
+    head: Head | None = None
+    """The output head, if the model says what it is."""
+    chunked: bool = False
+    """Whether the head may see some states at a time."""
 
     def through(self, model: Any, part: Dense) -> Any:
         """A model's output for some of the rows, which go together; or that of a part of it that takes what the whole takes."""
@@ -114,7 +126,13 @@ class Passing(NamedTuple):
 
 def passing_of(model: Any, dense: Dense) -> Passing:
     """How the sequences of a view go through a model, as its proof allows; packed ones are taken apart where it must be."""
-    prover, packing, change = prover_of(model), None, rope_change(model)
+    prover = prover_of(model)
+    head = None if model.get_output_embeddings() is None else Head(model)
+    return replace(_laid_out(model, prover, dense), head=head, chunked=head is not None and prover.chunking())
+
+
+def _laid_out(model: Any, prover: Prover, dense: Dense) -> Passing:
+    change = rope_change(model)
     longest = int(dense.position_ids[dense.attention].max()) + 1
     prover.check_length(longest)
     if change is not None and longest > change.length:

@@ -1,21 +1,20 @@
 """Log-probs of given tokens under a model, without more logits than there are tokens to score.
 
 The logits of a large vocabulary are what fills memory, not the model: 32,768 tokens of 150,000 logits are 20 GB in
-float32. So the output head is only shown the hidden states whose next token counts, and of the softmax there is never
-more than a chunk.
+float32. So the output head (:mod:`~torchrl_chat.models.head`) is only shown the hidden states whose next token counts, and
+those a chunk at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
-from torch.autograd.function import once_differentiable
 
 from torchrl_chat import columns
+from torchrl_chat.models.head import token_scores
 from torchrl_chat.models.passes import float_type, groups_of
 from torchrl_chat.training.passing import Dense, Passing, dense_of, passing_of
 
@@ -42,7 +41,7 @@ def sequence_log_probs(
     vocab_size: int | None = None,
     entropy: bool = False,
     max_tokens: int | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> Scores:
     """The log-prob of every trained token of a view, given the tokens before it.
 
@@ -58,7 +57,7 @@ def sequence_log_probs(
         max_tokens: the rows go through the model in minibatches of at most so many tokens, padding included (or
             of one row, where that is longer); all at once if ``None``. Without gradients this bounds memory; with
             them see :func:`microbatches`.
-        chunk: how many distributions are in float32 at a time.
+        chunk: how many distributions there are at a time; by the size of the vocabulary if ``None``.
 
     Returns:
         ``Scores(log_probs, entropy, mask, precision)``, float32 and bool of shape (N, T), or (M, L) for a packed view; and the
@@ -101,12 +100,12 @@ def scores_and_values(
     vocab_size: int | None = None,
     entropy: bool = False,
     max_tokens: int | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> tuple[Scores, torch.Tensor]:
     """:func:`sequence_log_probs`, and what a critic makes of the same passes: float32 (N, T) or (M, L), 0 where nothing is scored."""
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: expected more than 0.")
-    if chunk < 1 or (max_tokens is not None and max_tokens < 1):
+    if (chunk is not None and chunk < 1) or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"chunk={chunk}, max_tokens={max_tokens}: expected at least 1.")
     device = next(model.parameters()).device
     dense = dense_of(view, device)
@@ -213,89 +212,28 @@ def _score(
     temperature: float,
     vocab_size: int | None,
     entropy: bool,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, entropies and values of the wanted tokens, (K,) each, in row-major order."""
     before: Any = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # position t has the logits of token t + 1
     if dense.parents is not None:
         rows, places = wanted.nonzero(as_tuple=True)
         before = rows, dense.parents[rows, places]
-    with _head_sees_only(model, before) as seen:
+    head, seen = passing.head, list[torch.Tensor]()
+    if head is None:
         output = passing.through(model, dense)
-    logits = output.logits.squeeze(0) if seen else output.logits[before]
-    targets = dense.ids[wanted]
-    scored, uncertain = _TokenScores.apply(logits, targets, temperature, vocab_size, entropy, chunk)
+    else:
+        with head.held_back(before, through=not passing.chunked) as seen:
+            output = passing.through(model, dense)
+    chunked = passing.chunked and bool(seen)  # a compiled model may have no hooks
+    scored, uncertain = token_scores(
+        head if chunked else None,
+        seen[0] if chunked else output.logits[0 if seen else before],
+        dense.ids[wanted],
+        temperature=temperature,
+        vocab_size=vocab_size,
+        entropy=entropy,
+        chunk=chunk,
+    )
     values = torch.zeros_like(scored) if critic is None else critic(seen[0], dense, passing, before)
     return scored, uncertain, values
-
-
-class _TokenScores(torch.autograd.Function):
-    """Log-probs and entropies of tokens, (K,) each, from logits (K, V).
-
-    Autograd would keep several tensors (K, V) in float32; here the logits are kept as they came, and the softmax is
-    taken again for the gradient, chunk by chunk. With p the softmax of logits / temperature, the gradient of
-    log p[i] is (e_i - p) / temperature, that of the entropy H is -p (log p + H) / temperature.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        vocab_size: int | None,
-        entropy: bool,
-        chunk: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        scored = torch.empty(len(targets), device=logits.device)
-        uncertain = torch.zeros_like(scored)
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            log_probs = (logits[rows, :vocab_size].float() / temperature).log_softmax(-1)
-            scored[rows] = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
-            if entropy:
-                uncertain[rows] = -(log_probs.exp() * log_probs).sum(-1)
-        ctx.save_for_backward(logits, targets, uncertain)
-        ctx.settings = temperature, vocab_size, entropy, chunk
-        return scored, uncertain
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_scored: torch.Tensor, of_uncertain: torch.Tensor) -> tuple[Any, ...]:
-        logits, targets, uncertain = ctx.saved_tensors
-        temperature, vocab_size, entropy, chunk = ctx.settings
-        gradient = torch.zeros_like(logits)
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            # In place where it can be: of a vocabulary of 150,000 each of these is as large as a layer's weights.
-            part = (logits[rows, :vocab_size].float() / temperature).log_softmax(-1)
-            if entropy:
-                probs = part.exp()
-                part.add_(uncertain[rows, None]).mul_(of_uncertain[rows, None]).add_(of_scored[rows, None])
-                part.mul_(probs).neg_()
-            else:
-                part.exp_().mul_(-of_scored[rows, None])
-            part.scatter_add_(1, targets[rows, None], of_scored[rows, None])
-            gradient[rows, :vocab_size] = part.div_(temperature)
-        return gradient, None, None, None, None, None
-
-
-@contextlib.contextmanager
-def _head_sees_only(model: Any, where: Any) -> Iterator[list[torch.Tensor]]:
-    """Inside, the model's output head gets the hidden states at ``where`` only, as one row of K.
-
-    What models do behind the head (soft caps, scales) is element by element, so their logits are the same. Yields a list, in
-    which afterwards the hidden states (K, H) are; none, if there is no such head.
-    """
-    head, seen = model.get_output_embeddings(), list[torch.Tensor]()
-
-    def select(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen.append(args[0][where])
-        return (seen[-1][None], *args[1:])
-
-    hook = None if head is None else head.register_forward_pre_hook(select)
-    try:
-        yield seen
-    finally:
-        if hook is not None:
-            hook.remove()

@@ -1,0 +1,273 @@
+"""The output head of a model, apart from the rest: log-probs and entropies of tokens, a few distributions at a time.
+
+The logits of a large vocabulary fill memory long before the model does: 4,096 tokens of 150,000 logits are 2.5 GB in float32, and
+their gradient as much again. So a pass over a model stops in front of its head, and the head sees a chunk of the hidden
+states at a time, forward and, once more, backward (Wijmans et al. 2024, "Cut your losses in large-vocabulary language models",
+do the same in one kernel).
+
+What a model does behind its head (soft caps, scales) stands in its own ``forward``, which is run for each chunk with the body
+left out. Whether that is what the model computes is tried by :mod:`~torchrl_chat.models.proof`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# Numbers of a chunk: large enough for a matrix product to be worth its name, small beside a model's layers.
+_CHUNK_ON_CPU, _CHUNK = 1 << 23, 1 << 26
+
+
+class Head:
+    """The output head of a model, and what the model does behind it.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model of one.
+
+    Raises:
+        ValueError: the model does not say what its head is.
+    """
+
+    def __init__(self, model: Any):
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._plain = getattr(plain, "_orig_mod", plain)  # torch.compile
+        self._layer = model.get_output_embeddings()
+        if self._layer is None:
+            raise ValueError(f"{type(self._plain).__name__} does not say what its head is.")
+        # What is around the embeddings, from the outside.
+        embeddings = self._plain.get_input_embeddings()
+        names = next(name for name, part in self._plain.named_modules() if part is embeddings).split(".")
+        self._around = [self._plain.get_submodule(".".join(names[:n])) for n in range(1, len(names))]
+        # What makes the hidden states: the part, the kind of its output, one of the states (H,).
+        self._trunk: tuple[nn.Module, Any, torch.Tensor] | None = None
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Those of the head that are trained."""
+        return [weight for weight in self._layer.parameters() if weight.requires_grad]
+
+    @contextlib.contextmanager
+    def held_back(self, where: Any, *, through: bool = False) -> Iterator[list[torch.Tensor]]:
+        """Inside, a pass over the model stops in front of the head, but for one token.
+
+        Args:
+            where: an index into hidden states (B, T, H) that leaves (K, H).
+            through: those go on to the head, as one row.
+
+        Yields a list, which has those states behind the pass.
+        """
+        seen: list[torch.Tensor] = []
+
+        def keep(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.append(args[0][where])
+            return (seen[-1][None] if through else args[0][:1, :1], *args[1:])
+
+        def look(part: nn.Module, _args: Any, output: Any) -> None:
+            self._trunk = part, type(output), output[0][0, 0].detach().clone()
+
+        # The trunk is the outermost of those that are called, which is the last to return.
+        hooks = [
+            self._layer.register_forward_pre_hook(keep),
+            *(part.register_forward_hook(look) for part in self._around),
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
+        """Inside, the model is its head alone.
+
+        Yields a function of states (K, H), which gives what the model makes of them, (K, V), and what the head alone
+        made of them, (1, K, V'), of which the first is a function; for a plain head it is where the graph begins.
+
+        Raises:
+            ValueError: the model does not say which part of it makes the hidden states, or did not go through it.
+        """
+        if self._trunk is None:
+            raise ValueError(f"{type(self._plain).__name__} has no part of its own that makes the hidden states.")
+        trunk, kind, state = self._trunk
+        given: dict[str, torch.Tensor] = {}
+
+        def instead(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (given["states"][None], *args[1:])
+
+        def cut(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            given["made"] = output.detach().requires_grad_(torch.is_grad_enabled()) if self.plain else output
+            return given["made"]
+
+        def logits_of(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            given["states"] = states
+            ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+            logits: torch.Tensor = self._plain(input_ids=ids, use_cache=False).logits
+            return logits[0], given["made"]
+
+        hooks = [self._layer.register_forward_pre_hook(instead), self._layer.register_forward_hook(cut)]
+        own = trunk.__dict__.get("forward")  # some libraries put one of theirs there
+        trunk.forward = lambda *_args, **_given: _blank(kind, state, len(given["states"]))
+        try:
+            yield logits_of
+        finally:
+            del trunk.forward
+            if own is not None:
+                trunk.forward = own
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def width(self) -> int:
+        """How many logits it makes."""
+        return int(self._layer.weight.shape[0])
+
+    @property
+    def plain(self) -> bool:
+        """Whether the head is one matrix (and a bias), whose gradient is summed up in place."""
+        return type(self._layer) is nn.Linear
+
+    def gradients(
+        self, states: torch.Tensor, made: torch.Tensor, logits: torch.Tensor, of_logits: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """What a gradient of logits is of states (K, H), and of each of :attr:`weights`; of a plain head's weights, nothing yet."""
+        if not self.plain:
+            found = torch.autograd.grad(logits, [states, *self.weights], of_logits, allow_unused=True)
+            return found[0], list(found[1:])
+        of_made = torch.autograd.grad(logits, [made], of_logits)[0][0]
+        return of_made @ self._layer.weight, [of_made] * len(self.weights)
+
+
+def token_scores(
+    head: Head | None,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of tokens, and entropies of the distributions that they come from.
+
+    Args:
+        head: what makes logits of the states; ``None`` where they are logits.
+        states: (K, H), or logits (K, V).
+        targets: the tokens, int64 (K,).
+
+    Keyword Args:
+        temperature: what logits are divided by.
+        vocab_size: logits from this id on are cut off.
+        entropy: whether entropies are computed; 0 otherwise.
+        chunk: how many distributions there are at a time; by the size of the vocabulary if ``None``.
+
+    Returns:
+        float32 (K,) both. Gradients go to the states and to the head's weights, also through what is shared with them.
+    """
+    weights = [] if head is None else head.weights
+    return _TokenScores.apply(head, states, targets, temperature, vocab_size, entropy, chunk, *weights)
+
+
+class _TokenScores(torch.autograd.Function):
+    """Log-probs and entropies, (K,) each.
+
+    Autograd would keep several tensors (K, V) in float32; here the softmax is taken again for the gradient, chunk by chunk.
+    With p the softmax of logits / temperature, the gradient of log p[i] is (e_i - p) / temperature, that of the entropy H
+    is -p (log p + H) / temperature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Head | None,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        vocab_size: int | None,
+        entropy: bool,
+        chunk: int | None,
+        *weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scored = torch.empty(len(targets), device=states.device)
+        uncertain = torch.zeros_like(scored)
+        with contextlib.nullcontext() if head is None else head.apart() as logits_of:
+            for rows in _chunks(head, states, chunk):
+                logits = states[rows] if logits_of is None else logits_of(states[rows])[0]
+                log_probs = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
+                scored[rows] = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
+                if entropy:
+                    uncertain[rows] = -(log_probs.exp() * log_probs).sum(-1)
+        ctx.save_for_backward(states, targets, uncertain, *weights)
+        ctx.settings = head, temperature, vocab_size, entropy, chunk
+        kind = states.device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return scored, uncertain
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_scored: torch.Tensor, of_uncertain: torch.Tensor) -> tuple[Any, ...]:
+        states, targets, uncertain, *weights = ctx.saved_tensors
+        head, temperature, vocab_size, entropy, chunk = ctx.settings
+        gradient = torch.zeros_like(states)
+        # Sums over chunks: in float32, in which small parts are not lost.
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+
+        def of_logits(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+            # In place where it can be: each of these is as large as a layer's weights.
+            part = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
+            if entropy:
+                probs = part.exp()
+                part.add_(uncertain[rows, None]).mul_(of_uncertain[rows, None]).add_(of_scored[rows, None])
+                part.mul_(probs).neg_()
+            else:
+                part.exp_().mul_(-of_scored[rows, None])
+            part.scatter_add_(1, targets[rows, None], of_scored[rows, None])
+            return torch.nn.functional.pad(part.div_(temperature), (0, logits.shape[1] - part.shape[1]))
+
+        if head is None:
+            for rows in _chunks(head, states, chunk):
+                gradient[rows] = of_logits(states[rows], rows)
+            return None, gradient, None, None, None, None, None
+        kind, dtype, enabled = ctx.autocast
+        with head.apart() as logits_of, torch.enable_grad(), torch.autocast(kind, dtype, enabled):
+            for rows in _chunks(head, states, chunk):
+                some = states[rows].detach().requires_grad_()
+                logits, made = logits_of(some)
+                outer = of_logits(logits.detach(), rows).to(logits.dtype)
+                gradient[rows], parts = head.gradients(some, made, logits, outer)
+                for total, part in zip(sums, parts, strict=True):
+                    if part is not None and head.plain:
+                        _add_linear(total, part, some.detach())
+                    elif part is not None:
+                        total += part
+        return (
+            None, gradient, None, None, None, None, None,
+            *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)),
+        )  # fmt: skip
+
+
+def _add_linear(total: torch.Tensor, of_made: torch.Tensor, states: torch.Tensor) -> None:
+    """What a gradient of a linear layer's output (K, V) is of its weight (V, H), or of its bias (V,), added to a sum."""
+    if total.ndim == 2:
+        total.addmm_(of_made.t().float(), states.float())
+    else:
+        total.add_(of_made.sum(0, dtype=torch.float32))
+
+
+def _chunks(head: Head | None, states: torch.Tensor, chunk: int | None) -> Iterator[slice]:
+    if chunk is None:
+        width = states.shape[1] if head is None else head.width
+        numbers = _CHUNK_ON_CPU if states.device.type == "cpu" else _CHUNK
+        chunk = max(16, numbers // width)
+    for start in range(0, len(states), chunk):
+        yield slice(start, start + chunk)
+
+
+def _blank(kind: Any, state: torch.Tensor, count: int) -> Any:
+    """A trunk's output of some kind, for so many tokens of which nothing is known."""
+    states = state.new_zeros(1, count, len(state))
+    return (states,) if kind is tuple else kind(last_hidden_state=states)
