@@ -91,6 +91,12 @@ class TestSettings:
                 read("--variant", "dapo", "--model", "a/b", "--max_new_tokens", str(tokens)).overlong == tokens // 4
             )
         assert read("--variant", "dr-grpo").normalize == "none"
+        assert (read("--variant", "rloo").normalize, read("--variant", "rloo").leave_one_out) == ("none", True)
+        gspo = read("--variant", "gspo")
+        assert (gspo.surrogate, gspo.clip, gspo.clip_high) == ("gspo", 3e-4, 4e-4)
+        assert read("--variant", "gspo", "--clip", "0.1").clip == 0.1
+        assert read("--surrogate", "gmpo").bounds == (0.4, 0.4)
+        assert read("--variant", "gspo", "--surrogate", "cispo").bounds == (1.0, 4.0)
         assert read("--dataset", "python-tool").warm_steps > 0
 
     def test_an_answer_is_as_long_as_its_run_of_sampled_tokens(self):
@@ -118,6 +124,12 @@ class TestSettings:
         with pytest.raises(SystemExit):
             parse(RunConfig, None, arguments=words)
         assert named in capsys.readouterr().err
+
+    def test_a_clip_that_the_surrogate_cannot_have_is_named(self, capsys):
+        module = script("grpo")
+        with pytest.raises(SystemExit):
+            parse(module.GRPOConfig, None, module.defaults, ["--clip", "1.0"])
+        assert "--clip 1.0 --clip-high 0.2: clip=(1.0, 0.2) for surrogate='ppo'" in capsys.readouterr().err
 
     @pytest.mark.parametrize(("name", "setting"), [("grpo", "max_batches"), ("expert_iteration", "most")])
     def test_bad_words_of_one_script_are_named(self, name, setting, capsys, monkeypatch):
@@ -426,6 +438,12 @@ class TestValues:
         ("grpo", []),
         ("grpo", ["--variant", "dapo", "--max_new_tokens", "8", "--overlong", "4", "--kl", "0.1"]),
         ("grpo", ["--variant", "dr-grpo", "--kl", "0.1", "--kl_kind", "k2", "--entropy", "0"]),
+        ("grpo", ["--variant", "cispo", "--correction", "icepop", "--max_new_tokens", "4"]),
+        (
+            "grpo",
+            ["--variant", "gspo", "--normalize", "mean", "--correction", "tis", "--correction_level", "sequence"],
+        ),
+        ("grpo", ["--surrogate", "reinforce", "--normalize", "batch", "--leave_one_out", "--correction", "mis"]),
         ("ppo", ["--kl", "0.1", "--max_new_tokens", "4", "--max_tokens", "60"]),
         ("ppo", ["--trunk", "separate"]),
         ("expert_iteration", ["--restart"]),

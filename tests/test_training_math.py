@@ -38,11 +38,12 @@ class TestGroupAdvantages:
     @example([(2.811572551727295, 0)] * 3, "std", False)  # their mean is another number, in float32
     @given(
         st.lists(st.tuples(finite, st.integers(0, 3)), min_size=1, max_size=16),
-        st.sampled_from(["std", None]),
+        st.sampled_from(["std", "mean", "batch", None]),
         st.booleans(),
     )
     def test_against_brute_force(self, rows, normalize, leave_one_out):
-        rewards, groups = [r for r, _ in rows], [g for _, g in rows]
+        rewards, groups = [abs(r) if normalize == "mean" else r for r, _ in rows], [g for _, g in rows]
+        rows = [*zip(rewards, groups, strict=True)]
         got = group_advantages(
             torch.tensor(rewards).reshape(-1, 1, 1),
             torch.tensor(groups),
@@ -50,6 +51,12 @@ class TestGroupAdvantages:
             leave_one_out=leave_one_out,
         )
         assert got.shape == (len(rows), 1, 1)
+        centred = []
+        for group in {g for g in groups if groups.count(g) > 1}:
+            mates = torch.tensor([r for r, g in rows if g == group], dtype=torch.float64)
+            factor = len(mates) / (len(mates) - 1) if leave_one_out else 1
+            centred += ((mates - mates.mean()) * factor).tolist()
+        over_all = (sum(c * c for c in centred) / max(1, len(centred) - 1)) ** 0.5
         for i, (reward, group) in enumerate(rows):
             mates = [r for r, g in rows if g == group]
             others = [r for j, (r, g) in enumerate(rows) if g == group and j != i]
@@ -57,7 +64,12 @@ class TestGroupAdvantages:
             if others:
                 expected = reward - (sum(others) / len(others) if leave_one_out else sum(mates) / len(mates))
                 if normalize:
-                    expected /= max(torch.tensor(mates).std().item(), 1e-6)
+                    by = {
+                        "std": torch.tensor(mates).std().item(),
+                        "mean": sum(mates) / len(mates),
+                        "batch": over_all,
+                    }
+                    expected /= max(by[normalize], 1e-6)
             assert got[i].item() == pytest.approx(expected, abs=2e-3 if normalize else 1e-4, rel=1e-3)
 
     @pytest.mark.parametrize("leave_one_out", [False, True])
@@ -80,8 +92,10 @@ class TestGroupAdvantages:
             group_advantages(torch.tensor([1.0, math.nan]), torch.zeros(2).long())
         with pytest.raises(ValueError, match=r"group has the shape \(3,\)"):
             group_advantages(torch.zeros(2), torch.zeros(3).long())
-        with pytest.raises(ValueError, match="normalize='mean'"):
-            group_advantages(torch.zeros(2), torch.zeros(2).long(), normalize="mean")
+        with pytest.raises(ValueError, match="normalize='median'"):
+            group_advantages(torch.zeros(2), torch.zeros(2).long(), normalize="median")
+        with pytest.raises(ValueError, match=r"the reward of row 1 is -1.0: a group's mean divides"):
+            group_advantages(torch.tensor([1.0, -1.0]), torch.zeros(2).long(), normalize="mean")
         with pytest.raises(ValueError, match="reward has the shape"):
             group_advantages(torch.zeros(2, 5), torch.zeros(2).long())
 
@@ -102,6 +116,18 @@ class TestGroupAdvantages:
 
         assert torch.allclose(estimate(leave_one_out=True), exact, atol=8e-3)
         assert torch.allclose(estimate(), exact * 3 / 4, atol=8e-3)
+
+    def test_divided_by_the_mean_it_is_the_likelihoods_gradient_to_the_order_of_the_group(self):
+        """Of log p = -sum (1 - p)^k / k a group of N sees the first N - 1 terms (MaxRL; their sum is the gradient of p times that)."""
+        logits, size = torch.tensor([0.2, -1.0, 0.3]), 4
+        probs, right = logits.softmax(0), torch.tensor([0.0, 1.0, 0.0])
+        p = (probs * right).sum()
+        exact = probs * (right - p) * sum((1 - p) ** k for k in range(size - 1))
+        draws = torch.multinomial(probs.expand(100_000, 3), size, True, generator=torch.Generator().manual_seed(0))
+        groups = torch.arange(len(draws))[:, None].expand_as(draws).flatten()
+        advantage = group_advantages(right[draws].flatten(), groups, normalize="mean").reshape(draws.shape)
+        score = torch.nn.functional.one_hot(draws, 3) - probs
+        assert torch.allclose((advantage[..., None] * score).mean((0, 1)), exact, atol=8e-3)
 
     def test_an_episode_counts_by_its_first_valid_row(self):
         found = group_advantages(

@@ -1,4 +1,4 @@
-"""GRPO on exact tokens, with the options of DAPO and Dr. GRPO: ``torchrl-chat train``. Collect, score, learn, repeat.
+"""GRPO on exact tokens, and its relatives: ``torchrl-chat train``. Collect, score, learn, repeat.
 
 With no arguments a tiny model learns, from random weights, to say the last of two digits: a minute or two on two CPU cores,
 nothing is downloaded. Other tasks and models:
@@ -11,9 +11,19 @@ nothing is downloaded. Other tasks and models:
 A group is the answers to one question; what counts is how much better an answer is than its group. What the variants set
 can also be set one by one:
 
-    grpo     arXiv:2402.03300  mean over sequences of the mean over their tokens, rewards divided by the group's deviation
-    dapo     arXiv:2503.14476  mean over tokens, a wider clip upwards, groups with equal rewards resampled, overlong shaping
-    dr-grpo  arXiv:2503.20783  sum over tokens divided by a constant, rewards not divided by the group's deviation
+    grpo         arXiv:2402.03300  mean over sequences of the mean over their tokens, rewards divided by the group's deviation
+    dapo         arXiv:2503.14476  mean over tokens, a wider clip upwards, groups with equal rewards resampled, overlong shaping
+    dr-grpo      arXiv:2503.20783  sum over tokens divided by a constant, rewards not divided by the group's deviation
+    rloo         arXiv:2402.14740  rewards compared with the others of the group, and not divided
+    reinforce++  arXiv:2501.03262  rewards divided by the deviation over the whole batch, mean over tokens
+    maxrl        arXiv:2602.02710  rewards divided by their group's mean: what is rarely right counts more
+    gspo         arXiv:2507.18071  the ratio of a sequence instead of a token's
+    cispo        arXiv:2506.13585  a clipped ratio as a weight, so that no token loses its gradient; mean over tokens
+    gmpo         arXiv:2507.20673  the geometric mean over a sequence's tokens
+    sapo         arXiv:2511.20347  a soft gate instead of a clip
+
+What samples and what learns may differ (an engine of another precision). The log-probs of the sampler are in the ledger, and
+"mismatch" in the metrics says by how much; --correction weighs tokens by it: tis (truncated), mis (masked), icepop (a band).
 
 The folder of the run holds config.json, metrics.jsonl (a line a step), rollouts.jsonl (conversations: torchrl-chat view FOLDER
 shows them), checkpoints/ (model and tokenizer), curve.png and result.json. Ctrl-C ends a run behind its step, with a
@@ -37,6 +47,7 @@ from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, w
 from torchrl_chat.rewards import Episode, OverlongPenalty
 from torchrl_chat.training import (
     group_advantages,
+    importance_weights,
     kl_estimate,
     masked_mean,
     microbatches,
@@ -45,17 +56,31 @@ from torchrl_chat.training import (
     take_step,
     training_view,
 )
+from torchrl_chat.training.surrogates import bounds_of
 
 
 @dataclass(kw_only=True)
 class GRPOConfig(RunConfig):
     """The settings of the run (see RunConfig) and of the algorithm."""
 
-    variant: Literal["grpo", "dapo", "dr-grpo"] = setting("grpo", "sets the defaults of what follows")
+    variant: Literal["grpo", "dapo", "dr-grpo", "rloo", "reinforce++", "maxrl", "gspo", "cispo", "gmpo", "sapo"] = (
+        setting("grpo", "sets the defaults of what follows")
+    )
+    surrogate: Literal["ppo", "gspo", "cispo", "gmpo", "sapo", "reinforce"] = setting(
+        "ppo", "what is maximised; sets the defaults of the clip"
+    )
     clip: float = setting(0.2, "how far the ratio may fall")
     clip_high: float = setting(0.2, "how far the ratio may rise")
     aggregation: Literal["sequence", "token", "constant"] = setting("sequence", "how token losses become one")
-    normalize: Literal["std", "none"] = setting("std", "whether rewards are divided by their group's deviation")
+    normalize: Literal["std", "mean", "batch", "none"] = setting(
+        "std", "what rewards are divided by: their group's deviation or mean, the deviation of the batch, nothing"
+    )
+    leave_one_out: bool = setting(False, "compare an answer with the others of its group, without itself")
+    correction: Literal["none", "tis", "mis", "icepop"] = setting(
+        "none", "weights where the sampler's log-probs are not the learner's (arXiv:2510.18855 for icepop)"
+    )
+    correction_level: Literal["token", "sequence", "geometric"] = setting("token", "what has a weight of its own")
+    correction_cap: float = setting(2.0, "the greatest weight of tis and mis")
     dynamic_sampling: bool = setting(False, "leave out groups with equal rewards, and ask other questions instead")
     max_batches: int = setting(4, "batches that dynamic sampling collects at most in a step")
     overlong: int = setting(
@@ -69,8 +94,21 @@ class GRPOConfig(RunConfig):
         RunConfig.least
         | {"group_size": 2, "max_batches": 1}
         | dict.fromkeys(("overlong", "clip", "clip_high", "kl", "entropy"), 0)
+        | {"correction_cap": 1}
     )
-    greatest = RunConfig.greatest | {"clip": 0.999}
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Of the surrogate, if it has any."""
+        return None if self.surrogate == "reinforce" else (self.clip, self.clip_high)
+
+    def problem(self) -> str | None:
+        """What does not go together."""
+        try:
+            bounds_of(self.surrogate, self.bounds)
+        except ValueError as error:
+            return f"--clip {self.clip} --clip-high {self.clip_high}: {error}"
+        return None
 
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
@@ -92,9 +130,24 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
             "dynamic_sampling": True,
             "overlong": 0 if long == 1 else long,
         }
-    if asked.variant == "dr-grpo":
-        found |= {"aggregation": "constant", "normalize": "none"}
+    found |= _VARIANTS.get(asked.variant, {})
+    surrogate = asked.surrogate if asked.surrogate != GRPOConfig.surrogate else found.get("surrogate", "ppo")
+    if surrogate != "ppo":
+        found["clip"], found["clip_high"] = bounds_of(surrogate, None)
     return found
+
+
+# Beside GRPO's own, and DAPO's, which depend on the longest answer.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "dr-grpo": {"aggregation": "constant", "normalize": "none"},
+    "rloo": {"normalize": "none", "leave_one_out": True},
+    "reinforce++": {"normalize": "batch", "aggregation": "token"},
+    "maxrl": {"normalize": "mean"},
+    "gspo": {"surrogate": "gspo"},
+    "cispo": {"surrogate": "cispo", "aggregation": "token"},
+    "gmpo": {"surrogate": "gmpo"},
+    "sapo": {"surrogate": "sapo"},
+}
 
 
 def mixed_groups(finished: TensorDictBase, config: GRPOConfig) -> torch.Tensor:
@@ -132,6 +185,23 @@ def longest_answers(mask: torch.Tensor) -> torch.Tensor:
     return (counted - counted.where(~mask, 0).cummax(-1).values).amax(-1)
 
 
+def corrected(model: Any, view: TensorDictBase, config: GRPOConfig, **scoring: Any) -> dict[str, float]:
+    """Give a view weights for what another policy sampled than the model is, and say how far apart they are."""
+    with torch.no_grad():
+        view["proximal"] = sequence_log_probs(model, view, **scoring).log_probs
+    icepop = config.correction == "icepop"
+    view["weights"], metrics = importance_weights(
+        view["proximal"],
+        view["log_probs"].full,
+        view["masks"].all_assistant_mask,
+        level=config.correction_level,
+        beyond="truncate" if config.correction == "tis" else "mask",
+        low=0.5 if icepop else 0.0,
+        high=5.0 if icepop else config.correction_cap,
+    )
+    return {name: float(value) for name, value in metrics.items()}
+
+
 def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRPOConfig, vocab_size: int) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log."""
     scores = sequence_log_probs(
@@ -143,9 +213,17 @@ def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRP
         "constant": float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
         "denominator": sampled.sum() if config.aggregation == "token" else sampled.any(-1).sum().clamp(min=1),
     }
-    old = part["log_probs"].full
+    # Where the sampler is another policy, the ratio is that to the learner before its first update.
+    old = part.get("proximal", part["log_probs"].full)
     loss, metrics = policy_loss(
-        scores.log_probs, old, part["advantage"], scores.mask, clip=(config.clip, config.clip_high), **share
+        scores.log_probs,
+        old,
+        part["advantage"],
+        scores.mask,
+        surrogate=config.surrogate,
+        clip=config.bounds,
+        weights=part.get("weights", None),
+        **share,
     )
     if config.kl:
         divergence = kl_estimate(scores.log_probs, part["reference"], config.kl_kind)
@@ -161,7 +239,8 @@ def learn(
     model: Any, optimizer: Any, view: TensorDictBase, config: GRPOConfig, vocab_size: int
 ) -> dict[str, float]:
     """Some passes over a batch in random minibatches."""
-    view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "reference", strict=False)
+    fields = ("tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights")
+    view = view.select(*fields, strict=False)
     logged: list[list[dict[str, Any]]] = []
     skipped = 0
     for _ in range(config.epochs):
@@ -214,6 +293,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     sync()
     reference = run.reference() if config.kl else None
     vocab_size = policy.codec.vocab_size
+    scoring = {"vocab_size": vocab_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
 
     for step in run.steps(lambda: ask(judge, policy, config)):
         set_rate(optimizer, config.rate(step))
@@ -234,7 +314,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         view = training_view(finished, layout="padded", group=config.group_size)
         view = view[trained[view["group"].clamp(min=0)]]  # -1 has nothing to train, wherever it stands
         if reference is not None:
-            scoring = {"vocab_size": vocab_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
             with torch.no_grad():
                 view["reference"] = sequence_log_probs(reference, view, **scoring).log_probs
 
@@ -245,9 +324,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             punished = [overlong(Episode.of("", length=length)).score for length in longest_answers(mask).tolist()]
             view["reward"] = view["reward"] + torch.tensor(punished).reshape(view["reward"].shape)
         # What could not be graded is in no group, and says nothing of the others.
-        view["advantage"] = group_advantages(view, normalize="std" if config.normalize == "std" else None)
+        view["advantage"] = group_advantages(
+            view,
+            normalize=None if config.normalize == "none" else config.normalize,
+            leave_one_out=config.leave_one_out,
+        )
 
         # 4. Learn, and give what samples the new weights.
-        metrics |= learn(model, optimizer, view.to(model.device), config, vocab_size)
+        learned = view.to(model.device)
+        if config.correction != "none":
+            metrics |= corrected(model, learned, config, **scoring)
+        metrics |= learn(model, optimizer, learned, config, vocab_size)
         sync()
         run.log(metrics | {"length": float(lengths.float().mean())}, finished=finished[0], trained=view)

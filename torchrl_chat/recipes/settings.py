@@ -98,6 +98,10 @@ class RunConfig:
         """How many optimizer steps in a row may be left out because they are not finite: a bad row comes back in each pass."""
         return 5 * self.epochs
 
+    def problem(self) -> str | None:
+        """What does not go together among the settings; ``None`` if all does."""
+        return None
+
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
         return self.lr * (1 - (1 - self.final_lr_share) * step / self.steps)
@@ -153,6 +157,8 @@ def parse(
     for name, value in vars(config).items():
         if (wrong := _wrong(kind, name, value)) is not None:
             parser.error(f"--{name.replace('_', '-')} is {value}: {wrong}.")
+    if (told := config.problem()) is not None:
+        parser.error(told)
     if config.device is not None:
         try:
             device(config.device)

@@ -7,6 +7,7 @@ Plain functions of tensors (N, T) with a mask; torchrl's own losses take the vie
 from typing import Any
 
 from torchrl_chat.training.advantages import gae, group_advantages, token_rewards, whitened
+from torchrl_chat.training.corrections import importance_weights
 from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss
 from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs
 from torchrl_chat.training.updates import NotFiniteError, take_step
@@ -19,6 +20,7 @@ __all__ = [
     "Scores",
     "gae",
     "group_advantages",
+    "importance_weights",
     "kl_estimate",
     "masked_mean",
     "microbatches",

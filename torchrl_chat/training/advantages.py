@@ -16,15 +16,18 @@ def group_advantages(
     *,
     episode: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
-    normalize: Literal["std"] | None = "std",
+    normalize: Literal["std", "mean", "batch"] | None = "std",
     leave_one_out: bool = False,
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """How much better each episode did than its group.
 
     The mean of the group's rewards is taken off: with ``normalize="std"`` the rest is divided by the group's
-    standard deviation (GRPO, arXiv:2402.03300), with ``None`` not (Dr. GRPO, arXiv:2503.20783); with
-    ``leave_one_out=True`` the mean is that of the other episodes of the group (RLOO, arXiv:2402.14740).
+    standard deviation (GRPO, arXiv:2402.03300), with ``None`` not (Dr. GRPO, arXiv:2503.20783); with ``"mean"`` by the group's
+    mean, so that questions count by how rarely they are answered, as in the likelihood of an answer (MaxRL,
+    arXiv:2602.02710); with ``"batch"`` by the standard deviation over all groups (REINFORCE++ with a baseline,
+    arXiv:2501.03262). With ``leave_one_out=True`` the mean is that of the other episodes of the group (RLOO,
+    arXiv:2402.14740).
 
     Args:
         reward: a training view, which has all of what follows: its ``"reward"``, ``"group"``, ``"episode"``, and which of its
@@ -38,7 +41,7 @@ def group_advantages(
         valid: bool (N, ...), rows that count; the others get 0. All of a group if ``None``.
         normalize: see above.
         leave_one_out: see above.
-        eps: the least standard deviation (sample standard deviation, as in torchrl's ``MCAdvantage``).
+        eps: the least standard deviation and mean (sample standard deviation, as in torchrl's ``MCAdvantage``).
 
     Returns:
         The advantages, in the shape of ``reward``. 0 where a group has one valid episode: nothing compares with it.
@@ -46,7 +49,7 @@ def group_advantages(
     Raises:
         KeyError: the view has no reward or no group.
         TypeError: there is neither a view nor a group.
-        ValueError: the shapes disagree, or a valid reward is not finite.
+        ValueError: the shapes disagree, a valid reward is not finite, or is negative with ``normalize="mean"``.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([0, 0, 1, 1]), normalize=None)
@@ -57,8 +60,8 @@ def group_advantages(
     elif group is None:
         raise TypeError("group_advantages needs a training view, or rewards and their groups.")
     count = len(reward)
-    if normalize not in ("std", None):
-        raise ValueError(f"normalize={normalize!r}: expected 'std' or None.")
+    if normalize not in ("std", "mean", "batch", None):
+        raise ValueError(f"normalize={normalize!r}: expected 'std', 'mean', 'batch' or None.")
     for name, value in (("reward", reward), ("group", group), ("episode", episode), ("valid", valid)):
         if value is not None and value.numel() != count:
             raise ValueError(f"{name} has the shape {tuple(value.shape)}: expected one value for {count} rows.")
@@ -69,6 +72,11 @@ def group_advantages(
         row = int((~values.isfinite() & (counts > 0)).nonzero()[0])
         raise ValueError(f"the reward of row {row} is {float(values[row])}: not finite.")
     values = torch.where(counts > 0, values, 0.0)
+    if normalize == "mean" and bool((values < 0).any()):
+        raise ValueError(
+            f"the reward of row {int((values < 0).nonzero()[0])} is {float(values.min())}: a group's mean divides only rewards of "
+            "at least 0."
+        )
     weights = counts
     if episode is not None:  # an episode's first valid row stands for it
         numbers = episode.reshape(count)
@@ -87,12 +95,20 @@ def group_advantages(
     values = torch.where(counts > 0, values - least, 0.0)
 
     size = total(weights)
-    centred = values - total(weights * values) / size.clamp(min=1)
+    means = total(weights * values) / size.clamp(min=1)
+    centred = values - means
     variance = total(weights * centred**2) / (size - 1).clamp(min=1)
     if leave_one_out:
         centred = centred * size / (size - 1).clamp(min=1)
     if normalize == "std":
         centred = centred / variance.sqrt().clamp(min=eps)
+    if normalize == "mean":
+        centred = centred / (means + least.where(size > 0, 0.0)).clamp(min=eps)
+    if normalize == "batch":
+        compared = weights * (size > 1)
+        centred = centred / ((compared * centred**2).sum() / (compared.sum() - 1).clamp(min=1)).sqrt().clamp(
+            min=eps
+        )
     return torch.where((size > 1) & (counts > 0), centred, 0.0).reshape(reward.shape)
 
 
@@ -228,7 +244,7 @@ def whitened(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> tor
     Args:
         values: float (N, T), such as the advantages of :func:`gae`.
         mask: bool (N, T).
-        eps: the least standard deviation (sample standard deviation).
+        eps: the least standard deviation and mean (sample standard deviation).
 
     Returns:
         float (N, T), 0 where the mask is false. 0 throughout where it has one token: nothing compares with it. What is not

@@ -1,10 +1,12 @@
-"""The clipped surrogate of PPO and its relatives, and estimators of the KL divergence, token by token."""
+"""The loss of a policy, token by token, and estimators of the KL divergence."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+
+from torchrl_chat.training.surrogates import SURROGATES, Surrogate, Tokens, bounds_of
 
 Aggregation = Literal["token", "sequence", "constant"]
 KLKind = Literal["k1", "k2", "k3"]
@@ -54,17 +56,19 @@ def policy_loss(
     advantage: torch.Tensor,
     mask: torch.Tensor,
     *,
-    clip: float | tuple[float, float] = 0.2,
+    surrogate: Surrogate = "ppo",
+    clip: float | tuple[float, float] | None = None,
     dual_clip: float | None = None,
+    weights: torch.Tensor | None = None,
     aggregation: Aggregation = "token",
     constant: float | None = None,
     denominator: float | torch.Tensor | None = None,
     sequences: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped surrogate of PPO (arXiv:1707.06347), token by token.
+    """The clipped surrogate of PPO (arXiv:1707.06347) or one of its relatives, token by token.
 
     With the ratio w = exp(log_probs - old_log_probs) of a token and its advantage A, a token's loss is
-    -min(w A, clip(w, 1 - low, 1 + high) A).
+    -min(w A, clip(w, 1 - low, 1 + high) A); the others are :mod:`~torchrl_chat.training.surrogates`'.
 
     Args:
         log_probs: float (N, T), under the model that is trained.
@@ -74,9 +78,15 @@ def policy_loss(
         mask: bool (N, T), the tokens that count.
 
     Keyword Args:
+        surrogate: ``"ppo"``, ``"gspo"`` (the ratio of a sequence, arXiv:2507.18071), ``"cispo"`` (arXiv:2506.13585), ``"gmpo"``
+            (arXiv:2507.20673), ``"sapo"`` (arXiv:2511.20347) or ``"reinforce"`` (no ratio).
         clip: how far the ratio may go; a pair is (low, high), DAPO's clip-higher being (0.2, 0.28)
-            (arXiv:2503.14476).
-        dual_clip: where the advantage is negative, a token's loss is at most ``-dual_clip * A`` (arXiv:1912.09729), > 1.
+            (arXiv:2503.14476). That of the surrogate's paper if ``None``: (0.2, 0.2) for ``"ppo"``, (3e-4, 4e-4) for
+            ``"gspo"``, (1, 4) for ``"cispo"``, which is no lower bound and an upper one of 5, (0.4, 0.4) in logarithms for
+            ``"gmpo"``; for ``"sapo"`` the slopes of its gates, 1.05 where the advantage is negative, and 1.
+        dual_clip: where the advantage is negative, a token's loss is at most ``-dual_clip * A`` (arXiv:1912.09729), > 1; for
+            ``"ppo"``.
+        weights: float (N, T), what each token's loss is multiplied by (:func:`importance_weights`).
         aggregation: ``"token"`` takes the mean over all tokens (DAPO), ``"sequence"`` the mean over the sequences of
             the mean over their tokens (GRPO, arXiv:2402.03300), ``"constant"`` the sum over tokens divided by ``constant``
             times the number of sequences (Dr. GRPO, arXiv:2503.20783). Sequences without tokens under the mask, such as
@@ -89,7 +99,7 @@ def policy_loss(
 
     Returns:
         the loss, a scalar; and for logging, without gradients: ``"ratio"`` (mean), ``"clip_fraction"`` (of tokens
-        where the clip has the last word), ``"kl"`` (k3 against the old policy), ``"ess"`` (effective sample size a
+        where a bound has the last word), ``"kl"`` (k3 against the old policy), ``"ess"`` (effective sample size a
         token, 1 where all ratios are equal).
 
     Raises:
@@ -100,29 +110,29 @@ def policy_loss(
         >>> loss
         tensor(-1.)
     """
-    low, high = (clip, clip) if isinstance(clip, (int, float)) else clip
+    low, high = bounds_of(surrogate, clip)
     if not log_probs.shape == old_log_probs.shape == mask.shape or mask.ndim != 2:
         shapes = [tuple(value.shape) for value in (log_probs, old_log_probs, mask)]
         raise ValueError(f"log-probs, old log-probs and mask have the shapes {shapes}: expected one shape (N, T).")
-    if not 0 <= low < 1 or high < 0:
-        raise ValueError(f"clip={(low, high)}: expected 0 <= low < 1 and high >= 0.")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip={dual_clip}: expected more than 1.")
-    weights = _per_token(advantage, mask, sequences)
+    if dual_clip is not None and (dual_clip <= 1 or surrogate != "ppo"):
+        raise ValueError(f"dual_clip={dual_clip} for {surrogate!r}: expected more than 1, and 'ppo'.")
+    if weights is not None and weights.shape != mask.shape:
+        raise ValueError(f"weights have the shape {tuple(weights.shape)}, and the mask {tuple(mask.shape)}.")
+    own = _per_token(advantage, mask, sequences)
     log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
-    ratio = log_ratio.exp()
-    plain, clipped = ratio * weights, ratio.clamp(1 - low, 1 + high) * weights
-    gain = torch.minimum(plain, clipped)
+    tokens = Tokens(log_probs, log_ratio, own, mask, numbered(mask, sequences))
+    gain, bounded = SURROGATES[surrogate][0](tokens, low, high)
     if dual_clip is not None:
-        gain = torch.where(weights < 0, torch.maximum(gain, dual_clip * weights), gain)
+        gain = torch.where(own < 0, torch.maximum(gain, dual_clip * own), gain)
+    if weights is not None:
+        gain = gain * weights
     loss = masked_mean(-gain, mask, aggregation, constant=constant, denominator=denominator, sequences=sequences)
     with torch.no_grad():
-        count = mask.sum().clamp(min=1)
-        chosen = log_ratio[mask]
+        count, chosen, ratio = mask.sum().clamp(min=1), log_ratio[mask], log_ratio.exp()
         ess = (2 * chosen.logsumexp(0) - (2 * chosen).logsumexp(0)).exp() / count
         metrics = {
             "ratio": (ratio * mask).sum() / count,
-            "clip_fraction": ((clipped < plain) & mask).sum() / count,
+            "clip_fraction": (bounded & mask).sum() / count,
             "kl": ((ratio - 1 - log_ratio) * mask).sum() / count,
             "ess": ess if len(chosen) else torch.ones_like(ess),
         }
@@ -158,19 +168,24 @@ def masked_mean(
     values = torch.where(mask, values, 0.0)
     if aggregation == "token":
         return values.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
-    if sequences is None:
-        index = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    else:
-        index = sequences if sequences.shape == mask.shape else sequences.reshape(-1, 1).expand_as(mask)
+    index = numbered(mask, sequences)
     if constant is not None:
         count = max(1, index[mask].unique().numel()) if denominator is None else denominator
         return values.sum() / (constant * count)
     size = int(index.max()) + 1
-    flat = index.clamp(min=0).flatten()
+    flat = index.flatten()
     sums = torch.zeros(size, device=values.device, dtype=values.dtype).index_add(0, flat, values.flatten())
     tokens = torch.zeros(size, device=values.device).index_add(0, flat, mask.flatten().float())
     means = sums / tokens.clamp(min=1)
     return means.sum() / ((tokens > 0).sum().clamp(min=1) if denominator is None else denominator)
+
+
+def numbered(mask: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:
+    """The sequence that each token is of, int64 (N, T): one a row, or as :func:`policy_loss` is told; 0 for padding."""
+    if sequences is None:
+        return torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    whole = sequences if sequences.shape == mask.shape else sequences.reshape(-1, 1).expand_as(mask)
+    return whole.clamp(min=0)
 
 
 def _per_token(advantage: torch.Tensor, mask: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:
