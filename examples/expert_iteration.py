@@ -23,10 +23,11 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat.playing import play
+from torchrl_chat.recipes.checkpoints import load_weights
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
-from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
+from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import masked_mean, microbatches, sequence_log_probs, take_step, training_view
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
     policy, sync = make_policy(config, model, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = make_optimizer(config, model)
     run = Run(
         config,
         "expert-iteration",
@@ -116,7 +117,7 @@ def main() -> None:
     if not run.resumed:
         warm_start(config, model, optimizer, tokenizer)
     sync()
-    start = run.reference() if config.restart else None
+    start = run.first_weights() if config.restart else None
 
     for step in run.steps(lambda: ask(judge, policy, config)):
         set_rate(optimizer, config.rate(step))
@@ -133,7 +134,7 @@ def main() -> None:
         # 2. The apprentice imitates it.
         if view is not None:
             if start is not None:
-                model.load_state_dict(start.state_dict())
+                load_weights(start, model)
                 optimizer.state.clear()
             metrics |= imitate(model, optimizer, view.to(model.device), config)
             sync()

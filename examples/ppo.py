@@ -26,7 +26,7 @@ from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
-from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
+from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import (
     gae,
     kl_estimate,
@@ -145,13 +145,13 @@ def main() -> None:
     env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
     policy, sync = make_policy(config, model, tokenizer)
-    optimizer = torch.optim.AdamW(actor_critic.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = make_optimizer(config, actor_critic)
     state = {"optimizer": optimizer, "env": env, "judge": judge} | actor_critic.value_parts()
     run = Run(config, "ppo", model=model, tokenizer=tokenizer, state=state)
     if not run.resumed:
         warm_start(config, model, optimizer, tokenizer)
     sync()
-    reference = PolicyAndValue(run.reference()) if config.kl else None
+    reference = run.reference() if config.kl else None
     scoring = {"temperature": config.temperature, "vocab_size": policy.codec.vocab_size}
 
     for step in run.steps(lambda: ask(judge, policy, config)):
@@ -168,7 +168,8 @@ def main() -> None:
         _, view["value"] = score(actor_critic, view, config, **scoring)
         rewards = token_rewards(view["reward"], mask)
         if reference is not None:
-            expected, _ = score(reference, view, config, **scoring)
+            with reference.scoring() as before:
+                expected, _ = score(PolicyAndValue(before), view, config, **scoring)
             rewards = rewards - config.kl * torch.where(
                 mask, kl_estimate(view["log_probs"].full, expected, "k1"), 0.0
             )

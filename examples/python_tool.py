@@ -25,7 +25,7 @@ from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, parse, setting
-from torchrl_chat.recipes.tasks import ask, make_model, make_policy, warm_start
+from torchrl_chat.recipes.tasks import ask, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.sandbox import Sandbox
 from torchrl_chat.training import (
     group_advantages,
@@ -104,7 +104,7 @@ def main() -> None:
     with Sandbox(deadline=2.0) as box:
         env = make_env(config, tokenizer, box, config.prompts, config.group_size, config.seed)
         judge = make_env(config, tokenizer, box, config.eval, 1, config.seed + 10_000)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = make_optimizer(config, model)
         policy, sync = make_policy(config, model, tokenizer)
         run = Run(
             config, "python-tool", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env}

@@ -23,6 +23,7 @@ import torch
 
 from torchrl_chat import envs
 from torchrl_chat.files import to_disk
+from torchrl_chat.recipes.adapters import is_adapted, read_adapter, set_adapter
 from torchrl_chat.training.updates import NotFiniteError, not_finite
 
 _STATE = "state.pt"
@@ -59,7 +60,7 @@ def save_model(
 
     Args:
         path: the folder; it must not exist.
-        model: a transformers model.
+        model: a transformers model; of a PEFT model the adapter is written, and not its base.
         tokenizer: its tokenizer.
         state: what :func:`~torchrl_chat.save_state` takes; none is written if ``None``.
 
@@ -147,14 +148,22 @@ def load_weights(path: str | os.PathLike[str], model: Any) -> None:
     Raises:
         DamagedCheckpoint: they cannot be read, or are not finite; the model is as it was.
     """
+    adapted = is_adapted(model)
     try:
-        stored = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype)
+        if adapted:
+            weights = trained = read_adapter(path, model)
+        else:
+            stored = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype)
+            weights, trained = stored.state_dict(), dict(stored.named_parameters())
     except Exception as error:  # of whatever format the weights are
         raise DamagedCheckpoint(f"{path} is damaged: its weights cannot be read ({error}).") from error
-    found = not_finite(dict(stored.named_parameters()))
+    found = not_finite(trained)
     if found is not None:
         raise DamagedCheckpoint(f"{path} is damaged: its weight {found} holds a NaN or an infinity.")
-    model.load_state_dict(stored.state_dict())
+    if adapted:
+        set_adapter(model, weights)
+    else:
+        model.load_state_dict(weights)
 
 
 def save_checkpoint(

@@ -43,7 +43,7 @@ from tensordict import TensorDictBase
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run, averaged, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
-from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy, warm_start
+from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.rewards import Episode, OverlongPenalty
 from torchrl_chat.training import (
     group_advantages,
@@ -108,7 +108,7 @@ class GRPOConfig(RunConfig):
             bounds_of(self.surrogate, self.bounds)
         except ValueError as error:
             return f"--clip {self.clip} --clip-high {self.clip_high}: {error}"
-        return None
+        return super().problem()
 
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     model, tokenizer = make_model(config)
     env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = make_optimizer(config, model)
     policy, sync = make_policy(config, model, tokenizer)
     run = Run(
         config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env, "judge": judge}
@@ -314,8 +314,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         view = training_view(finished, layout="padded", group=config.group_size)
         view = view[trained[view["group"].clamp(min=0)]]  # -1 has nothing to train, wherever it stands
         if reference is not None:
-            with torch.no_grad():
-                view["reference"] = sequence_log_probs(reference, view, **scoring).log_probs
+            with reference.scoring() as before:
+                view["reference"] = sequence_log_probs(before, view, **scoring).log_probs
 
         # 3. How much better than its group each answer is.
         mask = view["masks"].all_assistant_mask

@@ -27,6 +27,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.files import replacing, to_disk
+from torchrl_chat.recipes.adapters import Reference, is_adapted, whole
 from torchrl_chat.recipes.checkpoints import (
     DamagedCheckpoint,
     check_files,
@@ -61,6 +62,7 @@ class Run:
     - ``trained.jsonl``: a line a step, ``{"step", "episodes": [[row, epoch, place], ...]}``, every trained episode;
     - ``rollouts.jsonl``: conversations, see ``docs/rollouts.md``;
     - ``checkpoints/step-...``: model and tokenizer as transformers reads them, and the state;
+    - ``merged``: with ``config.merge``, the model with its adapter merged, at the end;
     - ``curve.png``: the pass rates, where matplotlib is installed;
     - ``result.json``: the pass rates before and after.
 
@@ -267,6 +269,8 @@ class Run:
                         self.save()
             except Interrupted:
                 self._interrupted()
+        if config.merge and not (merged := self.folder / "merged").exists():
+            save_model(merged, whole(self.model), self.tokenizer)
         self._draw()
         first, *others = self._evaluations()
         result = {
@@ -380,15 +384,21 @@ class Run:
         with open(self._files[key], "a") as file:
             file.write(json.dumps(plain(line)) + "\n")  # a number that is not finite is null
 
-    def reference(self) -> Any:
-        """A frozen copy of the model as it was before the first step; a resumed run finds it in its folder."""
+    def reference(self) -> Reference:
+        """The model as it was before the first step, to be compared with: a frozen copy, or what is under its adapter."""
+        if is_adapted(self.model):
+            return Reference(self.model)
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        load_weights(self.first_weights(), model)
+        return Reference(model)
+
+    def first_weights(self) -> Path:
+        """The folder with the weights, or those of the adapter, before the first step; a resumed run finds it where it was."""
         path = self.folder / "reference"
         if not self.resumed:
             shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before its first step
             save_model(path, self.model, self.tokenizer)
-        model = copy.deepcopy(self.model).requires_grad_(False)
-        load_weights(path, model)
-        return model
+        return path
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -55,9 +55,16 @@ class RunConfig:
     epochs: int = setting(2, "passes over each batch")
     minibatch: int = setting(64, "conversations an optimizer step")
     max_tokens: int = setting(16384, "tokens that go through the model at a time; gradients are accumulated")
-    lr: float = setting(1e-3, "learning rate of AdamW at the first step")
+    lr: float = setting(1e-3, "learning rate of AdamW at the first step; ten times that of all weights for a LoRA")
     final_lr_share: float = setting(0.1, "of it at the last step, falling in a line")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    lora: int = setting(0, "rank of a LoRA that is trained instead of the model's own weights; 0: none")
+    lora_alpha: int = setting(32, "what it is scaled by, divided by its rank")
+    lora_targets: str = setting(
+        "all-linear", "layers that have one: all-linear (but the head), or names with commas"
+    )
+    merge: bool = setting(False, "with --lora, write the model with its adapter merged to OUT/merged at the end")
+    checkpointing: bool = setting(False, "recompute activations for the gradient: less memory, a third more work")
     warm_steps: int = setting(0, "steps on demonstrations before the first step (python-tool has some)")
     # output
     out: str | None = setting(None, "the folder of the run; default: runs/SCRIPT-DATASET-TIME")
@@ -82,12 +89,16 @@ class RunConfig:
             1,
         ),
         **dict.fromkeys(
-            ("warm_steps", "eval_every", "show_every", "rollouts", "checkpoint", "vllm_memory", "final_lr_share"), 0
+            (
+                "warm_steps", "eval_every", "show_every", "rollouts", "checkpoint", "vllm_memory", "final_lr_share",
+                "lora",
+            ),
+            0,
         ),
     }  # fmt: skip
     """The least value of each setting that has one."""
 
-    positive: ClassVar[frozenset[str]] = frozenset({"lr", "max_grad_norm", "temperature"})
+    positive: ClassVar[frozenset[str]] = frozenset({"lr", "max_grad_norm", "temperature", "lora_alpha"})
     """Settings that are more than 0."""
 
     greatest: ClassVar[dict[str, float]] = {"vllm_memory": 1, "final_lr_share": 1}
@@ -100,7 +111,7 @@ class RunConfig:
 
     def problem(self) -> str | None:
         """What does not go together among the settings; ``None`` if all does."""
-        return None
+        return "--merge merges the adapter of --lora: give that, too." if self.merge and not self.lora else None
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -117,6 +128,10 @@ TINY_TOOL = {
     "warm_steps": 200,
 }  # fmt: skip
 """Other defaults for the tiny model on the two-turn tool task."""
+
+
+# How many times the rate of all weights a LoRA takes, whatever its rank (Schulman et al. 2025, "LoRA Without Regret").
+_LORA_RATE = 10
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -152,7 +167,10 @@ def parse(
     parser: Any = HfArgumentParser(cast(Any, kind), prog=prog, description=description, formatter_class=_Help)
     show_one_spelling(parser)
     asked, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
-    parser.set_defaults(**defaults(asked))
+    found = defaults(asked)
+    if asked.lora:
+        found["lr"] = _LORA_RATE * found.get("lr", kind.lr)
+    parser.set_defaults(**found)
     config = kind(**vars(parser.parse_args(words)))
     for name, value in vars(config).items():
         if (wrong := _wrong(kind, name, value)) is not None:

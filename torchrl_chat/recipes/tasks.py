@@ -12,7 +12,9 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, tiny
+from torchrl_chat.models.recomputing import recompute_activations
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
+from torchrl_chat.recipes.adapters import is_adapted, merged_state, whole, with_lora
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
@@ -26,7 +28,19 @@ _HINT = 0.06  # the share of demonstrations with the operation that was asked fo
 
 
 def make_model(config: RunConfig) -> tuple[Any, Any]:
-    """The model of ``--model``, in float32 on ``--device``, and its tokenizer."""
+    """The model of ``--model``, in float32 on ``--device``, with what is asked for around it, and its tokenizer."""
+    model, tokenizer = _make_model(config)
+    if config.checkpointing:
+        recompute_activations(model)
+    if config.lora:
+        random_state = torch.get_rng_state()
+        torch.manual_seed(config.seed)
+        model = with_lora(model, config.lora, config.lora_alpha, config.lora_targets)
+        torch.set_rng_state(random_state)
+    return model, tokenizer
+
+
+def _make_model(config: RunConfig) -> tuple[Any, Any]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
@@ -81,11 +95,17 @@ def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Cal
     if config.vllm_dtype != "auto" or torch.cuda.is_available():  # on a CPU VLLMPolicy has its own default
         settings["dtype"] = config.vllm_dtype
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        whole(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         policy = VLLMPolicy.from_pretrained(folder, tokenizer, **settings)
     torch.set_rng_state(random_state)
-    return policy, lambda: policy.sync(model)
+    return policy, lambda: policy.sync(merged_state(model) if is_adapted(model) else model)
+
+
+def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW for what is trained of a model."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:

@@ -1,0 +1,174 @@
+"""LoRA and activation checkpointing: what is trained, kept and compared with, and the model that they make."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import zoo
+from torch.autograd.graph import saved_tensors_hooks
+
+from torchrl_chat.models.passes import ModelError
+from torchrl_chat.models.recomputing import recompute_activations
+from torchrl_chat.recipes import checkpoints as saving
+from torchrl_chat.recipes.adapters import Reference, merged_state, whole, with_lora
+from torchrl_chat.tiny import tiny_model, tiny_tokenizer
+
+IDS = torch.arange(12).reshape(1, 12) + 3
+
+
+def adapted(seed: int = 0, **options):
+    """A model with an adapter that does something."""
+    model = with_lora(tiny_model(64, seed=0), 4, **options)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=draw)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+class TestLoRA:
+    def test_every_linear_layer_but_the_head_has_one_and_nothing_else_is_trained(self):
+        model = adapted()
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert all("lora_" in name for name in trained)
+        layers = {n for n, m in tiny_model(64).named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+        assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained} == layers
+        assert not model.training
+
+    def test_named_layers(self):
+        trained = {n for n, w in adapted(targets="q_proj, v_proj").named_parameters() if w.requires_grad}
+        assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trained} == {"q_proj", "v_proj"}
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "tied"])
+    def test_the_merged_weights_are_the_model_under_its_own_names(self, name):
+        made = tiny_model(64) if name == "tied" else zoo.make(name)
+        if name == "tied":
+            made.lm_head.weight = made.model.embed_tokens.weight
+        before = {key: value.clone() for key, value in made.state_dict().items()}
+        plain = copy.deepcopy(made)
+        model = with_lora(made, 4)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if "lora_B" in key:
+                    weight.normal_(std=0.2)
+        state = merged_state(model)
+        assert state.keys() == before.keys()
+        plain.load_state_dict(state)
+        assert torch.allclose(logits(plain), logits(model), atol=1e-4)
+        assert torch.allclose(logits(whole(model)), logits(model), atol=1e-4)
+        # The base has no rounding in it of weights that were added and taken off.
+        with model.disable_adapter():
+            plain.load_state_dict(before)
+            assert torch.equal(logits(plain), logits(model))
+
+    def test_the_reference_is_what_is_under_it(self):
+        model = adapted()
+        with Reference(model).scoring() as before:
+            assert torch.allclose(logits(before), logits(tiny_model(64, seed=0)), atol=1e-5)
+        assert not torch.allclose(logits(model), logits(tiny_model(64, seed=0)), atol=1e-2)
+
+    def test_a_checkpoint_holds_the_adapter_alone_and_gives_it_back(self, tmp_path):
+        model, other = adapted(1), adapted(2)
+        path = saving.save_checkpoint(tmp_path, 1, model, tiny_tokenizer(), {"step": 1})
+        assert not (path / "model.safetensors").exists()
+        assert (path / "adapter_model.safetensors").stat().st_size < 200_000
+        saving.load_weights(path, other)
+        assert torch.equal(logits(other), logits(model))
+
+    def test_another_adapter_is_refused_and_the_model_is_as_it_was(self, tmp_path):
+        path = saving.save_checkpoint(tmp_path, 1, adapted(1), tiny_tokenizer(), {})
+        other = adapted(2, targets="q_proj")
+        before = logits(other)
+        with pytest.raises(saving.DamagedCheckpoint, match="the adapter in it is another one: base_model"):
+            saving.load_weights(path, other)
+        assert torch.equal(logits(other), before)
+
+    def test_weights_that_are_no_numbers_are_neither_written_nor_read(self, tmp_path):
+        model = adapted()
+        path = saving.save_checkpoint(tmp_path, 1, model, tiny_tokenizer(), {})
+        with torch.no_grad():
+            next(weight for weight in model.parameters() if weight.requires_grad).fill_(torch.nan)
+        with pytest.raises(saving.NotFiniteError, match="lora_A"):
+            saving.save_checkpoint(tmp_path, 2, model, tiny_tokenizer(), {})
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(path / "adapter_model.safetensors")
+        save_file(
+            {name: weight * torch.nan for name, weight in weights.items()}, path / "adapter_model.safetensors"
+        )
+        with pytest.raises(saving.DamagedCheckpoint, match="holds a NaN"):
+            saving.load_weights(path, adapted())
+
+    def test_the_config_is_kept_beside_it(self, tmp_path):
+        path = saving.save_checkpoint(tmp_path, 1, adapted(alpha=16), tiny_tokenizer(), {})
+        assert json.loads((path / "adapter_config.json").read_text())["lora_alpha"] == 16
+
+
+def saved_numbers(model) -> tuple[int, list[torch.Tensor]]:
+    """How many numbers a pass keeps for its gradient, weights left out, and the gradients."""
+    own, kept = {w.data_ptr() for w in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    model.zero_grad()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.base_model(input_ids=IDS, use_cache=False).last_hidden_state.square().sum()
+    count = sum(kept.values())
+    loss.backward()
+    return count, [w.grad.clone() for w in model.base_model.parameters() if w.grad is not None]
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mamba", "opt"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_gradients_are_the_same_and_less_is_kept(self, name):
+        model = zoo.make(name)
+        count, expected = saved_numbers(model)
+        assert recompute_activations(model) == recompute_activations(model)
+        few, found = saved_numbers(model)
+        assert few < (0.35 if name == "llama" else 0.5) * count  # what is outside of layers is much of a small model
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+    def test_it_is_on_in_eval_and_keeps_dropout_off(self):
+        model = zoo.make("gpt2")
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.5
+        recompute_activations(model)
+        first, second = saved_numbers(model), saved_numbers(model)
+        assert first[0] == second[0]
+        assert all(map(torch.equal, first[1], second[1]))
+
+    def test_a_copy_is_of_its_own_weights(self):
+        model = tiny_model(64)
+        recompute_activations(model)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.zero_()
+        other.train()
+        other(input_ids=IDS).logits.sum().backward()
+        assert logits(other).abs().max() > 0
+        assert all(weight.grad is None for weight in model.parameters())
+
+    def test_sampling_keeps_its_cache(self):
+        model = tiny_model(64)
+        recompute_activations(model)
+        with torch.no_grad():
+            assert model(input_ids=IDS, use_cache=True).past_key_values.get_seq_length() == 12
+
+    def test_a_model_without_layers_is_refused_by_name(self):
+        with pytest.raises(ModelError, match="Linear has no layers"):
+            recompute_activations(torch.nn.Linear(2, 2))

@@ -1,0 +1,114 @@
+"""LoRA (arXiv:2106.09685): a model that is trained through a few small matrices, and the whole model that they make."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model is a PEFT model, whose base is not trained."""
+    return callable(getattr(model, "disable_adapter", None))
+
+
+def with_lora(model: Any, rank: int, alpha: int = 32, targets: str = "all-linear") -> Any:
+    """A PEFT model around a model, whose weights are frozen.
+
+    Without dropout, which would have it sample from another distribution than the one that is trained.
+
+    Args:
+        model: a transformers causal language model.
+        rank: of the matrices.
+        alpha: what they are scaled by, divided by the rank; 32 after Schulman et al. 2025, "LoRA Without Regret".
+        targets: ``"all-linear"`` for every linear layer but the head; or names of layers, with commas.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: the model has no such layers.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'torchrl_chat[peft]'.") from error
+    names: Any = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
+def read_adapter(path: str | os.PathLike[str], model: Any) -> dict[str, torch.Tensor]:
+    """The weights of an adapter in a folder, by name.
+
+    Raises:
+        ValueError: they are not those of the model's adapter.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    found: dict[str, torch.Tensor] = load_peft_weights(os.fspath(path), device="cpu")
+    own = get_peft_model_state_dict(model)
+    apart = {name for name in own.keys() | found.keys() if name not in own or name not in found}
+    apart |= {name for name in own.keys() & found.keys() if own[name].shape != found[name].shape}
+    if apart:
+        raise ValueError(f"the adapter in it is another one: {', '.join(sorted(apart)[:3])} ...")
+    return found
+
+
+def set_adapter(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give a model the weights of its adapter, in place."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, weights)
+
+
+def merged_state(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of the model that a base and its active adapters make, under the names that they have without adapters.
+
+    Nothing is added to the base and taken off again, which would leave some rounding in it each time.
+
+    Args:
+        model: a PEFT model with LoRA layers.
+    """
+    base = model.get_base_model()
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in base.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, layer in base.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            adapters = [key for key in layer.active_adapters if key in layer.lora_A]
+            weight = layer.get_base_layer().weight.detach()
+            state[f"{name}.weight"] = weight + sum(layer.get_delta_weight(key) for key in adapters).to(weight.dtype)
+    return state
+
+
+def whole(model: Any) -> Any:
+    """The model without adapters: itself, or a copy in which they are merged."""
+    return copy.deepcopy(model).merge_and_unload() if is_adapted(model) else model
+
+
+class Reference:
+    """The model as it was before the first step: a copy, or the model itself without its adapter.
+
+    Args:
+        model: a copy that nobody trains, or a PEFT model.
+    """
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[Any]:
+        """Inside, without gradients, the model that is scored with.
+
+        Example:
+            >>> with reference.scoring() as model:
+            ...     view["reference"] = sequence_log_probs(model, view).log_probs
+        """
+        off = self._model.disable_adapter() if is_adapted(self._model) else contextlib.nullcontext()
+        with torch.no_grad(), off:
+            yield self._model
