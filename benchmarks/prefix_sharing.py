@@ -205,9 +205,9 @@ def proof(model: Any, view: TensorDict, count: int) -> dict[str, float]:
 def compared(model: Any, laid: dict[str, TensorDict], count: int, repeats: int) -> dict[str, dict[str, float]]:
     """Tokens, seconds and differences of each layout."""
     forwarded: list[int] = []
-    hook = model.register_forward_pre_hook(
-        lambda _module, _args, given: forwarded.append(given["input_ids"].numel()), with_kwargs=True
-    )
+    # The body's first layer: what the head sees is no pass over tokens.
+    first = model.base_model.layers[0]
+    hook = first.register_forward_pre_hook(lambda _module, args: forwarded.append(args[0].shape[:2].numel()))
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in laid}
     found: dict[str, dict[str, float]] = {}
     reference: dict[str, Any] = {}

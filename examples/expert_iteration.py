@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_chat.learner import learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.checkpoints import load_weights
 from torchrl_chat.recipes.interrupts import launch
-from torchrl_chat.recipes.run import Run, averaged, set_rate
+from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
-from torchrl_chat.training import masked_mean, microbatches, sequence_log_probs, take_step, training_view
+from torchrl_chat.training import masked_mean, sequence_log_probs, training_view
 
 
 @dataclass(kw_only=True)
@@ -72,30 +73,11 @@ def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> Te
     return view[torch.tensor(kept)] if kept else None
 
 
-def imitate(model: Any, optimizer: Any, view: TensorDictBase, config: ExpertIterationConfig) -> dict[str, float]:
-    """Supervised fine-tuning: some passes over the sequences in random minibatches."""
-    view = view.select("tokens", "masks", "position_ids")
-    logged: list[list[dict[str, Any]]] = []
-    skipped = 0
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(view)).split(config.minibatch):
-            whole = view[rows]
-            parts = microbatches(whole, config.max_tokens)
-            if not parts:  # nothing was sampled in any of them
-                continue
-            count = whole["masks"].all_assistant_mask.sum()
-            optimizer.zero_grad()
-            logged.append([])
-            for few in parts:
-                scores = sequence_log_probs(model, whole[few])
-                loss = -masked_mean(scores.log_probs, scores.mask, denominator=count)
-                loss.backward()
-                logged[-1].append({"loss": loss.detach()})
-            losses = [metrics["loss"] for metrics in logged[-1]]
-            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
-                logged.pop()  # not finite: it was not taken, and says nothing of the others
-                skipped += 1
-    return averaged(logged) | {"skipped": skipped}
+def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase) -> Any:
+    """Supervised fine-tuning on what was sampled: the loss of some sequences, as their share of a minibatch."""
+    scores = sequence_log_probs(model, part)
+    count = whole["masks"].all_assistant_mask.sum()
+    return -masked_mean(scores.log_probs, scores.mask, denominator=count), {}
 
 
 def main() -> None:
@@ -123,7 +105,8 @@ def main() -> None:
         set_rate(optimizer, config.rate(step))
 
         # 1. The expert: the policy's own answers that are right.
-        finished = play(env, policy, max_turns=config.max_turns)
+        with run.timed("sampling"):
+            finished = play(env, policy, max_turns=config.max_turns)
         view = right_answers(finished, config)
         metrics = {
             "reward": float(finished["reward"].mean()),
@@ -136,7 +119,13 @@ def main() -> None:
             if start is not None:
                 load_weights(start, model)
                 optimizer.state.clear()
-            metrics |= imitate(model, optimizer, view.to(model.device), config)
+            with run.timed("learning"):
+                metrics |= learn(
+                    optimizer,
+                    view.to(model.device).select("tokens", "masks", "position_ids"),
+                    lambda part, whole: loss_of(model, part, whole),
+                    **config.learning,
+                )
             sync()
         run.log(metrics, finished=finished, trained=view)
 

@@ -22,9 +22,10 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_chat.learner import learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
-from torchrl_chat.recipes.run import Run, averaged, set_rate
+from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import (
@@ -33,7 +34,6 @@ from torchrl_chat.training import (
     masked_mean,
     microbatches,
     policy_loss,
-    take_step,
     token_rewards,
     training_view,
     whitened,
@@ -76,9 +76,10 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def loss_of(
-    actor_critic: PolicyAndValue, part: TensorDictBase, count: torch.Tensor, config: PPOConfig, **scoring: Any
+    actor_critic: PolicyAndValue, part: TensorDictBase, whole: TensorDictBase, config: PPOConfig, **scoring: Any
 ) -> Any:
-    """The loss of some sequences, as their share of a minibatch of ``count`` sampled tokens, and what to log."""
+    """The loss of some sequences, as their share of a minibatch, and what to log."""
+    count = whole["masks"].all_assistant_mask.sum()
     scores, values = actor_critic(part, entropy=config.entropy > 0, **scoring)
     old = part["log_probs"].full
     loss, metrics = policy_loss(
@@ -93,7 +94,7 @@ def loss_of(
     if scores.entropy is not None:
         metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
         loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, denominator=count)
-    return loss, metrics | {"loss": loss.detach()}
+    return loss, metrics
 
 
 def score(
@@ -107,33 +108,6 @@ def score(
             scores, found = network(view[few], **scoring)
             log_probs[few], values[few] = scores.log_probs, found
     return log_probs, values
-
-
-def learn(
-    actor_critic: PolicyAndValue, optimizer: Any, view: TensorDictBase, config: PPOConfig, **scoring: Any
-) -> dict[str, float]:
-    """Some passes over a batch in random minibatches."""
-    view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target")
-    logged: list[list[dict[str, Any]]] = []
-    skipped = 0
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(view)).split(config.minibatch):
-            whole = view[rows]
-            parts = microbatches(whole, config.max_tokens)
-            if not parts:  # none of them could be graded
-                continue
-            count = whole["masks"].all_assistant_mask.sum()
-            optimizer.zero_grad()
-            logged.append([])
-            for few in parts:
-                loss, metrics = loss_of(actor_critic, whole[few], count, config, **scoring)
-                loss.backward()
-                logged[-1].append(metrics)
-            losses = [metrics["loss"] for metrics in logged[-1]]
-            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
-                logged.pop()  # not finite: it was not taken, and says nothing of the others
-                skipped += 1
-    return averaged(logged) | {"skipped": skipped}
 
 
 def main() -> None:
@@ -158,7 +132,8 @@ def main() -> None:
         set_rate(optimizer, config.rate(step))
 
         # 1. Answers: each conversation to its end.
-        finished = play(env, policy, max_turns=config.max_turns)
+        with run.timed("sampling"):
+            finished = play(env, policy, max_turns=config.max_turns)
 
         # 2. One sequence an episode: its reward on the last sampled token, a value before each of them.
         view = training_view(finished, layout="padded").to(model.device)
@@ -179,7 +154,13 @@ def main() -> None:
         view["advantage"] = whitened(advantage, mask)
 
         # 4. Some passes in random minibatches; then what samples gets the new weights.
-        metrics = learn(actor_critic, optimizer, view, config, **scoring)
+        with run.timed("learning"):
+            metrics = learn(
+                optimizer,
+                view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target"),
+                lambda part, whole: loss_of(actor_critic, part, whole, config, **scoring),
+                **config.learning,
+            )
         sync()
         metrics |= {
             "reward": float(finished["reward"].mean()),

@@ -21,18 +21,17 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import DatasetChatEnv, NumberVerifier, RewardTransform, tiny
+from torchrl_chat.learner import learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
-from torchrl_chat.recipes.run import Run, averaged, set_rate
+from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.sandbox import Sandbox
 from torchrl_chat.training import (
     group_advantages,
-    microbatches,
     policy_loss,
     sequence_log_probs,
-    take_step,
     training_view,
 )
 from torchrl_chat.transforms import Budget, PythonInterpreter, UserSimulator
@@ -65,35 +64,14 @@ def make_env(
     return env
 
 
-def learn(model: Any, optimizer: Any, view: TensorDictBase, config: ToolConfig) -> dict[str, float]:
-    """Passes over a batch: each episode is one sequence, and the loss is on what the policy sampled of it."""
-    view = view.select("tokens", "masks", "log_probs", "position_ids", "advantage")
-    logged: list[list[dict[str, Any]]] = []
-    skipped = 0
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(view)).split(config.minibatch):
-            whole = view[rows]
-            parts = microbatches(whole, config.max_tokens)
-            if not parts:  # none of them could be graded
-                continue
-            trained = whole["masks"].all_assistant_mask.any(-1).sum()
-            optimizer.zero_grad()
-            logged.append([])
-            for few in parts:
-                part = whole[few]
-                scores = sequence_log_probs(model, part, temperature=config.temperature)
-                # The ratio is to the log-probs of the very ids that were sampled: there is nothing to compute again.
-                loss, _ = policy_loss(
-                    scores.log_probs, part["log_probs"].full, part["advantage"], scores.mask,
-                    aggregation="sequence", denominator=trained,
-                )  # fmt: skip
-                loss.backward()
-                logged[-1].append({"loss": loss.detach()})
-            losses = [metrics["loss"] for metrics in logged[-1]]
-            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
-                logged.pop()  # not finite: it was not taken, and says nothing of the others
-                skipped += 1
-    return averaged(logged) | {"skipped": skipped}
+def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: ToolConfig) -> Any:
+    """The loss of some episodes, each one sequence, on what the policy sampled of it, as their share of a minibatch."""
+    scores = sequence_log_probs(model, part, temperature=config.temperature)
+    # The ratio is to the log-probs of the very ids that were sampled: there is nothing to compute again.
+    return policy_loss(
+        scores.log_probs, part["log_probs"].full, part["advantage"], scores.mask,
+        aggregation="sequence", denominator=whole["masks"].all_assistant_mask.any(-1).sum(),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -117,7 +95,12 @@ def main() -> None:
             finished = play(env, policy, max_turns=config.max_turns)
             view = training_view(finished, layout="padded", group=config.group_size).to(model.device)
             view["advantage"] = group_advantages(view)
-            metrics = learn(model, optimizer, view, config)
+            metrics = learn(
+                optimizer,
+                view.select("tokens", "masks", "log_probs", "position_ids", "advantage"),
+                lambda part, whole: loss_of(model, part, whole, config),
+                **config.learning,
+            )
             metrics |= {
                 "reward": float(finished["reward"].mean()),
                 "pass_rate": float(finished["success"].float().mean()),

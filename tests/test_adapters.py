@@ -10,10 +10,10 @@ import torch
 import zoo
 from torch.autograd.graph import saved_tensors_hooks
 
+from torchrl_chat.learner.adapters import Reference, merged_state, whole, with_lora
+from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.models.passes import ModelError
-from torchrl_chat.models.recomputing import recompute_activations
 from torchrl_chat.recipes import checkpoints as saving
-from torchrl_chat.recipes.adapters import Reference, merged_state, whole, with_lora
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(12).reshape(1, 12) + 3
@@ -138,7 +138,9 @@ class TestCheckpointing:
         count, expected = saved_numbers(model)
         assert recompute_activations(model) == recompute_activations(model)
         few, found = saved_numbers(model)
-        assert few < (0.35 if name == "llama" else 0.5) * count  # what is outside of layers is much of a small model
+        assert (
+            few < (0.35 if name == "llama" else 0.5) * count
+        )  # what is outside of layers is much of a small model
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
 
     def test_it_is_on_in_eval_and_keeps_dropout_off(self):

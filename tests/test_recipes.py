@@ -597,7 +597,13 @@ def test_the_loss_of_a_minibatch_is_the_sum_of_its_shares(tmp_path):
     for settings.max_tokens in (10_000, 60, 1):
         torch.manual_seed(0)
         still = torch.optim.SGD(model.parameters(), lr=0.0)
-        logged.append(module.learn(model, still, view, settings, len(tokenizer))["loss"])
+        told = module.learn(
+            still,
+            view,
+            lambda part, whole: module.loss_of(model, part, whole, settings, len(tokenizer)),
+            **settings.learning,
+        )
+        logged.append(told["loss"])
     assert logged == pytest.approx([logged[0]] * 3, rel=1e-4)
     assert abs(logged[0]) > 1e-3
 

@@ -23,7 +23,7 @@ import torch
 
 from torchrl_chat import envs
 from torchrl_chat.files import to_disk
-from torchrl_chat.recipes.adapters import is_adapted, read_adapter, set_adapter
+from torchrl_chat.learner.adapters import is_adapted, read_adapter, set_adapter
 from torchrl_chat.training.updates import NotFiniteError, not_finite
 
 _STATE = "state.pt"

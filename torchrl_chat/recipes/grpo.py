@@ -40,8 +40,9 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_chat.learner import learn
 from torchrl_chat.playing import play
-from torchrl_chat.recipes.run import Run, averaged, set_rate
+from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.rewards import Episode, OverlongPenalty
@@ -50,10 +51,8 @@ from torchrl_chat.training import (
     importance_weights,
     kl_estimate,
     masked_mean,
-    microbatches,
     policy_loss,
     sequence_log_probs,
-    take_step,
     training_view,
 )
 from torchrl_chat.training.surrogates import bounds_of
@@ -202,6 +201,11 @@ def corrected(model: Any, view: TensorDictBase, config: GRPOConfig, **scoring: A
     return {name: float(value) for name, value in metrics.items()}
 
 
+_LEARNED = (
+    "tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights",
+)  # fmt: skip
+
+
 def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRPOConfig, vocab_size: int) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log."""
     scores = sequence_log_probs(
@@ -232,34 +236,12 @@ def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRP
     if scores.entropy is not None:
         metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
         loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, **share)
-    return loss, metrics | {"loss": loss.detach()}
+    return loss, metrics
 
 
-def learn(
-    model: Any, optimizer: Any, view: TensorDictBase, config: GRPOConfig, vocab_size: int
-) -> dict[str, float]:
-    """Some passes over a batch in random minibatches."""
-    fields = ("tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights")
-    view = view.select(*fields, strict=False)
-    logged: list[list[dict[str, Any]]] = []
-    skipped = 0
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(view)).split(config.minibatch):
-            whole = view[rows]
-            parts = microbatches(whole, config.max_tokens)
-            if not parts:  # none of them could be graded
-                continue
-            optimizer.zero_grad()
-            logged.append([])
-            for few in parts:
-                loss, metrics = loss_of(model, whole[few], whole, config, vocab_size)
-                loss.backward()
-                logged[-1].append(metrics)
-            losses = [metrics["loss"] for metrics in logged[-1]]
-            if not take_step(optimizer, losses, max_grad_norm=config.max_grad_norm, patience=config.patience):
-                logged.pop()  # not finite: it was not taken, and says nothing of the others
-                skipped += 1
-    return averaged(logged) | {"skipped": skipped}
+def needed(view: TensorDictBase, config: GRPOConfig) -> torch.Tensor | None:
+    """The sequences that something is to be learned from, bool (N,): all, if a term beside the advantage asks for it."""
+    return None if config.kl or config.entropy else (view["advantage"].reshape(len(view), -1) != 0).any(-1)
 
 
 def average(batches: list[TensorDictBase], key: str) -> float:
@@ -299,7 +281,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         set_rate(optimizer, config.rate(step))
 
         # 1. Answers: each conversation to its end, the prompt of a turn being the very tokens of the turns before it.
-        finished, trained = collect(env, policy, config)
+        with run.timed("sampling"):
+            finished, trained = collect(env, policy, config)
 
         metrics = {
             "reward": average(finished, "reward"),
@@ -334,6 +317,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         learned = view.to(model.device)
         if config.correction != "none":
             metrics |= corrected(model, learned, config, **scoring)
-        metrics |= learn(model, optimizer, learned, config, vocab_size)
+        with run.timed("learning"):
+            metrics |= learn(
+                optimizer,
+                learned.select(*_LEARNED, strict=False),
+                lambda part, whole: loss_of(model, part, whole, config, vocab_size),
+                needed=needed(learned, config),
+                **config.learning,
+            )
         sync()
         run.log(metrics | {"length": float(lengths.float().mean())}, finished=finished[0], trained=view)

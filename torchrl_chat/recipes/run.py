@@ -27,7 +27,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.files import replacing, to_disk
-from torchrl_chat.recipes.adapters import Reference, is_adapted, whole
+from torchrl_chat.learner.adapters import Reference, is_adapted, whole
 from torchrl_chat.recipes.checkpoints import (
     DamagedCheckpoint,
     check_files,
@@ -42,6 +42,7 @@ from torchrl_chat.recipes.checkpoints import (
 from torchrl_chat.recipes.interrupts import EXIT, Interrupted, Interrupts
 from torchrl_chat.recipes.progress import Progress
 from torchrl_chat.recipes.settings import RunConfig
+from torchrl_chat.recipes.watching import Watch, figures, peak_memory
 from torchrl_chat.seeds import EPOCH, PLACE, ROW
 
 # What may be another when a run is resumed: none of it has a part in what is sampled and learned. (Where the learning rate
@@ -113,6 +114,8 @@ class Run:
         }
         self._logger: Any = None
         self._figures: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._watch = Watch()
         self._saved: int | None = None
         self.step = self.skipped = 0
         try:
@@ -344,12 +347,16 @@ class Run:
             metrics: numbers by name.
 
         Keyword Args:
-            finished: the step's conversations, of which some are written and shown.
+            finished: the step's conversations, of which some are written and shown; what they tell of themselves
+                (:func:`~torchrl_chat.recipes.watching.figures`) is logged, too.
             trained: what was trained on, rows with the columns that tell episodes apart; ``None`` if nothing was.
         """
         step, config = self.step, self.config
-        seconds = time.perf_counter() - self._start
-        self._write("metrics", {"step": step, **metrics, "seconds": round(seconds, 4)})
+        metrics = {**({} if finished is None else figures(finished)), **metrics}
+        metrics |= self._spent(metrics)
+        for sentence in self._watch.look(metrics):
+            self.say(f"step {step}: {sentence}")
+        self._write("metrics", {"step": step, **metrics})
         self._write("trained", {"step": step, "episodes": [] if trained is None else episodes(trained)})
         if finished is not None:
             self._show(finished[: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
@@ -357,6 +364,24 @@ class Run:
         self.skipped += int(metrics.get("skipped", 0))
         for key, value in metrics.items():
             self._scalar(key, value)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Inside, time is counted as the step's ``"seconds_NAME"``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _spent(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of the step and of its parts, sampled tokens a second, and what memory was the most so far."""
+        parts, self._seconds = self._seconds, {}
+        told = {"seconds": time.perf_counter() - self._start, "memory": peak_memory()}
+        told |= {f"seconds_{name}": seconds for name, seconds in parts.items()}
+        if parts.get("sampling") and "sampled_tokens" in metrics:
+            told["tokens_per_second"] = metrics["sampled_tokens"] / parts["sampling"]
+        return {name: round(value, 4) for name, value in told.items()}
 
     def _show(self, finished: TensorDictBase, aloud: bool) -> None:
         from torchrl_chat.rollouts import write_rollouts
@@ -454,29 +479,6 @@ def conversations(finished: TensorDictBase, title: str) -> str:
         turns = " | ".join(f"{m['role']}: {str(m['content'])[:300]!r}" for m in transcript.messages)
         lines.append(f"{title}, reward {reward:g}: {turns}")
     return "\n".join(lines)
-
-
-def averaged(minibatches: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dict[str, float]:
-    """What the passes of a step measured, a number a name, to be logged.
-
-    Args:
-        minibatches: for each minibatch what its microbatches measured. ``"loss"`` is a microbatch's share of the minibatch's
-            loss, so that it is the sum which is averaged; everything else is averaged over all microbatches.
-
-    Returns:
-        nothing where no minibatch had anything to train on.
-
-    Example:
-        >>> averaged([[{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(2.0)}], [{"loss": torch.tensor(5.0)}]])
-        {'loss': 4.0}
-    """
-    found = [few for few in minibatches if few]
-    every = [metrics for few in found for metrics in few]
-    result = {key: float(torch.stack([metrics[key] for metrics in every]).mean()) for key in (every or [{}])[0]}
-    if "loss" in result:
-        sums = [torch.stack([metrics["loss"] for metrics in few]).sum() for few in found]
-        result["loss"] = float(torch.stack(sums).mean())
-    return result
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -109,6 +109,12 @@ class RunConfig:
         """How many optimizer steps in a row may be left out because they are not finite: a bad row comes back in each pass."""
         return 5 * self.epochs
 
+    @property
+    def learning(self) -> dict[str, Any]:
+        """What :func:`~torchrl_chat.learner.learn` takes of the settings."""
+        names = ("epochs", "minibatch", "max_tokens", "max_grad_norm", "patience")
+        return {name: getattr(self, name) for name in names}
+
     def problem(self) -> str | None:
         """What does not go together among the settings; ``None`` if all does."""
         return "--merge merges the adapter of --lora: give that, too." if self.merge and not self.lora else None

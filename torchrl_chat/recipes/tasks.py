@@ -12,9 +12,9 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, tiny
-from torchrl_chat.models.recomputing import recompute_activations
+from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_lora
+from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
-from torchrl_chat.recipes.adapters import is_adapted, merged_state, whole, with_lora
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -98,7 +99,8 @@ def policy_loss(
             view); or (N,), to make one of several rows (``"episode"``). One a row if ``None``.
 
     Returns:
-        the loss, a scalar; and for logging, without gradients: ``"ratio"`` (mean), ``"clip_fraction"`` (of tokens
+        the loss, a scalar; and for logging, without gradients: ``"ratio"`` (mean), ``"ratio_p01"`` and ``"ratio_p99"``
+        (percentiles), ``"clip_fraction"`` (of tokens
         where a bound has the last word), ``"kl"`` (k3 against the old policy), ``"ess"`` (effective sample size a
         token, 1 where all ratios are equal).
 
@@ -132,11 +134,20 @@ def policy_loss(
         ess = (2 * chosen.logsumexp(0) - (2 * chosen).logsumexp(0)).exp() / count
         metrics = {
             "ratio": (ratio * mask).sum() / count,
+            "ratio_p01": _percentile(chosen, 0.01),
+            "ratio_p99": _percentile(chosen, 0.99),
             "clip_fraction": (bounded & mask).sum() / count,
             "kl": ((ratio - 1 - log_ratio) * mask).sum() / count,
             "ess": ess if len(chosen) else torch.ones_like(ess),
         }
     return loss, metrics
+
+
+def _percentile(log_ratio: torch.Tensor, share: float) -> torch.Tensor:
+    """The ratio that so large a share of tokens has at most; 1 where there is none."""
+    if not len(log_ratio):
+        return log_ratio.new_ones(())
+    return log_ratio.kthvalue(max(1, math.ceil(share * len(log_ratio)))).values.exp()
 
 
 def masked_mean(

@@ -132,12 +132,13 @@ def scores_and_values(
     return Scores(log_probs, entropies if entropy else None, asked, float_type(model)), values
 
 
-def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
+def microbatches(view: TensorDictBase, max_tokens: int, needed: torch.Tensor | None = None) -> list[torch.Tensor]:
     """The rows of a ragged or padded view in minibatches of similar length, for gradients to be accumulated over.
 
     Args:
         view: N sequences.
         max_tokens: how many tokens a minibatch has at most, padding included; a longer row stands alone.
+        needed: bool (N,), rows that are to be in one of them at all; every row if ``None``.
 
     Returns:
         row numbers, int64: ``view[rows]``. Each row in which a token is trained is in one of them; the others (an episode that
@@ -157,10 +158,11 @@ def microbatches(view: TensorDictBase, max_tokens: int) -> list[torch.Tensor]:
         for key in ("all_attention_mask", "all_assistant_mask")
     )
     # The first token of a sequence is never scored: alone it would leave a loss without a gradient.
+    wanted = [True] * len(sampled) if needed is None else needed.tolist()
     chosen = [
         row
         for row, (real, mask) in enumerate(zip(attention, sampled, strict=True))
-        if bool((mask.bool() & (real.cumsum(-1) > 1)).any())
+        if wanted[row] and bool((mask.bool() & (real.cumsum(-1) > 1)).any())
     ]
     # To the last token: a row that is padded on the left stays as wide as it is.
     lengths = [int(attention[row].nonzero().max()) + 1 for row in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,7 +29,8 @@ def take_step(
 
     One NaN in a gradient makes every weight NaN through the clipping alone, and the optimizer keeps it in its state for ever. So
     such a step is left out: weights and optimizer stay bit for bit what they were, but for the gradients, which are cleared.
-    How often that happened in a row stands in the optimizer's first parameter group, and so in its ``state_dict()``.
+    How often that happened in a row stands in the optimizer's first parameter group, and so in its ``state_dict()``; so does
+    the norm of the gradients before they were clipped, as ``"grad_norm"``.
 
     Args:
         optimizer: its parameters have their gradients; those without one are left alone.
@@ -64,7 +66,9 @@ def take_step(
     # One transfer from the device for all of them.
     told = torch.stack([torch.as_tensor(value).detach().float().reshape(()).to(norm.device) for value in losses])
     group = optimizer.param_groups[0]
-    if bool(told.isfinite().all() & norm.isfinite()):
+    size, *numbers = torch.cat((norm.float().reshape(1), told)).tolist()
+    group["grad_norm"] = size
+    if all(map(math.isfinite, (size, *numbers))):
         group[_COUNT] = 0
         optimizer.step()
         return True
@@ -72,8 +76,8 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     if group[_COUNT] >= patience:
         raise NotFiniteError(
-            f"{group[_COUNT]} optimizer steps in a row were not finite, the last with the loss {float(told.sum())} and the "
-            f"gradient norm {float(norm)}; none of them was taken. Look at the rewards and log-probs of the last batch, at the "
+            f"{group[_COUNT]} optimizer steps in a row were not finite, the last with the loss {sum(numbers)} and the "
+            f"gradient norm {size}; none of them was taken. Look at the rewards and log-probs of the last batch, at the "
             "learning rate, and at the precision of the model."
         )
     return False

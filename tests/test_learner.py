@@ -1,0 +1,162 @@
+"""The training step that the recipes stand on: what is forwarded, counted and stepped, and what is told of a run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from torchrl_chat import ChatEnv, TransformersPolicy, training_view
+from torchrl_chat.learner import averaged, learn
+from torchrl_chat.recipes.watching import Watch, figures
+from torchrl_chat.tiny import tiny_model, tiny_tokenizer
+from torchrl_chat.training import masked_mean, policy_loss, sequence_log_probs
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """Eight finished conversations, and the model."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer))
+    env = ChatEnv(tokenizer=tokenizer, input_mode="tokens", batch_size=(8,))
+    td = env.reset(TensorDict(query=["last(3,7)="] * 8, batch_size=(8,)))
+    torch.manual_seed(0)
+    return model, env.step(TransformersPolicy(model, tokenizer, max_new_tokens=6)(td))["next"]
+
+
+@pytest.fixture
+def view(collected):
+    made = training_view(collected[1], layout="padded", group=None)
+    made["advantage"] = torch.tensor([1.0, 0.0, -2.0, 0.0, 0.0, 3.0, 0.0, 0.5])
+    return made
+
+
+def stepped(model, view, *, forwarded=None, **options):
+    """The weights after learning from a view, and what was told."""
+    model = copy.deepcopy(model)
+    if forwarded is not None:
+        model.model.layers[0].register_forward_pre_hook(lambda _module, args: forwarded.append(len(args[0])))
+
+    def loss_of(part, whole):
+        scores = sequence_log_probs(model, part)
+        count = whole["masks"].all_assistant_mask.sum()
+        return policy_loss(
+            scores.log_probs, part["log_probs"].full, part["advantage"], scores.mask, denominator=count
+        )
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(1)
+    told = learn(optimizer, view, loss_of, max_grad_norm=None, **{"minibatch": 8, "max_tokens": 10_000, **options})
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), told
+
+
+def test_how_a_minibatch_is_cut_changes_nothing(collected, view):
+    weights, told = stepped(collected[0], view)
+    cut, told_cut = stepped(collected[0], view, max_tokens=40)
+    assert torch.allclose(weights, cut, atol=1e-6)
+    assert told["loss"] == pytest.approx(told_cut["loss"], abs=1e-6)
+    assert told["grad_norm"] == pytest.approx(told_cut["grad_norm"], rel=1e-4)
+    assert (told["skipped"], told["idle"]) == (0, 0.0)
+
+
+def test_sequences_without_a_gradient_are_not_forwarded_and_still_count(collected, view):
+    weights, told = stepped(collected[0], view)
+    forwarded = []
+    few, told_few = stepped(collected[0], view, needed=view["advantage"] != 0, forwarded=forwarded)
+    assert forwarded[-1] == 4  # behind the passes of the model's proof
+    assert torch.allclose(weights, few, atol=1e-6)
+    assert told["loss"] == pytest.approx(told_few["loss"], abs=1e-6)
+
+
+def test_a_minibatch_in_which_nothing_is_to_be_learned_takes_no_step(collected, view):
+    view["advantage"] = torch.zeros(8)
+    model = collected[0]
+    weights, told = stepped(model, view, needed=view["advantage"] != 0, minibatch=4, epochs=2)
+    assert torch.equal(weights, torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert told == {"skipped": 0, "idle": 1.0}
+
+
+def test_a_loss_that_is_no_number_is_skipped_and_counted(collected, view):
+    view["advantage"][2] = torch.nan
+    weights, told = stepped(collected[0], view, patience=3)
+    assert torch.equal(weights, torch.cat([p.detach().flatten() for p in collected[0].parameters()]))
+    assert told == {"skipped": 1, "idle": 0.0}
+
+
+def test_the_norm_is_that_before_clipping(collected, view):
+    _, told = stepped(collected[0], view)
+    model = copy.deepcopy(collected[0])
+    scores = sequence_log_probs(model, view)
+    loss, _ = policy_loss(scores.log_probs, view["log_probs"].full, view["advantage"], scores.mask)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    assert told["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_percentiles_of_ratios_are_those_of_tokens_under_the_mask():
+    log_probs = torch.linspace(-1, 1, 100)[None].log_softmax(-1)
+    old = log_probs - torch.linspace(-0.5, 0.5, 100)
+    mask = torch.ones(1, 100, dtype=torch.bool)
+    _, metrics = policy_loss(log_probs, old, torch.ones(1), mask)
+    ratios = (log_probs - old).exp()[0].sort().values
+    assert metrics["ratio_p01"].item() == pytest.approx(ratios[0].item())
+    assert metrics["ratio_p99"].item() == pytest.approx(ratios[98].item())
+
+
+def test_averages_are_over_microbatches_and_losses_are_sums():
+    assert averaged([]) == {}
+    told = averaged(
+        [
+            [{"loss": torch.tensor(1.0), "x": torch.tensor(4.0)}],
+            [{"loss": torch.tensor(3.0), "x": torch.tensor(0.0)}] * 2,
+        ]
+    )
+    assert told == {"loss": 3.5, "x": pytest.approx(4 / 3)}
+
+
+def test_supervised_learning_on_sampled_tokens_makes_them_likelier(collected, view):
+    model = copy.deepcopy(collected[0])
+
+    def loss_of(part, whole):
+        scores = sequence_log_probs(model, part)
+        return -masked_mean(scores.log_probs, scores.mask, denominator=whole["masks"].all_assistant_mask.sum()), {}
+
+    told = [
+        learn(torch.optim.SGD(model.parameters(), lr=0.5), view, loss_of, minibatch=8, max_tokens=60)["loss"]
+        for _ in range(3)
+    ]
+    assert told[2] < told[1] < told[0]
+
+
+class TestWatching:
+    def test_figures_are_those_of_the_conversations(self, collected):
+        told = figures(collected[1])
+        sampled = [t.mask.sum().item() for t in collected[1]["transcript"]]
+        assert (told["sampled_tokens"], told["sampled_longest"]) == (sum(sampled), max(sampled))
+        assert (told["cut"], told["ungraded"]) == (0.0, 0.0)
+
+    @pytest.mark.parametrize(
+        ("metrics", "said"),
+        [
+            ({"idle": 1.0, "pass_rate": 0.0}, "too hard"),
+            ({"idle": 1.0, "pass_rate": 1.0}, "solved"),
+            ({"entropy": 1e-5, "pass_rate": 0.1}, "the entropy is gone"),
+            ({"ess": 0.1}, "ratios have weighed less than half"),
+        ],
+    )
+    def test_what_lasts_is_said_once(self, metrics, said):
+        watch = Watch()
+        told = [watch.look(metrics) for _ in range(30)]
+        assert [bool(sentences) for sentences in told] == [i == watch.patience - 1 for i in range(30)]
+        assert said in told[watch.patience - 1][0]
+
+    def test_what_does_not_last_is_not_said(self):
+        watch = Watch()
+        assert not any(watch.look({"idle": float(step % 9 != 0)}) for step in range(40))
+
+    def test_a_run_that_learns_is_left_alone(self):
+        watch = Watch()
+        healthy = {"idle": 0.0, "entropy": 0.5, "ess": 0.99, "pass_rate": 0.5, "ungraded": 0.01}
+        assert not any(watch.look(healthy) for _ in range(40))
