@@ -73,9 +73,14 @@ DAY = os.environ.setdefault("TORCHRL_CHAT_DAY", datetime.datetime.now(datetime.U
 
 
 def of_the_day(*values, share: int | None = None) -> list:
-    """Parameters of a test: by the date, one of them (or each ``share``-th) for every run, the others for ``make test-all``."""
+    """Parameters of a test, of several names as tuples: by the date, one (or each ``share``-th) for every run, the others for ``make test-all``."""
     day, share = datetime.date.fromisoformat(DAY).toordinal(), min(share or len(values), len(values))
-    return [v if (i - day) % share == 0 else pytest.param(v, marks=pytest.mark.full) for i, v in enumerate(values)]
+    return [
+        v
+        if (i - day) % share == 0
+        else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.full)
+        for i, v in enumerate(values)
+    ]
 
 
 PARTS = ("corpus", "services", "learn", "openenv", "vllm")

@@ -9,7 +9,9 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_chat import ChatEnv, TransformersPolicy, training_view
-from torchrl_chat.learner import averaged, learn
+from torchrl_chat.learner import averaged, compute_in, learn, with_lora
+from torchrl_chat.models.passes import float_type
+from torchrl_chat.models.proof import prover_of
 from torchrl_chat.recipes.watching import Watch, figures
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 from torchrl_chat.training import masked_mean, policy_loss, sequence_log_probs
@@ -128,6 +130,60 @@ def test_supervised_learning_on_sampled_tokens_makes_them_likelier(collected, vi
         for _ in range(3)
     ]
     assert told[2] < told[1] < told[0]
+
+
+class TestPrecision:
+    def made(self, vocab=26):
+        return compute_in(tiny_model(vocab), torch.bfloat16)
+
+    def test_it_computes_in_bfloat16_and_keeps_float32(self, view):
+        model = self.made()
+        assert float_type(model) == torch.bfloat16
+        scores = sequence_log_probs(model, view)
+        assert (scores.precision, scores.log_probs.dtype) == (torch.bfloat16, torch.float32)
+        scores.log_probs.sum().backward()
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+    def test_gradients_are_those_of_float32_within_rounding(self, view):
+        found = []
+        for model in (self.made(), tiny_model(26)):
+            for chunk in (7, 1000):
+                model.zero_grad()
+                sequence_log_probs(model, view, chunk=chunk).log_probs.sum().backward()
+                found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        for other, most in zip(found[:3], (3e-2, 3e-2, 1e-5), strict=True):
+            assert float((other - found[3]).norm() / found[3].norm()) < most
+
+    def test_what_it_samples_is_scored_as_it_was_sampled(self):
+        tokenizer = tiny_tokenizer()
+        model = self.made(len(tokenizer))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        env = ChatEnv(tokenizer=tokenizer, input_mode="tokens", batch_size=(16,))
+        td = env.reset(TensorDict(query=["last(3,7)="] * 16, batch_size=(16,)))
+        finished = env.step(TransformersPolicy(model, tokenizer, max_new_tokens=12)(td))["next"]
+        view = training_view(finished, layout="padded", group=None)
+        scores = sequence_log_probs(model, view)
+        _, metrics = policy_loss(scores.log_probs, view["log_probs"].full, torch.ones(16), scores.mask)
+        assert metrics["ess"] > 0.99
+        assert prover_of(model).proof.limit > 1e-3
+        assert max(prover_of(model).record()["small_copy"].values()) < 1e-3  # which is in float32
+
+    def test_a_copy_and_an_adapter_compute_alike(self, view):
+        model = self.made()
+        expected = sequence_log_probs(model, view).log_probs
+        assert torch.equal(sequence_log_probs(copy.deepcopy(model), view).log_probs, expected)
+        adapted = with_lora(model, 2)
+        assert float_type(adapted) == torch.bfloat16
+        assert torch.allclose(sequence_log_probs(adapted, view).log_probs, expected, atol=2e-2)
+        assert type(model).__name__ == "LlamaForCausalLM"
+
+    def test_weights_that_would_lose_updates_are_refused(self):
+        with pytest.raises(ValueError, match=r"the weights are torch.bfloat16: expected torch.float32"):
+            compute_in(tiny_model(26).to(torch.bfloat16), torch.bfloat16)
+        with pytest.raises(ValueError, match="dtype=torch.float16"):
+            compute_in(tiny_model(26), torch.float16)
 
 
 class TestWatching:

@@ -16,6 +16,12 @@ def test_digits(tmp_path, name, seed):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("variant", ["rloo", "reinforce++", "maxrl", "gspo", "cispo", "gmpo", "sapo"])
+def test_variants(tmp_path, variant):
+    learns_the_digits(tmp_path / "run", "grpo", "transformers", 0, "--variant", variant)
+
+
+@pytest.mark.full
 @pytest.mark.timeout(3600)  # a machine with other work takes longer than the limit of the rest
 @pytest.mark.parametrize("name", ["grpo", "python_tool"])
 def test_two_turns_with_a_tool(tmp_path, name):

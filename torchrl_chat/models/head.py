@@ -139,7 +139,8 @@ class Head:
             found = torch.autograd.grad(logits, [states, *self.weights], of_logits, allow_unused=True)
             return found[0], list(found[1:])
         of_made = torch.autograd.grad(logits, [made], of_logits)[0][0]
-        return of_made @ self._layer.weight, [of_made] * len(self.weights)
+        weight = self._layer.weight
+        return of_made @ weight.to(of_made.dtype), [of_made] * len(self.weights)
 
 
 def token_scores(

@@ -25,7 +25,10 @@ class ModelError(ValueError):
 
 
 def float_type(model: Any) -> torch.dtype:
-    """In which numbers a model computes: those of its first weights that are no integers (as quantized ones are)."""
+    """In which numbers a model computes: as it says itself (``computes_in``), or as its first weights are that are no integers."""
+    told = getattr(model, "computes_in", None)
+    if isinstance(told, torch.dtype):
+        return told
     return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 

@@ -116,8 +116,10 @@ def small_copy(model: Any, seed: int = 0) -> Any:
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain = getattr(plain, "_orig_mod", plain)  # torch.compile
-    # FSDP gives a module a class of its own, made of the model's.
-    made = next(cls for cls in type(plain).__mro__ if not cls.__name__.startswith("FSDP"))
+    # FSDP and mixed precision give a module a class of its own, made of the model's.
+    made = next(
+        cls for cls in type(plain).__mro__ if not (cls.__name__.startswith("FSDP") or hasattr(cls, "computes_in"))
+    )
     config = small_config(plain.config)
     if plain.config._attn_implementation == "eager":
         config._attn_implementation = "eager"

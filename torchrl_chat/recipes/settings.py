@@ -58,6 +58,9 @@ class RunConfig:
     lr: float = setting(1e-3, "learning rate of AdamW at the first step; ten times that of all weights for a LoRA")
     final_lr_share: float = setting(0.1, "of it at the last step, falling in a line")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "what the trained model computes in; its weights and their updates stay float32"
+    )
     lora: int = setting(0, "rank of a LoRA that is trained instead of the model's own weights; 0: none")
     lora_alpha: int = setting(32, "what it is scaled by, divided by its rank")
     lora_targets: str = setting(

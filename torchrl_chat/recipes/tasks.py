@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, tiny
 from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_lora
+from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import RunConfig
@@ -28,7 +29,7 @@ _HINT = 0.06  # the share of demonstrations with the operation that was asked fo
 
 
 def make_model(config: RunConfig) -> tuple[Any, Any]:
-    """The model of ``--model``, in float32 on ``--device``, with what is asked for around it, and its tokenizer."""
+    """The model of ``--model``, its weights in float32 on ``--device``, with what is asked for around it, and its tokenizer."""
     model, tokenizer = _make_model(config)
     if config.checkpointing:
         recompute_activations(model)
@@ -37,7 +38,7 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
         torch.manual_seed(config.seed)
         model = with_lora(model, config.lora, config.lora_alpha, config.lora_targets)
         torch.set_rng_state(random_state)
-    return model, tokenizer
+    return compute_in(model, getattr(torch, config.dtype)), tokenizer
 
 
 def _make_model(config: RunConfig) -> tuple[Any, Any]:
