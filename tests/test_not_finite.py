@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from torchrl_chat import TransformersPolicy
 from torchrl_chat.conversation.turn import bad_log_probs
+from torchrl_chat.learner import minibatches
 from torchrl_chat.models.sampling import generate
 from torchrl_chat.recipes import checkpoints as saving
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
@@ -184,13 +185,13 @@ def break_scores(monkeypatch, broken) -> list[int]:
     score, calls, hit = scoring._score, [0], []
 
     def scored(*arguments):
-        log_probs, entropy = score(*arguments)
+        log_probs, *others = score(*arguments)
         if torch.is_grad_enabled():
             calls[0] += 1
             if broken(calls[0]):
                 hit.append(calls[0])
-                return log_probs * NAN, entropy
-        return log_probs, entropy
+                return log_probs * NAN, *others
+        return log_probs, *others
 
     monkeypatch.setattr(scoring, "_score", scored)
     return hit
@@ -209,7 +210,7 @@ def test_a_run_goes_on_behind_a_bad_step(tmp_path, monkeypatch, name):
     """The weights behind it are bit for bit those before it, and steps are taken before and after."""
     module = example(name)
     hit = break_scores(monkeypatch, lambda call: call == (9 if name == "python_tool" else 6))
-    taken, take = [], module.take_step
+    taken, take = [], minibatches.take_step
 
     def watched(optimizer, *arguments, **options):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -221,7 +222,7 @@ def test_a_run_goes_on_behind_a_bad_step(tmp_path, monkeypatch, name):
             assert same(optimizer.state_dict()["state"], state)
         return good
 
-    monkeypatch.setattr(module, "take_step", watched)
+    monkeypatch.setattr(minibatches, "take_step", watched)
     if name == "expert_iteration":  # random weights are seldom right: imitate whatever was said
         monkeypatch.setattr(
             module, "right_answers", lambda finished, config: module.training_view(finished, layout="padded")

@@ -326,7 +326,7 @@ class TestSettings:
         [
             ("grpo", "--group_size 1", "--group-size is 1: expected at least 2"),
             ("python_tool", "--group-size 1", "--group-size is 1: expected at least 2"),
-            ("grpo", "--clip 1", "--clip is 1.0: expected at most 0.999"),
+            ("grpo", "--clip 1", "clip=(1.0, 0.2) for surrogate='ppo': expected 0 <= low < 1"),
             ("grpo", "--kl -1", "--kl is -1.0: expected at least 0"),
             ("ppo", "--gamma 1.1", "--gamma is 1.1: expected at most 1"),
             ("ppo", "--lam -0.1", "--lam is -0.1: expected at least 0"),
