@@ -402,7 +402,7 @@ class TestProof:
         model = TestMode().model(dropout=0.3).train()
         record = prover_of(model).record()
         assert (record["scoring"], record["packing"]) == ("rows of any length together", "positions")
-        assert record["checks"]["row by row, twice, in train()"] > record["limit"]
+        assert record["random"] > record["limit"] > max(record["checks"].values())
         assert not any(name.startswith("scoring") and "train" in name for name in record["checks"])
         assert record["small_copy"]["scoring, rows of any length together, in train()"] < LIMIT
 
@@ -522,7 +522,7 @@ class TestHead:
                 assert torch.allclose(found[1], expected[1], atol=1e-5)
             for a, b in zip(gradient(*found), of_expected, strict=True):
                 assert (a is None or not bool(a.any())) if b is None else torch.allclose(a, b, atol=1e-4)
-        assert prover_of(model).chunking() == (name != "nothing around")
+        assert prover_of(model).chunking() == (name not in ("nothing around", "adapter"))
 
     def test_nothing_is_as_large_as_all_logits_forward_or_backward(self):
         """Twenty thousand ids, and a body that is small beside them."""
@@ -538,8 +538,10 @@ class TestHead:
                 (scores.log_probs.sum() + (scores.entropy.sum() if options else 0)).backward()
             assert 16 * 20_000 <= made.numbers <= max(weight, 16 * 20_000) < 256 * 20_000
 
-    def test_under_autocast_the_backward_pass_computes_what_the_forward_pass_did(self):
-        model = zoo.make("gemma2")
+    @pytest.mark.parametrize("name", ["llama", "gemma2"])
+    def test_under_autocast_the_backward_pass_computes_what_the_forward_pass_did(self, name):
+        """Also where the model is first used there: what is found of it is found without."""
+        model = zoo.make(name)
         view = _alone_view(torch.arange(12) + 5, torch.arange(12) > 3)
         gradients = []
         for chunk in (3, 100):
@@ -550,7 +552,80 @@ class TestHead:
             model.zero_grad()
         (few, of_few), (all_, of_all) = gradients
         assert torch.equal(few, all_)
-        assert float((of_few - of_all).norm() / of_all.norm()) < 2e-3
+        assert (
+            float((of_few - of_all).norm() / of_all.norm()) < 4e-3
+        )  # a rounding of bfloat16 for each of the chunks
+        assert prover_of(model).chunking()
+        assert prover_of(model).scoring() == "padded"
+
+    def test_what_is_first_used_without_autograd_is_trained_like_any_other(self):
+        proof._small.clear()  # the copy of this class may be there already
+        model = made_up(LlamaForCausalLM)
+        with torch.inference_mode():
+            generate(model, [torch.tensor([5, 6, 7])], stop_ids=set(), most=[3])
+        assert prover_of(model).chunking()
+
+    def test_a_head_with_dropout_in_its_adapter_has_the_gradient_of_the_pass_that_was_made(self):
+        """By finite differences, with the same random numbers for each pass."""
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+        model = peft.get_peft_model(zoo.make("llama"), config).double().train()
+        view = _alone_view(torch.arange(12) + 5, torch.arange(12) > 3)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        ways = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double() for p in weights]
+
+        def total():
+            torch.manual_seed(3)
+            return sequence_log_probs(model, view, chunk=4).log_probs.sum()
+
+        total()  # the proof draws as well
+        gradients = torch.autograd.grad(total(), weights)
+        found = sum(float((g * way).sum()) for g, way in zip(gradients, ways, strict=True))
+        step, said = 1e-3, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for weight, way in zip(weights, ways, strict=True):
+                    weight.add_(sign * step * way)
+                said.append(float(total()))
+                for weight, way in zip(weights, ways, strict=True):
+                    weight.sub_(sign * step * way)
+        assert found == pytest.approx((said[0] - said[1]) / (2 * step), rel=2e-2)
+
+    def test_hooks_of_others_on_the_head_are_part_of_the_model(self):
+        model, view = zoo.make("llama"), _alone_view(torch.arange(12) + 5, torch.arange(12) > 3)
+        model.lm_head.register_forward_hook(lambda _module, _args, output: output * 2)
+        logits = model(input_ids=view["tokens"].full).logits[0, 3:-1]
+        expected = torch.autograd.grad(
+            logits.log_softmax(-1).gather(-1, view["tokens"].full[0, 4:, None]).sum(), model.lm_head.weight
+        )
+        found = torch.autograd.grad(sequence_log_probs(model, view).log_probs.sum(), model.lm_head.weight)
+        assert torch.allclose(found[0], expected[0], atol=1e-4)
+
+    def test_what_is_impossible_has_no_entropy_and_no_gradient(self):
+        class Forbids(LlamaForCausalLM):
+            def forward(self, **given):
+                output = super().forward(**given)
+                output.logits = output.logits.clone()
+                output.logits[..., :5] = -torch.inf
+                return output
+
+        model, view = made_up(Forbids), _alone_view(torch.arange(12) + 5, torch.arange(12) > 3)
+        scores = sequence_log_probs(model, view, entropy=True)
+        assert scores.entropy.isfinite().all()
+        (scores.log_probs.sum() + scores.entropy.sum()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    def test_values_of_a_model_whose_head_nobody_sees(self):
+        class Direct(LlamaForCausalLM):
+            def forward(self, input_ids=None, logits_to_keep=0, **given):
+                hidden = self.model(input_ids=input_ids, **given)
+                return CausalLMOutputWithPast(logits=nn.functional.linear(hidden[0], self.lm_head.weight))
+
+        model = made_up(Direct)
+        view = _alone_view(torch.arange(12) + 5, torch.arange(12) > 3)
+        assert sequence_log_probs(model, view).log_probs.isfinite().all()
+        with pytest.raises(ModelError, match="Direct does not call its output head as a module"):
+            PolicyAndValue(model)(view)
 
     def test_the_model_is_as_it_was_also_after_an_error(self):
         model = zoo.make("llama")

@@ -18,9 +18,9 @@ def test_digits(tmp_path, name, seed):
 @pytest.mark.full
 @pytest.mark.parametrize("variant", ["rloo", "reinforce++", "maxrl", "gspo", "cispo", "gmpo", "sapo"])
 def test_variants(tmp_path, variant):
-    # The bounds of GSPO's paper are for the mean over long answers; here an answer is one token.
-    clip = ["--clip", "0.2", "--clip_high", "0.2"] if variant == "gspo" else []
-    learns_the_digits(tmp_path / "run", "grpo", "transformers", 0, "--variant", variant, *clip)
+    # With the bounds of their papers, which are for long answers: of one token a step changes little, or more than is bounded.
+    least = 0.8 if variant in ("gspo", "cispo") else 0.9
+    learns_the_digits(tmp_path / "run", "grpo", "transformers", 0, "--variant", variant, least=least)
 
 
 @pytest.mark.full

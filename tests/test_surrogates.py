@@ -121,6 +121,14 @@ def test_weights_multiply_each_tokens_part():
     assert torch.allclose(whole, sum(one_by_one) / 2)
 
 
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_token_without_weight_has_no_gradient(name):
+    log_probs, old, mask = random(1, 4, seed=1).requires_grad_(), random(1, 4, seed=1), torch.ones(1, 4).bool()
+    weights = torch.tensor([[1.0, 0.0, 1.0, 0.5]])
+    policy_loss(log_probs, old, torch.ones(1), mask, surrogate=name, weights=weights)[0].backward()
+    assert torch.allclose(log_probs.grad, -weights.double() / 4)
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

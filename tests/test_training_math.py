@@ -95,7 +95,7 @@ class TestGroupAdvantages:
         with pytest.raises(ValueError, match="normalize='median'"):
             group_advantages(torch.zeros(2), torch.zeros(2).long(), normalize="median")
         with pytest.raises(ValueError, match=r"the reward of row 1 is -1.0: a group's mean divides"):
-            group_advantages(torch.tensor([1.0, -1.0]), torch.zeros(2).long(), normalize="mean")
+            group_advantages(torch.tensor([1.0, -1.0, -7.0]), torch.zeros(3).long(), normalize="mean")
         with pytest.raises(ValueError, match="reward has the shape"):
             group_advantages(torch.zeros(2, 5), torch.zeros(2).long())
 

@@ -197,6 +197,9 @@ def model_lines(model: Mapping[str, Any], style: Style) -> Iterator[str]:
     yield f"  {model['dtype']}, attention {model['kernel']}; right is within {model['limit']:.2g} nats of each row alone"
     if model["rounding"]:
         yield f"  {model['rounding']:.2g} nats off what the same weights say in float32"
+    if model["random"]:
+        told = "so that only eval() can tell" if model["random"] > model["limit"] else "which is rounding"
+        yield f"  two passes in train() differ by {model['random']:.2g} nats, {told}"
     if model["longest"] is not None:
         yield f"  in rows of up to {model['longest']} tokens; longer ones are refused"
     apart = "sequences are taken apart"
@@ -205,6 +208,10 @@ def model_lines(model: Mapping[str, Any], style: Style) -> Iterator[str]:
         ("scoring", model["scoring"]),
         ("packed views", model["packing"] and f"told apart by {model['packing']}"),
         ("tree views", model["sharing"] and f"shared, by {model['sharing']}"),
+        (
+            "output head",
+            "some hidden states at a time" if model["chunking"] else "all logits of scored tokens at once",
+        ),
     ):
         refused = Status.REFUSED if what == "sampling" else Status.UNSUPPORTED
         yield line(Status.PROVED if text else refused, what, text or ("refused" if what == "sampling" else apart))

@@ -29,7 +29,7 @@ def with_lora(model: Any, rank: int, alpha: int = 32, targets: str = "all-linear
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the model has no such layers.
+        ValueError: the model has no such layers; or one is the head, or the embeddings, and these are one matrix.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -37,7 +37,21 @@ def with_lora(model: Any, rank: int, alpha: int = 32, targets: str = "all-linear
         raise ImportError("LoRA needs peft: pip install 'torchrl_chat[peft]'.") from error
     names: Any = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
-    return get_peft_model(model, config).eval()
+    tied = (
+        model.get_output_embeddings() is not None
+        and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
+    adapted = get_peft_model(model, config).eval()
+    ends = {
+        type(part).__module__.startswith("peft")
+        for part in (adapted.get_output_embeddings(), adapted.get_input_embeddings())
+    }
+    if tied and True in ends:
+        raise ValueError(
+            f"lora targets {targets!r}: the head and the embeddings of {type(model).__name__} are one matrix, which an adapter of either "
+            "would part: name other layers."
+        )
+    return adapted
 
 
 def read_adapter(path: str | os.PathLike[str], model: Any) -> dict[str, torch.Tensor]:
@@ -49,7 +63,7 @@ def read_adapter(path: str | os.PathLike[str], model: Any) -> dict[str, torch.Te
     from peft import get_peft_model_state_dict, load_peft_weights
 
     found: dict[str, torch.Tensor] = load_peft_weights(os.fspath(path), device="cpu")
-    own = get_peft_model_state_dict(model)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
     apart = {name for name in own.keys() | found.keys() if name not in own or name not in found}
     apart |= {name for name in own.keys() & found.keys() if own[name].shape != found[name].shape}
     if apart:
@@ -70,19 +84,25 @@ def merged_state(model: Any) -> dict[str, torch.Tensor]:
     Nothing is added to the base and taken off again, which would leave some rounding in it each time.
 
     Args:
-        model: a PEFT model with LoRA layers.
+        model: a PEFT model with LoRA layers; where some are not of linear layers (fused experts), a copy of it is merged.
     """
+    from peft.tuners.lora import Linear, LoraLayer
+
     base = model.get_base_model()
+    layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    if not all(type(layer) is Linear for layer in layers.values()):
+        merged: dict[str, torch.Tensor] = whole(model).state_dict()
+        return merged
     state = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in base.state_dict().items()
         if ".lora_" not in name
     }
-    for name, layer in base.named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            adapters = [key for key in layer.active_adapters if key in layer.lora_A]
-            weight = layer.get_base_layer().weight.detach()
-            state[f"{name}.weight"] = weight + sum(layer.get_delta_weight(key) for key in adapters).to(weight.dtype)
+    for name, layer in layers.items():
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                weight = state[f"{name}.weight"]
+                state[f"{name}.weight"] = weight + layer.get_delta_weight(adapter).to(weight.dtype)
     return state
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from torchrl_chat.learner.fronts import Front, put_in_front
+
 
 def compute_in(model: Any, dtype: torch.dtype) -> Any:
     """Have a model compute in another precision than that of its weights, in place, wherever it is called from.
@@ -38,18 +40,12 @@ def compute_in(model: Any, dtype: torch.dtype) -> Any:
         raise ValueError(
             f"the weights are {', '.join(map(str, kinds))}: expected torch.float32, which learns small updates."
         )
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if dtype is torch.bfloat16 and not isinstance(plain, _InBfloat16):
-        # A class of its own, not a function in the object, so that copies of the model compute alike.
-        plain.__class__ = type(
-            type(plain).__name__, (_InBfloat16, type(plain)), {"__module__": type(plain).__module__}
-        )
+    if dtype is torch.bfloat16:
+        put_in_front(_InBfloat16, model.get_base_model() if hasattr(model, "get_base_model") else model)
     return model
 
 
-class _InBfloat16:
-    """In front of a model's class."""
-
+class _InBfloat16(Front):
     computes_in = torch.bfloat16
     """What :func:`~torchrl_chat.models.passes.float_type` says of it."""
 

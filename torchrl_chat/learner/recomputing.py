@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from torchrl_chat.learner.fronts import Front, put_in_front
 from torchrl_chat.models.passes import ModelError
 
 
 def recompute_activations(model: Any) -> int:
-    """Have a model keep no activations inside its layers, in place.
+    """Have a model keep no activations inside its layers, in place, in passes that have gradients and keep no cache.
 
     Args:
         model: a transformers model, or a PEFT model of one.
@@ -39,17 +40,20 @@ def recompute_activations(model: Any) -> int:
             f"{type(model).__name__} has no layers that transformers would checkpoint: its activations cannot be recomputed."
         )
     for layer in layers:
-        if not isinstance(layer, _Recomputed):
-            # A class of its own, not a function in the object, so that copies of the model have it, and call themselves.
-            layer.__class__ = type(type(layer).__name__, (_Recomputed, type(layer)), {})
+        put_in_front(_Recomputed, layer)
     return len(layers)
 
 
-class _Recomputed:
-    """In front of a layer's class."""
+# A layer that writes what the next tokens go on from would do so twice.
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "state")
 
+
+class _Recomputed(Front):
     def forward(self, *args: Any, **given: Any) -> Any:
+        from transformers import Cache
+
         own = super().forward  # type: ignore[misc]
-        if not torch.is_grad_enabled() or given.get("use_cache"):
+        cached = any(given.get(name) is not None for name in _CACHES) or any(isinstance(arg, Cache) for arg in args)
+        if cached or given.get("use_cache") or not torch.is_grad_enabled():
             return own(*args, **given)
         return checkpoint(own, *args, use_reentrant=False, **given)

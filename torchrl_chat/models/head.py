@@ -83,14 +83,17 @@ class Head:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
-        """Inside, the model is its head alone.
+        """Inside, the model is its head alone; for all threads, so that none may use it otherwise meanwhile.
 
-        Yields a function of states (K, H), which gives what the model makes of them, (K, V), and what the head alone
-        made of them, (1, K, V'), of which the first is a function; for a plain head it is where the graph begins.
+        Yields a function of states (K, H), which gives what the model makes of them, (K, V), and what the head made of them,
+        (1, K, V'), of which the first is a function: it is where the graph begins.
 
         Raises:
-            ValueError: the model does not say which part of it makes the hidden states, or did not go through it.
+            ValueError: the head is no plain one; or the model does not say which part of it makes the hidden states, or did not
+                go through it.
         """
+        if not self.plain:
+            raise ValueError(f"the head of {type(self._plain).__name__} is more than a matrix.")
         if self._trunk is None:
             raise ValueError(f"{type(self._plain).__name__} has no part of its own that makes the hidden states.")
         trunk, kind, state = self._trunk
@@ -100,7 +103,7 @@ class Head:
             return (given["states"][None], *args[1:])
 
         def cut(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            given["made"] = output.detach().requires_grad_(torch.is_grad_enabled()) if self.plain else output
+            given["made"] = output.detach().requires_grad_(torch.is_grad_enabled())
             return given["made"]
 
         def logits_of(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,19 +131,25 @@ class Head:
 
     @property
     def plain(self) -> bool:
-        """Whether the head is one matrix (and a bias), whose gradient is summed up in place."""
-        return type(self._layer) is nn.Linear
+        """Whether it is one matrix (and a bias) and nothing else: no adapter, which may have dropout, and no hooks of others."""
+        layer = self._layer
+        return (
+            type(layer) is nn.Linear
+            and "forward" not in layer.__dict__
+            and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        )
 
-    def gradients(
-        self, states: torch.Tensor, made: torch.Tensor, logits: torch.Tensor, of_logits: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """What a gradient of logits is of states (K, H), and of each of :attr:`weights`; of a plain head's weights, nothing yet."""
-        if not self.plain:
-            found = torch.autograd.grad(logits, [states, *self.weights], of_logits, allow_unused=True)
-            return found[0], list(found[1:])
-        of_made = torch.autograd.grad(logits, [made], of_logits)[0][0]
+    def gradient(self, of_made: torch.Tensor, states: torch.Tensor, sums: list[torch.Tensor]) -> torch.Tensor:
+        """What a gradient of the head's output (K, V) is of the states (K, H); what it is of :attr:`weights` is added to sums."""
         weight = self._layer.weight
-        return of_made @ weight.to(of_made.dtype), [of_made] * len(self.weights)
+        for total in sums:
+            if total.ndim == 1:
+                total.add_(of_made.sum(0, dtype=total.dtype))
+            elif of_made.dtype == total.dtype:
+                total.addmm_(of_made.t(), states.to(total.dtype))
+            else:  # a product in half precision is what is fast; its sums over chunks lose nothing
+                total.add_(of_made.t() @ states.to(of_made.dtype))
+        return of_made @ weight.to(of_made.dtype)
 
 
 def token_scores(
@@ -201,7 +210,7 @@ class _TokenScores(torch.autograd.Function):
                 log_probs = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
                 scored[rows] = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
                 if entropy:
-                    uncertain[rows] = -(log_probs.exp() * log_probs).sum(-1)
+                    uncertain[rows] = torch.special.entr(log_probs.exp()).sum(-1)
         ctx.save_for_backward(states, targets, uncertain, *weights)
         ctx.settings = head, temperature, vocab_size, entropy, chunk
         kind = states.device.type
@@ -222,6 +231,9 @@ class _TokenScores(torch.autograd.Function):
             part = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
             if entropy:
                 probs = part.exp()
+                part.masked_fill_(
+                    probs == 0, 0.0
+                )  # what is impossible (a logit of -inf) has no part in either gradient
                 part.add_(uncertain[rows, None]).mul_(of_uncertain[rows, None]).add_(of_scored[rows, None])
                 part.mul_(probs).neg_()
             else:
@@ -236,27 +248,14 @@ class _TokenScores(torch.autograd.Function):
         kind, dtype, enabled = ctx.autocast
         with head.apart() as logits_of, torch.enable_grad(), torch.autocast(kind, dtype, enabled):
             for rows in _chunks(head, states, chunk):
-                some = states[rows].detach().requires_grad_()
-                logits, made = logits_of(some)
+                logits, made = logits_of(states[rows])
                 outer = of_logits(logits.detach(), rows).to(logits.dtype)
-                gradient[rows], parts = head.gradients(some, made, logits, outer)
-                for total, part in zip(sums, parts, strict=True):
-                    if part is not None and head.plain:
-                        _add_linear(total, part, some.detach())
-                    elif part is not None:
-                        total += part
+                of_made = torch.autograd.grad(logits, made, outer)[0][0]
+                gradient[rows] = head.gradient(of_made, states[rows], sums)
         return (
             None, gradient, None, None, None, None, None,
             *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)),
         )  # fmt: skip
-
-
-def _add_linear(total: torch.Tensor, of_made: torch.Tensor, states: torch.Tensor) -> None:
-    """What a gradient of a linear layer's output (K, V) is of its weight (V, H), or of its bias (V,), added to a sum."""
-    if total.ndim == 2:
-        total.addmm_(of_made.t().float(), states.float())
-    else:
-        total.add_(of_made.sum(0, dtype=torch.float32))
 
 
 def _chunks(head: Head | None, states: torch.Tensor, chunk: int | None) -> Iterator[slice]:

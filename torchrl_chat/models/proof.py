@@ -39,13 +39,12 @@ from torchrl_chat.models.passes import (
     tree_pass,
     whole_pass,
 )
-from torchrl_chat.models.small import STRETCH, least_stretch, small_copy
+from torchrl_chat.models.small import STRETCH, least_stretch, plain_class, small_copy
 
 LIMIT = 1e-3
 """Nats that a log-prob may differ by in float32; the rounding of real models is a tenth of that."""
 # In lower precision: so many times the spacing of its numbers, or what equal work in another order differs by; never more.
 _LEAST, _ROUNDING, _MOST = 8.0, 4.0, 0.5
-_TWICE = "row by row, twice, in train()"
 _MORE = 3  # ids that follow, one by one
 _LENGTHS, _LONG, _WITHIN = (9, 2, 5), (5 * STRETCH, 3, 2 * STRETCH + 5), (STRETCH - _MORE, 2, 3)
 
@@ -71,11 +70,13 @@ class Proof:
         name: the model's class.
         limit: nats that a difference may have, in the model's precision.
         checks: what was tried, by its name.
+        random: by how many nats two passes over the same rows differ in ``train()``, with dropout say; ``None``: not tried.
     """
 
     name: str
     limit: float
     checks: dict[str, Check] = field(default_factory=dict)
+    random: float | None = None
 
     def holds(self, name: str, measure: Callable[[], float]) -> bool:
         """Whether a way is right; measured once."""
@@ -185,7 +186,8 @@ class Prover:
         ``"sampling"`` and ``"scoring"`` say which rows go together (``None`` where it is refused), ``"packing"`` and ``"sharing"``
         what tells sequences apart (``None``: they are taken apart), ``"chunking"`` whether the output head sees some states at a time, ``"longest"`` how many tokens a row may have (``None``: any
         number), ``"checks"`` the largest difference in nats of each way that was tried, and ``"small_copy"`` those of the small
-        copy; of a model in ``train()``, in that mode, too. ``"rounding"`` is how far log-probs are from those of the same weights
+        copy; of a model in ``train()``, in that mode, too, unless ``"random"``, by how much two passes differ there, is beyond the
+        limit. ``"rounding"`` is how far log-probs are from those of the same weights
         in float32, of which a copy is made: importance ratios between a sampler and a learner of other precisions are off by as
         much before anything is learned.
         """
@@ -208,6 +210,7 @@ class Prover:
             "kernel": getattr(getattr(self.model, "config", None), "_attn_implementation", None),
             "limit": self.proof.limit,
             "rounding": self._rounding(),
+            "random": self.proof.random,
             **found,
             "checks": self.proof.as_dict(),
             "small_copy": None if self.small is None else self.small.proof.as_dict(),
@@ -225,21 +228,20 @@ class Prover:
         return True
 
     def _right(self, name: str, training: bool, measure: Callable[..., float], *given: Any) -> bool:
-        # With dropout no two passes are alike, and eval() alone can tell.
-        if training and name != _TWICE and not self._right(_TWICE, True, Prover._again):
-            return True
-        tried = name in self.proof.checks
-        mode = contextlib.nullcontext() if tried else _training(self.model) if training else evaluating(self.model)
-        with mode, torch.no_grad():
+        if name in self.proof.checks:
+            return self.proof.checks[name].difference <= self.proof.limit
+        with _by_itself(self.model), _training(self.model) if training else evaluating(self.model):
+            if training:
+                if self.proof.random is None:
+                    self.proof.random = max(map(_difference, self.alone(self.rows), self.alone(self.rows)))
+                if self.proof.random > self.proof.limit:
+                    return True  # with dropout no two passes are alike, and eval() alone can tell
             return self.proof.holds(name, lambda: measure(self, *given))
-
-    def _again(self) -> float:
-        return max(map(_difference, self.alone(self.rows), self.alone(self.rows)))
 
     def _rounding(self) -> float:
         if float_type(self.model) in (torch.float32, torch.float64):
             return 0.0
-        with evaluating(self.model), torch.no_grad():
+        with _by_itself(self.model), evaluating(self.model):
             own = self.alone(self.rows)
             exact = replace(self, model=copy.deepcopy(self.model).float()).alone(self.rows)
         return max(map(_difference, own, exact))
@@ -328,11 +330,24 @@ class Prover:
 
 
 @contextlib.contextmanager
+def _by_itself(model: Any) -> Iterator[None]:
+    """Inside, without gradients, a model computes as it would by itself, whatever its caller is in: what is found is kept."""
+    kinds = {"cpu", next(model.parameters()).device.type}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextlib.contextmanager
 def _training(model: Any) -> Iterator[None]:
     """Inside, a model is in ``train()``, or in the mode of its own that has some of it there; the random state is left alone."""
     moved = not _trains(model)
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+    devices = {weight.device for weight in model.parameters() if weight.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng(devices=[*devices], device_type=kind):
         if moved:
             model.train()
         try:
@@ -372,10 +387,14 @@ def prover_of(model: Any) -> Prover:
 def _begun(model: Any, lengths: Sequence[int] = _LENGTHS, small: Prover | None = None) -> Prover:
     """A proof with what every other check rests on: that a pass over a row tells what passes over its beginnings tell."""
     proof = Proof(type(model).__name__, LIMIT)
-    prover = Prover(model, proof, _rows(model, lengths), small)
-    with evaluating(model), torch.no_grad():
-        rounding = 0.0
+    with _by_itself(model), evaluating(model):
+        prover, rounding = Prover(model, proof, _rows(model, lengths), small), 0.0
         for row, alone in zip(prover.rows, prover.alone(prover.rows), strict=True):
+            if len(alone) != len(row):
+                raise ModelError(
+                    f"{proof.name} gives {len(alone)} distributions for a row of {len(row)} tokens (prompt tuning has some in front): "
+                    "expected one for each."
+                )
             for length in {len(row) // 4, len(row) // 2, len(row) - _MORE} - {0}:
                 begun = _log_probs(model(input_ids=row[None, :length], use_cache=False).logits[0])
                 rounding = max(rounding, _difference(begun, alone[:length]))
@@ -391,7 +410,7 @@ def _begun(model: Any, lengths: Sequence[int] = _LENGTHS, small: Prover | None =
     return prover
 
 
-_small: dict[str, Prover | None] = {}  # by class and config
+_small: dict[Any, Prover | None] = {}  # by class and config
 
 
 def _small_of(model: Any) -> Prover | None:
@@ -403,10 +422,12 @@ def _small_of(model: Any) -> Prover | None:
     config = getattr(model, "config", None)
     if config is None:
         return None
-    key = f"{type(model).__name__} {config._attn_implementation == 'eager'} {config.to_json_string()}"
+    key = plain_class(model), config._attn_implementation == "eager", config.to_json_string()
     if key not in _small:
         try:
-            _small[key] = _small_begun(small_copy(model))
+            with torch.inference_mode(False):
+                copy = small_copy(model)
+            _small[key] = _small_begun(copy)
         except ModelError:
             raise
         except Exception:  # whatever a class raises on numbers that it was not made for
@@ -432,6 +453,7 @@ def _state(model: Any) -> Any:
         adapters = adapters() if getattr(model, "_hf_peft_config_loaded", False) else None
     return (
         type(model),
+        float_type(model),
         getattr(model, "_compiled_call_impl", None) is not None,
         weight.dtype,
         weight.device,
@@ -450,7 +472,7 @@ def _rows(model: Any, lengths: Sequence[int]) -> list[torch.Tensor]:
     plain = [i for i in range(min(known, 4096)) if i not in set(_special(named))]
     draw, device = torch.Generator().manual_seed(0), next(model.parameters()).device
     # Few of them, so that ids come again as in any text: what a layer makes of ids alone is then exactly equal.
-    ids = torch.tensor(plain or [0])[torch.randperm(max(len(plain), 1), generator=draw)[:16]]
+    ids = torch.tensor(plain or [0])[torch.randperm(max(len(plain), 1), generator=draw, device="cpu")[:16]]
     rows = [ids[torch.randint(len(ids), (length + _MORE,), generator=draw)] for length in lengths]
     ends = [named.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
     ends = [i for value in ends for i in (value if isinstance(value, list) else [value])]

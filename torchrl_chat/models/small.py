@@ -114,20 +114,23 @@ def small_copy(model: Any, seed: int = 0) -> Any:
     Raises:
         Exception: whatever the class raises on numbers that do not go together.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plain = getattr(plain, "_orig_mod", plain)  # torch.compile
-    # FSDP and mixed precision give a module a class of its own, made of the model's.
-    made = next(
-        cls for cls in type(plain).__mro__ if not (cls.__name__.startswith("FSDP") or hasattr(cls, "computes_in"))
-    )
-    config = small_config(plain.config)
-    if plain.config._attn_implementation == "eager":
+    config = small_config(model.config)
+    if model.config._attn_implementation == "eager":
         config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        copy = made(config).float().eval()
+        copy = plain_class(model)(config).float().eval()
         widen(copy)
     return copy
+
+
+def plain_class(model: Any) -> Any:
+    """The class that a model had before anybody put one in front of it, or a model around it."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = getattr(plain, "_orig_mod", plain)  # torch.compile
+    # FSDP and mixed precision give a module a class of its own, made of the model's and of one that is no module by itself.
+    made = (cls for cls in type(plain).__mro__ if issubclass(cls, torch.nn.Module))
+    return next(cls for cls in made if not (cls.__name__.startswith("FSDP") or hasattr(cls, "computes_in")))
 
 
 def _smaller(given: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -74,7 +74,8 @@ def save_model(
     if partial.exists():
         shutil.rmtree(partial)  # a process was killed while it wrote
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    # Of embeddings peft would ask the hub whether they are the base's; they are, unless they are adapted themselves.
+    model.save_pretrained(partial, **({"save_embedding_layers": False} if is_adapted(model) else {}))
     tokenizer.save_pretrained(partial)
     if state is not None:
         envs.save_state(partial / _STATE, state)

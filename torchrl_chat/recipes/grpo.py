@@ -14,16 +14,16 @@ can also be set one by one:
     grpo         arXiv:2402.03300  mean over sequences of the mean over their tokens, rewards divided by the group's deviation
     dapo         arXiv:2503.14476  mean over tokens, a wider clip upwards, groups with equal rewards resampled, overlong shaping
     dr-grpo      arXiv:2503.20783  sum over tokens divided by a constant, rewards not divided by the group's deviation
-    rloo         arXiv:2402.14740  rewards compared with the others of the group, and not divided
+    rloo         arXiv:2402.14740  rewards compared with the others of the group, and not divided; sum over tokens
     reinforce++  arXiv:2501.03262  rewards divided by the deviation over the whole batch, mean over tokens
-    maxrl        arXiv:2602.02710  rewards divided by their group's mean: what is rarely right counts more
+    maxrl        arXiv:2602.02710  rewards divided by their group's mean: what is rarely right counts more; sum over tokens
     gspo         arXiv:2507.18071  the ratio of a sequence instead of a token's
     cispo        arXiv:2506.13585  a clipped ratio as a weight, so that no token loses its gradient; mean over tokens
     gmpo         arXiv:2507.20673  the geometric mean over a sequence's tokens
     sapo         arXiv:2511.20347  a soft gate instead of a clip
 
-What samples and what learns may differ (an engine of another precision). The log-probs of the sampler are in the ledger, and
-"mismatch" in the metrics says by how much; --correction weighs tokens by it: tis (truncated), mis (masked), icepop (a band).
+What samples and what learns may differ (an engine of another precision): "ess" in the metrics tells. --correction weighs tokens
+by how much: tis (truncated), mis (masked), icepop (a band); the metrics have "mismatch" then.
 
 The folder of the run holds config.json, metrics.jsonl (a line a step), rollouts.jsonl (conversations: torchrl-chat view FOLDER
 shows them), checkpoints/ (model and tokenizer), curve.png and result.json. Ctrl-C ends a run behind its step, with a
@@ -107,6 +107,12 @@ class GRPOConfig(RunConfig):
             bounds_of(self.surrogate, self.bounds)
         except ValueError as error:
             return f"--clip {self.clip} --clip-high {self.clip_high}: {error}"
+        if self.surrogate == "reinforce" and (self.clip or self.clip_high):
+            return "--surrogate reinforce has no ratio that --clip or --clip-high could bound."
+        if self.normalize == "mean" and self.overlong:
+            return (
+                "--overlong makes rewards negative, and --normalize mean divides by their mean: give one of them."
+            )
         return super().problem()
 
 
@@ -120,7 +126,7 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
             else {"prompts": 16, "group_size": 8, "entropy": 0.05, "lr": 7e-4}
         )
     if asked.variant == "dapo":
-        given = asked.max_new_tokens != GRPOConfig.max_new_tokens
+        given = "max_new_tokens" in asked.given
         limit = asked.max_new_tokens if given else found.get("max_new_tokens", asked.max_new_tokens)
         long = max(1, limit // 4)
         found |= {
@@ -130,7 +136,7 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
             "overlong": 0 if long == 1 else long,
         }
     found |= _VARIANTS.get(asked.variant, {})
-    surrogate = asked.surrogate if asked.surrogate != GRPOConfig.surrogate else found.get("surrogate", "ppo")
+    surrogate = asked.surrogate if "surrogate" in asked.given else found.get("surrogate", asked.surrogate)
     if surrogate != "ppo":
         found["clip"], found["clip_high"] = bounds_of(surrogate, None)
     return found
@@ -139,9 +145,9 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
 # Beside GRPO's own, and DAPO's, which depend on the longest answer.
 _VARIANTS: dict[str, dict[str, Any]] = {
     "dr-grpo": {"aggregation": "constant", "normalize": "none"},
-    "rloo": {"normalize": "none", "leave_one_out": True},
+    "rloo": {"aggregation": "constant", "normalize": "none", "leave_one_out": True},
     "reinforce++": {"normalize": "batch", "aggregation": "token"},
-    "maxrl": {"normalize": "mean"},
+    "maxrl": {"aggregation": "constant", "normalize": "mean"},
     "gspo": {"surrogate": "gspo"},
     "cispo": {"surrogate": "cispo", "aggregation": "token"},
     "gmpo": {"surrogate": "gmpo"},

@@ -49,7 +49,7 @@ from torchrl_chat.seeds import EPOCH, PLACE, ROW
 # falls towards the last step, --steps has: the rest of the run then follows the new number.)
 _FREE = {
     "out", "resume", "checkpoint", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
-    "logger",
+    "logger", "merge", "checkpointing",
 }  # fmt: skip
 
 
@@ -272,8 +272,6 @@ class Run:
                         self.save()
             except Interrupted:
                 self._interrupted()
-        if config.merge and not (merged := self.folder / "merged").exists():
-            save_model(merged, whole(self.model), self.tokenizer)
         self._draw()
         first, *others = self._evaluations()
         result = {
@@ -288,6 +286,9 @@ class Run:
         )
         if self.skipped:
             print(f"{self.skipped} optimizer steps were left out: their loss or gradients were not finite")
+        if config.merge:
+            shutil.rmtree(self.folder / "merged", ignore_errors=True)  # of a run that went on behind its end
+            save_model(self.folder / "merged", whole(self.model), self.tokenizer)
         self.close()
 
     def _due(self) -> bool:

@@ -120,7 +120,19 @@ class RunConfig:
 
     def problem(self) -> str | None:
         """What does not go together among the settings; ``None`` if all does."""
-        return "--merge merges the adapter of --lora: give that, too." if self.merge and not self.lora else None
+        if not self.lora:
+            given = [
+                name
+                for name in ("merge", "lora_alpha", "lora_targets")
+                if getattr(self, name) != getattr(RunConfig, name)
+            ]
+            return f"--{given[0].replace('_', '-')} is of the adapter of --lora: give that, too." if given else None
+        if getattr(self, "kl", 0.0) and self.warm_steps:
+            return (
+                "--kl compares with what is under the adapter of --lora, and --warm-steps trains the adapter: give --kl 0 or "
+                "--warm-steps 0."
+            )
+        return None
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -159,7 +171,8 @@ def parse(
     Args:
         kind: the config's class.
         description: the script's docstring.
-        defaults: other defaults than the class's, given what was asked for (``--model``, say); ``--help`` shows these.
+        defaults: other defaults than the class's, given what was asked for (``--model``, say), of which ``given`` are the names that
+            stood on the command line; ``--help`` shows these.
         arguments: the words of the command line; those of this process if ``None``.
         prog: what the help calls the command; by default what this process was started as.
 
@@ -175,7 +188,9 @@ def parse(
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser: Any = HfArgumentParser(cast(Any, kind), prog=prog, description=description, formatter_class=_Help)
     show_one_spelling(parser)
-    asked, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
+    plain = [word for word in words if word not in ("-h", "--help")]
+    asked, _ = parser.parse_known_args(plain)
+    asked.given = _given(parser, plain)
     found = defaults(asked)
     if asked.lora:
         found["lr"] = _LORA_RATE * found.get("lr", kind.lr)
@@ -198,6 +213,18 @@ def parse(
             f"--checkpoint {config.checkpoint} says from where a run goes on: give --resume and --out, too."
         )
     return config
+
+
+def _given(parser: Any, words: Sequence[str]) -> set[str]:
+    """The names of the settings that stand on a command line."""
+    kept = [(action, action.default) for action in parser._actions]
+    try:
+        for action, _ in kept:
+            action.default = argparse.SUPPRESS
+        return set(vars(parser.parse_known_args(words)[0]))
+    finally:
+        for action, default in kept:
+            action.default = default
 
 
 def _wrong(kind: type[RunConfig], name: str, value: Any) -> str | None:

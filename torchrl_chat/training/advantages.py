@@ -73,9 +73,9 @@ def group_advantages(
         raise ValueError(f"the reward of row {row} is {float(values[row])}: not finite.")
     values = torch.where(counts > 0, values, 0.0)
     if normalize == "mean" and bool((values < 0).any()):
+        row = int((values < 0).nonzero()[0])
         raise ValueError(
-            f"the reward of row {int((values < 0).nonzero()[0])} is {float(values.min())}: a group's mean divides only rewards of "
-            "at least 0."
+            f"the reward of row {row} is {float(values[row])}: a group's mean divides rewards of at least 0."
         )
     weights = counts
     if episode is not None:  # an episode's first valid row stands for it
@@ -244,7 +244,7 @@ def whitened(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> tor
     Args:
         values: float (N, T), such as the advantages of :func:`gae`.
         mask: bool (N, T).
-        eps: the least standard deviation and mean (sample standard deviation).
+        eps: the least standard deviation (sample standard deviation).
 
     Returns:
         float (N, T), 0 where the mask is false. 0 throughout where it has one token: nothing compares with it. What is not

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.models.head import token_scores
-from torchrl_chat.models.passes import float_type, groups_of
+from torchrl_chat.models.passes import ModelError, float_type, groups_of
 from torchrl_chat.training.passing import Dense, Passing, dense_of, passing_of
 
 
@@ -237,5 +237,11 @@ def _score(
         entropy=entropy,
         chunk=chunk,
     )
-    values = torch.zeros_like(scored) if critic is None else critic(seen[0], dense, passing, before)
-    return scored, uncertain, values
+    if critic is None:
+        return scored, uncertain, torch.zeros_like(scored)
+    if not seen:
+        raise ModelError(
+            f"{type(model).__name__} does not call its output head as a module (a compiled model does not), so that nobody sees the "
+            "hidden states that values are made of: give the model as it is, uncompiled."
+        )
+    return scored, uncertain, critic(seen[0], dense, passing, before)

@@ -67,12 +67,16 @@ def cispo(tokens: Tokens, low: float, high: float) -> Gain:
 
 
 def gmpo(tokens: Tokens, low: float, high: float) -> Gain:
-    """The geometric mean of a sequence's ratios, each clipped in its logarithm to [-low, high] where that is less (arXiv:2507.20673)."""
+    """The geometric mean of a sequence's ratios, each clipped in its logarithm to [-low, high] where that is less (arXiv:2507.20673).
+
+    As in :func:`gspo` its gradient reaches each token through its own ratio, so that tokens can have weights.
+    """
     advantage = tokens.mean(tokens.advantage)
     bounded = tokens.log_ratio.clamp(-low, high)
-    up = advantage >= 0
-    inside = torch.where(up, torch.minimum(tokens.log_ratio, bounded), torch.maximum(tokens.log_ratio, bounded))
-    return tokens.mean(inside).exp() * advantage, inside != tokens.log_ratio
+    less, more = torch.minimum(tokens.log_ratio, bounded), torch.maximum(tokens.log_ratio, bounded)
+    inside = torch.where(advantage >= 0, less, more)
+    whole = tokens.mean(inside).detach().exp()
+    return whole * advantage * (1 + inside - inside.detach()), inside != tokens.log_ratio
 
 
 def sapo(tokens: Tokens, low: float, high: float) -> Gain:
