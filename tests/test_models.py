@@ -224,6 +224,19 @@ class BlindToPacking(LlamaForCausalLM):
         )
 
 
+class OneRowAtATime(LlamaForCausalLM):
+    """Tells packed sequences apart in a batch of one row only, as flash attention does in transformers."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        if len(input_ids) > 1 and (attention_mask is None or attention_mask.dim() != 2):
+            attention_mask = position_ids = None
+        if attention_mask is not None and attention_mask.dim() != 2:
+            attention_mask = position_ids = None
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+
 class Both(ShiftedLeft, BlindToPacking):
     """Wrong in both ways."""
 
@@ -265,6 +278,18 @@ def test_made_up_classes_are_found(cls, together, packing):
     reference = torch.cat([alone(model, t.tokens)[t.mask] for t in ledgers(td)])
     assert float((scores.log_probs[scores.mask] - reference).abs().max()) < LIMIT
     assert (prover_of(model).packing() is not None) == packing
+
+
+def test_kernels_that_take_one_packed_row_get_one():
+    model = made_up(OneRowAtATime)
+    td = played(TransformersPolicy(model, TOKENIZER, max_new_tokens=12))
+    longest = max(map(len, ledgers(td)))
+    view = training_view(td, group=None, layout="packed", max_tokens=longest)
+    assert len(view["tokens"].full) > 1
+    scores = sequence_log_probs(model, view, vocab_size=len(TOKENIZER))
+    assert prover_of(model).record()["packing"] == "positions, row by row"
+    expected = torch.cat([alone(model, t.tokens)[t.mask] for t in ledgers(td)])
+    assert float((by_sequence(view, scores.mask, scores.log_probs, 3) - expected).detach().abs().max()) < LIMIT
 
 
 def test_a_model_that_sees_behind_is_refused():

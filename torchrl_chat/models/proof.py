@@ -24,7 +24,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,7 @@ from torchrl_chat.models.passes import (
     ModelError,
     Together,
     float_type,
+    groups_of,
     packed_pass,
     tree_pass,
     whole_pass,
@@ -60,6 +61,18 @@ class Check:
 
     def __str__(self) -> str:
         return self.error or f"{self.difference:.2g} nats off"
+
+
+class Packing(NamedTuple):
+    """How sequences are told apart that are packed into one row."""
+
+    manner: str
+    """See :func:`~torchrl_chat.models.passes.packed_pass`."""
+    together: Together
+    """Which rows may go together."""
+
+    def __str__(self) -> str:
+        return self.manner if self.together == "padded" else f"{self.manner}, row by row"
 
 
 @dataclass
@@ -152,14 +165,16 @@ class Prover:
                 return way
         return "alone"
 
-    def packing(self) -> str | None:
+    def packing(self) -> Packing | None:
         """How sequences are told apart that are packed into one row; ``None`` where the model cannot."""
-        for name in ("positions", "mask", "masks"):
+        ways = [Packing(manner, "padded") for manner in ("positions", "mask", "masks")]
+        # Kernels of packed rows take one at a time.
+        for way in (*ways, Packing("positions", "alone")):
             # A mask of ours takes the place of the model's own, which may look at a stretch only: short rows do not show it.
-            if name != "positions" and self.small is None:
-                break
-            if self._holds(f"packing, told apart by {name}", Prover._packed, name):
-                return name
+            if way.manner != "positions" and self.small is None:
+                continue
+            if self._holds(f"packing, told apart by {way}", Prover._packed, way):
+                return way
         return None
 
     def sharing(self) -> str | None:
@@ -199,7 +214,7 @@ class Prover:
         found = {
             "sampling": sampling,
             "scoring": _SAID[self.scoring()],
-            "packing": self.packing(),
+            "packing": None if (packing := self.packing()) is None else str(packing),
             "sharing": self.sharing(),
             "chunking": self.chunking(),
         }
@@ -270,24 +285,33 @@ class Prover:
             worst = max(worst, *(_difference(found[: len(a)], a) for found, a in zip(logits, alone, strict=True)))
         return worst
 
-    def _packed(self, manner: str) -> float:
-        positions = torch.cat([torch.arange(len(row), device=row.device) for row in self.rows])
-        logits = packed_pass(self.model, torch.cat(self.rows)[None], positions[None], manner).logits[0]
-        return _difference(_log_probs(logits), torch.cat(self.alone(self.rows)))
+    def _packed(self, way: Packing) -> float:
+        """Two rows of the same sequences, in either order."""
+        alone, worst = self.alone(self.rows), 0.0
+        numbers = range(len(self.rows))
+        orders = [[*numbers], [*reversed(numbers)]]
+        ids = torch.stack([torch.cat([self.rows[i] for i in order]) for order in orders])
+        positions = [torch.cat([torch.arange(len(self.rows[i])) for i in order]) for order in orders]
+        places = torch.stack(positions).to(ids.device)
+        for rows in groups_of([ids.shape[1]] * len(orders), way.together):
+            logits = _log_probs(packed_pass(self.model, ids[rows], places[rows], way.manner).logits)
+            for row, found in zip(rows, logits, strict=True):
+                worst = max(worst, _difference(found, torch.cat([alone[i] for i in orders[row]])))
+        return worst
 
     def _shared(self, manner: str) -> float:
         """Two sequences that begin alike, and one that is all of one of them but its end."""
         one = max(self.rows, key=len)
         half, end = len(one) // 2, len(one)
         other = torch.cat((one[:half], one[half:].flip(0)))
-        ids = torch.cat((one, other[half:]))[None]
-        positions = torch.cat((torch.arange(end), torch.arange(half, end))).to(ids.device)[None]
-        ends = torch.tensor(
-            [ids.shape[1]] * half + [end] * (end - half) + [ids.shape[1]] * (end - half), device=ids.device
-        )
-        logits = _log_probs(tree_pass(self.model, ids, positions, ends[None], manner).logits[0])
+        tree, count = torch.cat((one, other[half:])), 2 * end - half
+        positions = torch.cat((torch.arange(end), torch.arange(half, end))).to(tree.device)
+        ends = torch.tensor([count] * half + [end] * (end - half) + [count] * (end - half), device=tree.device)
+        # Two rows, as a view may have them.
+        ids, positions, ends = (field.expand(2, -1) for field in (tree, positions, ends))
+        logits = _log_probs(tree_pass(self.model, ids, positions, ends, manner).logits)
         first, second = self.alone([one, other])
-        return max(_difference(logits[:end], first), _difference(logits[end:], second[half:]))
+        return max(max(_difference(row[:end], first), _difference(row[end:], second[half:])) for row in logits)
 
     def _chunked(self) -> float:
         row, head = max(self.rows, key=len), Head(self.model)

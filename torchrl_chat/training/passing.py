@@ -144,9 +144,10 @@ def _laid_out(model: Any, prover: Prover, dense: Dense) -> Passing:
             )
         return Passing(dense.apart().split_at(change.length), True, "padded", None, change)
     if dense.sequence_ids is not None:
-        packing = prover.packing() if dense.ends is None else prover.sharing()
-        if packing is not None:
-            return Passing(dense, False, "padded", packing)
+        if dense.ends is None and (packing := prover.packing()) is not None:
+            return Passing(dense, False, packing.together, packing.manner)
+        if dense.ends is not None and (sharing := prover.sharing()) is not None:
+            return Passing(dense, False, "padded", sharing)
         if model not in _told:
             _told.add(model)
             what = "tell packed sequences apart" if dense.ends is None else "share what sequences begin with"

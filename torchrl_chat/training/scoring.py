@@ -68,10 +68,10 @@ def sequence_log_probs(
         ValueError: a token id is outside the model's vocabulary, or a setting is out of range.
 
     How rows go through the model is what :mod:`~torchrl_chat.models.proof` found right for it, whatever the view's layout.
-    Packed rows attend block by block: causal within a sequence, blind to the others. transformers makes such a mask
-    of ``position_ids`` that begin anew (with flash attention for one row at a time, so the rows go through it one by
-    one). Models for which that is not so, those that carry a state over positions (Mamba, linear attention) among them, get the
-    sequences of a packed view as padded rows, with a warning.
+    Packed rows attend block by block: causal within a sequence, blind to the others. transformers makes such a mask of
+    ``position_ids`` that begin anew, for some kernels (flash attention) of one row at a time. Models for which that is not so,
+    those that carry a state over positions (Mamba, linear attention) among them, get the sequences of a packed view as padded
+    rows, with a warning.
 
     Example:
         >>> view = training_view(batch, layout="padded")
