@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 # Numbers of a chunk: large enough for a matrix product to be worth its name, small beside a model's layers.
-_CHUNK_ON_CPU, _CHUNK = 1 << 23, 1 << 26
+_CHUNK_ON_CPU, _CHUNK = 1 << 24, 1 << 26
 
 
 class Head:
@@ -207,7 +207,7 @@ class _TokenScores(torch.autograd.Function):
         with contextlib.nullcontext() if head is None else head.apart() as logits_of:
             for rows in _chunks(head, states, chunk):
                 logits = states[rows] if logits_of is None else logits_of(states[rows])[0]
-                log_probs = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
+                log_probs = _log_probs(logits, temperature, vocab_size)
                 scored[rows] = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
                 if entropy:
                     uncertain[rows] = torch.special.entr(log_probs.exp()).sum(-1)
@@ -228,7 +228,7 @@ class _TokenScores(torch.autograd.Function):
 
         def of_logits(logits: torch.Tensor, rows: slice) -> torch.Tensor:
             # In place where it can be: each of these is as large as a layer's weights.
-            part = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
+            part = _log_probs(logits, temperature, vocab_size)
             if entropy:
                 probs = part.exp()
                 part.masked_fill_(
@@ -239,7 +239,9 @@ class _TokenScores(torch.autograd.Function):
             else:
                 part.exp_().mul_(-of_scored[rows, None])
             part.scatter_add_(1, targets[rows, None], of_scored[rows, None])
-            return torch.nn.functional.pad(part.div_(temperature), (0, logits.shape[1] - part.shape[1]))
+            part.div_(temperature)
+            missing = logits.shape[1] - part.shape[1]
+            return torch.nn.functional.pad(part, (0, missing)) if missing else part
 
         if head is None:
             for rows in _chunks(head, states, chunk):
@@ -256,6 +258,12 @@ class _TokenScores(torch.autograd.Function):
             None, gradient, None, None, None, None, None,
             *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)),
         )  # fmt: skip
+
+
+def _log_probs(logits: torch.Tensor, temperature: float, vocab_size: int | None) -> torch.Tensor:
+    """Float32 (K, V), the only thing of that size that is made, if the temperature is 1."""
+    some = logits[:, :vocab_size]
+    return (some if temperature == 1 else some.float() / temperature).log_softmax(-1, dtype=torch.float32)
 
 
 def _chunks(head: Head | None, states: torch.Tensor, chunk: int | None) -> Iterator[slice]:
