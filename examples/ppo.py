@@ -126,7 +126,11 @@ def main() -> None:
         warm_start(config, model, optimizer, tokenizer)
     sync()
     reference = run.reference() if config.kl else None
-    scoring = {"temperature": config.temperature, "vocab_size": policy.codec.vocab_size}
+    scoring = {
+        "temperature": config.temperature,
+        "vocab_size": policy.codec.vocab_size,
+        "share_prefixes": config.share_prefixes,
+    }
 
     for step in run.steps(lambda: ask(judge, policy, config)):
         set_rate(optimizer, config.rate(step))

@@ -132,9 +132,9 @@ def test_every_architecture_is_right_or_refused(name):
         )
 
     expected = gradient(reference)
-    for way, options in VIEWS.items():
+    for way, options in {**VIEWS, **SHARED}.items():
         view = training_view(td, group=None, **options)
-        scores = refused(sequence_log_probs, model, view, vocab_size=len(TOKENIZER))
+        scores = refused(sequence_log_probs, model, view, vocab_size=len(TOKENIZER), share_prefixes=way in SHARED)
         if scores is None:
             continue
         flat = by_sequence(view, scores.mask, scores.log_probs, len(ids))
@@ -180,6 +180,7 @@ VIEWS = {
     "packed in bins": {"layout": "packed", "max_tokens": 160},
     "trees": {"layout": "tree"},
 }
+SHARED = {"right, shared": {"layout": "padded"}, "ragged, shared": {"layout": "ragged"}}
 
 
 def by_sequence(view, mask, found, count):
@@ -793,6 +794,53 @@ class TestTrees:
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-4
         assert most or int(view["masks"].all_attention_mask.sum()) < sum(map(len, ledgers(td)))
+
+    @pytest.mark.parametrize("name", ["llama", "gpt_oss", "mamba"])
+    @pytest.mark.parametrize("options", [{}, {"max_tokens": 260}, {"chunk": 3, "entropy": True}], ids=str)
+    @pytest.mark.parametrize(
+        "view", [{"layout": "ragged"}, {"layout": "padded"}, {"layout": "padded", "side": "left"}], ids=str
+    )
+    @pytest.mark.filterwarnings("ignore")
+    def test_views_of_rows_share_what_they_begin_with(self, name, options, view):
+        """A group, an answer that is there twice, and one that begins otherwise: in the places of the view."""
+        model = zoo.make(name)
+        td = played(TransformersPolicy(model, TOKENIZER, max_new_tokens=12), QUERIES[1:2] * 4 + QUERIES[:1])
+        laid = training_view(td, group=None, **view)[torch.tensor([0, 3, 1, 1, 4, 2])]
+        forwarded, found = [], []
+        layer = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
+        layer.register_forward_pre_hook(lambda _module, args: forwarded.append(args[0].shape[:2].numel()))
+        critic = PolicyAndValue(model)
+        nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+        weights = [p for p in critic.parameters() if p.requires_grad]
+        critic(laid, share_prefixes=True, **options)  # the proofs
+        for share in (False, True):
+            forwarded.clear()
+            scores, values = critic(laid, vocab_size=len(TOKENIZER), share_prefixes=share, **options)
+            loss = (
+                scores.log_probs * torch.arange(scores.log_probs.numel()).reshape(scores.log_probs.shape).sin()
+            ).sum()
+            gradients = torch.autograd.grad(loss + values.square().sum(), weights, allow_unused=True)
+            entropy = values if scores.entropy is None else scores.entropy
+            flat = torch.cat([g.flatten() for g in gradients if g is not None])
+            found.append((scores.mask, scores.log_probs, values, entropy, flat, sum(forwarded)))
+        (mask, *plain, tokens), (same_mask, *shared, fewer) = found
+        assert torch.equal(mask, same_mask)
+        for a, b in zip(plain[:3], shared[:3], strict=True):
+            assert float((a - b).detach().abs().max()) < 1e-3
+        assert float((plain[3] - shared[3]).norm() / plain[3].norm()) < 1e-4
+        assert fewer < 0.85 * tokens if name != "mamba" else fewer == tokens
+
+    def test_rows_that_share_little_stay_as_they_are(self):
+        model = zoo.make("llama")
+        ids = torch.randint(5, 60, (3, 20), generator=torch.Generator().manual_seed(0))
+        flat = layouts.Flat.of(list(ids), mask=[torch.arange(20) > 3] * 3, log_probs=[torch.zeros(20)] * 3)
+        view = TensorDict(layouts.padded(flat, None, "right", 0, 1), batch_size=(3,))
+        widths = []
+        model.model.layers[0].register_forward_pre_hook(
+            lambda _module, args: widths.append(tuple(args[0].shape[:2]))
+        )
+        sequence_log_probs(model, view, share_prefixes=True)
+        assert widths[-1] == (3, 20)
 
 
 class TestAudit:

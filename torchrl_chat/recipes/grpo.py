@@ -215,7 +215,12 @@ _LEARNED = (
 def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRPOConfig, vocab_size: int) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log."""
     scores = sequence_log_probs(
-        model, part, temperature=config.temperature, vocab_size=vocab_size, entropy=config.entropy > 0
+        model,
+        part,
+        temperature=config.temperature,
+        vocab_size=vocab_size,
+        entropy=config.entropy > 0,
+        share_prefixes=config.share_prefixes,
     )
     sampled = whole["masks"].all_assistant_mask
     share: dict[str, Any] = {
@@ -281,7 +286,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     sync()
     reference = run.reference() if config.kl else None
     vocab_size = policy.codec.vocab_size
-    scoring = {"vocab_size": vocab_size, "temperature": config.temperature, "max_tokens": config.max_tokens}
+    scoring = {
+        "vocab_size": vocab_size,
+        "temperature": config.temperature,
+        "max_tokens": config.max_tokens,
+        "share_prefixes": config.share_prefixes,
+    }
 
     for step in run.steps(lambda: ask(judge, policy, config)):
         set_rate(optimizer, config.rate(step))

@@ -49,7 +49,7 @@ from torchrl_chat.seeds import EPOCH, PLACE, ROW
 # falls towards the last step, --steps has: the rest of the run then follows the new number.)
 _FREE = {
     "out", "resume", "checkpoint", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
-    "logger", "merge", "checkpointing",
+    "logger", "merge", "checkpointing", "share_prefixes",
 }  # fmt: skip
 
 

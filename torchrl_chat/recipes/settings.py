@@ -61,6 +61,10 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "what the trained model computes in; its weights and their updates stay float32"
     )
+    share_prefixes: bool = setting(
+        True,
+        "what conversations begin with alike goes through the trained model once, where that is exact and pays",
+    )
     lora: int = setting(0, "rank of a LoRA that is trained instead of the model's own weights; 0: none")
     lora_alpha: int = setting(32, "what it is scaled by, divided by its rank")
     lora_targets: str = setting(

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from torchrl_chat import columns
-from torchrl_chat.training.trees import first_fit, rows_of_trees
+from torchrl_chat.training.trees import Row, first_fit, rows_of_trees
 
 Layout = Literal["ragged", "padded", "packed", "tree"]
 Side = Literal["left", "right"]
@@ -116,22 +116,46 @@ def tree(
     fields, lengths = flat
     where = fields["tokens"].device
     rows = rows_of_trees(fields["tokens"].cpu().numpy(), fields["mask"].cpu().numpy(), lengths, max_tokens)
-    width = _up(max(len(row.source) for row in rows), multiple)
-    attention = (
-        torch.arange(width, device=where) < torch.tensor([len(row.source) for row in rows], device=where)[:, None]
-    )
-    source, positions, parents, ends = (
-        torch.from_numpy(np.concatenate(parts)).to(where) for parts in zip(*rows, strict=True)
-    )
+    laid = Forest.of(rows, where, multiple)
+    source = laid.source[laid.attention]
     numbers = torch.arange(len(lengths), device=where).repeat_interleave(torch.tensor(lengths, device=where))
-    alone = torch.arange(1, width + 1, device=where).expand(attention.shape)  # padding is seen by itself only
     return {
-        **_rectangles({name: field[source] for name, field in fields.items()}, attention, device, pad_id),
-        "position_ids": _filled(attention, positions, 0),
-        "sequence_ids": _filled(attention, numbers[source], -1),
-        "parents": _filled(attention, parents, -1),
-        "ends": alone.masked_scatter(attention, ends),
+        **_rectangles({name: field[source] for name, field in fields.items()}, laid.attention, device, pad_id),
+        "position_ids": laid.positions,
+        "sequence_ids": _filled(laid.attention, numbers[source], -1),
+        "parents": laid.parents,
+        "ends": laid.ends,
     }
+
+
+class Forest(NamedTuple):
+    """Rows of trees as rectangles (M, L)."""
+
+    attention: torch.Tensor
+    """bool, false on padding."""
+    source: torch.Tensor
+    """int64, where each token stands in the buffer of all sequences; 0 on padding, as are the positions."""
+    positions: torch.Tensor
+    parents: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device, multiple: int = 1) -> Forest:
+        """The rows, each as wide as the widest."""
+        lengths = torch.tensor([len(row.source) for row in rows], device=device)
+        places = torch.arange(_up(int(lengths.max()), multiple), device=device)
+        attention = places < lengths[:, None]
+        source, positions, parents, ends = (
+            torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*rows, strict=True)
+        )
+        alone = (places + 1).expand(attention.shape)  # padding is seen by itself only
+        return cls(
+            attention,
+            _filled(attention, source, 0),
+            _filled(attention, positions, 0),
+            _filled(attention, parents, -1),
+            alone.masked_scatter(attention, ends),
+        )
 
 
 def _rectangles(

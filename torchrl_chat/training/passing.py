@@ -16,6 +16,8 @@ from torchrl_chat.models.head import Head
 from torchrl_chat.models.passes import ModelError, Together, packed_pass, padded_pass, tree_pass
 from torchrl_chat.models.proof import Prover, prover_of
 from torchrl_chat.models.ropes import RopeChange, rope_change
+from torchrl_chat.training.layouts import Forest
+from torchrl_chat.training.trees import cost, rows_of_trees
 
 
 class Dense(NamedTuple):
@@ -112,6 +114,8 @@ class Passing:
     """The output head, if the model says what it is."""
     chunked: bool = False
     """Whether the head may see some states at a time."""
+    order: torch.Tensor | None = None
+    """Of each scored token, in the order in which they lie in ``dense``, its number in the view; ``None``: the same."""
 
     def through(self, model: Any, part: Dense) -> Any:
         """A model's output for some of the rows, which go together; or that of a part of it that takes what the whole takes."""
@@ -124,11 +128,55 @@ class Passing:
         return model(input_ids=part.ids, use_cache=False)
 
 
-def passing_of(model: Any, dense: Dense) -> Passing:
-    """How the sequences of a view go through a model, as its proof allows; packed ones are taken apart where it must be."""
+def passing_of(model: Any, dense: Dense, share: bool = False, max_tokens: int | None = None) -> Passing:
+    """How the sequences of a view go through a model, as its proof allows; packed ones are taken apart where it must be.
+
+    Args:
+        model: the model.
+        dense: the rows of the view.
+        share: what rows begin with alike goes through once, where the model can and it pays.
+        max_tokens: how many tokens a row with such beginnings has at most.
+    """
     prover = prover_of(model)
     head = None if model.get_output_embeddings() is None else Head(model)
-    return replace(_laid_out(model, prover, dense), head=head, chunked=head is not None and prover.chunking())
+    laid = _laid_out(model, prover, dense)
+    if share and laid.packing is None and laid.change is None and laid.together == "padded":
+        laid = _shared(laid, prover.sharing(), max_tokens)
+    return replace(laid, head=head, chunked=head is not None and prover.chunking())
+
+
+_WORTH = 0.9  # of the cost of padded rows: with more, what is shared does not make up for the work of finding it
+
+
+def _shared(laid: Passing, manner: str | None, max_tokens: int | None) -> Passing:
+    """Rows as trees of what they begin with alike."""
+    dense = laid.dense
+    lengths = dense.attention.sum(-1).tolist()
+    if manner is None or not all(lengths):
+        return laid
+    ids, trained = dense.ids[dense.attention], dense.scored[dense.attention]
+    most = None if max_tokens is None else max(max_tokens, *lengths)
+    # Rows are padded to the widest of them: some batches cost less as one row.
+    ways = (rows_of_trees(ids.cpu().numpy(), trained.cpu().numpy(), lengths, m) for m in {most, most or len(ids)})
+    costs = [(len(rows) * cost(max(len(row.source) for row in rows)), rows) for rows in ways]
+    least, rows = min(costs, key=lambda each: each[0])
+    if least > _WORTH * len(lengths) * cost(max(lengths)):
+        return laid
+    forest = Forest.of(rows, ids.device)
+    numbers = torch.arange(len(lengths), device=ids.device).repeat_interleave(
+        torch.tensor(lengths, device=ids.device)
+    )
+    trees = Dense(
+        ids[forest.source].masked_fill(~forest.attention, 0),
+        trained[forest.source] & forest.attention,
+        forest.attention,
+        forest.positions,
+        numbers[forest.source].masked_fill(~forest.attention, -1),
+        forest.parents,
+        forest.ends,
+    )
+    order = (trained.cumsum(0) - 1)[forest.source[trees.scored]]
+    return Passing(trees, True, "padded", manner, order=order)
 
 
 def _laid_out(model: Any, prover: Prover, dense: Dense) -> Passing:

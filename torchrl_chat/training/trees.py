@@ -20,7 +20,8 @@ _TOKEN_COST = 4096
 """So many pairs of tokens that see each other cost as much as one token's own work: six times the hidden size, or so."""
 
 
-def _cost(length: int) -> int:
+def cost(length: int) -> int:
+    """What a row of so many tokens costs, in pairs of tokens that see each other."""
     return length * (_TOKEN_COST + length)
 
 
@@ -53,7 +54,7 @@ class _Node:
     def pays(self) -> bool:
         """Whether what the children share costs less once, in one long row, than in a row for each of them."""
         apart = [len(self.source) + child.size for child in self.children]
-        return len(apart) < 2 or _cost(self.size) <= sum(map(_cost, apart))
+        return len(apart) < 2 or cost(self.size) <= sum(map(cost, apart))
 
 
 class Row(NamedTuple):
