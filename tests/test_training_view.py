@@ -367,9 +367,7 @@ class TestScoring:
             scores = sequence_log_probs(policy.model, view)
         finally:
             hook.remove()
-        # One state of the pass over the body, in which the head has no part.
-        width = policy.model.config.vocab_size
-        assert seen == [(1, 1, width), (1, int(scores.mask.sum()), width)]
+        assert seen == [(1, int(scores.mask.sum()), policy.model.config.vocab_size)]
         logits = policy.model(input_ids=torch.tensor([[5, 6]])).logits
         assert logits.shape[:2] == (1, 2)  # the model is as it was
 

@@ -142,7 +142,7 @@ def passing_of(model: Any, dense: Dense, share: bool = False, max_tokens: int | 
     laid = _laid_out(model, prover, dense)
     if share and laid.packing is None and laid.change is None and laid.together == "padded":
         laid = _shared(laid, prover.sharing(), max_tokens)
-    return replace(laid, head=head, chunked=head is not None and prover.chunking())
+    return replace(laid, head=head, chunked=head is not None and head.plain and prover.chunking())
 
 
 _WORTH = 0.9  # of the cost of padded rows: with more, what is shared does not make up for the work of finding it
