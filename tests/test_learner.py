@@ -168,6 +168,7 @@ class TestPrecision:
         _, metrics = policy_loss(scores.log_probs, view["log_probs"].full, torch.ones(16), scores.mask)
         assert metrics["ess"] > 0.99
         assert prover_of(model).proof.limit > 1e-3
+        assert 1e-4 < prover_of(model).record()["rounding"] < 0.1
         assert max(prover_of(model).record()["small_copy"].values()) < 1e-3  # which is in float32
 
     def test_a_copy_and_an_adapter_compute_alike(self, view):

@@ -41,7 +41,8 @@ class Head:
             raise ValueError(f"{type(self._plain).__name__} does not say what its head is.")
         # What is around the embeddings, from the outside.
         embeddings = self._plain.get_input_embeddings()
-        names = next(name for name, part in self._plain.named_modules() if part is embeddings).split(".")
+        found = (name for name, part in self._plain.named_modules() if part is embeddings)
+        names = next(found, "").split(".")
         self._around = [self._plain.get_submodule(".".join(names[:n])) for n in range(1, len(names))]
         # What makes the hidden states: the part, the kind of its output, one of the states (H,).
         self._trunk: tuple[nn.Module, Any, torch.Tensor] | None = None
@@ -231,9 +232,8 @@ class _TokenScores(torch.autograd.Function):
             part = _log_probs(logits, temperature, vocab_size)
             if entropy:
                 probs = part.exp()
-                part.masked_fill_(
-                    probs == 0, 0.0
-                )  # what is impossible (a logit of -inf) has no part in either gradient
+                # What is impossible (a logit of -inf) has no part in either gradient.
+                part.masked_fill_(probs == 0, 0.0)
                 part.add_(uncertain[rows, None]).mul_(of_uncertain[rows, None]).add_(of_scored[rows, None])
                 part.mul_(probs).neg_()
             else:

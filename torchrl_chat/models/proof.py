@@ -199,12 +199,12 @@ class Prover:
         """Everything that can be asked of the model, tried: as plain data with one JSON form.
 
         ``"sampling"`` and ``"scoring"`` say which rows go together (``None`` where it is refused), ``"packing"`` and ``"sharing"``
-        what tells sequences apart (``None``: they are taken apart), ``"chunking"`` whether the output head sees some states at a time, ``"longest"`` how many tokens a row may have (``None``: any
-        number), ``"checks"`` the largest difference in nats of each way that was tried, and ``"small_copy"`` those of the small
-        copy; of a model in ``train()``, in that mode, too, unless ``"random"``, by how much two passes differ there, is beyond the
-        limit. ``"rounding"`` is how far log-probs are from those of the same weights
-        in float32, of which a copy is made: importance ratios between a sampler and a learner of other precisions are off by as
-        much before anything is learned.
+        what tells sequences apart (``None``: they are taken apart), ``"chunking"`` whether the output head sees some states at a
+        time, ``"longest"`` how many tokens a row may have (``None``: any number), ``"checks"`` the largest difference in nats of
+        each way that was tried, and ``"small_copy"`` those of the small copy; of a model in ``train()``, in that mode, too, unless
+        ``"random"``, by how much two passes differ there, is beyond the limit. ``"rounding"`` is how far log-probs are from those
+        of the same weights in float32, of which a copy is made: importance ratios between a sampler and a learner of other
+        precisions are off by as much before anything is learned.
         """
         try:
             way, cached = self.sampling()
@@ -258,7 +258,11 @@ class Prover:
             return 0.0
         with _by_itself(self.model), evaluating(self.model):
             own = self.alone(self.rows)
-            exact = replace(self, model=copy.deepcopy(self.model).float()).alone(self.rows)
+            copied = copy.deepcopy(self.model).float()
+            for part in copied.modules():
+                if hasattr(type(part), "computes_in"):
+                    part.__class__ = plain_class(part)
+            exact = replace(self, model=copied).alone(self.rows)
         return max(map(_difference, own, exact))
 
     def alone(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
