@@ -3,7 +3,7 @@
 #
 # Expected: "all-linear" adapts the same parts of two mixtures of experts, or says which it leaves out.
 # Happens: of Mixtral the fused experts (both of their matrices) and the router are adapted beside the attention; of gpt-oss the
-#   attention alone, though in both the experts hold two thirds of the weights here, and most of them in the released models. Both
+#   attention alone, though in both the experts hold three fifths of the weights here, and most of them in the released models. Both
 #   keep their experts as three-dimensional parameters of one module, so that neither has linear layers there.
 # Versions: peft 0.21.2, transformers 5.23.0, torch 2.13.0 on a CPU (seen 2026-11-30, Python 3.11).
 # Why it matters: "LoRA on all layers" is what recipes advise for reinforcement learning; of gpt-oss that trains attention only, and two
