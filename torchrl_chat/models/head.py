@@ -111,7 +111,7 @@ class Head:
             given["states"] = states
             ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
             logits: torch.Tensor = self._plain(input_ids=ids, use_cache=False).logits
-            return logits[0], given["made"]
+            return logits.squeeze(0), given["made"]
 
         hooks = [self._layer.register_forward_pre_hook(instead), self._layer.register_forward_hook(cut)]
         own = trunk.__dict__.get("forward")  # some libraries put one of theirs there
@@ -252,7 +252,7 @@ class _TokenScores(torch.autograd.Function):
             for rows in _chunks(head, states, chunk):
                 logits, made = logits_of(states[rows])
                 outer = of_logits(logits.detach(), rows).to(logits.dtype)
-                of_made = torch.autograd.grad(logits, made, outer)[0][0]
+                of_made = torch.autograd.grad(logits, made, outer)[0].squeeze(0)
                 gradient[rows] = head.gradient(of_made, states[rows], sums)
         return (
             None, gradient, None, None, None, None, None,
