@@ -795,10 +795,15 @@ class TestTrees:
         assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-4
         assert most or int(view["masks"].all_attention_mask.sum()) < sum(map(len, ledgers(td)))
 
-    @pytest.mark.parametrize("name", ["llama", "gpt_oss", "mamba"])
-    @pytest.mark.parametrize("options", [{}, {"max_tokens": 260}, {"chunk": 3, "entropy": True}], ids=str)
     @pytest.mark.parametrize(
-        "view", [{"layout": "ragged"}, {"layout": "padded"}, {"layout": "padded", "side": "left"}], ids=str
+        ("name", "options", "view"),
+        [
+            ("llama", {}, {"layout": "padded"}),
+            ("llama", {"max_tokens": 260}, {"layout": "ragged"}),
+            ("llama", {"chunk": 3, "entropy": True}, {"layout": "padded", "side": "left"}),
+            ("gpt_oss", {"max_tokens": 260, "entropy": True}, {"layout": "padded"}),
+            ("mamba", {}, {"layout": "ragged"}),
+        ],
     )
     @pytest.mark.filterwarnings("ignore")
     def test_views_of_rows_share_what_they_begin_with(self, name, options, view):
