@@ -189,10 +189,12 @@ class TestPrecision:
 
 class TestWatching:
     def test_figures_are_those_of_the_conversations(self, collected):
-        told = figures(collected[1])
+        told = figures([collected[1]])
         sampled = [t.mask.sum().item() for t in collected[1]["transcript"]]
         assert (told["sampled_tokens"], told["sampled_longest"]) == (sum(sampled), max(sampled))
         assert (told["cut"], told["ungraded"]) == (0.0, 0.0)
+        twice = figures([collected[1]] * 2)  # a step may play several batches
+        assert (twice["sampled_tokens"], twice["sampled_longest"]) == (2 * sum(sampled), max(sampled))
 
     @pytest.mark.parametrize(
         ("metrics", "said"),

@@ -124,9 +124,8 @@ def _model(name: str, dtype: str) -> dict[str, Any]:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
-    model = load_model(
-        name, dtype=kind
-    ).train()  # what is scored with gradients is in train(), what is sampled never
+    # What is scored with gradients is in train(); what is sampled never is, whatever the model's mode.
+    model = load_model(name, dtype=kind).train()
     try:
         return prover_of(model).record()
     except ModelError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchrl_chat.learner.fronts import Front, put_in_front
+from torchrl_chat.models.passes import unwrapped
 
 
 def compute_in(model: Any, dtype: torch.dtype) -> Any:
@@ -41,7 +42,7 @@ def compute_in(model: Any, dtype: torch.dtype) -> Any:
             f"the weights are {', '.join(map(str, kinds))}: expected torch.float32, which learns small updates."
         )
     if dtype is torch.bfloat16:
-        put_in_front(_InBfloat16, model.get_base_model() if hasattr(model, "get_base_model") else model)
+        put_in_front(_InBfloat16, unwrapped(model))
     return model
 
 
@@ -49,6 +50,7 @@ class _InBfloat16(Front):
     computes_in = torch.bfloat16
     """What :func:`~torchrl_chat.models.passes.float_type` says of it."""
 
+    # The module that this stands in front of has parameters and a forward, which a type checker cannot know.
     def forward(self, *args: Any, **given: Any) -> Any:
         device = next(self.parameters()).device.type  # type: ignore[attr-defined]
         with torch.autocast(device, torch.bfloat16):

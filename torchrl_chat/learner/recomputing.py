@@ -49,6 +49,7 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "s
 
 
 class _Recomputed(Front):
+    # The layer that this stands in front of has a forward, which a type checker cannot know.
     def forward(self, *args: Any, **given: Any) -> Any:
         from transformers import Cache
 

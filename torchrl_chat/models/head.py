@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from torchrl_chat.models.passes import unwrapped
+
 # Numbers of a chunk: large enough for a matrix product to be worth its name, small beside a model's layers.
 _CHUNK_ON_CPU, _CHUNK = 1 << 24, 1 << 26
 
@@ -34,8 +36,7 @@ class Head:
     """
 
     def __init__(self, model: Any):
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._plain = getattr(plain, "_orig_mod", plain)  # torch.compile
+        self._plain = unwrapped(model)
         self._layer = model.get_output_embeddings()
         if self._layer is None:
             raise ValueError(f"{type(self._plain).__name__} does not say what its head is.")

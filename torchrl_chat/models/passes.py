@@ -24,6 +24,12 @@ class ModelError(ValueError):
     """A model does not compute what is asked for; the text names the model and says what was measured."""
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT model, a compiled one, or both."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(plain, "_orig_mod", plain)
+
+
 def float_type(model: Any) -> torch.dtype:
     """In which numbers a model computes: as it says itself (``computes_in``), or as its first weights are that are no integers."""
     told = getattr(model, "computes_in", None)

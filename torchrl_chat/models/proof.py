@@ -245,13 +245,19 @@ class Prover:
     def _right(self, name: str, training: bool, measure: Callable[..., float], *given: Any) -> bool:
         if name in self.proof.checks:
             return self.proof.checks[name].difference <= self.proof.limit
+        if training and self._draws:
+            return True
         with _by_itself(self.model), _training(self.model) if training else evaluating(self.model):
-            if training:
-                if self.proof.random is None:
-                    self.proof.random = max(map(_difference, self.alone(self.rows), self.alone(self.rows)))
-                if self.proof.random > self.proof.limit:
-                    return True  # with dropout no two passes are alike, and eval() alone can tell
+            if training and self.proof.random is None:
+                self.proof.random = max(map(_difference, self.alone(self.rows), self.alone(self.rows)))
+            if training and self._draws:
+                return True
             return self.proof.holds(name, lambda: measure(self, *given))
+
+    @property
+    def _draws(self) -> bool:
+        """Whether no two passes in ``train()`` are alike (dropout), so that ``eval()`` alone can tell."""
+        return self.proof.random is not None and self.proof.random > self.proof.limit
 
     def _rounding(self) -> float:
         if float_type(self.model) in (torch.float32, torch.float64):

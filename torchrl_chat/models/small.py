@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from torchrl_chat.models.passes import unwrapped
+
 VOCABULARY = 96
 STRETCH = 8
 """Tokens of a window, a chunk or a block."""
@@ -126,10 +128,8 @@ def small_copy(model: Any, seed: int = 0) -> Any:
 
 def plain_class(model: Any) -> Any:
     """The class that a model had before anybody put one in front of it, or a model around it."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plain = getattr(plain, "_orig_mod", plain)  # torch.compile
     # FSDP and mixed precision give a module a class of its own, made of the model's and of one that is no module by itself.
-    made = (cls for cls in type(plain).__mro__ if issubclass(cls, torch.nn.Module))
+    made = (cls for cls in type(unwrapped(model)).__mro__ if issubclass(cls, torch.nn.Module))
     return next(cls for cls in made if not (cls.__name__.startswith("FSDP") or hasattr(cls, "computes_in")))
 
 

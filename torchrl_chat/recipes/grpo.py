@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             "groups": float(trained.sum()),
         }
         if not trained.any():  # dynamic sampling found nothing to compare
-            run.log(metrics, finished=finished[0])
+            run.log(metrics, finished=finished)
             continue
 
         # 2. One sequence an episode, with a mask on what the policy sampled and the log-probs it was sampled with.
@@ -342,4 +342,4 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
                 **config.learning,
             )
         sync()
-        run.log(metrics | {"length": float(lengths.float().mean())}, finished=finished[0], trained=view)
+        run.log(metrics | {"length": float(lengths.float().mean())}, finished=finished, trained=view)

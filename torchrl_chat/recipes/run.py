@@ -339,7 +339,7 @@ class Run:
         self,
         metrics: Mapping[str, float],
         *,
-        finished: TensorDictBase | None = None,
+        finished: TensorDictBase | Sequence[TensorDictBase] = (),
         trained: TensorDictBase | None = None,
     ) -> None:
         """Write what a step measured.
@@ -348,19 +348,20 @@ class Run:
             metrics: numbers by name.
 
         Keyword Args:
-            finished: the step's conversations, of which some are written and shown; what they tell of themselves
-                (:func:`~torchrl_chat.recipes.watching.figures`) is logged, too.
+            finished: the step's conversations, in a batch or several, of which some of the first are written and shown; what
+                all of them tell of themselves (:func:`~torchrl_chat.recipes.watching.figures`) is logged, too.
             trained: what was trained on, rows with the columns that tell episodes apart; ``None`` if nothing was.
         """
         step, config = self.step, self.config
-        metrics = {**({} if finished is None else figures(finished)), **metrics}
+        batches = [finished] if isinstance(finished, TensorDictBase) else list(finished)
+        metrics = {**(figures(batches) if batches else {}), **metrics}
         metrics |= self._spent(metrics)
         for sentence in self._watch.look(metrics):
             self.say(f"step {step}: {sentence}")
         self._write("metrics", {"step": step, **metrics})
         self._write("trained", {"step": step, "episodes": [] if trained is None else episodes(trained)})
-        if finished is not None:
-            self._show(finished[: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
+        if batches:
+            self._show(batches[0][: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
         self._figures = {key: metrics[key] for key in ("pass_rate", "reward", "loss") if key in metrics}
         self.skipped += int(metrics.get("skipped", 0))
         for key, value in metrics.items():

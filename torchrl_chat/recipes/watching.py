@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -16,21 +16,22 @@ from torchrl_chat.training.failures import failed_rows
 _CUT = {StopReason.MAX_TURN_TOKENS, StopReason.MAX_TOKENS, StopReason.CONTEXT_FULL}
 
 
-def figures(finished: TensorDictBase) -> dict[str, float]:
+def figures(batches: Sequence[TensorDictBase]) -> dict[str, float]:
     """Numbers of finished conversations, by the names that metrics.jsonl has.
 
     Args:
-        finished: a batch of N conversations, as :func:`~torchrl_chat.playing.play` gives them.
+        batches: all that a step has played, as :func:`~torchrl_chat.playing.play` gives it.
 
     Returns:
         ``"sampled_tokens"``: in all; ``"sampled_longest"``: of one conversation; ``"cut"``: the share that ended at a limit of
         tokens; ``"ungraded"``: the share without a grade, from which nothing is learned.
     """
-    rows = columns.read_objects(finished["transcript"], finished.batch_size)
-    sampled = [transcript.total_sampled for transcript in rows]
-    reasons = finished["stop_reason"].flatten().tolist()
-    failed = failed_rows(finished, len(rows))
-    count = max(1, len(rows))
+    sampled = [
+        t.total_sampled for each in batches for t in columns.read_objects(each["transcript"], each.batch_size)
+    ]
+    reasons = [reason for each in batches for reason in each["stop_reason"].flatten().tolist()]
+    failed = [bad for each in batches for bad in failed_rows(each, len(each))]
+    count = max(1, len(sampled))
     return {
         "sampled_tokens": float(sum(sampled)),
         "sampled_longest": float(max(sampled, default=0)),

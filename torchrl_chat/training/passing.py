@@ -181,7 +181,8 @@ def _shared(laid: Passing, manner: str | None, max_tokens: int | None) -> Passin
 
 def _laid_out(model: Any, prover: Prover, dense: Dense) -> Passing:
     change = rope_change(model)
-    longest = int(dense.position_ids[dense.attention].max()) + 1
+    bounded = change is not None or prover.longest is not None
+    longest = int(dense.position_ids[dense.attention].max()) + 1 if bounded else 0  # asks the device
     prover.check_length(longest)
     if change is not None and longest > change.length:
         if not change.once and bool((dense.scored & (dense.position_ids > change.length)).any()):

@@ -26,6 +26,7 @@ class Scores(NamedTuple):
     entropy: torch.Tensor | None  # the same shape, of the distribution that the token was drawn from
     mask: torch.Tensor  # bool, the tokens that were scored
     precision: torch.dtype = torch.float32  # in which the model computed, whatever the type of the log-probs
+    values: torch.Tensor | None = None  # float32 like the log-probs, if a critic was given
 
 
 # What a pass is worth: values (K,) of the hidden states (K, H) before the scored tokens, which stand at the given places of
@@ -43,6 +44,7 @@ def sequence_log_probs(
     max_tokens: int | None = None,
     chunk: int | None = None,
     share_prefixes: bool = False,
+    critic: Critic | None = None,
 ) -> Scores:
     """The log-prob of every trained token of a view, given the tokens before it.
 
@@ -60,11 +62,12 @@ def sequence_log_probs(
             them see :func:`microbatches`.
         chunk: how many distributions there are at a time; by the size of the vocabulary if ``None``.
         share_prefixes: what rows of a ragged or padded view begin with alike (the prompt of a group, the turns before a branch)
-            goes through the model once, where the model's proof allows it and it saves a tenth of the tokens or more; values
+            goes through the model once, where the model's proof allows it and it saves a tenth of the work or more; values
             and gradients are the same. A ``"tree"`` view has that already.
+        critic: what values are made of hidden states by (:class:`~torchrl_chat.training.values.PolicyAndValue`).
 
     Returns:
-        ``Scores(log_probs, entropy, mask, precision)``, float32 and bool of shape (N, T), or (M, L) for a packed view; and the
+        ``Scores(log_probs, entropy, mask, precision, values)``, float32 and bool of shape (N, T), or (M, L) for a packed view; and the
         dtype that the model computed in.
 
     Raises:
@@ -82,33 +85,6 @@ def sequence_log_probs(
         >>> scores = sequence_log_probs(model, view)
         >>> ratio = (scores.log_probs - view["log_probs"].full).exp()[scores.mask]
     """
-    scores, _ = scores_and_values(
-        model,
-        view,
-        None,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        entropy=entropy,
-        max_tokens=max_tokens,
-        chunk=chunk,
-        share_prefixes=share_prefixes,
-    )
-    return scores
-
-
-def scores_and_values(
-    model: Any,
-    view: TensorDictBase,
-    critic: Critic | None,
-    *,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    entropy: bool = False,
-    max_tokens: int | None = None,
-    chunk: int | None = None,
-    share_prefixes: bool = False,
-) -> tuple[Scores, torch.Tensor]:
-    """:func:`sequence_log_probs`, and what a critic makes of the same passes: float32 (N, T) or (M, L), 0 where nothing is scored."""
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: expected more than 0.")
     if (chunk is not None and chunk < 1) or (max_tokens is not None and max_tokens < 1):
@@ -123,12 +99,12 @@ def scores_and_values(
     asked = dense.scored
     passing = passing_of(model, dense, share_prefixes, max_tokens)
     dense, mask = passing.dense, passing.dense.scored
-    # Log-probs, entropies, values.
-    found = [torch.zeros(mask.shape, device=device) for _ in range(3)]
+    softmax = {"temperature": temperature, "vocab_size": vocab_size, "entropy": entropy, "chunk": chunk}
+    # Log-probs; entropies and values, if they are asked for.
+    found = [torch.zeros(mask.shape, device=device) for _ in range(1 + entropy + (critic is not None))]
     for rows, width in _minibatches(dense.attention, mask, max_tokens, passing):
         wanted = mask[rows, :width]
-        part = dense.part(rows, width)
-        told = _score(model, part, passing, critic, wanted, temperature, vocab_size, entropy, chunk)
+        told = _score(model, dense.part(rows, width), passing, wanted, critic, softmax)
         where = torch.zeros_like(mask)
         where[rows, :width] = wanted
         found = [whole.masked_scatter(where, some) for whole, some in zip(found, told, strict=True)]
@@ -137,8 +113,9 @@ def scores_and_values(
         if (order := passing.order) is not None:
             moved = [torch.zeros_like(flat).index_copy(0, order, flat) for flat in moved]
         found = [torch.zeros(asked.shape, device=device).masked_scatter(asked, flat) for flat in moved]
-    log_probs, entropies, values = found
-    return Scores(log_probs, entropies if entropy else None, asked, float_type(model)), values
+    log_probs, *others = found
+    uncertain = others.pop(0) if entropy else None
+    return Scores(log_probs, uncertain, asked, float_type(model), *others)
 
 
 def microbatches(view: TensorDictBase, max_tokens: int, needed: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -215,17 +192,9 @@ def _by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def _score(
-    model: Any,
-    dense: Dense,
-    passing: Passing,
-    critic: Critic | None,
-    wanted: torch.Tensor,
-    temperature: float,
-    vocab_size: int | None,
-    entropy: bool,
-    chunk: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs, entropies and values of the wanted tokens, (K,) each, in row-major order."""
+    model: Any, dense: Dense, passing: Passing, wanted: torch.Tensor, critic: Critic | None, softmax: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """Log-probs of the wanted tokens, and entropies and values if they are asked for, (K,) each, in row-major order."""
     before: Any = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # position t has the logits of token t + 1
     if dense.parents is not None:
         rows, places = wanted.nonzero(as_tuple=True)
@@ -237,20 +206,14 @@ def _score(
         with head.held_back(before, through=not passing.chunked) as seen:
             output = passing.through(model, dense)
     chunked = passing.chunked and bool(seen)  # a compiled model may have no hooks
-    scored, uncertain = token_scores(
-        head if chunked else None,
-        seen[0] if chunked else output.logits[0 if seen else before],
-        dense.ids[wanted],
-        temperature=temperature,
-        vocab_size=vocab_size,
-        entropy=entropy,
-        chunk=chunk,
-    )
+    states = seen[0] if chunked else output.logits[0 if seen else before]
+    told = token_scores(head if chunked else None, states, dense.ids[wanted], **softmax)
+    found = told if softmax["entropy"] else told[:1]
     if critic is None:
-        return scored, uncertain, torch.zeros_like(scored)
+        return found
     if not seen:
         raise ModelError(
             f"{type(model).__name__} does not call its output head as a module (a compiled model does not), so that nobody sees the "
             "hidden states that values are made of: give the model as it is, uncompiled."
         )
-    return scored, uncertain, critic(seen[0], dense, passing, before)
+    return *found, critic(seen[0], dense, passing, before)

@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from torchrl_chat.models.passes import ModelError
+from torchrl_chat.models.passes import ModelError, unwrapped
 from torchrl_chat.training.passing import Dense, Passing
-from torchrl_chat.training.scoring import Scores, scores_and_values
+from torchrl_chat.training.scoring import Scores, sequence_log_probs
 
 
 class PolicyAndValue(nn.Module):
@@ -34,8 +34,7 @@ class PolicyAndValue(nn.Module):
             raise ValueError(f"trunk={trunk!r}: expected 'shared' or 'separate'.")
         self.model = model
         # What PEFT calls the base model is a wrapper around the whole of it, head and all.
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.trunk = copy.deepcopy(_trunk_of(plain)) if trunk == "separate" else None
+        self.trunk = copy.deepcopy(_trunk_of(unwrapped(model))) if trunk == "separate" else None
         width = model.get_output_embeddings().in_features
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)  # no opinion at the start
@@ -59,7 +58,9 @@ class PolicyAndValue(nn.Module):
         Raises:
             ModelError: the model does not compute of these rows what it computes of each alone.
         """
-        return scores_and_values(self.model, view, self._values, **scoring)
+        scores = sequence_log_probs(self.model, view, critic=self._values, **scoring)
+        assert scores.values is not None
+        return scores, scores.values
 
     def _values(self, hidden: torch.Tensor, dense: Dense, passing: Passing, before: Any) -> torch.Tensor:
         if self.trunk is not None:

@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_chat.endpoint import Secrets, of_url, shown_url, without_login
+from torchrl_chat.learner.adapters import is_adapted
 from torchrl_chat.models.mode import evaluating
 from torchrl_chat.training import layouts, sequence_log_probs
 
@@ -118,7 +119,7 @@ class AdapterReference(ModelReference):
     """
 
     def __init__(self, model: Any, **options: Any):
-        if not callable(getattr(model, "disable_adapter", None)):
+        if not is_adapted(model):
             raise TypeError(
                 f"{type(model).__name__} has no disable_adapter(): expected a PEFT model, peft.get_peft_model(model, "
                 "config) say (pip install 'torchrl_chat[peft]')."
@@ -313,7 +314,7 @@ def _reference_of(reference: Any) -> Reference:
 
 
 def _refuse_adapter(model: Any) -> None:
-    if callable(getattr(model, "disable_adapter", None)):
+    if is_adapted(model):
         raise TypeError(
             f"a {type(model).__name__} as it is has its adapter on: the policy would be compared with itself. Pass "
             "AdapterReference(model) for the weights under the adapter, or ModelReference(model) if it is another model than "
