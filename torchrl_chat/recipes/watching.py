@@ -40,6 +40,18 @@ def figures(batches: Sequence[TensorDictBase]) -> dict[str, float]:
     }
 
 
+def of_the_run(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics without those of the machine (times, rates, memory): what the same run with the same seed tells again.
+
+    Example:
+        >>> of_the_run({"loss": 0.5, "seconds": 1.2, "seconds_sampling": 0.8, "tokens_per_second": 90.0, "memory": 512.0})
+        {'loss': 0.5}
+    """
+    return {
+        name: value for name, value in metrics.items() if not name.startswith(("seconds", "tokens_per_", "memory"))
+    }
+
+
 def peak_memory() -> float:
     """MiB that this process has had at most: of the CUDA device where there is one, else resident."""
     if torch.cuda.is_available():
