@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import learn
+from torchrl_chat.learner import Counts, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.checkpoints import load_weights
 from torchrl_chat.recipes.interrupts import launch
@@ -73,11 +73,10 @@ def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> Te
     return view[torch.tensor(kept)] if kept else None
 
 
-def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase) -> Any:
+def loss_of(model: Any, part: TensorDictBase, counts: Counts) -> Any:
     """Supervised fine-tuning on what was sampled: the loss of some sequences, as their share of a minibatch."""
     scores = sequence_log_probs(model, part)
-    count = whole["masks"].all_assistant_mask.sum()
-    return -masked_mean(scores.log_probs, scores.mask, denominator=count), {}
+    return -masked_mean(scores.log_probs, scores.mask, denominator=counts.tokens), {}
 
 
 def main() -> None:
@@ -123,7 +122,7 @@ def main() -> None:
                 metrics |= learn(
                     optimizer,
                     view.to(model.device).select("tokens", "masks", "position_ids"),
-                    lambda part, whole: loss_of(model, part, whole),
+                    lambda part, counts: loss_of(model, part, counts),
                     **config.learning,
                 )
             sync()

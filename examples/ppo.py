@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import learn
+from torchrl_chat.learner import Counts, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, set_rate
@@ -76,24 +76,23 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def loss_of(
-    actor_critic: PolicyAndValue, part: TensorDictBase, whole: TensorDictBase, config: PPOConfig, **scoring: Any
+    actor_critic: PolicyAndValue, part: TensorDictBase, counts: Counts, config: PPOConfig, **scoring: Any
 ) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log."""
-    count = whole["masks"].all_assistant_mask.sum()
     scores, values = actor_critic(part, entropy=config.entropy > 0, **scoring)
     old = part["log_probs"].full
     loss, metrics = policy_loss(
-        scores.log_probs, old, part["advantage"], scores.mask, clip=config.clip, denominator=count
+        scores.log_probs, old, part["advantage"], scores.mask, clip=config.clip, denominator=counts.tokens
     )
     error = (values - part["target"]) ** 2
     if config.value_clip:
         near = part["value"] + (values - part["value"]).clamp(-config.value_clip, config.value_clip)
         error = torch.maximum(error, (near - part["target"]) ** 2)
-    loss = loss + config.value_weight * masked_mean(error, scores.mask, denominator=count)
+    loss = loss + config.value_weight * masked_mean(error, scores.mask, denominator=counts.tokens)
     metrics |= {"value_error": masked_mean(error.detach(), scores.mask)}
     if scores.entropy is not None:
         metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
-        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, denominator=count)
+        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, denominator=counts.tokens)
     return loss, metrics
 
 
@@ -162,7 +161,7 @@ def main() -> None:
             metrics = learn(
                 optimizer,
                 view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target"),
-                lambda part, whole: loss_of(actor_critic, part, whole, config, **scoring),
+                lambda part, counts: loss_of(actor_critic, part, counts, config, **scoring),
                 **config.learning,
             )
         sync()

@@ -21,7 +21,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import DatasetChatEnv, NumberVerifier, RewardTransform, tiny
-from torchrl_chat.learner import learn
+from torchrl_chat.learner import Counts, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, set_rate
@@ -64,13 +64,13 @@ def make_env(
     return env
 
 
-def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: ToolConfig) -> Any:
+def loss_of(model: Any, part: TensorDictBase, counts: Counts, config: ToolConfig) -> Any:
     """The loss of some episodes, each one sequence, on what the policy sampled of it, as their share of a minibatch."""
     scores = sequence_log_probs(model, part, temperature=config.temperature)
     # The ratio is to the log-probs of the very ids that were sampled: there is nothing to compute again.
     return policy_loss(
         scores.log_probs, part["log_probs"].full, part["advantage"], scores.mask,
-        aggregation="sequence", denominator=whole["masks"].all_assistant_mask.any(-1).sum(),
+        aggregation="sequence", denominator=counts.sequences,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def main() -> None:
             metrics = learn(
                 optimizer,
                 view.select("tokens", "masks", "log_probs", "position_ids", "advantage"),
-                lambda part, whole: loss_of(model, part, whole, config),
+                lambda part, counts: loss_of(model, part, counts, config),
                 **config.learning,
             )
             metrics |= {

@@ -41,11 +41,10 @@ def stepped(model, view, *, forwarded=None, **options):
     if forwarded is not None:
         model.model.layers[0].register_forward_pre_hook(lambda _module, args: forwarded.append(len(args[0])))
 
-    def loss_of(part, whole):
+    def loss_of(part, counts):
         scores = sequence_log_probs(model, part)
-        count = whole["masks"].all_assistant_mask.sum()
         return policy_loss(
-            scores.log_probs, part["log_probs"].full, part["advantage"], scores.mask, denominator=count
+            scores.log_probs, part["log_probs"].full, part["advantage"], scores.mask, denominator=counts.tokens
         )
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -121,9 +120,9 @@ def test_averages_are_over_microbatches_and_losses_are_sums():
 def test_supervised_learning_on_sampled_tokens_makes_them_likelier(collected, view):
     model = copy.deepcopy(collected[0])
 
-    def loss_of(part, whole):
+    def loss_of(part, counts):
         scores = sequence_log_probs(model, part)
-        return -masked_mean(scores.log_probs, scores.mask, denominator=whole["masks"].all_assistant_mask.sum()), {}
+        return -masked_mean(scores.log_probs, scores.mask, denominator=counts.tokens), {}
 
     told = [
         learn(torch.optim.SGD(model.parameters(), lr=0.5), view, loss_of, minibatch=8, max_tokens=60)["loss"]

@@ -630,7 +630,7 @@ def test_the_loss_of_a_minibatch_is_the_sum_of_its_shares(tmp_path):
         told = module.learn(
             still,
             view,
-            lambda part, whole: module.loss_of(model, part, whole, settings, len(tokenizer)),
+            lambda part, counts: module.loss_of(model, part, counts, settings, len(tokenizer)),
             **settings.learning,
         )
         logged.append(told["loss"])

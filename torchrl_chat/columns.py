@@ -125,6 +125,10 @@ class _Unmade(LazyStackedTensorDict):
         if recurse:
             return super()._clone(recurse)
         shared = self._shared()
+        if shared is None and not self.tensordicts:  # no row is there to tell how one is made
+            copied = object.__new__(type(self))
+            copied.__dict__.update(self.__dict__)
+            return copied
         return _like(self, list(map(_restructured, self.tensordicts))) if shared is None else shared
 
 

@@ -15,6 +15,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, report, and say where the files are."""
     from torchrl_chat.recipes.grpo import main
+    from torchrl_chat.recipes.interrupts import launch
 
-    main(arguments.words, prog="torchrl-chat train")
+    launch(lambda: main(arguments.words, prog="torchrl-chat train"))
     return 0

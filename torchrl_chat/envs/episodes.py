@@ -162,9 +162,22 @@ class DatasetEpisodes:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another sequence of the same episodes was; the seed comes with it, and so do generated rows.
 
+        A state of a shard of another number of shards is taken for that of all of them: where each of n has taken k rows, this
+        one goes on behind n * k rows of the whole order.
+
         Raises:
-            ValueError: it was a sequence of others, or of rows that have been changed since.
+            ValueError: it was a sequence of others, or of rows that have been changed since; or that many rows cannot have been
+                taken by as many shards as there are now, each the same number.
         """
+        drawn: Any = state.get("episode")
+        if (there := state.get("shard")) and there[1] != self.shard[1]:
+            drawn, rest = self._drawn_of(state["episode"], there[1])
+            if rest:
+                raise ValueError(
+                    f"the state is that of {there[1]} shards with {state['episode']} episodes each, which {self.shard[1]} shards cannot "
+                    "have played, each the same number of rows: load it into another number of shards."
+                )
+            state = {**state, "shard": list(self.shard)}
         check_same(state, {"kind": "dataset", **self._identity()})
         if (kept := state.get("kept")) is not None:
             self.dataset.restore(kept)
@@ -178,7 +191,13 @@ class DatasetEpisodes:
                     "the state was saved with, or begin anew."
                 )
         self.reseed(state["seed"])
-        self.drawn = state["episode"]
+        self.drawn = drawn
+
+    def _drawn_of(self, drawn: int, count: int) -> tuple[int, int]:
+        """What this shard has drawn where each of so many others has drawn so much; and what is left over."""
+        rows, rest = divmod(drawn, self.repeats)
+        own, over = divmod(rows * count, self.shard[1])
+        return own * self.repeats, rest or over
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_order": None, "_block": None}

@@ -4,17 +4,21 @@ It knows neither environments nor servers, and is what the recipes are made of.
 """
 
 from torchrl_chat.learner.adapters import Reference, merged_state, whole, with_lora
-from torchrl_chat.learner.minibatches import averaged, learn
+from torchrl_chat.learner.minibatches import Counts, averaged, learn
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
+from torchrl_chat.learner.sharding import gathered, shard
 
 __all__ = [
+    "Counts",
     "Reference",
     "averaged",
     "compute_in",
+    "gathered",
     "learn",
     "merged_state",
     "recompute_activations",
+    "shard",
     "whole",
     "with_lora",
 ]

@@ -71,6 +71,15 @@ def read_adapter(path: str | os.PathLike[str], model: Any) -> dict[str, torch.Te
     return found
 
 
+def named_adapter(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of an adapter by the names that the model itself has for them."""
+    adapter = model.active_adapter
+    short = {
+        name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"): name for name, _ in model.named_parameters()
+    }
+    return {short[name]: weight for name, weight in weights.items()}
+
+
 def set_adapter(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Give a model the weights of its adapter, in place."""
     from peft import set_peft_model_state_dict
@@ -119,7 +128,7 @@ class Reference:
     """
 
     def __init__(self, model: Any):
-        self._model = model
+        self.model = model
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[Any]:
@@ -129,6 +138,6 @@ class Reference:
             >>> with reference.scoring() as model:
             ...     view["reference"] = sequence_log_probs(model, view).log_probs
         """
-        off = self._model.disable_adapter() if is_adapted(self._model) else contextlib.nullcontext()
+        off = self.model.disable_adapter() if is_adapted(self.model) else contextlib.nullcontext()
         with torch.no_grad(), off:
-            yield self._model
+            yield self.model

@@ -6,11 +6,13 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+T = TypeVar("T")
 
 # Under which names transformers' models give back what their next call goes on from.
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
@@ -36,6 +38,16 @@ def float_type(model: Any) -> torch.dtype:
     if isinstance(told, torch.dtype):
         return told
     return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def as_one_pass(model: Any, compute: Callable[[], T]) -> T:
+    """What a function computes that calls a model, and parts of it by themselves.
+
+    A model whose weights lie in parts on several processes (:mod:`~torchrl_chat.learner.sharding`) gathers them once for all of
+    it, and finds its gradients through the tensors that come out.
+    """
+    own: Callable[[Callable[[], T]], T] | None = getattr(model, "as_one_pass", None)
+    return compute() if own is None else own(compute)
 
 
 def groups_of(lengths: Sequence[int], together: Together) -> list[list[int]]:

@@ -418,6 +418,35 @@ def prover_of(model: Any) -> Prover:
     return replace(kept[1], model=model, training=_trains(model))
 
 
+@contextlib.contextmanager
+def same_model(model: Any, what: str) -> Iterator[Prover]:
+    """Inside, a model gets another wrapping, in which what it computes stays the same: what was found of it holds behind that, too.
+
+    Everything is tried before, and behind it one row again, all of a model in parts taking part.
+
+    Args:
+        model: the model, in ``eval()``.
+        what: what is done to it, for the record.
+
+    Yields what tries the model as it was.
+
+    Raises:
+        ModelError: it computes something else now.
+    """
+    prover = prover_of(model)
+    prover.scoring(), prover.packing(), prover.sharing(), prover.chunking()
+    with contextlib.suppress(ModelError):  # which says so again when it is sampled from
+        prover.sampling()
+    with _by_itself(model), evaluating(model):
+        before = prover.alone(prover.rows)
+    yield prover
+    with _by_itself(model), evaluating(model):
+        after = prover.alone(prover.rows)
+    if not prover.proof.holds(what, lambda: max(map(_difference, before, after))):
+        raise ModelError(f"{prover.proof.name} computes something else when it is {what}: {prover.tried(what)}.")
+    _found[model] = _state(model), replace(prover, model=None, training=False)
+
+
 def _begun(model: Any, lengths: Sequence[int] = _LENGTHS, small: Prover | None = None) -> Prover:
     """A proof with what every other check rests on: that a pass over a row tells what passes over its beginnings tell."""
     proof = Proof(type(model).__name__, LIMIT)

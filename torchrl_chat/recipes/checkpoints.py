@@ -5,6 +5,10 @@ A checkpoint is a folder ``step-000120`` with the model and its tokenizer, as tr
 happened. It is written under another name, brought to the disk, and then renamed. ``files.json`` has the size and the
 CRC-32 of each of its files, so that one that a disk has damaged is found out when it is read. Weights that are no numbers
 are never written.
+
+Of a run of several processes the first writes the model, whole, and ``state.pt``, and each its part of the optimizer's state, into
+the folder ``optimizer`` (torch.distributed.checkpoint): so one that was written by some processes is read by as many, by
+others, or by one. They all see one file system.
 """
 
 from __future__ import annotations
@@ -21,13 +25,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_chat import envs
+from torchrl_chat import envs, ranks
 from torchrl_chat.files import to_disk
-from torchrl_chat.learner.adapters import is_adapted, read_adapter, set_adapter
+from torchrl_chat.learner.adapters import is_adapted, named_adapter, read_adapter, set_adapter
+from torchrl_chat.learner.sharding import is_sharded, save_optimizer, set_weights, weights_of
+from torchrl_chat.models.small import plain_class
 from torchrl_chat.training.updates import NotFiniteError, not_finite
 
 _STATE = "state.pt"
 _FILES = "files.json"
+OPTIMIZER = "optimizer"
+"""The folder of a checkpoint that has the state of an optimizer in parts."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -54,51 +62,74 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def save_model(
-    path: str | os.PathLike[str], model: Any, tokenizer: Any, state: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    model: Any,
+    tokenizer: Any,
+    state: Mapping[str, Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Write a folder with a model, its tokenizer and a state: as a whole or not at all.
 
     Args:
         path: the folder; it must not exist.
-        model: a transformers model; of a PEFT model the adapter is written, and not its base.
+        model: a transformers model; of a PEFT model the adapter is written, and not its base. Where it lies in parts on several
+            processes, all of them call this.
         tokenizer: its tokenizer.
-        state: what :func:`~torchrl_chat.save_state` takes; none is written if ``None``.
+        state: what :func:`~torchrl_chat.save_state` takes; none is written if ``None``. Of the first process.
+        optimizer: that of a model in parts, whose state is written beside it.
 
     Raises:
         NotFiniteError: a weight, or a number of the state, is NaN or infinite: nothing is written.
         OSError: the folder exists and is not empty, or cannot be written.
     """
-    check_finite(model, state)
+    sharded = is_sharded(model)
+    given: dict[str, Any] = {}
+    if sharded:
+        given["state_dict"] = weights_of(model, trained=is_adapted(model))
+        ranks.agreed(lambda: check_finite(given["state_dict"], state))
+    else:
+        check_finite(dict(model.named_parameters()), state)
+    if is_adapted(model):
+        # Of embeddings peft would ask the hub whether they are the base's; they are, unless they are adapted themselves.
+        given["save_embedding_layers"] = False
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # a process was killed while it wrote
-    partial.mkdir(parents=True)
-    # Of embeddings peft would ask the hub whether they are the base's; they are, unless they are adapted themselves.
-    model.save_pretrained(partial, **({"save_embedding_layers": False} if is_adapted(model) else {}))
-    tokenizer.save_pretrained(partial)
-    if state is not None:
-        envs.save_state(partial / _STATE, state)
-    files = {file.relative_to(partial).as_posix(): _summed(file) for file in partial.rglob("*") if file.is_file()}
-    (partial / _FILES).write_text(json.dumps(files, indent=2) + "\n")
-    for file in partial.rglob("*"):
-        to_disk(file)
-    to_disk(partial)
-    os.rename(partial, target)
-    to_disk(target.parent)
+    if ranks.leads() or not sharded:
+        if partial.exists():
+            shutil.rmtree(partial)  # a process was killed while it wrote
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial, **given)
+        tokenizer.save_pretrained(partial)
+        if state is not None:
+            envs.save_state(partial / _STATE, state)
+    if sharded and optimizer is not None:
+        ranks.together()
+        save_optimizer(partial / OPTIMIZER, model, optimizer)
+    if ranks.leads() or not sharded:
+        files = {
+            file.relative_to(partial).as_posix(): _summed(file) for file in partial.rglob("*") if file.is_file()
+        }
+        (partial / _FILES).write_text(json.dumps(files, indent=2) + "\n")
+        for file in partial.rglob("*"):
+            to_disk(file)
+        to_disk(partial)
+        os.rename(partial, target)
+        to_disk(target.parent)
+    if sharded:
+        ranks.together()
 
 
-def check_finite(model: Any, state: Mapping[str, Any] | None = None) -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], state: Mapping[str, Any] | None = None) -> None:
     """Refuse weights, and tensors of a state, that are NaN or infinite.
 
     Args:
-        model: its parameters are looked at. (Buffers are not weights: some models keep a mask of infinities there.)
-        state: what is written beside it.
+        weights: by name, without buffers, which are no weights: some models keep a mask of infinities there.
+        state: what is written beside them.
 
     Raises:
         NotFiniteError: naming the first such tensor.
     """
-    found = not_finite(dict(model.named_parameters())) or not_finite(state or {})
+    found = not_finite(weights) or not_finite(state or {})
     if found is not None:
         raise NotFiniteError(
             f"{found} holds a NaN or an infinity: no checkpoint is written, and those that are there stay. Go on from the last of "
@@ -154,14 +185,17 @@ def load_weights(path: str | os.PathLike[str], model: Any) -> None:
         if adapted:
             weights = trained = read_adapter(path, model)
         else:
-            stored = type(model).from_pretrained(path, dtype=next(model.parameters()).dtype)
+            kind = plain_class(model) if is_sharded(model) else type(model)
+            stored = kind.from_pretrained(path, dtype=next(model.parameters()).dtype)
             weights, trained = stored.state_dict(), dict(stored.named_parameters())
     except Exception as error:  # of whatever format the weights are
         raise DamagedCheckpoint(f"{path} is damaged: its weights cannot be read ({error}).") from error
     found = not_finite(trained)
     if found is not None:
         raise DamagedCheckpoint(f"{path} is damaged: its weight {found} holds a NaN or an infinity.")
-    if adapted:
+    if is_sharded(model):
+        set_weights(model, named_adapter(model, weights) if adapted else weights)
+    elif adapted:
         set_adapter(model, weights)
     else:
         model.load_state_dict(weights)
@@ -173,6 +207,7 @@ def save_checkpoint(
     model: Any,
     tokenizer: Any,
     state: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
     *,
     keep: int = 2,
 ) -> Path:
@@ -181,7 +216,7 @@ def save_checkpoint(
     Args:
         folder: where the checkpoints are.
         step: how many steps are done.
-        model, tokenizer, state: see :func:`save_model`.
+        model, tokenizer, state, optimizer: see :func:`save_model`.
 
     Keyword Args:
         keep: how many are left, the new one included.
@@ -195,9 +230,10 @@ def save_checkpoint(
     if keep < 1:
         raise ValueError(f"keep={keep}: expected at least 1 checkpoint.")
     path = Path(folder) / f"step-{step:06d}"
-    save_model(path, model, tokenizer, state)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    save_model(path, model, tokenizer, state, optimizer)
+    if ranks.leads():
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
     return path
 
 

@@ -1,12 +1,13 @@
 """GRPO on exact tokens, and its relatives: ``torchrl-chat train``. Collect, score, learn, repeat.
 
 With no arguments a tiny model learns, from random weights, to say the last of two digits: a minute or two on two CPU cores,
-nothing is downloaded. Other tasks and models:
+nothing is downloaded. Other tasks and models, several processes (torchrun):
 
     torchrl-chat train --dataset python-tool             # ... and to use an interpreter, in two turns
     torchrl-chat train --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --kl 0.001
     torchrl-chat train --variant dapo --backend vllm
     torchrl-chat train --dataset my_environment.py:Class # a MessageEnv of yours
+    torchrun --nproc-per-node 8 -m torchrl_chat.cli.main train --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k
 
 A group is the answers to one question; what counts is how much better an answer is than its group. What the variants set
 can also be set one by one:
@@ -40,7 +41,8 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import learn
+from torchrl_chat import ranks
+from torchrl_chat.learner import Counts, gathered, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
@@ -95,6 +97,8 @@ class GRPOConfig(RunConfig):
         | dict.fromkeys(("overlong", "clip", "clip_high", "kl", "entropy"), 0)
         | {"correction_cap": 1}
     )
+
+    several = True
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -160,23 +164,27 @@ def mixed_groups(finished: TensorDictBase, config: GRPOConfig) -> torch.Tensor:
     view = training_view(finished, layout="padded", group=config.group_size)
     trained = view["masks"].all_assistant_mask.any(-1)
     groups, rewards = view["group"][trained], view["reward"].flatten()[trained]
-    none = rewards.new_full((config.prompts,), torch.inf)
+    none = rewards.new_full((len(finished) // config.group_size,), torch.inf)
     return -none.scatter_reduce(0, groups, -rewards, "amin") > none.scatter_reduce(0, groups, rewards, "amin")
 
 
 def collect(env: Any, policy: Any, config: GRPOConfig) -> tuple[list[TensorDictBase], torch.Tensor]:
-    """Finished batches of whole groups, and which of their groups are trained."""
+    """Finished batches of whole groups, and which of their groups are trained; of several processes each has its own."""
     finished: list[TensorDictBase] = []
     kept: list[torch.Tensor] = []
     for _ in range(config.max_batches if config.dynamic_sampling else 1):
         finished.append(play(env, policy, max_turns=config.max_turns))
         kept.append(
-            mixed_groups(finished[-1], config) if config.dynamic_sampling else torch.ones(config.prompts).bool()
+            mixed_groups(finished[-1], config)
+            if config.dynamic_sampling
+            else torch.ones(len(finished[-1]) // config.group_size).bool()
         )
-        if sum(int(groups.sum()) for groups in kept) >= config.prompts:
+        if ranks.total(torch.cat(kept).sum()) >= config.prompts:
             break
-    groups = torch.cat(kept)
-    return finished, groups & (groups.cumsum(0) <= config.prompts)
+    # In the order of the questions, which the processes take in turn.
+    groups = torch.stack(ranks.everywhere(torch.cat(kept)), 1)
+    wanted = groups & (groups.flatten().cumsum(0).view(groups.shape) <= config.prompts)
+    return finished, wanted[:, ranks.own()]
 
 
 def longest_answers(mask: torch.Tensor) -> torch.Tensor:
@@ -192,7 +200,7 @@ def longest_answers(mask: torch.Tensor) -> torch.Tensor:
 
 def corrected(model: Any, view: TensorDictBase, config: GRPOConfig, **scoring: Any) -> dict[str, float]:
     """Give a view weights for what another policy sampled than the model is, and say how far apart they are."""
-    with torch.no_grad():
+    with torch.no_grad(), gathered(model):
         view["proximal"] = sequence_log_probs(model, view, **scoring).log_probs
     icepop = config.correction == "icepop"
     view["weights"], metrics = importance_weights(
@@ -204,7 +212,7 @@ def corrected(model: Any, view: TensorDictBase, config: GRPOConfig, **scoring: A
         low=0.5 if icepop else 0.0,
         high=5.0 if icepop else config.correction_cap,
     )
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items()} if len(view) else {}
 
 
 _LEARNED = (
@@ -212,7 +220,7 @@ _LEARNED = (
 )  # fmt: skip
 
 
-def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRPOConfig, vocab_size: int) -> Any:
+def loss_of(model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig, vocab_size: int) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log."""
     scores = sequence_log_probs(
         model,
@@ -222,11 +230,10 @@ def loss_of(model: Any, part: TensorDictBase, whole: TensorDictBase, config: GRP
         entropy=config.entropy > 0,
         share_prefixes=config.share_prefixes,
     )
-    sampled = whole["masks"].all_assistant_mask
     share: dict[str, Any] = {
         "aggregation": config.aggregation,
         "constant": float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
-        "denominator": sampled.sum() if config.aggregation == "token" else sampled.any(-1).sum().clamp(min=1),
+        "denominator": counts.tokens if config.aggregation == "token" else counts.sequences,
     }
     # Where the sampler is another policy, the ratio is that to the learner before its first update.
     old = part.get("proximal", part["log_probs"].full)
@@ -293,11 +300,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "share_prefixes": config.share_prefixes,
     }
 
-    for step in run.steps(lambda: ask(judge, policy, config)):
+    def evaluate() -> TensorDictBase:
+        with gathered(model):
+            return ask(judge, policy, config)
+
+    for step in run.steps(evaluate):
         set_rate(optimizer, config.rate(step))
 
         # 1. Answers: each conversation to its end, the prompt of a turn being the very tokens of the turns before it.
-        with run.timed("sampling"):
+        with run.timed("sampling"), gathered(model):
             finished, trained = collect(env, policy, config)
 
         metrics = {
@@ -305,7 +316,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             "pass_rate": average(finished, "success"),
             "groups": float(trained.sum()),
         }
-        if not trained.any():  # dynamic sampling found nothing to compare
+        if not ranks.total(trained.sum()):  # dynamic sampling found nothing to compare
             run.log(metrics, finished=finished)
             continue
 
@@ -313,7 +324,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         view = training_view(finished, layout="padded", group=config.group_size)
         view = view[trained[view["group"].clamp(min=0)]]  # -1 has nothing to train, wherever it stands
         if reference is not None:
-            with reference.scoring() as before:
+            with gathered(reference.model), reference.scoring() as before:
                 view["reference"] = sequence_log_probs(before, view, **scoring).log_probs
 
         # 3. How much better than its group each answer is.
@@ -337,9 +348,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             metrics |= learn(
                 optimizer,
                 learned.select(*_LEARNED, strict=False),
-                lambda part, whole: loss_of(model, part, whole, config, vocab_size),
+                lambda part, counts: loss_of(model, part, counts, config, vocab_size),
                 needed=needed(learned, config),
+                model=model,
                 **config.learning,
             )
         sync()
-        run.log(metrics | {"length": float(lengths.float().mean())}, finished=finished, trained=view)
+        if len(view):  # of several processes one may have no group that is trained
+            metrics["length"] = float(lengths.float().mean())
+        run.log(metrics, finished=finished, trained=view)

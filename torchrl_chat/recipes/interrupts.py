@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from torchrl_chat import ranks
+
 EXIT = 130  # what shells take for a program that Ctrl-C ended
 
 
@@ -25,6 +27,7 @@ class Interrupts:
 
     Args:
         notice: printed on the standard error when the request comes.
+        aloud: whether it is.
 
     Attributes:
         asked: whether Ctrl-C was pressed.
@@ -35,8 +38,9 @@ class Interrupts:
         False
     """
 
-    def __init__(self, notice: str):
+    def __init__(self, notice: str, aloud: bool = True):
         self.notice = notice
+        self.aloud = aloud
         self.asked = False
         self._waits = True
         self._before: Any = None
@@ -52,13 +56,16 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         self._hand_back()
 
-    def stop_if_asked(self) -> None:
+    def stop_if_asked(self, anywhere: Callable[[bool], float] = bool) -> None:
         """Here nothing is lost by an interrupt.
+
+        Args:
+            anywhere: given whether it was asked for here, whether it was in any of several processes that stop together.
 
         Raises:
             Interrupted: Ctrl-C was pressed.
         """
-        if self.asked:
+        if anywhere(self.asked):
             raise Interrupted
 
     @contextmanager
@@ -76,7 +83,8 @@ class Interrupts:
         self._hand_back()
         if not self._waits:
             raise Interrupted
-        print(f"\n{self.notice}", file=sys.stderr, flush=True)
+        if self.aloud:
+            print(f"\n{self.notice}", file=sys.stderr, flush=True)
 
     def _hand_back(self) -> None:
         if self._before is not None:
@@ -98,3 +106,6 @@ def launch(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(EXIT) from None
+    except RuntimeError as error:
+        ranks.leave_if_alone(error)
+        raise

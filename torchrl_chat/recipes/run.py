@@ -4,6 +4,9 @@ Ctrl-C ends it behind the step that it is in, with a checkpoint.
 
 Law of this file: a step counts when a checkpoint behind it is on the disk. What was written of later steps (metrics, rollouts,
 lists of trained episodes) is cut off when the run is resumed, and these steps are done again, on the same data.
+
+With several processes (:mod:`torchrl_chat.ranks`) each has a Run, and all call its methods together; the first has the folder,
+writes and talks. What they measured is told of all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -25,10 +29,15 @@ from typing import Any, NoReturn, TextIO
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat import columns
+from torchrl_chat import columns, ranks
 from torchrl_chat.files import replacing, to_disk
 from torchrl_chat.learner.adapters import Reference, is_adapted, whole
+from torchrl_chat.learner.precision import compute_in
+from torchrl_chat.learner.sharding import is_sharded, load_optimizer, set_optimizer_state, shard
+from torchrl_chat.models.passes import float_type
+from torchrl_chat.models.small import plain_class
 from torchrl_chat.recipes.checkpoints import (
+    OPTIMIZER,
     DamagedCheckpoint,
     check_files,
     checkpoints,
@@ -42,8 +51,9 @@ from torchrl_chat.recipes.checkpoints import (
 from torchrl_chat.recipes.interrupts import EXIT, Interrupted, Interrupts
 from torchrl_chat.recipes.progress import Progress
 from torchrl_chat.recipes.settings import RunConfig
-from torchrl_chat.recipes.watching import Watch, figures, peak_memory
+from torchrl_chat.recipes.watching import Watch, figures, of_all, peak_memory
 from torchrl_chat.seeds import EPOCH, PLACE, ROW
+from torchrl_chat.training.updates import BAD_STEPS
 
 # What may be another when a run is resumed: none of it has a part in what is sampled and learned. (Where the learning rate
 # falls towards the last step, --steps has: the rest of the run then follows the new number.)
@@ -106,9 +116,9 @@ class Run:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
-        self.folder = Path(config.out or f"runs/{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', config.dataset)}-{stamp}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder / "lock")
+        named = config.out or f"runs/{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', config.dataset)}-{stamp}"
+        self.folder = Path(ranks.of_the_first(named))
+        self._lock = ranks.agreed(self._take)
         self._files = {
             key: self.folder / f"{key}.jsonl" for key in ("metrics", "trained", "evaluations", "rollouts")
         }
@@ -123,14 +133,26 @@ class Run:
         except BaseException:
             self.close()
             raise
-        if config.logger:
+        if config.logger and ranks.leads():
             from torchrl.record.loggers import get_logger
 
             self._logger = get_logger(config.logger, str(self.folder / "logs"), name)
 
+    def _take(self) -> TextIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return _locked(self.folder / "lock")
+
     # ------------------------------------------------------------------ going on
     def _resume(self) -> bool:
         """Load the last checkpoint and cut off what was written behind it; or begin."""
+        ranks.agreed(self._check_settings)
+        state = self._restored()
+        if ranks.leads():
+            self._begin_books(state)
+        return state is not None
+
+    def _check_settings(self) -> None:
+        """Refuse a run that was begun with others."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
         written = self.folder / "config.json"
         if written.exists():
@@ -143,49 +165,75 @@ class Run:
             if other:
                 changes = ", ".join(f"{key}={begun[key]!r}, now {settings[key]!r}" for key in sorted(other))
                 raise ValueError(f"{self.folder} was begun with {changes}. Resume with the same settings.")
-        state = self._restored()
-        with replacing(written) as file:
-            file.write((json.dumps(settings, indent=2) + "\n").encode())
+
+    def _begin_books(self, state: Mapping[str, Any] | None) -> None:
+        """Write down the settings, and cut off what is behind the checkpoint."""
+        with replacing(self.folder / "config.json") as file:
+            file.write((json.dumps(dataclasses.asdict(self.config), indent=2) + "\n").encode())
         for key, path in self._files.items():
             path.touch()
             size = 0 if state is None else state["sizes"][key]
             if path.stat().st_size > size:
                 os.truncate(path, size)
-        return state is not None
 
     def _restored(self) -> dict[str, Any] | None:
         """The state of the checkpoint that is gone on from, its contents where they belong; none where there is no checkpoint."""
-        found = checkpoints(self.folder / "checkpoints")
-        wanted = self.config.checkpoint
-        if wanted is not None:
-            if not self.config.resume:
-                raise ValueError(
-                    f"--checkpoint {wanted} says from where a run goes on: it needs --resume and --out."
-                )
-            later = [path for path in found if int(path.name[5:]) > wanted]
-            found = found[: len(found) - len(later)]
-            if not found or int(found[-1].name[5:]) != wanted:
-                there = ", ".join(path.name[5:].lstrip("0") or "0" for path in found + later) or "none"
-                raise ValueError(f"{self.folder} has no checkpoint of step {wanted}: there are {there}.")
+        found, later = ranks.of_the_first(ranks.agreed(self._found)) or ([], [])
         if not found:
             return None
         path = found[-1]
+        ranks.agreed(lambda: self._check_whole(path, found[:-1]))
+        state = load_state(path)
         try:
-            check_files(path)
-            state = load_state(path)
-            self._check_books(path, state["sizes"])
             load_weights(path, self.model)
         except DamagedCheckpoint as error:
             raise DamagedCheckpoint(f"{error} {self._way_out(found[:-1])}") from error
-        for key, value in self.state.items():
-            value.load_state_dict(state["state"][key])
-        set_random_states(state["random"])
+        self._set_state(path, state)
         self.step = self._saved = state["step"]
         self.skipped = state.get("skipped", 0)
-        if wanted is not None:
+        if ranks.leads():
             for old in later:  # they are not of the run that goes on from here
                 os.rename(old, _free_name(old))
         return state
+
+    def _found(self) -> tuple[list[Path], list[Path]]:
+        """The checkpoints up to the one that is gone on from, and those behind it."""
+        found = checkpoints(self.folder / "checkpoints")
+        wanted = self.config.checkpoint
+        if wanted is None:
+            return found, []
+        if not self.config.resume:
+            raise ValueError(f"--checkpoint {wanted} says from where a run goes on: it needs --resume and --out.")
+        later = [path for path in found if int(path.name[5:]) > wanted]
+        found = found[: len(found) - len(later)]
+        if not found or int(found[-1].name[5:]) != wanted:
+            there = ", ".join(path.name[5:].lstrip("0") or "0" for path in found + later) or "none"
+            raise ValueError(f"{self.folder} has no checkpoint of step {wanted}: there are {there}.")
+        return found, later
+
+    def _check_whole(self, path: Path, others: Sequence[Path]) -> None:
+        """Refuse a checkpoint that is damaged, or books that lack what was in them when it was written."""
+        try:
+            check_files(path)
+            self._check_books(path, load_state(path)["sizes"])
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{error} {self._way_out(others)}") from error
+
+    def _set_state(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Give everything but the model the state that it had."""
+        parts = state.get("parts", [state])  # by process; another number of them goes on from the first one's
+        own = parts[ranks.own() if len(parts) == ranks.count() else 0]
+        for key, value in self.state.items():
+            stored = own["state"].get(key, state["state"][key])
+            if key != "optimizer" or ("param_groups" in stored and not is_sharded(self.model)):
+                value.load_state_dict(stored)
+            elif "param_groups" in stored:
+                set_optimizer_state(value, stored)
+            else:
+                load_optimizer(path / OPTIMIZER, self.model, value)
+                value.param_groups[0].update(stored)
+        if len(parts) == ranks.count():
+            set_random_states(own["random"])
 
     def _way_out(self, others: Sequence[Path]) -> str:
         """What to do where a checkpoint cannot be read."""
@@ -220,17 +268,23 @@ class Run:
         Raises:
             NotFiniteError: a weight, or a number of the optimizer, is NaN or infinite; the checkpoints that are there stay.
         """
-        for path in self._files.values():
-            to_disk(path)
-        state = {
-            "step": self.step,
-            "state": {key: value.state_dict() for key, value in self.state.items()},
+        optimizer = self.state.get("optimizer") if is_sharded(self.model) else None
+        own = {
+            "state": {key: value.state_dict() for key, value in self.state.items() if value is not optimizer},
             "random": random_states(),
-            "skipped": self.skipped,
-            "sizes": {key: path.stat().st_size for key, path in self._files.items()},
         }
+        state = {"step": self.step, "skipped": self.skipped, **own}
+        if optimizer is not None:
+            group = {key: value for key, value in optimizer.param_groups[0].items() if key == BAD_STEPS}
+            state |= {"state": own["state"] | {"optimizer": group}, "parts": ranks.everywhere(own)}
+        if ranks.leads():
+            for path in self._files.values():
+                to_disk(path)
+            state["sizes"] = {key: path.stat().st_size for key, path in self._files.items()}
         folder = self.folder / "checkpoints"
-        path = save_checkpoint(folder, self.step, self.model, self.tokenizer, state, keep=self.config.keep)
+        path = save_checkpoint(
+            folder, self.step, self.model, self.tokenizer, state, optimizer, keep=self.config.keep
+        )
         self._saved = self.step
         return path
 
@@ -252,26 +306,42 @@ class Run:
         """
         config = self.config
         notice = "Ctrl-C: a checkpoint is written behind this step; once more ends the run at once, without it."
-        with Interrupts(notice) as interrupts, Progress(self.name, config.steps, done=self.step) as progress:
+        with Interrupts(notice, ranks.leads()) as interrupts, self._progress() as progress:
             try:
                 if self._due() and self.step not in self._evaluated():
-                    with interrupts.at_once():
+                    with self._broken_off(interrupts):
                         self._evaluate(evaluate, aloud=self.step == config.steps)
                 if not self.resumed:
                     self.save()
                 while self.step < config.steps:
-                    interrupts.stop_if_asked()
+                    interrupts.stop_if_asked(ranks.most)
                     self._start = time.perf_counter()
                     yield self.step
                     self.step += 1
-                    progress.add(self._figures)
+                    if progress is not None:
+                        progress.add(self._figures)
                     if self._due():
-                        with interrupts.at_once():
+                        with self._broken_off(interrupts):
                             self._evaluate(evaluate, aloud=self.step == config.steps)
                     if self.step == config.steps or self.step % config.save_every == 0:
                         self.save()
             except Interrupted:
                 self._interrupted()
+        if ranks.leads():
+            self._conclude()
+        self.close()
+
+    def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
+        if not ranks.leads():
+            return contextlib.nullcontext()
+        return Progress(self.name, self.config.steps, done=self.step)
+
+    def _broken_off(self, interrupts: Interrupts) -> contextlib.AbstractContextManager[None]:
+        """Where Ctrl-C breaks off what goes on; of several processes each would stop at another place, and wait for the others."""
+        return interrupts.at_once() if ranks.count() == 1 else contextlib.nullcontext()
+
+    def _conclude(self) -> None:
+        """Write the result, and say it."""
         self._draw()
         first, *others = self._evaluations()
         result = {
@@ -286,10 +356,9 @@ class Run:
         )
         if self.skipped:
             print(f"{self.skipped} optimizer steps were left out: their loss or gradients were not finite")
-        if config.merge:
+        if self.config.merge:
             shutil.rmtree(self.folder / "merged", ignore_errors=True)  # of a run that went on behind its end
             save_model(self.folder / "merged", whole(self.model), self.tokenizer)
-        self.close()
 
     def _due(self) -> bool:
         """Whether there is an evaluation where the run stands."""
@@ -308,12 +377,14 @@ class Run:
             draw_curve(self.folder / "curve.png", metrics, self._evaluations(), self.name)
 
     def _evaluated(self) -> set[int]:
-        return {entry["step"] for entry in self._evaluations()}
+        return ranks.of_the_first({entry["step"] for entry in self._evaluations()} if ranks.leads() else set())
 
     def _interrupted(self) -> NoReturn:
         """End the run between two steps."""
         if self._saved != self.step:
             self.save()
+        if not ranks.leads():
+            raise SystemExit(EXIT)
         self._draw()
         print(
             f"interrupted behind {self.step} of {self.config.steps} steps, with a checkpoint; --out {self.folder} --resume goes on",
@@ -324,12 +395,15 @@ class Run:
 
     def close(self) -> None:
         """Let others at the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _evaluate(self, evaluate: Callable[[], TensorDictBase], aloud: bool = False) -> None:
         finished = evaluate()
-        rate = float(finished["success"].float().mean())
-        self._write("evaluations", {"step": self.step, "pass_rate": rate, "conversations": len(finished)})
+        solved = torch.tensor([float(finished["success"].float().sum()), len(finished)])
+        solved, asked = ranks.total(solved).tolist()
+        rate = solved / asked
+        self._write("evaluations", {"step": self.step, "pass_rate": rate, "conversations": int(asked)})
         self._scalar("evaluation", rate)
         self.say(f"pass rate after {self.step} steps: {rate:.3f}")
         if aloud:
@@ -354,16 +428,19 @@ class Run:
         """
         step, config = self.step, self.config
         batches = [finished] if isinstance(finished, TensorDictBase) else list(finished)
-        metrics = {**(figures(batches) if batches else {}), **metrics}
+        metrics = of_all(ranks.everywhere({**(figures(batches) if batches else {}), **metrics}))
         metrics |= self._spent(metrics)
+        played = [] if trained is None else episodes(trained)
+        self.skipped += int(metrics.get("skipped", 0))
+        if not ranks.leads():
+            return
         for sentence in self._watch.look(metrics):
             self.say(f"step {step}: {sentence}")
         self._write("metrics", {"step": step, **metrics})
-        self._write("trained", {"step": step, "episodes": [] if trained is None else episodes(trained)})
+        self._write("trained", {"step": step, "episodes": played})
         if batches:
             self._show(batches[0][: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
         self._figures = {key: metrics[key] for key in ("pass_rate", "reward", "loss") if key in metrics}
-        self.skipped += int(metrics.get("skipped", 0))
         for key, value in metrics.items():
             self._scalar(key, value)
 
@@ -379,7 +456,7 @@ class Run:
     def _spent(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Seconds of the step and of its parts, sampled tokens a second, and what memory was the most so far."""
         parts, self._seconds = self._seconds, {}
-        told = {"seconds": time.perf_counter() - self._start, "memory": peak_memory()}
+        told = {"seconds": time.perf_counter() - self._start, "memory": ranks.most(peak_memory())}
         told |= {f"seconds_{name}": seconds for name, seconds in parts.items()}
         if parts.get("sampling") and "sampled_tokens" in metrics:
             told["tokens_per_second"] = metrics["sampled_tokens"] / parts["sampling"]
@@ -403,11 +480,14 @@ class Run:
         """Print beside the progress bar."""
         from tqdm import tqdm
 
-        tqdm.write(text)
+        if ranks.leads():
+            tqdm.write(text)
 
     def _write(self, key: str, line: Mapping[str, Any]) -> None:
         from torchrl_chat.rollouts import plain
 
+        if not ranks.leads():
+            return
         with open(self._files[key], "a") as file:
             file.write(json.dumps(plain(line)) + "\n")  # a number that is not finite is null
 
@@ -415,15 +495,20 @@ class Run:
         """The model as it was before the first step, to be compared with: a frozen copy, or what is under its adapter."""
         if is_adapted(self.model):
             return Reference(self.model)
-        model = copy.deepcopy(self.model).requires_grad_(False)
-        load_weights(self.first_weights(), model)
-        return Reference(model)
+        if not is_sharded(self.model):
+            model = copy.deepcopy(self.model)
+            load_weights(self.first_weights(), model)
+        else:  # FSDP copies no module
+            whole = plain_class(self.model).from_pretrained(self.first_weights(), dtype=torch.float32).eval()
+            model = compute_in(whole.to(self.model.device), float_type(self.model))
+        return Reference(shard(model.requires_grad_(False)))
 
     def first_weights(self) -> Path:
         """The folder with the weights, or those of the adapter, before the first step; a resumed run finds it where it was."""
         path = self.folder / "reference"
         if not self.resumed:
-            shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before its first step
+            if ranks.leads():
+                shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before its first step
             save_model(path, self.model, self.tokenizer)
         return path
 
@@ -467,9 +552,17 @@ def _free_name(path: Path) -> Path:
 
 
 def episodes(td: TensorDictBase) -> list[list[int]]:
-    """What tells each episode from others, once: row of the dataset, epoch, place in its group."""
+    """What tells each episode from others, once: row of the dataset, epoch, place in its group.
+
+    Of several processes all of theirs, in the order of the questions, which they have in turn.
+    """
     keys = zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True)
-    return [list(key) for key in dict.fromkeys(keys)]
+    groups = [0] * len(td) if td.get("group", None) is None else td["group"].flatten().tolist()
+    played = [(group, key) for key, group in dict(zip(keys, groups, strict=True)).items()]
+    parts = ranks.everywhere(played)
+    if len(parts) > 1:
+        played = sorted(itertools.chain.from_iterable(parts), key=lambda each: each[0])
+    return [list(key) for _, key in played]
 
 
 def conversations(finished: TensorDictBase, title: str) -> str:

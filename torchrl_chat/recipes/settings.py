@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
+from torchrl_chat import ranks
 from torchrl_chat.gallery import NAMES
 from torchrl_chat.options import TEMPLATE_HELP, device, show_one_spelling
 
@@ -104,6 +105,9 @@ class RunConfig:
         ),
     }  # fmt: skip
     """The least value of each setting that has one."""
+
+    several: ClassVar[bool] = False
+    """Whether the script can run in several processes, which torchrun starts."""
 
     positive: ClassVar[frozenset[str]] = frozenset({"lr", "max_grad_norm", "temperature", "lora_alpha"})
     """Settings that are more than 0."""
@@ -212,11 +216,32 @@ def parse(
             parser.error(f"--device: {error}.")
     if config.resume and config.out is None:
         parser.error("--resume goes on with the run in a folder: give it with --out.")
+    if (told := _parted(config, ranks.asked())) is not None:
+        parser.error(told)
     if config.checkpoint is not None and not config.resume:
         parser.error(
             f"--checkpoint {config.checkpoint} says from where a run goes on: give --resume and --out, too."
         )
     return config
+
+
+def _parted(config: RunConfig, processes: int) -> str | None:
+    """What is in the way of as many processes as torchrun has started; ``None`` if nothing is."""
+    if processes == 1:
+        return None
+    if not config.several:
+        return f"torchrun started {processes} processes, and this script runs in one."
+    for name in ("prompts", "minibatch"):
+        if (value := getattr(config, name)) % processes:
+            fitting = (value // processes + 1) * processes
+            return f"--{name} is {value}: expected a multiple of the {processes} processes, {fitting} say."
+    if config.eval < processes:
+        return f"--eval is {config.eval}: expected at least a question for each of the {processes} processes."
+    if config.backend != "transformers":
+        return f"--backend {config.backend} samples for one process, and torchrun started {processes}."
+    if config.merge:
+        return "--merge needs the whole model in one process: go on with the finished run in one, with --resume --merge."
+    return None
 
 
 def _given(parser: Any, words: Sequence[str]) -> set[str]:

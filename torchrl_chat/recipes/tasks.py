@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat import gallery, tiny
+from torchrl_chat import gallery, ranks, tiny
 from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_lora
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
+from torchrl_chat.learner.sharding import shard
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.training.losses import masked_mean
@@ -29,7 +30,11 @@ _HINT = 0.06  # the share of demonstrations with the operation that was asked fo
 
 
 def make_model(config: RunConfig) -> tuple[Any, Any]:
-    """The model of ``--model``, its weights in float32 on ``--device``, with what is asked for around it, and its tokenizer."""
+    """The model of ``--model``, its weights in float32 on ``--device``, with what is asked for around it, and its tokenizer.
+
+    Where torchrun has started several processes they find each other here, and each has its part of the model.
+    """
+    ranks.begin(config.device)
     model, tokenizer = _make_model(config)
     if config.checkpointing:
         recompute_activations(model)
@@ -38,7 +43,7 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
         torch.manual_seed(config.seed)
         model = with_lora(model, config.lora, config.lora_alpha, config.lora_targets)
         torch.set_rng_state(random_state)
-    return compute_in(model, getattr(torch, config.dtype)), tokenizer
+    return shard(compute_in(model, getattr(torch, config.dtype))), tokenizer
 
 
 def _make_model(config: RunConfig) -> tuple[Any, Any]:
@@ -59,9 +64,13 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
 def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
     """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end.
 
+    Of n processes each has every n-th question, so that together they play what one would.
+
     Raises:
         ValueError: there is no such dataset, or it takes no ``--data``.
     """
+    own, count = ranks.own(), ranks.count()
+    parted: dict[str, Any] = {} if count == 1 else {"shard": (own, count)}
     return gallery.make_env(
         config.dataset,
         data=config.data,
@@ -69,9 +78,10 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
         seed=seed,
         tokenizer=tokenizer,
         input_mode=config.input_mode,
-        num_envs=prompts,
+        num_envs=len(range(own, prompts, count)),
         repeats=group_size,
         group_repeats=True,
+        **parted,
     )
 
 
@@ -114,7 +124,9 @@ def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:
     from torchrl_chat.playing import play
 
     env.reset_dataloader()
-    return play(env, policy, max_turns=config.max_turns)
+    finished = play(env, policy, max_turns=config.max_turns)
+    env.reset_dataloader()  # a state of it can be parted over any number of processes
+    return finished
 
 
 # ---------------------------------------------------------------------- the two-turn tool task
@@ -179,7 +191,7 @@ def warm_start(
         group["lr"] = 2e-3
     for _ in range(config.warm_steps):
         scores = sequence_log_probs(model, view[torch.randint(len(view), (batch,))])
-        loss = -masked_mean(scores.log_probs, scores.mask)
+        loss = -masked_mean(scores.log_probs, scores.mask) / ranks.count()  # all processes have the same rows
         optimizer.zero_grad()
         loss.backward()
         take_step(optimizer, loss)

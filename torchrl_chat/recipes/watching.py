@@ -40,6 +40,23 @@ def figures(batches: Sequence[TensorDictBase]) -> dict[str, float]:
     }
 
 
+_SUMS, _MOST = {"sampled_tokens", "groups", "kept"}, {"sampled_longest", "mismatch_max"}
+
+
+def of_all(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of several processes that played equally many conversations each, as those of all: sums, the greatest, means.
+
+    Example:
+        >>> of_all([{"sampled_tokens": 8.0, "reward": 1.0}, {"sampled_tokens": 4.0, "reward": 0.5}])
+        {'sampled_tokens': 12.0, 'reward': 0.75}
+    """
+    found = {}
+    for name in dict.fromkeys(name for each in metrics for name in each):
+        values = [each[name] for each in metrics if name in each]
+        found[name] = sum(values) if name in _SUMS else max(values) if name in _MOST else sum(values) / len(values)
+    return found
+
+
 def of_the_run(metrics: Mapping[str, float]) -> dict[str, float]:
     """A step's metrics without those of the machine (times, rates, memory): what the same run with the same seed tells again.
 

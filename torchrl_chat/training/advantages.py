@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat import columns
+from torchrl_chat import columns, ranks
 
 
 def group_advantages(
@@ -25,7 +25,7 @@ def group_advantages(
     The mean of the group's rewards is taken off: with ``normalize="std"`` the rest is divided by the group's
     standard deviation (GRPO, arXiv:2402.03300), with ``None`` not (Dr. GRPO, arXiv:2503.20783); with ``"mean"`` by the group's
     mean, so that questions count by how rarely they are answered, as in the likelihood of an answer (MaxRL,
-    arXiv:2602.02710); with ``"batch"`` by the standard deviation over all groups (REINFORCE++ with a baseline,
+    arXiv:2602.02710); with ``"batch"`` by the standard deviation over all groups of all processes (REINFORCE++ with a baseline,
     arXiv:2501.03262). With ``leave_one_out=True`` the mean is that of the other episodes of the group (RLOO,
     arXiv:2402.14740).
 
@@ -81,7 +81,7 @@ def group_advantages(
     if episode is not None:  # an episode's first valid row stands for it
         numbers = episode.reshape(count)
         order = torch.arange(count, device=numbers.device).where(counts > 0, count)
-        first = torch.full((int(numbers.max()) + 1,), count, device=numbers.device)
+        first = torch.full((int(numbers.max()) + 1 if count else 0,), count, device=numbers.device)
         first = first.scatter_reduce(0, numbers, order, "amin")
         weights = counts * (first[numbers] == order)
     names, index = group.reshape(count).unique(return_inverse=True)
@@ -106,9 +106,8 @@ def group_advantages(
         centred = centred / (means + least.where(size > 0, 0.0)).clamp(min=eps)
     if normalize == "batch":
         compared = weights * (size > 1)
-        centred = centred / ((compared * centred**2).sum() / (compared.sum() - 1).clamp(min=1)).sqrt().clamp(
-            min=eps
-        )
+        squares, among = ranks.total(torch.stack(((compared * centred**2).sum(), compared.sum())))
+        centred = centred / (squares / (among - 1).clamp(min=1)).sqrt().clamp(min=eps)
     return torch.where((size > 1) & (counts > 0), centred, 0.0).reshape(reward.shape)
 
 

@@ -228,6 +228,8 @@ def dense_of(view: TensorDictBase, device: torch.device) -> Dense:
             raise KeyError(f"the view has no ({container!r}, {key!r}): make it with training_view.")
         if rectangular:
             return found.to(device)
+        if not len(found):
+            return torch.zeros(0, 0, dtype=torch.int64, device=device)
         return pad_sequence([row.to(device) for row in found], batch_first=True)
 
     ids = rows("tokens", "full")

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.models.head import token_scores
-from torchrl_chat.models.passes import ModelError, float_type, groups_of
+from torchrl_chat.models.passes import ModelError, as_one_pass, float_type, groups_of
 from torchrl_chat.training.passing import Dense, Passing, dense_of, passing_of
 
 
@@ -91,6 +91,10 @@ def sequence_log_probs(
         raise ValueError(f"chunk={chunk}, max_tokens={max_tokens}: expected at least 1.")
     device = next(model.parameters()).device
     dense = dense_of(view, device)
+    if not dense.ids.numel():  # a view without rows
+        zeros = torch.zeros(dense.ids.shape, device=device)
+        values = None if critic is None else zeros
+        return Scores(zeros, zeros if entropy else None, dense.scored, float_type(model), values)
     known, highest = model.get_input_embeddings().num_embeddings, int(dense.ids.max())
     if highest >= known:
         raise ValueError(
@@ -104,7 +108,8 @@ def sequence_log_probs(
     found = [torch.zeros(mask.shape, device=device) for _ in range(1 + entropy + (critic is not None))]
     for rows, width in _minibatches(dense.attention, mask, max_tokens, passing):
         wanted = mask[rows, :width]
-        told = _score(model, dense.part(rows, width), passing, wanted, critic, softmax)
+        part = dense.part(rows, width)
+        told = as_one_pass(model, lambda: _score(model, part, passing, wanted, critic, softmax))  # noqa: B023
         where = torch.zeros_like(mask)
         where[rows, :width] = wanted
         found = [whole.masked_scatter(where, some) for whole, some in zip(found, told, strict=True)]

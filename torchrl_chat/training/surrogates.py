@@ -30,7 +30,7 @@ class Tokens:
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the tokens of each sequence under the mask, at each of them."""
-        sums = values.new_zeros(int(self.sequence.max()) + 1)
+        sums = values.new_zeros(int(self.sequence.max()) + 1 if self.sequence.numel() else 0)
         counted = torch.where(self.mask, values, 0.0).flatten()
         return sums.index_add(0, self.sequence.flatten(), counted)[self.sequence]
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-_COUNT = (
+from torchrl_chat import ranks
+
+BAD_STEPS = (
     "not_finite_in_a_row"  # in the optimizer's first group, so that its state_dict carries the count over a restart
 )
 
@@ -28,7 +30,7 @@ def take_step(
     """Clip the gradients and let the optimizer take its step, if the loss and the norm of the gradients are finite.
 
     One NaN in a gradient makes every weight NaN through the clipping alone, and the optimizer keeps it in its state for ever. So
-    such a step is left out: weights and optimizer stay bit for bit what they were, but for the gradients, which are cleared.
+    such a step is left out, by all processes of a run (:mod:`torchrl_chat.ranks`) if one of them cannot take it: weights and optimizer stay bit for bit what they were, but for the gradients, which are cleared.
     How often that happened in a row stands in the optimizer's first parameter group, and so in its ``state_dict()``; so does
     the norm of the gradients before they were clipped, as ``"grad_norm"``.
 
@@ -63,20 +65,22 @@ def take_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # With an infinite norm the clipping does nothing but measure.
     norm = nn.utils.clip_grad_norm_(parameters, torch.inf if max_grad_norm is None else max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # of gradients that lie in parts on several processes
+        norm = norm.full_tensor()
     # One transfer from the device for all of them.
-    told = torch.stack([torch.as_tensor(value).detach().float().reshape(()).to(norm.device) for value in losses])
+    told = [torch.as_tensor(value).detach().float().reshape(()).to(norm.device) for value in losses]
     group = optimizer.param_groups[0]
-    size, *numbers = torch.cat((norm.float().reshape(1), told)).tolist()
+    size, *numbers = torch.stack((norm.float().reshape(()), *told)).tolist()
     group["grad_norm"] = size
-    if all(map(math.isfinite, (size, *numbers))):
-        group[_COUNT] = 0
+    if not ranks.most(not all(map(math.isfinite, (size, *numbers)))):
+        group[BAD_STEPS] = 0
         optimizer.step()
         return True
-    group[_COUNT] = group.get(_COUNT, 0) + 1
+    group[BAD_STEPS] = group.get(BAD_STEPS, 0) + 1
     optimizer.zero_grad(set_to_none=True)
-    if group[_COUNT] >= patience:
+    if group[BAD_STEPS] >= patience:
         raise NotFiniteError(
-            f"{group[_COUNT]} optimizer steps in a row were not finite, the last with the loss {sum(numbers)} and the "
+            f"{group[BAD_STEPS]} optimizer steps in a row were not finite, the last with the loss {sum(numbers)} and the "
             f"gradient norm {size}; none of them was taken. Look at the rewards and log-probs of the last batch, at the "
             "learning rate, and at the precision of the model."
         )

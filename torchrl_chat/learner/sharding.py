@@ -1,0 +1,226 @@
+"""A model whose weights, gradients and optimizer states lie in parts on several processes: FSDP2 (arXiv:2304.11277).
+
+Each layer is a unit that is gathered when it is needed and parted again behind it; what is left (embeddings, the last norm, the
+head) is one unit more, so that a head which is tied to the embeddings stays so. Gradients are summed over the processes, not
+averaged: losses have the denominators of the whole minibatch (:mod:`~torchrl_chat.learner.minibatches`).
+
+What has gradients is one pass at a time, of all processes together. Everything else goes through the gathered model
+(:func:`gathered`), in which no process waits for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+
+from torchrl_chat import ranks
+from torchrl_chat.learner.fronts import Front, put_in_front
+from torchrl_chat.models.passes import ModelError
+from torchrl_chat.models.proof import same_model
+
+T = TypeVar("T")
+
+
+def shard(model: Any) -> Any:
+    """Part a model over the processes, in place; in a run of one process it stays as it is.
+
+    The model is tried before it is parted, and what was found holds afterwards: behind it, a row of the parted model is
+    compared with that of the whole one. Optimizers are made of its parameters afterwards.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model of one, with the same weights on all processes.
+
+    Returns:
+        the model.
+
+    Raises:
+        ModelError: its rows do not go together, so that processes could not keep in step; it has no layers that are known
+            here; or what it computes is something else when it is parted.
+
+    Example:
+        >>> from torchrl_chat.tiny import tiny_model
+        >>> model = shard(tiny_model(64))
+    """
+    if ranks.count() == 1 or is_sharded(model):
+        return model
+    # Half a second, which runs of one process need not wait.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    with same_model(model, "in parts on several processes") as prover:
+        if prover.scoring() != "padded":
+            raise ModelError(
+                f"{prover.proof.name} on several processes: its rows do not go through it together ({prover.tried('scoring')}), so that "
+                "the processes would not keep in step. Train it in one."
+            )
+        mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.count(),))
+        for part in (*_layers(model), model):
+            # Of the outermost the default is to stay gathered, and to be trained with weights that are not its own any more.
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for an operation that it has not
+        put_in_front(_Sharded, model)
+        register_fsdp_forward_method(model, "as_one_pass")
+    return model
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a model is one of :func:`shard`."""
+    return isinstance(model, _Sharded)
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The layers of a model: the modules that transformers would checkpoint, which are not within each other."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[torch.nn.Module] = [
+        part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)
+    ]
+    inner = {id(part) for layer in found for part in layer.modules() if part is not layer}
+    found = [layer for layer in found if id(layer) not in inner]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no layers that are known here: it cannot be parted over processes."
+        )
+    return found
+
+
+class _Sharded(Front):
+    """What is in front of the outermost unit."""
+
+    _within = False
+
+    def as_one_pass(self, compute: Callable[[], T]) -> T:
+        """See :func:`~torchrl_chat.models.passes.as_one_pass`: FSDP gathers the unit before, and parts it again behind."""
+        self._within = True
+        try:
+            return compute()
+        finally:
+            self._within = False
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        if self._within:  # the unit is gathered
+            return self.forward(*args, **given)  # type: ignore[attr-defined]
+        return super().__call__(*args, **given)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """Inside, each process has the whole model, without gradients, and need not keep in step with the others.
+
+    Args:
+        model: a model of :func:`shard`; any other is left alone.
+    """
+    units = [part for part in model.modules() if hasattr(part, "unshard")] if is_sharded(model) else []
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        with torch.no_grad() if units else contextlib.nullcontext():
+            yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+def weights_of(model: Any, trained: bool = False) -> dict[str, torch.Tensor]:
+    """The weights of a model that lies in parts, all or those that are trained, on the CPU of the first process; on the others nothing."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
+    return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
+
+
+def set_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a model the trained weights that some process wrote, in place; all processes have them whole.
+
+    Args:
+        model: a model, sharded or not.
+        weights: by the names of the model's parameters; others are left alone, and so are buffers.
+
+    Raises:
+        KeyError: one that the model has is missing.
+    """
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad or name in weights:
+                weight.copy_(_like(weights[name].to(weight.device, weight.dtype), weight))
+
+
+def _like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has of a weight, as one."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, mesh, weight.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def save_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Write the state of an optimizer, each process its part, into a folder that they share; none where it has none yet."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    # To tell a state, torch makes one where there is none, by a step without gradients, which counts as Adam's first one.
+    if not optimizer.state:
+        return
+    # A new optimizer whose weights have gradients is told to have no state.
+    optimizer.zero_grad(set_to_none=True)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=os.fspath(path))
+
+
+def load_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that as many processes, or others, wrote with :func:`save_optimizer`.
+
+    Raises:
+        ValueError: it is that of another model.
+    """
+    optimizer.state.clear()
+    if not os.path.exists(path):
+        return
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    reader = dcp.FileSystemReader(os.fspath(path))
+    written = {name.removeprefix(_STATE).rpartition(".")[0] for name in reader.read_metadata().state_dict_metadata}
+    names = {weight: name for name, weight in model.named_parameters()}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not {names[weight] for weight in weights} & written:
+        raise ValueError(
+            f"{os.fspath(path)} has no state for any weight that is trained: it is that of another model."
+        )
+    optimizer.zero_grad(set_to_none=True)
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    # A weight that never had a gradient has no state.
+    dcp.load(state, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    for weight in weights:
+        if names[weight] not in written:
+            optimizer.state.pop(weight, None)
+
+
+_STATE = "optimizer.state."  # what names of a state begin with in such a folder
+
+
+def set_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give an optimizer of a model in parts the ``state_dict()`` of one of the same model as a whole."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.load_state_dict(
+        {
+            "state": {
+                number: {
+                    name: _like(value, weights[number]) if value.shape == weights[number].shape else value
+                    for name, value in entries.items()
+                }
+                for number, entries in state["state"].items()
+            },
+            "param_groups": state["param_groups"],
+        }
+    )
