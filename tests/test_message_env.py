@@ -131,6 +131,7 @@ class TestExamples:
         source = source.split("if __name__", 1)[0]
         assert len(source.strip().splitlines()) <= 30
 
+    @pytest.mark.full
     @pytest.mark.services
     def test_grpo_learns_one(self, tmp_path):
         command = [sys.executable, "examples/grpo.py", "--dataset", "examples/self_correction.py:SelfCorrection"]

@@ -144,6 +144,7 @@ def test_examples_run():
     assert "0 of 2 right" in rollout
 
 
+@pytest.mark.full
 def test_the_tool_example_runs(tmp_path):
     """That it learns takes minutes; tests/test_recipes_learning.py shows it."""
     few = ("--warm_steps", "20", "--steps", "2", "--prompts", "2", "--group_size", "2", "--epochs", "1")

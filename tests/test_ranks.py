@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -223,7 +222,9 @@ def _keep(model, path: str) -> None:
 
 
 # ---------------------------------------------------------------------- tests
-@pytest.mark.parametrize("kind", ["plain", "tied", "checkpointing", "lora"])
+@pytest.mark.parametrize(
+    "kind", ["tied", "lora", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("plain", "checkpointing"))]
+)
 def test_gradients_are_those_of_one_process(kind):
     assert max(in_ranks(2, gradients_beside_one, kind)) < 1e-5
 
@@ -231,7 +232,7 @@ def test_gradients_are_those_of_one_process(kind):
 @pytest.mark.parametrize(
     ("kind", "share", "sizes", "max_tokens"),
     [
-        ("plain", True, [3, 3], 10_000),
+        pytest.param("plain", True, [3, 3], 10_000, marks=pytest.mark.full),
         ("tied", False, [5, 1], 30),
         pytest.param("checkpointing", True, [6, 0, 3], 40, marks=pytest.mark.full),
         pytest.param("lora", False, [2, 7], 20, marks=pytest.mark.full),
@@ -256,7 +257,7 @@ def test_steps_are_taken_by_all_or_by_none():
     ("kind", "steps", "before", "after"),
     [
         ("tied", 0, 2, 1),
-        ("plain", 3, 2, 3),
+        pytest.param("plain", 3, 2, 3, marks=pytest.mark.full),
         pytest.param("lora", 3, 2, 2, marks=pytest.mark.full),
         pytest.param("lora", 3, 3, 1, marks=pytest.mark.full),
         pytest.param("tied", 2, 3, 2, marks=pytest.mark.full),
@@ -270,6 +271,7 @@ def test_an_optimizer_goes_on_in_other_processes(tmp_path, kind, steps, before, 
     assert max(float((found[name] - weight).abs().max()) for name, weight in expected.items()) < 1e-4
 
 
+@pytest.mark.full
 def test_the_state_of_one_process_is_parted(tmp_path):
     in_ranks(1, written, str(tmp_path), "plain", 3)
     in_ranks(2, gone_on, str(tmp_path), "plain", True)
@@ -327,18 +329,17 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path, name):
     check_same(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path):
-    """Begun by two, gone on with by one and by three: the same episodes in the same order, and the curve of one."""
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), *(pytest.param(*counts, marks=pytest.mark.full) for counts in ((2, 2), (2, 3), (1, 2), (3, 1)))],
+)
+def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path, before, after):
+    """The same episodes in the same order, and the curve of one process."""
     words = ["--steps", "4", *VARIANTS["grpo"]]
     in_ranks(1, run, str(tmp_path / "one"), *words)
-    in_ranks(2, run, str(tmp_path / "two"), *words)
-    for count in (1, 3):
-        shutil.copytree(tmp_path / "two", tmp_path / f"then {count}")
-        in_ranks(count, run, str(tmp_path / f"then {count}"), *words, "--resume", "--checkpoint", "2")
-        check_same(tmp_path / "one", tmp_path / f"then {count}")
-    shutil.copytree(tmp_path / "one", tmp_path / "one then two")
-    in_ranks(2, run, str(tmp_path / "one then two"), *words, "--resume", "--checkpoint", "2")
-    check_same(tmp_path / "one", tmp_path / "one then two")
+    in_ranks(before, run, str(tmp_path / "other"), *words)
+    in_ranks(after, run, str(tmp_path / "other"), *words, "--resume", "--checkpoint", "2")
+    check_same(tmp_path / "one", tmp_path / "other")
 
 
 @pytest.mark.full

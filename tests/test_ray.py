@@ -92,6 +92,7 @@ def test_a_killed_worker_loses_nothing(collectors, rows):
     assert answers_of(data) == local_answers(rows, 12)  # and what one process would have sampled
 
 
+@pytest.mark.full
 def test_a_lost_node_loses_nothing_and_a_new_one_joins(ray_cluster, collectors, rows):
     seen, pids, newcomers = [], [], set()
     collector = collectors(rows, workers=2, collect=ray_run.slowly)
@@ -223,6 +224,7 @@ def test_a_run_that_cannot_begin(collectors, rows):
         collectors(rows, batches=0)
 
 
+@pytest.mark.full
 def test_too_many_deaths(collectors, rows):
     collector = collectors(rows, workers=1, collect=ray_run.die, max_failures=1)
     with pytest.raises(WorkersLostError, match="2 workers died, max_failures=1"):
@@ -261,6 +263,7 @@ class TestTorchRLsOwn:
         assert collector.total_dialog_turns == 12
         assert collector.dialog_turns_per_batch == 4
 
+    @pytest.mark.full
     def test_buffer_in_an_actor(self, make):
         from torchrl.data.replay_buffers.ray_buffer import RayReplayBuffer
 
@@ -282,6 +285,7 @@ class TestTorchRLsOwn:
         finally:
             buffer.close()
 
+    @pytest.mark.full
     def test_two_collectors_share_one_reader(self, make):
         shared = {"ray_backend": True, "dataloader_actor_name": f"rows of {os.getpid()}", "repeats": None}
         both = [make(env=shared), make(env=shared)]

@@ -22,6 +22,7 @@ can also be set one by one:
     cispo        arXiv:2506.13585  a clipped ratio as a weight, so that no token loses its gradient; mean over tokens
     gmpo         arXiv:2507.20673  the geometric mean over a sequence's tokens
     sapo         arXiv:2511.20347  a soft gate instead of a clip
+    distillation arXiv:2306.13649  no rewards: how much likelier --teacher finds each sampled token than the model itself
 
 What samples and what learns may differ (an engine of another precision): "ess" in the metrics tells. --correction weighs tokens
 by how much: tis (truncated), mis (masked), icepop (a band); the metrics have "mismatch" then.
@@ -46,9 +47,18 @@ from torchrl_chat.learner import Counts, gathered, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
-from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
+from torchrl_chat.recipes.tasks import (
+    ask,
+    make_env,
+    make_model,
+    make_optimizer,
+    make_policy,
+    make_teacher,
+    warm_start,
+)
 from torchrl_chat.rewards import Episode, OverlongPenalty
 from torchrl_chat.training import (
+    distillation_advantages,
     group_advantages,
     importance_weights,
     kl_estimate,
@@ -64,9 +74,9 @@ from torchrl_chat.training.surrogates import bounds_of
 class GRPOConfig(RunConfig):
     """The settings of the run (see RunConfig) and of the algorithm."""
 
-    variant: Literal["grpo", "dapo", "dr-grpo", "rloo", "reinforce++", "maxrl", "gspo", "cispo", "gmpo", "sapo"] = (
-        setting("grpo", "sets the defaults of what follows")
-    )
+    variant: Literal[
+        "grpo", "dapo", "dr-grpo", "rloo", "reinforce++", "maxrl", "gspo", "cispo", "gmpo", "sapo", "distillation"
+    ] = setting("grpo", "sets the defaults of what follows")
     surrogate: Literal["ppo", "gspo", "cispo", "gmpo", "sapo", "reinforce"] = setting(
         "ppo", "what is maximised; sets the defaults of the clip"
     )
@@ -90,11 +100,14 @@ class GRPOConfig(RunConfig):
     kl: float = setting(0.0, "coefficient of the KL divergence from the model before training")
     kl_kind: Literal["k1", "k2", "k3"] = setting("k3", "its estimator; the gradient of k1 is 0 on average")
     entropy: float = setting(0.0, "coefficient of an entropy bonus")
+    teacher: str | None = setting(None, "name or folder of a model with the same tokenizer, to learn from")
+    distill: float = setting(1.0, "with --teacher, the weight of what it says of each token (arXiv:2306.13649)")
+    reward_weight: float = setting(1.0, "the weight of rewards beside it; 0: nothing but the teacher counts")
 
     least = (
         RunConfig.least
         | {"group_size": 2, "max_batches": 1}
-        | dict.fromkeys(("overlong", "clip", "clip_high", "kl", "entropy"), 0)
+        | dict.fromkeys(("overlong", "clip", "clip_high", "kl", "entropy", "distill", "reward_weight"), 0)
         | {"correction_cap": 1}
     )
 
@@ -117,6 +130,8 @@ class GRPOConfig(RunConfig):
             return (
                 "--overlong makes rewards negative, and --normalize mean divides by their mean: give one of them."
             )
+        if self.teacher is None and (self.variant == "distillation" or not self.reward_weight):
+            return f"--variant {self.variant} --reward-weight {self.reward_weight} learns from a teacher: give --teacher."
         return super().problem()
 
 
@@ -156,6 +171,13 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "cispo": {"surrogate": "cispo", "aggregation": "token"},
     "gmpo": {"surrogate": "gmpo"},
     "sapo": {"surrogate": "sapo"},
+    "distillation": {
+        "reward_weight": 0.0,
+        "normalize": "none",
+        "aggregation": "token",
+        "group_size": 2,
+        "entropy": 0.0,
+    },
 }
 
 
@@ -292,6 +314,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         warm_start(config, model, optimizer, tokenizer)
     sync()
     reference = run.reference() if config.kl else None
+    teacher = None if config.teacher is None else make_teacher(config, tokenizer)
     vocab_size = policy.codec.vocab_size
     scoring = {
         "vocab_size": vocab_size,
@@ -339,6 +362,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             normalize=None if config.normalize == "none" else config.normalize,
             leave_one_out=config.leave_one_out,
         )
+
+        if teacher is not None:
+            with gathered(teacher), torch.no_grad():
+                view["taught"] = sequence_log_probs(teacher, view, **scoring).log_probs
+            token = distillation_advantages(view["taught"], view["log_probs"].full, mask)
+            if len(view):
+                metrics["kl_teacher"] = float(-masked_mean(token, mask))
+            view["advantage"] = config.reward_weight * view["advantage"].reshape(-1, 1) + config.distill * token
 
         # 4. Learn, and give what samples the new weights.
         learned = view.to(model.device)

@@ -61,6 +61,22 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
     return load_model(config.model, dtype=torch.float32).to(device).eval(), tokenizer
 
 
+def make_teacher(config: Any, tokenizer: Any) -> Any:
+    """The model of ``--teacher``, frozen, in the precision of the one that is trained.
+
+    Raises:
+        ValueError: its tokenizer is another one.
+    """
+    own = load_tokenizer(config.teacher, config.chat_template)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--teacher {config.teacher} has another tokenizer than --model {config.model}: of the model's tokens it can say nothing."
+        )
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(config.teacher, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    return shard(compute_in(model, getattr(torch, config.dtype)))
+
+
 def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
     """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end.
 

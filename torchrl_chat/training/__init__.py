@@ -8,6 +8,7 @@ from typing import Any
 
 from torchrl_chat.training.advantages import gae, group_advantages, token_rewards, whitened
 from torchrl_chat.training.corrections import importance_weights
+from torchrl_chat.training.distillation import distillation_advantages
 from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss
 from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs
 from torchrl_chat.training.updates import NotFiniteError, take_step
@@ -18,6 +19,7 @@ __all__ = [
     "ExactMCAdvantage",
     "NotFiniteError",
     "Scores",
+    "distillation_advantages",
     "gae",
     "group_advantages",
     "importance_weights",
