@@ -182,8 +182,7 @@ class Run:
         if not found:
             return None
         path = found[-1]
-        ranks.agreed(lambda: self._check_whole(path, found[:-1]))
-        state = load_state(path)
+        state = ranks.agreed(lambda: self._whole_state(path, found[:-1])) or load_state(path)
         try:
             load_weights(path, self.model)
         except DamagedCheckpoint as error:
@@ -211,11 +210,13 @@ class Run:
             raise ValueError(f"{self.folder} has no checkpoint of step {wanted}: there are {there}.")
         return found, later
 
-    def _check_whole(self, path: Path, others: Sequence[Path]) -> None:
-        """Refuse a checkpoint that is damaged, or books that lack what was in them when it was written."""
+    def _whole_state(self, path: Path, others: Sequence[Path]) -> dict[str, Any]:
+        """The state of a checkpoint; one that is damaged is refused, and so are books that lack what was in them when it was written."""
         try:
             check_files(path)
-            self._check_books(path, load_state(path)["sizes"])
+            state = load_state(path)
+            self._check_books(path, state["sizes"])
+            return state
         except DamagedCheckpoint as error:
             raise DamagedCheckpoint(f"{error} {self._way_out(others)}") from error
 
