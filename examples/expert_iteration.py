@@ -27,7 +27,7 @@ from torchrl_chat.playing import play
 from torchrl_chat.recipes.checkpoints import load_weights
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, set_rate
-from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
+from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import masked_mean, sequence_log_probs, training_view
 
@@ -45,7 +45,7 @@ class ExpertIterationConfig(RunConfig):
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model and the dataset that were asked for."""
     if asked.model != "tiny":
-        return FULL | {"steps": 20, "prompts": 256, "lr": 1e-5}
+        return for_readers(asked) | {"steps": 20, "prompts": 256, "lr": 1e-5}
     if asked.dataset == "python-tool":
         # One answer a question: of different ones the rare count as much as the usual, and become it.
         return TINY_TOOL | {"steps": 40, "most": 1, "epochs": 8, "minibatch": 64}

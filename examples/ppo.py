@@ -26,7 +26,7 @@ from torchrl_chat.learner import Counts, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, set_rate
-from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
+from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import (
     gae,
@@ -63,7 +63,7 @@ class PPOConfig(RunConfig):
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model and the dataset that were asked for."""
     if asked.model != "tiny":
-        return dict(FULL)
+        return for_readers(asked)
     alone = {"group_size": 1}  # values tell what to expect: no group is needed
     if asked.dataset == "python-tool":
         # A critic's errors reach every token, and what they do grows with the rate: at the 5e-4 that serves GRPO here, one run

@@ -20,7 +20,14 @@ SPLITS = {
 }
 """The splits of the environments that have some."""
 
-NAMES = ("digits", "python-tool", *SPLITS, "reasoning-gym:TASK", "module:Class or file.py:Class of a MessageEnv")
+NAMES = (
+    "digits",
+    "sums",
+    "python-tool",
+    *SPLITS,
+    "reasoning-gym:TASK",
+    "module:Class or file.py:Class of a MessageEnv",
+)
 """What there is."""
 
 
@@ -109,8 +116,9 @@ def make_env(
             "countdown": envs.CountdownEnv,
         }[name]
         return cls(split=split or SPLITS[name][0], **options)
-    if name == "digits":
-        options.setdefault("dataset", tiny.last_digit_rows(size or 2048, seed=seed))
+    if name in ("digits", "sums"):
+        make_rows = tiny.last_digit_rows if name == "digits" else tiny.sum_rows
+        options.setdefault("dataset", make_rows(size or 2048, seed=seed))
         env = envs.DatasetChatEnv(**options)
         env = env.append_transform(transforms.EndOfDialogue())
         return env.append_transform(transforms.RewardTransform(NumberVerifier()))

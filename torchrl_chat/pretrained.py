@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torchrl_chat import smollm2
+
 
 def place(name: str, what: str, file: str = "config.json") -> str | Path:
     """Where transformers finds it: the folder of that name, or the name itself.
 
     Args:
-        name: a local folder, or a name on the Hugging Face hub.
+        name: a local folder, a name on the Hugging Face hub, or :data:`~torchrl_chat.smollm2.NAME`.
         what: what is looked for, for the error: ``"model"``, ``"tokenizer"``.
         file: one of its files, which is in the local cache if it was ever loaded.
 
@@ -27,6 +29,8 @@ def place(name: str, what: str, file: str = "config.json") -> str | Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if name == smollm2.NAME:
+        return smollm2.smollm2()
     if folder.exists():
         raise ValueError(f"{name!r} is a file: expected the folder of a {what}, or its name on the hub.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or "\\" in name:

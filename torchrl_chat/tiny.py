@@ -87,6 +87,18 @@ def last_digit_rows(count: int = 2048, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"query": [f"last({a},{b})=" for a, b in pairs], "answer": [str(b) for _, b in pairs]})
 
 
+def sum_rows(count: int = 2048, seed: int = 0) -> list[dict[str, str]]:
+    """Sums as one asks for them, such as ``{"query": "What is 6 plus 8?", "answer": "14"}``, for a model that can read.
+
+    Args:
+        count: the number of rows.
+        seed: the same seed gives the same rows.
+    """
+    draw = random.Random(seed)
+    pairs = [(draw.randint(2, 30), draw.randint(2, 30)) for _ in range(count)]
+    return [{"query": f"What is {a} plus {b}?", "answer": str(a + b)} for a, b in pairs]
+
+
 SIGNS = {"mul": "*", "add": "+", "sub": "-"}
 """The operations of :func:`arithmetic_rows`, and how Python writes them."""
 

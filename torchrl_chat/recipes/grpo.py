@@ -4,6 +4,7 @@ With no arguments a tiny model learns, from random weights, to say the last of t
 nothing is downloaded. Other tasks and models, several processes (torchrun):
 
     torchrl-chat train --dataset python-tool             # ... and to use an interpreter, in two turns
+    torchrl-chat train --model smollm2                   # a real model learns to add, in minutes
     torchrl-chat train --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --kl 0.001
     torchrl-chat train --variant dapo --backend vllm
     torchrl-chat train --dataset my_environment.py:Class # a MessageEnv of yours
@@ -46,7 +47,7 @@ from torchrl_chat import ranks
 from torchrl_chat.learner import Counts, gathered, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run, set_rate
-from torchrl_chat.recipes.settings import FULL, TINY_TOOL, RunConfig, parse, setting
+from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import (
     ask,
     make_env,
@@ -137,13 +138,11 @@ class GRPOConfig(RunConfig):
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model, the dataset and the variant that were asked for."""
-    found: dict[str, Any] = dict(FULL)
-    if asked.model == "tiny":
-        found = (
-            dict(TINY_TOOL)
-            if asked.dataset == "python-tool"
-            else {"prompts": 16, "group_size": 8, "entropy": 0.05, "lr": 7e-4}
-        )
+    found: dict[str, Any] = {"prompts": 16, "group_size": 8, "entropy": 0.05, "lr": 7e-4}
+    if asked.model != "tiny":
+        found = for_readers(asked)
+    elif asked.dataset == "python-tool":
+        found = dict(TINY_TOOL)
     if asked.variant == "dapo":
         given = "max_new_tokens" in asked.given
         limit = asked.max_new_tokens if given else found.get("max_new_tokens", asked.max_new_tokens)

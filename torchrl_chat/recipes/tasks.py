@@ -17,7 +17,7 @@ from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import shard
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
-from torchrl_chat.recipes.settings import RunConfig
+from torchrl_chat.recipes.settings import RunConfig, rate_for
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
 from torchrl_chat.training.updates import take_step
@@ -130,7 +130,12 @@ def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Cal
 
 
 def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW for what is trained of a model."""
+    """AdamW for what is trained of a model; a learning rate that was left to its size is set, and said."""
+    if config.lr is None:
+        size = sum(weight.numel() for name, weight in module.named_parameters() if ".lora_" not in name)
+        config.lr, source = rate_for(size, bool(config.lora))
+        if ranks.leads():
+            print(f"learning rate {config.lr:g}: {source} (--lr)")
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     return torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
