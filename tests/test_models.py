@@ -584,6 +584,15 @@ class TestHead:
         assert prover_of(model).chunking()
         assert prover_of(model).scoring() == "padded"
 
+    @pytest.mark.parametrize("entropy", [False, True])
+    def test_a_head_that_is_not_trained_is_asked_once(self, monkeypatch, entropy):
+        """Its gradient by the states is there when its logits are."""
+        model, view = frozen_head(), _alone_view(torch.arange(12) + 5, torch.arange(12) > 3)
+        scores = sequence_log_probs(model, view, entropy=entropy, chunk=4)
+        monkeypatch.delattr(Head, "apart")
+        (scores.log_probs.sum() + (scores.entropy.sum() if entropy else 0)).backward()
+        assert all(weight.grad is not None for weight in model.model.layers.parameters())
+
     def test_what_is_first_used_without_autograd_is_trained_like_any_other(self):
         proof._small.clear()  # the copy of this class may be there already
         model = made_up(LlamaForCausalLM)

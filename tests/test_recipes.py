@@ -399,7 +399,7 @@ class TestValues:
         hidden = model.base_model(ids).last_hidden_state.detach()
         for row, place in scores.mask.nonzero().tolist():
             expected = both.head(hidden[row, place - 1]).detach()
-            assert values[row, place].item() == pytest.approx(expected.item(), abs=1e-5)
+            assert values[row, place].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
         assert bool((values[~scores.mask] == 0).all())
 
     def test_rows_without_sampled_tokens_have_no_values(self, view):

@@ -32,6 +32,7 @@ from torchrl.envs import AsyncEnvPool, ParallelEnv, SerialEnv, StepCounter
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_chat import Budget, ChatEnv, DatasetChatEnv, DatasetError, TransformersPolicy, UserSimulator, columns
+from torchrl_chat.envs.loading import dataset_episodes
 from torchrl_chat.envs.state import collector_state, load_collector_state, load_state, save_state
 from torchrl_chat.seeds import EPISODE_KEYS, episode_seed, mixed
 from torchrl_chat.tiny import tiny_model
@@ -301,10 +302,42 @@ class TestState:
             ({"repeats": 3}, r"\{'repeats': 2\}.*\{'repeats': 3\}"),
             ({"repeats": 2, "shuffle": False}, "'shuffle': True"),
             ({"repeats": 2, "dataset": ROWS[:3]}, r"'rows': 7.*'rows': 3"),
-            ({"repeats": 2, "shard": (1, 2)}, r"'shard': \[0, 1\]"),
         ):
             with pytest.raises(ValueError, match=f"another sequence of episodes.*{found}"):
                 bare(**options).load_state_dict(state)
+        with pytest.raises(ValueError, match=r"another sequence of episodes.*'shard': \[0, 2\]"):
+            bare(shard=(1, 2)).load_state_dict(bare(shard=(0, 2)).state_dict())
+
+    @given(
+        before=st.integers(1, 6),
+        after=st.integers(1, 6),
+        rows=st.integers(0, 12),
+        repeats=st.integers(1, 3),
+        shuffle=st.booleans(),
+    )
+    def test_another_number_of_shards_goes_on_behind_what_was_taken(self, before, after, rows, repeats, shuffle):
+        """Each of some has taken so many rows: together the first of the whole order, and others take the next."""
+
+        def taken(count, each, states=None):
+            settings = {"seed": 3, "repeats": repeats, "shuffle": shuffle}
+            shards = [dataset_episodes(ROWS, shard=(index, count), **settings) for index in range(count)]
+            for shard in shards if states else ():
+                shard.load_state_dict(states[0])
+            rows = [[shard.next() for _ in range(each * repeats)] for shard in shards]
+            order = [
+                row[turn * repeats + place] for turn in range(each) for row in rows for place in range(repeats)
+            ]
+            return [tuple(episode[key] for key in EPISODE_KEYS) for episode in order], [
+                s.state_dict() for s in shards
+            ]
+
+        first, states = taken(before, rows)
+        if rows * before % after:
+            with pytest.raises(ValueError, match=f"{after} shards cannot have played"):
+                taken(after, 1, states)
+            return
+        then, _ = taken(after, 2, states)
+        assert first + then == taken(1, rows * before + 2 * after)[0]
 
     def test_an_interrupted_write_leaves_the_old_state(self, tmp_path):
         path = tmp_path / "state.pt"

@@ -190,6 +190,9 @@ class _TokenScores(torch.autograd.Function):
     Autograd would keep several tensors (K, V) in float32; here the softmax is taken again for the gradient, chunk by chunk.
     With p the softmax of logits / temperature, the gradient of log p[i] is (e_i - p) / temperature, that of the entropy H
     is -p (log p + H) / temperature.
+
+    Where the head is not trained (under a LoRA), what the states contribute to either is kept instead, (K, H) each, while the
+    logits are there: the backward pass then asks for no logits at all.
     """
 
     @staticmethod
@@ -206,15 +209,28 @@ class _TokenScores(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scored = torch.empty(len(targets), device=states.device)
         uncertain = torch.zeros_like(scored)
-        with contextlib.nullcontext() if head is None else head.apart() as logits_of:
+        # The gradient of log-probs, and of entropies if there are any, by the states.
+        ahead = head is not None and not weights and ctx.needs_input_grad[1]
+        slopes = [torch.zeros_like(states) for _ in range(1 + entropy)] if ahead else []
+        with contextlib.nullcontext() if head is None else head.apart() as logits_of, torch.set_grad_enabled(ahead):
             for rows in _chunks(head, states, chunk):
-                logits = states[rows] if logits_of is None else logits_of(states[rows])[0]
-                log_probs = _log_probs(logits, temperature, vocab_size)
+                logits, made = (states[rows], None) if logits_of is None else logits_of(states[rows])
+                log_probs = _log_probs(logits.detach(), temperature, vocab_size)
                 scored[rows] = log_probs.gather(-1, targets[rows, None]).squeeze(-1)
                 if entropy:
                     uncertain[rows] = torch.special.entr(log_probs.exp()).sum(-1)
-        ctx.save_for_backward(states, targets, uncertain, *weights)
-        ctx.settings = head, temperature, vocab_size, entropy, chunk
+                for which, slope in enumerate(slopes):
+                    assert head is not None
+                    assert made is not None
+                    last = which == len(slopes) - 1
+                    one, zero = scored.new_ones(len(log_probs)), scored.new_zeros(len(log_probs))
+                    parts = (zero, one, uncertain[rows]) if which else (one, None, None)
+                    of = log_probs if last else log_probs.clone()
+                    outer = _of_logits(of, targets[rows], parts, temperature, logits)
+                    of_made = torch.autograd.grad(logits, made, outer, retain_graph=not last)[0].squeeze(0)
+                    slope[rows] = head.gradient(of_made, states[rows], [])
+        ctx.save_for_backward(states, targets, uncertain, *slopes, *weights)
+        ctx.settings = head, temperature, vocab_size, entropy, chunk, len(slopes)
         kind = states.device.type
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         return scored, uncertain
@@ -222,43 +238,63 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_scored: torch.Tensor, of_uncertain: torch.Tensor) -> tuple[Any, ...]:
-        states, targets, uncertain, *weights = ctx.saved_tensors
-        head, temperature, vocab_size, entropy, chunk = ctx.settings
+        states, targets, uncertain, *rest = ctx.saved_tensors
+        head, temperature, vocab_size, entropy, chunk, ahead = ctx.settings
+        slopes, weights = rest[:ahead], rest[ahead:]
+        if slopes:
+            told = of_scored[:, None] * slopes[0] + (of_uncertain[:, None] * slopes[1] if entropy else 0)
+            return None, told.to(states.dtype), None, None, None, None, None
         gradient = torch.zeros_like(states)
         # Sums over chunks: in float32, in which small parts are not lost.
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
 
-        def of_logits(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-            # In place where it can be: each of these is as large as a layer's weights.
-            part = _log_probs(logits, temperature, vocab_size)
-            if entropy:
-                probs = part.exp()
-                # What is impossible (a logit of -inf) has no part in either gradient.
-                part.masked_fill_(probs == 0, 0.0)
-                part.add_(uncertain[rows, None]).mul_(of_uncertain[rows, None]).add_(of_scored[rows, None])
-                part.mul_(probs).neg_()
-            else:
-                part.exp_().mul_(-of_scored[rows, None])
-            part.scatter_add_(1, targets[rows, None], of_scored[rows, None])
-            part.div_(temperature)
-            missing = logits.shape[1] - part.shape[1]
-            return torch.nn.functional.pad(part, (0, missing)) if missing else part
+        def outer_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+            log_probs = _log_probs(logits, temperature, vocab_size)
+            parts = of_scored[rows], of_uncertain[rows] if entropy else None, uncertain[rows] if entropy else None
+            return _of_logits(log_probs, targets[rows], parts, temperature, logits)
 
         if head is None:
             for rows in _chunks(head, states, chunk):
-                gradient[rows] = of_logits(states[rows], rows)
+                gradient[rows] = outer_of(states[rows], rows)
             return None, gradient, None, None, None, None, None
         kind, dtype, enabled = ctx.autocast
         with head.apart() as logits_of, torch.enable_grad(), torch.autocast(kind, dtype, enabled):
             for rows in _chunks(head, states, chunk):
                 logits, made = logits_of(states[rows])
-                outer = of_logits(logits.detach(), rows).to(logits.dtype)
-                of_made = torch.autograd.grad(logits, made, outer)[0].squeeze(0)
+                of_made = torch.autograd.grad(logits, made, outer_of(logits.detach(), rows))[0].squeeze(0)
                 gradient[rows] = head.gradient(of_made, states[rows], sums)
         return (
             None, gradient, None, None, None, None, None,
             *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)),
         )  # fmt: skip
+
+
+def _of_logits(
+    log_probs: torch.Tensor,
+    targets: torch.Tensor,
+    parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    temperature: float,
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of some logits (K, V), which is made of their log-probs in place: each of these is as large as a layer's weights.
+
+    Args:
+        parts: the gradients of the scored log-probs and of the entropies, and the entropies, (K,) each.
+    """
+    of_scored, of_uncertain, uncertain = parts
+    part = log_probs
+    if of_uncertain is not None and uncertain is not None:
+        probs = part.exp()
+        # What is impossible (a logit of -inf) has no part in either gradient.
+        part.masked_fill_(probs == 0, 0.0)
+        part.add_(uncertain[:, None]).mul_(of_uncertain[:, None]).add_(of_scored[:, None])
+        part.mul_(probs).neg_()
+    else:
+        part.exp_().mul_(-of_scored[:, None])
+    part.scatter_add_(1, targets[:, None], of_scored[:, None])
+    part.div_(temperature)
+    missing = logits.shape[1] - part.shape[1]
+    return (torch.nn.functional.pad(part, (0, missing)) if missing else part).to(logits.dtype)
 
 
 def _log_probs(logits: torch.Tensor, temperature: float, vocab_size: int | None) -> torch.Tensor:
