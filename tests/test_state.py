@@ -321,8 +321,8 @@ class TestState:
         def taken(count, each, states=None):
             settings = {"seed": 3, "repeats": repeats, "shuffle": shuffle}
             shards = [dataset_episodes(ROWS, shard=(index, count), **settings) for index in range(count)]
-            for shard in shards if states else ():
-                shard.load_state_dict(states[0])
+            for index, shard in enumerate(shards if states else ()):
+                shard.load_state_dict(states[index if len(states) == count else 0])
             rows = [[shard.next() for _ in range(each * repeats)] for shard in shards]
             order = [
                 row[turn * repeats + place] for turn in range(each) for row in rows for place in range(repeats)
