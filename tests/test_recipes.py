@@ -81,7 +81,7 @@ class TestSettings:
         assert (read().lr, read().entropy) == (7e-4, 0.05)
         assert read("--model", "a/b").lr == FULL["lr"]
         assert read("--model", "a/b", "--lr", "1e-5").lr == 1e-5
-        dapo = read("--variant", "dapo", "--model", "a/b")
+        dapo = read("--variant", "dapo", "--model", "a/b", "--dataset", "gsm8k")
         assert (dapo.clip_high, dapo.aggregation, dapo.dynamic_sampling, dapo.overlong) == (
             0.28,
             "token",
@@ -163,7 +163,7 @@ class TestSettings:
     @pytest.mark.parametrize("name", RECIPES)
     def test_help_tells_the_defaults_of_what_is_asked_for(self, name, capsys, monkeypatch):
         module = script(name)
-        monkeypatch.setattr(sys, "argv", [name, "--model", "some/model", "--help"])
+        monkeypatch.setattr(sys, "argv", [name, "--model", "some/model", "--dataset", "gsm8k", "--help"])
         with pytest.raises(SystemExit) as end:
             module.main()
         shown = capsys.readouterr().out
@@ -172,7 +172,7 @@ class TestSettings:
         assert "where an answer is cut (default: 512)" in " ".join(shown.split())
 
     def test_a_dataset_that_is_not_there(self, tmp_path):
-        with pytest.raises(ValueError, match="'digit': expected digits, python-tool"):
+        with pytest.raises(ValueError, match="'digit': expected digits, sums, python-tool"):
             make_env(config(tmp_path, dataset="digit"), tiny_tokenizer(), 1, 1, 0)
 
     def test_a_dataset_that_makes_its_own_rows_takes_no_data(self, tmp_path):

@@ -83,18 +83,17 @@ def save_model(
         OSError: the folder exists and is not empty, or cannot be written.
     """
     sharded = is_sharded(model)
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"state_dict": weights_of(model, trained=is_adapted(model))} if sharded else {}
+    weights = dict(model.named_parameters())
     if sharded:
-        given["state_dict"] = weights_of(model, trained=is_adapted(model))
-        ranks.agreed(lambda: check_finite(given["state_dict"], state))
-    else:
-        check_finite(dict(model.named_parameters()), state)
+        weights = {name: whole for name, whole in given["state_dict"].items() if name in weights}
+    ranks.agreed(lambda: check_finite(weights, state))
     if is_adapted(model):
         # Of embeddings peft would ask the hub whether they are the base's; they are, unless they are adapted themselves.
         given["save_embedding_layers"] = False
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
-    if ranks.leads() or not sharded:
+    if ranks.leads():
         if partial.exists():
             shutil.rmtree(partial)  # a process was killed while it wrote
         partial.mkdir(parents=True)
@@ -105,7 +104,7 @@ def save_model(
     if sharded and optimizer is not None:
         ranks.together()
         save_optimizer(partial / OPTIMIZER, model, optimizer)
-    if ranks.leads() or not sharded:
+    if ranks.leads():
         files = {
             file.relative_to(partial).as_posix(): _summed(file) for file in partial.rglob("*") if file.is_file()
         }
@@ -115,8 +114,7 @@ def save_model(
         to_disk(partial)
         os.rename(partial, target)
         to_disk(target.parent)
-    if sharded:
-        ranks.together()
+    ranks.together()
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], state: Mapping[str, Any] | None = None) -> None:
