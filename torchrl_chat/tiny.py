@@ -88,15 +88,15 @@ def last_digit_rows(count: int = 2048, seed: int = 0) -> Dataset:
 
 
 def sum_rows(count: int = 2048, seed: int = 0) -> list[dict[str, str]]:
-    """Sums as one asks for them, such as ``{"query": "What is 6 plus 8?", "answer": "14"}``, for a model that can read.
+    """Sums as one asks for them, such as ``{"query": "What is 6+8?", "answer": "14"}``, for a model that can read.
 
     Args:
         count: the number of rows.
         seed: the same seed gives the same rows.
     """
     draw = random.Random(seed)
-    pairs = [(draw.randint(2, 30), draw.randint(2, 30)) for _ in range(count)]
-    return [{"query": f"What is {a} plus {b}?", "answer": str(a + b)} for a, b in pairs]
+    pairs = [(draw.randint(2, 9), draw.randint(2, 9)) for _ in range(count)]
+    return [{"query": f"What is {a}+{b}?", "answer": str(a + b)} for a, b in pairs]
 
 
 SIGNS = {"mul": "*", "add": "+", "sub": "-"}

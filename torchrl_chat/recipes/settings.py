@@ -165,7 +165,7 @@ FULL = {
 """Other defaults for models that can read and write already."""
 
 SUMS = {
-    "steps": 12, "prompts": 4, "max_new_tokens": 12, "minibatch": 32, "temperature": 0.8, "eval": 48, "show_every": 4, "save_every": 6,
+    "steps": 24, "prompts": 4, "max_new_tokens": 12, "minibatch": 32, "temperature": 0.8, "eval": 48, "show_every": 4, "save_every": 6,
 }  # fmt: skip
 """Other defaults for them on sums: minutes on two CPU cores."""
 
