@@ -51,7 +51,7 @@ def _run(rank: int, count: int, port: int, told: Any, function: Callable[..., An
     }
     os.environ |= {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     try:
         result = None, function(*arguments)
     except BaseException:

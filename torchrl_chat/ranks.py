@@ -75,7 +75,7 @@ def leads() -> bool:
 
 
 def total(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, in a tensor of its own."""
+    """The sum of a tensor over all processes."""
     if count() == 1:
         return numbers
     summed = numbers.detach().clone()

@@ -90,19 +90,20 @@ def learn(
         for number in range(int(ranks.most(len(order)))):
             rows = order[number] if number < len(order) else torch.empty(0, dtype=torch.int64)
             whole, count = view[rows], count + 1
+            sampled = _sampled(whole)
             parts = microbatches(whole, max_tokens, None if needed is None else needed.to(rows.device)[rows])
             passes = int(ranks.most(len(parts)))
             if not passes:
                 idle += 1
                 continue
             optimizer.zero_grad()
-            counts = _counts(whole)
+            tokens, sequences = ranks.total(torch.stack((sampled.sum(), (sampled > 0).sum())).float())
+            counts = Counts(tokens, sequences.clamp(min=1))
             measured = []
             for few in parts:
-                part = whole[few]
-                loss, metrics = loss_of(part, counts)
+                loss, metrics = loss_of(whole[few], counts)
                 loss.backward()
-                measured.append({**metrics, "loss": loss.detach(), "weight": _sampled(part).sum()})
+                measured.append({**metrics, "loss": loss.detach(), "weight": sampled[few].sum()})
             for _ in range(passes - len(parts)):
                 _pass_in_step(model)
             losses = [metrics["loss"] for metrics in measured]
@@ -128,12 +129,6 @@ def _sampled(view: TensorDictBase) -> torch.Tensor:
     """Trained tokens of each sequence, int64 (N,)."""
     rows = columns.read_field(view.get("masks"), "all_assistant_mask", view.batch_size) or []
     return torch.stack([row.sum() for row in rows]).cpu() if rows else torch.zeros(0, dtype=torch.int64)
-
-
-def _counts(whole: TensorDictBase) -> Counts:
-    sampled = _sampled(whole)
-    tokens, sequences = ranks.total(torch.stack((sampled.sum(), (sampled > 0).sum())).float())
-    return Counts(tokens, sequences.clamp(min=1))
 
 
 def _pass_in_step(model: Any) -> None:

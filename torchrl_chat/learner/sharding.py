@@ -28,8 +28,8 @@ T = TypeVar("T")
 def shard(model: Any) -> Any:
     """Part a model over the processes, in place; in a run of one process it stays as it is.
 
-    The model is tried before it is parted, and what was found holds afterwards: behind it, a row of the parted model is
-    compared with that of the whole one. Optimizers are made of its parameters afterwards.
+    The model is tried before it is parted, and what was found holds afterwards: a few rows of the parted model are compared
+    with those of the whole one. Optimizers are made of its parameters afterwards.
 
     Args:
         model: a transformers causal language model, or a PEFT model of one, with the same weights on all processes.
@@ -102,6 +102,7 @@ class _Sharded(Front):
         finally:
             self._within = False
 
+    # The module that this stands in front of has a forward, which a type checker cannot know.
     def __call__(self, *args: Any, **given: Any) -> Any:
         if self._within:  # the unit is gathered
             return self.forward(*args, **given)  # type: ignore[attr-defined]
@@ -157,9 +158,10 @@ def _like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return whole
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(whole, mesh, weight.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    assert isinstance(weight, DTensor)
+    return distribute_tensor(whole, mesh, weight.placements, src_data_rank=None)
 
 
 def save_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -422,7 +422,7 @@ def prover_of(model: Any) -> Prover:
 def same_model(model: Any, what: str) -> Iterator[Prover]:
     """Inside, a model gets another wrapping, in which what it computes stays the same: what was found of it holds behind that, too.
 
-    Everything is tried before, and behind it one row again, all of a model in parts taking part.
+    Everything is tried before, and each row alone once more behind it.
 
     Args:
         model: the model, in ``eval()``.

@@ -500,8 +500,8 @@ class Run:
             model = copy.deepcopy(self.model)
             load_weights(self.first_weights(), model)
         else:  # FSDP copies no module
-            whole = plain_class(self.model).from_pretrained(self.first_weights(), dtype=torch.float32).eval()
-            model = compute_in(whole.to(self.model.device), float_type(self.model))
+            first = plain_class(self.model).from_pretrained(self.first_weights(), dtype=torch.float32).eval()
+            model = compute_in(first.to(self.model.device), float_type(self.model))
         return Reference(shard(model.requires_grad_(False)))
 
     def first_weights(self) -> Path:

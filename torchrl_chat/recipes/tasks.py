@@ -50,7 +50,7 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(config)
     if config.model == "tiny":
         made = tiny.tiny_tokenizer(gallery.tiny_alphabet(config.dataset))
         tokenizer: Any = with_template(made, config.chat_template)
@@ -72,9 +72,12 @@ def make_teacher(config: Any, tokenizer: Any) -> Any:
         raise ValueError(
             f"--teacher {config.teacher} has another tokenizer than --model {config.model}: of the model's tokens it can say nothing."
         )
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_model(config.teacher, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    model = load_model(config.teacher, dtype=torch.float32).to(_device(config)).eval().requires_grad_(False)
     return shard(compute_in(model, getattr(torch, config.dtype)))
+
+
+def _device(config: RunConfig) -> torch.device:
+    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:

@@ -7,6 +7,7 @@ those a chunk at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def sequence_log_probs(
     for rows, width in _minibatches(dense.attention, mask, max_tokens, passing):
         wanted = mask[rows, :width]
         part = dense.part(rows, width)
-        told = as_one_pass(model, lambda: _score(model, part, passing, wanted, critic, softmax))  # noqa: B023
+        told = as_one_pass(model, functools.partial(_score, model, part, passing, wanted, critic, softmax))
         where = torch.zeros_like(mask)
         where[rows, :width] = wanted
         found = [whole.masked_scatter(where, some) for whole, some in zip(found, told, strict=True)]
