@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchrl_chat.models.head import Head, token_scores
+from torchrl_chat.models.head import Head
 from torchrl_chat.models.mode import evaluating
 from torchrl_chat.models.passes import (
     Decoding,
@@ -41,6 +41,7 @@ from torchrl_chat.models.passes import (
     whole_pass,
 )
 from torchrl_chat.models.small import STRETCH, least_stretch, plain_class, small_copy
+from torchrl_chat.models.token_scores import token_scores
 
 LIMIT = 1e-3
 """Nats that a log-prob may differ by in float32; the rounding of real models is a tenth of that."""
@@ -330,7 +331,7 @@ class Prover:
         def chunked() -> torch.Tensor:
             with head.held_back(before) as seen:
                 self.model(input_ids=row[None], use_cache=False)
-            return token_scores(head, seen[0], targets, chunk=4)[0]
+            return token_scores(head, seen[0], targets, chunk=4).log_probs
 
         def whole() -> torch.Tensor:
             logits = self.model(input_ids=row[None], use_cache=False).logits[before]

@@ -10,7 +10,7 @@ from torchrl_chat.training.advantages import gae, group_advantages, token_reward
 from torchrl_chat.training.corrections import importance_weights
 from torchrl_chat.training.distillation import distillation_advantages
 from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss
-from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs
+from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs, teacher_of
 from torchrl_chat.training.updates import NotFiniteError, take_step
 from torchrl_chat.training.view import training_view
 
@@ -29,6 +29,7 @@ __all__ = [
     "policy_loss",
     "sequence_log_probs",
     "take_step",
+    "teacher_of",
     "token_rewards",
     "training_view",
     "whitened",

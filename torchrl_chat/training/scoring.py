@@ -15,8 +15,10 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns
-from torchrl_chat.models.head import token_scores
+from torchrl_chat.models.divergence import AllTokens, Direction, Divergence, LikeliestTokens
+from torchrl_chat.models.head import Head
 from torchrl_chat.models.passes import ModelError, as_one_pass, float_type, groups_of
+from torchrl_chat.models.token_scores import TokenScores, token_scores
 from torchrl_chat.training.passing import Dense, Passing, dense_of, passing_of
 
 
@@ -24,10 +26,21 @@ class Scores(NamedTuple):
     """What a model says of the tokens of a view."""
 
     log_probs: torch.Tensor  # float32 (N, T) or (M, L), 0 where the mask is false
-    entropy: torch.Tensor | None  # the same shape, of the distribution that the token was drawn from
     mask: torch.Tensor  # bool, the tokens that were scored
-    precision: torch.dtype = torch.float32  # in which the model computed, whatever the type of the log-probs
+    precision: torch.dtype  # in which the model computed, whatever the type of the log-probs
+    entropy: torch.Tensor | None = None  # the same shape, of the distribution that the token was drawn from
     values: torch.Tensor | None = None  # float32 like the log-probs, if a critic was given
+    divergence: torch.Tensor | None = (
+        None  # the same shape, of that distribution from the teacher's, if one was given
+    )
+    loss: torch.Tensor | None = (
+        None  # the sum over the tokens, if one was given; what else there is has no gradient then
+    )
+
+
+Loss = Callable[[TokenScores, torch.Tensor], torch.Tensor]
+"""The sum of a loss over some tokens. It is told what the model says of these, float32 (k,) each, with gradients; and where they
+stand in the view, int64 (k,), an index into its flattened columns. Each token comes once, in any order, some at a time."""
 
 
 # What a pass is worth: values (K,) of the hidden states (K, H) before the scored tokens, which stand at the given places of
@@ -46,6 +59,9 @@ def sequence_log_probs(
     chunk: int | None = None,
     share_prefixes: bool = False,
     critic: Critic | None = None,
+    loss: Loss | None = None,
+    teacher: AllTokens | LikeliestTokens | None = None,
+    direction: Direction = "reverse",
 ) -> Scores:
     """The log-prob of every trained token of a view, given the tokens before it.
 
@@ -66,10 +82,17 @@ def sequence_log_probs(
             goes through the model once, where the model's proof allows it and it saves a tenth of the work or more; values
             and gradients are the same. A ``"tree"`` view has that already.
         critic: what values are made of hidden states by (:class:`~torchrl_chat.training.values.PolicyAndValue`).
+        loss: a loss that is a sum over the tokens, each with what it needs of the view and nothing that is trained but the
+            model. It is computed a chunk of tokens at a time, and its gradient with it, for which the output head makes its
+            logits once instead of twice; ``scores.loss.backward()`` takes the gradient on through the model.
+        teacher: what :func:`teacher_of` gives for these rows, or the tokens that a teacher found likeliest
+            (:class:`LikeliestTokens`, in the order of the scored tokens); the divergence of the model's distributions from the
+            teacher's is computed then, over all of the vocabulary, with its gradient.
+        direction: ``"reverse"`` is KL(model || teacher), ``"forward"`` KL(teacher || model).
 
     Returns:
-        ``Scores(log_probs, entropy, mask, precision, values)``, float32 and bool of shape (N, T), or (M, L) for a packed view; and the
-        dtype that the model computed in.
+        :class:`Scores`, float32 and bool of shape (N, T), or (M, L) for a packed view, but for the dtype that the model computed in
+        and the loss, a scalar.
 
     Raises:
         KeyError: the view lacks tokens or masks.
@@ -88,40 +111,113 @@ def sequence_log_probs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: expected more than 0.")
+    asked, passes = _passes(model, view, max_tokens, chunk, share_prefixes)
+    shape, device = asked.shape, asked.device
+    places = asked.flatten().nonzero().squeeze(-1)  # of the scored tokens, in the view
+    names = [name for name, there in (("entropy", entropy), ("values", critic), ("divergence", teacher)) if there]
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("log_probs", *names)}
+    numbers, losses = [torch.zeros(0, dtype=torch.int64, device=device)], list[torch.Tensor]()
+    for one in passes:
+        how: dict[str, Any] = {
+            "temperature": temperature,
+            "vocab_size": vocab_size,
+            "entropy": entropy,
+            "chunk": chunk,
+            "divergence": None if teacher is None else Divergence(teacher.some(one.numbers), direction),
+            "loss": None if loss is None else _of_places(loss, places[one.numbers]),
+        }
+        told = as_one_pass(model, functools.partial(_score, model, one, critic, how))
+        numbers.append(one.numbers)
+        for name, values in found.items():
+            values.append(told[name])
+        if loss is not None:
+            losses.append(told["loss"])
+    order = torch.cat(numbers).argsort()
+    zeros = torch.zeros(shape, device=device)
+    whole = {
+        name: zeros.masked_scatter(asked, torch.cat(values)[order]) if values else zeros
+        for name, values in found.items()
+    }
+    total = None if loss is None else sum(losses, start=zeros.new_zeros(()))
+    return Scores(mask=asked, precision=float_type(model), loss=total, **whole)
+
+
+def teacher_of(model: Any, view: TensorDictBase, *, max_tokens: int | None = None) -> AllTokens:
+    """A teacher's distribution of every trained token of a view, for ``teacher=`` of :func:`sequence_log_probs`.
+
+    What is kept are its hidden states, from which its logits are made where they are needed, a chunk at a time.
+
+    Args:
+        model: a model of the same tokens, another than the one that learns.
+        view: the very rows that are learned from.
+        max_tokens: as in :func:`sequence_log_probs`.
+
+    Raises:
+        ModelError: its output head cannot be shown some states at a time.
+
+    Example:
+        >>> taught = teacher_of(teacher, part)
+        >>> divergence = sequence_log_probs(model, part, teacher=taught).divergence  # doctest: +SKIP
+    """
+    asked, passes = _passes(model, view, max_tokens, None, False)
+    width = model.get_output_embeddings().in_features
+    states = torch.zeros(int(asked.sum()), width, device=asked.device, dtype=float_type(model))
+    head: Head | None = None
+    with torch.no_grad():
+        for one in passes:
+            if (head := one.passing.head) is None or not one.passing.chunked:
+                raise ModelError(
+                    f"the output head of {type(model).__name__} cannot be shown some hidden states at a time."
+                )
+            with head.held_back(one.before) as seen:
+                as_one_pass(model, functools.partial(one.passing.through, model, one.part))
+            states[one.numbers] = seen[0].to(states.dtype)
+    return AllTokens(Head(model) if head is None else head, states)
+
+
+class _Pass(NamedTuple):
+    """Rows that go through a model together."""
+
+    passing: Passing
+    part: Dense
+    wanted: torch.Tensor  # bool, the tokens that are scored
+    numbers: torch.Tensor  # int64 (k,), which of the view's scored tokens these are
+
+    @property
+    def before(self) -> Any:
+        """Where the hidden states stand that say what follows is a wanted token."""
+        if self.part.parents is None:
+            return torch.nn.functional.pad(self.wanted[:, 1:], (0, 1))
+        rows, places = self.wanted.nonzero(as_tuple=True)
+        return rows, self.part.parents[rows, places]
+
+
+def _passes(
+    model: Any, view: TensorDictBase, max_tokens: int | None, chunk: int | None, share: bool
+) -> tuple[torch.Tensor, list[_Pass]]:
+    """Which tokens of a view are scored, (N, T), and the passes in which they are."""
     if (chunk is not None and chunk < 1) or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"chunk={chunk}, max_tokens={max_tokens}: expected at least 1.")
     device = next(model.parameters()).device
     dense = dense_of(view, device)
+    asked = dense.scored
     if not dense.ids.numel():  # a view without rows
-        zeros = torch.zeros(dense.ids.shape, device=device)
-        values = None if critic is None else zeros
-        return Scores(zeros, zeros if entropy else None, dense.scored, float_type(model), values)
+        return asked, []
     known, highest = model.get_input_embeddings().num_embeddings, int(dense.ids.max())
     if highest >= known:
         raise ValueError(
             f"the view has the token id {highest}, and the model knows {known} ids: it has another vocabulary."
         )
-    asked = dense.scored
-    passing = passing_of(model, dense, share_prefixes, max_tokens)
+    passing = passing_of(model, dense, share, max_tokens)
     dense, mask = passing.dense, passing.dense.scored
-    softmax = {"temperature": temperature, "vocab_size": vocab_size, "entropy": entropy, "chunk": chunk}
-    # Log-probs; entropies and values, if they are asked for.
-    found = [torch.zeros(mask.shape, device=device) for _ in range(1 + entropy + (critic is not None))]
+    count = int(mask.sum())
+    order = torch.arange(count, device=device) if passing.order is None else passing.order
+    numbers = torch.zeros(mask.shape, dtype=torch.int64, device=device).masked_scatter(mask, order)
+    found = []
     for rows, width in _minibatches(dense.attention, mask, max_tokens, passing):
         wanted = mask[rows, :width]
-        part = dense.part(rows, width)
-        told = as_one_pass(model, functools.partial(_score, model, part, passing, wanted, critic, softmax))
-        where = torch.zeros_like(mask)
-        where[rows, :width] = wanted
-        found = [whole.masked_scatter(where, some) for whole, some in zip(found, told, strict=True)]
-    if passing.moved:  # the view has its tokens in other places
-        moved = [whole[mask] for whole in found]
-        if (order := passing.order) is not None:
-            moved = [torch.zeros_like(flat).index_copy(0, order, flat) for flat in moved]
-        found = [torch.zeros(asked.shape, device=device).masked_scatter(asked, flat) for flat in moved]
-    log_probs, *others = found
-    uncertain = others.pop(0) if entropy else None
-    return Scores(log_probs, uncertain, asked, float_type(model), *others)
+        found.append(_Pass(passing, dense.part(rows, width), wanted, numbers[rows, :width][wanted]))
+    return asked, found
 
 
 def microbatches(view: TensorDictBase, max_tokens: int, needed: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -197,14 +293,14 @@ def _by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def _score(
-    model: Any, dense: Dense, passing: Passing, wanted: torch.Tensor, critic: Critic | None, softmax: dict[str, Any]
-) -> tuple[torch.Tensor, ...]:
-    """Log-probs of the wanted tokens, and entropies and values if they are asked for, (K,) each, in row-major order."""
-    before: Any = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # position t has the logits of token t + 1
-    if dense.parents is not None:
-        rows, places = wanted.nonzero(as_tuple=True)
-        before = rows, dense.parents[rows, places]
+def _of_places(loss: Loss, places: torch.Tensor) -> Callable[[TokenScores, slice], torch.Tensor]:
+    """The loss of tokens of one pass, given where these stand in the view."""
+    return lambda scores, rows: loss(scores, places[rows])
+
+
+def _score(model: Any, one: _Pass, critic: Critic | None, how: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for of the wanted tokens, (k,) each, in row-major order."""
+    passing, dense, before = one.passing, one.part, one.before
     head, seen = passing.head, list[torch.Tensor]()
     if head is None:
         output = passing.through(model, dense)
@@ -213,8 +309,7 @@ def _score(
             output = passing.through(model, dense)
     chunked = passing.chunked and bool(seen)  # a compiled model may have no hooks
     states = seen[0] if chunked else output.logits[0 if seen else before]
-    told = token_scores(head if chunked else None, states, dense.ids[wanted], **softmax)
-    found = told if softmax["entropy"] else told[:1]
+    found = token_scores(head if chunked else None, states, dense.ids[one.wanted], **how)._asdict()
     if critic is None:
         return found
     if not seen:
@@ -222,4 +317,4 @@ def _score(
             f"{type(model).__name__} does not call its output head as a module (a compiled model does not), so that nobody sees the "
             "hidden states that values are made of: give the model as it is, uncompiled."
         )
-    return *found, critic(seen[0], dense, passing, before)
+    return found | {"values": critic(seen[0], dense, passing, before)}

@@ -1,0 +1,165 @@
+"""A loss that is computed beside the log-probs, and the divergence from a teacher: values and gradients of all logits at once."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import zoo
+from tensordict import TensorDict
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchrl_chat.models.divergence import LikeliestTokens
+from torchrl_chat.models.head import Head
+from torchrl_chat.models.proof import prover_of
+from torchrl_chat.tiny import tiny_model
+from torchrl_chat.training import layouts, sequence_log_probs, teacher_of
+
+VOCABULARY = 57  # fewer than the models' logits
+
+
+def a_view(rows, length=12, prompt=4):
+    ids = torch.randint(5, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids[:, :prompt] = ids[0, :prompt]
+    mask = [torch.arange(length) >= prompt] * rows
+    flat = layouts.Flat.of(list(ids), mask=mask, log_probs=[torch.zeros(length)] * rows)
+    return TensorDict(layouts.padded(flat, None, "right", 0, 1), batch_size=(rows,))
+
+
+def adapter(model):
+    config = peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()
+
+
+def tied(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def frozen(model):
+    return model.lm_head.requires_grad_(False) and model
+
+
+MODELS = {
+    "llama": lambda: zoo.make("llama"),
+    "soft caps": lambda: zoo.make("gemma2"),
+    "tied": lambda: tied(zoo.make("llama")),
+    "frozen head": lambda: frozen(zoo.make("gemma2")),
+    "adapter on the head": lambda: adapter(zoo.make("llama")),
+}
+SETTINGS = {"temperature": 0.7, "vocab_size": VOCABULARY}
+
+
+def of_all_logits(model, view):
+    """Log-probs of all tokens that can be said, (N, T, V), at each trained token."""
+    logits = (
+        model(input_ids=view["tokens"].full, use_cache=False).logits[:, :, :VOCABULARY] / SETTINGS["temperature"]
+    )
+    return torch.nn.functional.pad(logits.log_softmax(-1)[:, :-1], (0, 0, 1, 0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [False, True], ids=["apart", "prefixes shared"])
+def test_a_loss_beside_the_scores_is_that_of_the_scores(name, share):
+    """Its value, and its gradient by every weight; each token is told once, with its place in the view."""
+    model, view = MODELS[name](), a_view(3)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    mask = view["masks"].all_assistant_mask
+    ways = torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(1))
+    told = []
+
+    def loss(scores, at):
+        told.append(at)
+        gain = torch.minimum((scores.log_probs + 3).exp() * ways[0].flatten()[at], ways[1].flatten()[at])
+        return (gain * scores.log_probs.sin()).sum() - 0.1 * (scores.entropy * ways[1].flatten()[at]).sum()
+
+    options = SETTINGS | {"entropy": True, "share_prefixes": share}
+    whole = sequence_log_probs(model, view, **options)
+    flat = mask.flatten().nonzero().squeeze(-1)
+    some = whole._replace(log_probs=whole.log_probs.flatten()[flat], entropy=whole.entropy.flatten()[flat])
+    expected = loss(some, flat)
+    of_expected = torch.autograd.grad(3 * expected, weights, allow_unused=True)
+    for chunk in (5, None):
+        told.clear()
+        scores = sequence_log_probs(model, view, **options, loss=loss, chunk=chunk)
+        assert sorted(torch.cat(told).tolist()) == flat.tolist()
+        assert not scores.log_probs.requires_grad
+        assert torch.allclose(scores.log_probs, whole.log_probs, atol=1e-5)
+        assert torch.allclose(scores.loss, expected, atol=1e-5)
+        found = torch.autograd.grad(3 * scores.loss, weights, allow_unused=True)
+        for a, b in zip(found, of_expected, strict=True):
+            assert (a is None or not bool(a.any())) if b is None else torch.allclose(a, b, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(sequence_log_probs(model, view, **options, loss=loss).loss, expected, atol=1e-5)
+
+
+def test_its_gradient_needs_no_second_time_at_the_head(monkeypatch):
+    """Nor is anything as large as all logits made."""
+    model = tiny_model(20_000)
+    view = a_view(4, length=65, prompt=1)
+    prover_of(model).record()
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            sizes = [x.numel() for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+            self.numbers = max([self.numbers, *sizes])
+            return made
+
+    with Largest() as made:
+        scores = sequence_log_probs(model, view, chunk=16, loss=lambda scores, _at: scores.log_probs.sum())
+        monkeypatch.delattr(Head, "apart")
+        scores.loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    assert 16 * 20_000 <= made.numbers <= max(*(p.numel() for p in model.parameters()), 16 * 20_000) < 256 * 20_000
+
+
+@pytest.mark.parametrize("name", ["llama", "soft caps", "frozen head", "adapter on the head"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("likeliest", [None, 6], ids=["all tokens", "the likeliest"])
+def test_a_divergence_is_that_of_all_distributions(name, direction, likeliest):
+    model, teacher, view = MODELS[name](), zoo.make("cohere"), a_view(3)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    mask = view["masks"].all_assistant_mask
+    own, theirs = of_all_logits(model, view), of_all_logits(teacher, view).detach()
+    if likeliest is None:
+        given = teacher_of(teacher, view)
+        p, q = own, theirs
+    else:
+        top = theirs.topk(likeliest, -1)
+        given = LikeliestTokens(top.indices[mask], top.values[mask])
+
+        def buckets(log_probs):
+            some = log_probs.gather(-1, top.indices)
+            rest = log_probs.exp().scatter(-1, top.indices, 0.0).sum(-1, keepdim=True).log()
+            return torch.cat((some, rest), -1)
+
+        p, q = buckets(own), buckets(theirs)
+    if direction == "forward":
+        p, q = q, p
+    expected = (p.exp() * (p - q)).sum(-1)
+    ways = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+    of_expected = torch.autograd.grad((expected * ways)[mask].sum(), weights, allow_unused=True)
+    for options in ({"chunk": 5}, {"share_prefixes": True, "entropy": True}):
+        scores = sequence_log_probs(model, view, teacher=given, direction=direction, **SETTINGS, **options)
+        assert torch.allclose(scores.divergence[mask], expected[mask], atol=1e-5)
+        found = torch.autograd.grad((scores.divergence * ways).sum(), weights, allow_unused=True)
+        for a, b in zip(found, of_expected, strict=True):
+            assert (a is None or not bool(a.any())) if b is None else torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_model_is_as_far_from_itself_as_nothing_and_from_another_vocabulary_not_at_all():
+    model, view = zoo.make("llama"), a_view(2)
+    copy = zoo.make("llama")
+    copy.load_state_dict(model.state_dict())
+    given = teacher_of(copy, view)
+    assert sequence_log_probs(model, view, teacher=given).divergence.abs().max() < 1e-6
+    with pytest.raises(ValueError, match="the teacher's vocabulary has"):
+        sequence_log_probs(tiny_model(VOCABULARY), view, teacher=given)
+    with pytest.raises(ValueError, match=r"expected one shape \(K, N\)"):
+        LikeliestTokens(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="direction='sideways'"):
+        sequence_log_probs(model, view, teacher=given, direction="sideways")
