@@ -23,7 +23,7 @@ can also be set one by one:
     cispo        arXiv:2506.13585  a clipped ratio as a weight, so that no token loses its gradient; mean over tokens
     gmpo         arXiv:2507.20673  the geometric mean over a sequence's tokens
     sapo         arXiv:2511.20347  a soft gate instead of a clip
-    distillation arXiv:2306.13649  no rewards: how much likelier --teacher finds each sampled token than the model itself
+    distillation arXiv:2306.13649  no rewards: KL(model || --teacher) at each sampled token, over the whole vocabulary
 
 What samples and what learns may differ (an engine of another precision): "ess" in the metrics tells. --correction weighs tokens
 by how much: tis (truncated), mis (masked), icepop (a band); the metrics have "mismatch" then.
@@ -45,6 +45,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import ranks
 from torchrl_chat.learner import Counts, gathered, learn
+from torchrl_chat.models.token_scores import TokenScores
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
@@ -66,9 +67,12 @@ from torchrl_chat.training import (
     masked_mean,
     policy_loss,
     sequence_log_probs,
+    teacher_of,
+    token_shares,
     training_view,
 )
-from torchrl_chat.training.surrogates import bounds_of
+from torchrl_chat.training.scoring import scored
+from torchrl_chat.training.surrogates import BY_TOKEN, bounds_of
 
 
 @dataclass(kw_only=True)
@@ -104,6 +108,10 @@ class GRPOConfig(RunConfig):
     teacher: str | None = setting(None, "name or folder of a model with the same tokenizer, to learn from")
     distill: float = setting(1.0, "with --teacher, the weight of what it says of each token (arXiv:2306.13649)")
     reward_weight: float = setting(1.0, "the weight of rewards beside it; 0: nothing but the teacher counts")
+    divergence: Literal["sampled", "reverse", "forward"] = setting(
+        "sampled",
+        "from the teacher: told by the sampled tokens; KL(model || teacher) or KL(teacher || model) over the whole vocabulary",
+    )
 
     least = (
         RunConfig.least
@@ -131,8 +139,12 @@ class GRPOConfig(RunConfig):
             return (
                 "--overlong makes rewards negative, and --normalize mean divides by their mean: give one of them."
             )
+        if self.divergence != "sampled" and ranks.count() > 1:
+            return f"--divergence {self.divergence} is computed by one process only; several take --divergence sampled."
         if self.teacher is None and (self.variant == "distillation" or not self.reward_weight):
             return f"--variant {self.variant} --reward-weight {self.reward_weight} learns from a teacher: give --teacher."
+        if self.divergence != "sampled" and self.teacher is None:
+            return f"--divergence {self.divergence} is one from a teacher: give --teacher."
         return super().problem()
 
 
@@ -171,6 +183,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "gmpo": {"surrogate": "gmpo"},
     "sapo": {"surrogate": "sapo"},
     "distillation": {
+        "divergence": "reverse",
         "reward_weight": 0.0,
         "normalize": "none",
         "aggregation": "token",
@@ -241,8 +254,33 @@ _LEARNED = (
 )  # fmt: skip
 
 
-def loss_of(model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig, vocab_size: int) -> Any:
+def loss_of(
+    model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig, vocab_size: int, teacher: Any = None
+) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log."""
+    mask = scored(part, model.device)
+    share = token_shares(
+        mask,
+        config.aggregation,
+        constant=float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
+        denominator=counts.tokens if config.aggregation == "token" else counts.sequences,
+    )
+    own = {
+        # Where the sampler is another policy, the ratio is that to the learner before its first update.
+        "old": part.get("proximal", part["log_probs"].full),
+        "advantage": part["advantage"].reshape(len(part), -1).expand_as(mask),
+        "share": share,
+        "weights": share if (weights := part.get("weights", None)) is None else share * weights,
+    }
+    if config.kl:
+        own["reference"] = part["reference"]
+
+    def of_some(scores: TokenScores, at: torch.Tensor) -> torch.Tensor:
+        rows = TokenScores(*(None if value is None else value[None] for value in scores))  # type: ignore[arg-type]
+        some = {name: value.flatten()[at][None] for name, value in own.items()}
+        return terms(rows, some, torch.ones_like(some["share"], dtype=torch.bool), config)[0]
+
+    by_token = config.surrogate in BY_TOKEN
     scores = sequence_log_probs(
         model,
         part,
@@ -250,37 +288,47 @@ def loss_of(model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig
         vocab_size=vocab_size,
         entropy=config.entropy > 0,
         share_prefixes=config.share_prefixes,
+        loss=of_some if by_token else None,
+        teacher=None if teacher is None else teacher_of(teacher, part),
+        direction="forward" if config.divergence == "forward" else "reverse",
     )
-    share: dict[str, Any] = {
-        "aggregation": config.aggregation,
-        "constant": float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
-        "denominator": counts.tokens if config.aggregation == "token" else counts.sequences,
-    }
-    # Where the sampler is another policy, the ratio is that to the learner before its first update.
-    old = part.get("proximal", part["log_probs"].full)
+    every = TokenScores(scores.log_probs, scores.entropy, scores.divergence)
+    loss, metrics = terms(every, own, mask, config)
+    return (scores.loss if by_token else loss), metrics
+
+
+def terms(
+    scores: TokenScores, own: dict[str, torch.Tensor], mask: torch.Tensor, config: GRPOConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, a sum over tokens (N, T), and what to log of them."""
     loss, metrics = policy_loss(
         scores.log_probs,
-        old,
-        part["advantage"],
-        scores.mask,
+        own["old"],
+        own["advantage"],
+        mask,
         surrogate=config.surrogate,
         clip=config.bounds,
-        weights=part.get("weights", None),
-        **share,
+        weights=own["weights"],
+        aggregation="token",
+        denominator=1.0,
     )
+    beside = {}
     if config.kl:
-        divergence = kl_estimate(scores.log_probs, part["reference"], config.kl_kind)
-        metrics["kl_reference"] = masked_mean(divergence.detach(), scores.mask)
-        loss = loss + config.kl * masked_mean(divergence, scores.mask, **share)
+        beside["kl_reference"] = config.kl, kl_estimate(scores.log_probs, own["reference"], config.kl_kind)
     if scores.entropy is not None:
-        metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
-        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, **share)
+        beside["entropy"] = -config.entropy, scores.entropy
+    if scores.divergence is not None:
+        beside["kl_teacher"] = config.distill, scores.divergence
+    for name, (weight, values) in beside.items():
+        metrics[name] = masked_mean(values.detach(), mask)
+        loss = loss + weight * (torch.where(mask, values, 0.0) * own["share"]).sum()
     return loss, metrics
 
 
 def needed(view: TensorDictBase, config: GRPOConfig) -> torch.Tensor | None:
     """The sequences that something is to be learned from, bool (N,): all, if a term beside the advantage asks for it."""
-    return None if config.kl or config.entropy else (view["advantage"].reshape(len(view), -1) != 0).any(-1)
+    every = config.kl or config.entropy or (config.teacher and config.divergence != "sampled")
+    return None if every else (view["advantage"].reshape(len(view), -1) != 0).any(-1)
 
 
 def average(batches: list[TensorDictBase], key: str) -> float:
@@ -314,6 +362,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     sync()
     reference = run.reference() if config.kl else None
     teacher = None if config.teacher is None else make_teacher(config, tokenizer)
+    whole_teacher = None if config.divergence == "sampled" else teacher
     vocab_size = policy.codec.vocab_size
     scoring = {
         "vocab_size": vocab_size,
@@ -363,12 +412,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         )
 
         if teacher is not None:
+            view["advantage"] = config.reward_weight * view["advantage"].reshape(-1, 1).expand_as(mask)
+        if teacher is not None and config.divergence == "sampled":
             with gathered(teacher), torch.no_grad():
                 view["taught"] = sequence_log_probs(teacher, view, **scoring).log_probs
             token = distillation_advantages(view["taught"], view["log_probs"].full, mask)
             if len(view):
                 metrics["kl_teacher"] = float(-masked_mean(token, mask))
-            view["advantage"] = config.reward_weight * view["advantage"].reshape(-1, 1) + config.distill * token
+            view["advantage"] = view["advantage"] + config.distill * token
 
         # 4. Learn, and give what samples the new weights.
         learned = view.to(model.device)
@@ -378,7 +429,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             metrics |= learn(
                 optimizer,
                 learned.select(*_LEARNED, strict=False),
-                lambda part, counts: loss_of(model, part, counts, config, vocab_size),
+                lambda part, counts: loss_of(model, part, counts, config, vocab_size, whole_teacher),
                 needed=needed(learned, config),
                 model=model,
                 **config.learning,

@@ -9,7 +9,7 @@ from typing import Any
 from torchrl_chat.training.advantages import gae, group_advantages, token_rewards, whitened
 from torchrl_chat.training.corrections import importance_weights
 from torchrl_chat.training.distillation import distillation_advantages
-from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss
+from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss, token_shares
 from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs, teacher_of
 from torchrl_chat.training.updates import NotFiniteError, take_step
 from torchrl_chat.training.view import training_view
@@ -31,6 +31,7 @@ __all__ = [
     "take_step",
     "teacher_of",
     "token_rewards",
+    "token_shares",
     "training_view",
     "whitened",
 ]

@@ -168,6 +168,28 @@ def masked_mean(
     if values.shape != mask.shape or mask.ndim != 2:
         shapes = [tuple(values.shape), tuple(mask.shape)]
         raise ValueError(f"values and mask have the shapes {shapes}: expected one shape (N, T).")
+    shares = token_shares(mask, aggregation, constant=constant, denominator=denominator, sequences=sequences)
+    return (torch.where(mask, values, 0.0) * shares).sum()
+
+
+def token_shares(
+    mask: torch.Tensor,
+    aggregation: Aggregation = "token",
+    *,
+    constant: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+    sequences: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What each token's number is multiplied by in :func:`masked_mean`, float32 (N, T), 0 where the mask is false.
+
+    With these a loss is a sum over tokens, which can be taken some at a time (``loss=`` of
+    :func:`~torchrl_chat.training.sequence_log_probs`).
+
+    Example:
+        >>> token_shares(torch.tensor([[True, True], [True, False]]), "sequence")
+        tensor([[0.2500, 0.2500],
+                [0.5000, 0.0000]])
+    """
     if aggregation not in ("token", "sequence", "constant"):
         raise ValueError(f"aggregation={aggregation!r}: expected 'token', 'sequence' or 'constant'.")
     if (aggregation == "constant") != (constant is not None):
@@ -176,19 +198,15 @@ def masked_mean(
         )
     if constant is not None and constant <= 0:
         raise ValueError(f"constant={constant}: expected more than 0.")
-    values = torch.where(mask, values, 0.0)
+    counted = mask.float()
     if aggregation == "token":
-        return values.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+        return counted / (mask.sum().clamp(min=1) if denominator is None else denominator)
     index = numbered(mask, sequences)
-    if constant is not None:
-        count = max(1, index[mask].unique().numel()) if denominator is None else denominator
-        return values.sum() / (constant * count)
-    size = int(index.max()) + 1
-    flat = index.flatten()
-    sums = torch.zeros(size, device=values.device, dtype=values.dtype).index_add(0, flat, values.flatten())
-    tokens = torch.zeros(size, device=values.device).index_add(0, flat, mask.flatten().float())
-    means = sums / tokens.clamp(min=1)
-    return means.sum() / ((tokens > 0).sum().clamp(min=1) if denominator is None else denominator)
+    tokens = counted.new_zeros(int(index.max()) + 1 if index.numel() else 0)
+    tokens = tokens.index_add(0, index.flatten(), counted.flatten())
+    count = (tokens > 0).sum().clamp(min=1) if denominator is None else denominator
+    length = tokens.clamp(min=1)[index] if constant is None else constant
+    return counted / (length * count)
 
 
 def numbered(mask: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:

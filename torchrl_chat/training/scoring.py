@@ -175,6 +175,11 @@ def teacher_of(model: Any, view: TensorDictBase, *, max_tokens: int | None = Non
     return AllTokens(Head(model) if head is None else head, states)
 
 
+def scored(view: TensorDictBase, device: torch.device) -> torch.Tensor:
+    """Which tokens of a view :func:`sequence_log_probs` scores, bool (N, T) or (M, L)."""
+    return dense_of(view, device).scored
+
+
 class _Pass(NamedTuple):
     """Rows that go through a model together."""
 

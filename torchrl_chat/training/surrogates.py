@@ -108,6 +108,10 @@ SURROGATES: dict[str, tuple[Callable[[Tokens, float, float], Gain], tuple[float,
 }
 
 
+BY_TOKEN = frozenset(SURROGATES) - {"gspo", "gmpo"}
+"""The surrogates whose loss is a sum over tokens, each of which says nothing of the others."""
+
+
 def bounds_of(surrogate: str, clip: float | tuple[float, float] | None) -> tuple[float, float]:
     """A surrogate's (low, high).
 
