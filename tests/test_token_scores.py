@@ -94,6 +94,20 @@ def test_a_loss_beside_the_scores_is_that_of_the_scores(name, share):
         assert torch.allclose(sequence_log_probs(model, view, **options, loss=loss).loss, expected, atol=1e-5)
 
 
+def test_sums_over_the_vocabulary_are_float32_under_autocast():
+    model, view = zoo.make("llama"), a_view(2)
+    teacher = teacher_of(zoo.make("llama"), view)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = sequence_log_probs(model, view, entropy=True, teacher=teacher)
+        logits = model(input_ids=view["tokens"].full, use_cache=False).logits[:, 3:-1].float()
+    log_probs = logits.log_softmax(-1)
+    assert torch.allclose(scores.entropy[scores.mask], -(log_probs.exp() * log_probs).sum(-1).flatten(), atol=1e-5)
+    assert torch.allclose(
+        scores.log_probs[scores.mask], log_probs.gather(-1, view["tokens"].full[:, 4:, None]).flatten(), atol=1e-5
+    )
+    assert scores.divergence.dtype == torch.float32
+
+
 def test_its_gradient_needs_no_second_time_at_the_head(monkeypatch):
     """Nor is anything as large as all logits made."""
     model = tiny_model(20_000)

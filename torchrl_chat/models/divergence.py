@@ -115,17 +115,21 @@ class Divergence:
         """A context that yields :data:`Ratios`."""
         return self.teacher.ratios(softmax)
 
-    def total(self, log_probs: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    def total(self, log_probs: torch.Tensor, probs: Any, ratio: torch.Tensor) -> torch.Tensor:
         """Nats, (k,)."""
-        if self.direction == "reverse":
-            return (log_probs.exp() * ratio).sum(-1)
-        return -(_teachers(log_probs, ratio) * ratio).sum(-1)
+        return dot(probs, ratio) if self.direction == "reverse" else -dot(_teachers(log_probs, ratio), ratio)
 
-    def gradient(self, log_probs: torch.Tensor, ratio: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    def gradient(self, log_probs: torch.Tensor, probs: Any, ratio: Any, total: torch.Tensor) -> torch.Tensor:
         """Of each token's by its logits, (k, V)."""
         if self.direction == "reverse":
-            return (ratio - total[:, None]).mul_(log_probs.exp())
-        return log_probs.exp().sub_(_teachers(log_probs, ratio))
+            return (ratio - total[:, None]).mul_(probs)
+        return _teachers(log_probs, ratio).neg_().add_(probs)
+
+
+def dot(one: Any, other: torch.Tensor) -> torch.Tensor:
+    """The sums of products over the last dimension, (k,), float32 whatever autocast says, without a product of that size."""
+    with torch.autocast(other.device.type, enabled=False):
+        return torch.bmm(one[:, None, :], other[:, :, None]).flatten()
 
 
 def _teachers(log_probs: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,14 @@ are, while its logits are still there (Hsu et al. 2024, "Liger Kernel", do so fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from torchrl_chat.models.divergence import Divergence
+from torchrl_chat.models.divergence import Divergence, dot
 from torchrl_chat.models.head import Head
 
 # Numbers of a chunk: large enough for a matrix product to be worth its name, small beside a model's layers.
@@ -94,8 +94,8 @@ class _How:
         """How many numbers a token has."""
         return 1 + self.entropy + (self.divergence is not None)
 
-    def named(self, found: torch.Tensor) -> TokenScores:
-        """Of numbers (count, K)."""
+    def named(self, found: Any) -> TokenScores:
+        """Of numbers (count, K), or as many (K,)."""
         entropy = found[1] if self.entropy else None
         return TokenScores(found[0], entropy, found[-1] if self.divergence is not None else None)
 
@@ -114,56 +114,72 @@ class _How:
         for start in range(0, len(states), size):
             yield slice(start, min(start + size, len(states)))
 
-    def told(self, found: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of some tokens, and its gradient by their numbers (count, k)."""
+    def told(self, found: torch.Tensor, rows: slice) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The loss of some tokens, and its gradient by each of their numbers (count, k), ``None`` where it knows nothing of it."""
         assert self.loss is not None
         with torch.enable_grad():
-            leaf = found.detach().requires_grad_()
-            value = self.loss(self.named(leaf), rows)
-            of = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
-        return value.detach(), torch.zeros_like(found) if of is None else of
+            leaves = [number.detach().requires_grad_() for number in found]
+            value = self.loss(self.named(leaves), rows)
+            of = (
+                torch.autograd.grad(value, leaves, allow_unused=True)
+                if value.requires_grad
+                else [None] * len(leaves)
+            )
+        return value.detach(), list(of)
 
 
 class _Chunk:
     """The distributions of some tokens, and their numbers, (count, k).
 
     With p the softmax of logits / temperature, the gradient of log p[i] is (e_i - p) / temperature; that of the entropy H is
-    -p (log p + H) / temperature; those of divergences are said in :mod:`~torchrl_chat.models.divergence`.
+    -p (log p + H) / temperature; those of divergences are said in :mod:`~torchrl_chat.models.divergence`. Whatever is (k, V) is as
+    large as a layer's weights: one is made into the other in place where it can be.
     """
 
     def __init__(self, logits: torch.Tensor, targets: torch.Tensor, how: _How, ratios: Any, rows: slice):
-        self.how, self.targets, self.logits = how, targets, logits
+        self.how, self.targets, self.shape, self.dtype = how, targets, logits.shape, logits.dtype
         self.log_probs = how.log_probs(logits)
         numbers = [self.log_probs.gather(-1, targets[:, None]).squeeze(-1)]
+        self.probs: Any = None
+        self.ratio: Any = None
+        if how.count > 1:
+            # What is impossible (a logit of -inf) has no part in sums over p log p.
+            self.log_probs.clamp_(min=torch.finfo(torch.float32).min)
+            self.probs = self.log_probs.exp()
         if how.entropy:
-            numbers.append(torch.special.entr(self.log_probs.exp()).sum(-1))
+            numbers.append(-dot(self.probs, self.log_probs))
         if how.divergence is not None:
             self.ratio = ratios(self.log_probs, rows)
-            numbers.append(how.divergence.total(self.log_probs, self.ratio))
+            numbers.append(how.divergence.total(self.log_probs, self.probs, self.ratio))
         self.found = torch.stack(numbers)
 
-    def gradient(self, of: torch.Tensor, keep: bool = False) -> torch.Tensor:
-        """That of the logits (k, V), given that of the numbers (count, k). It is made of the log-probs in place, unless these are
-        to be kept: each of them is as large as a layer's weights.
-        """
-        how, part = self.how, self.log_probs.clone() if keep else self.log_probs
-        outer = None
-        if how.divergence is not None:
-            outer = how.divergence.gradient(part, self.ratio, self.found[-1]).mul_(of[-1][:, None])
-        if how.entropy:
-            probs = part.exp()
-            # What is impossible (a logit of -inf) has no part in either gradient.
-            part.masked_fill_(probs == 0, 0.0)
-            part.add_(self.found[1][:, None]).mul_(of[1][:, None]).add_(of[0][:, None])
-            part.mul_(probs).neg_()
+    def gradient(self, of: Sequence[torch.Tensor | None], keep: bool = False) -> torch.Tensor:
+        """That of the logits (k, V), given that of the numbers, (k,) each; with ``keep`` it can be asked for again."""
+        how, (of_scored, *others) = self.how, of
+        if of_scored is None:
+            of_scored = torch.zeros_like(self.found[0])
+        of_entropy = others.pop(0) if how.entropy else None
+        of_divergence = others.pop(0) if how.divergence is not None else None
+        beside = None
+        if how.divergence is not None and of_divergence is not None:
+            beside = how.divergence.gradient(self.log_probs, self.probs, self.ratio, self.found[-1])
+            beside.mul_(of_divergence[:, None])
+        if of_entropy is not None:
+            part = self.log_probs.clone() if keep else self.log_probs
+            part.add_(self.found[1][:, None]).mul_(of_entropy[:, None]).add_(of_scored[:, None])
+            part.mul_(self.probs).neg_()
         else:
-            part.exp_().mul_(-of[0][:, None])
-        if outer is not None:
-            part.add_(outer)
-        part.scatter_add_(1, self.targets[:, None], of[0][:, None])
-        part.div_(how.temperature)
-        missing = self.logits.shape[1] - part.shape[1]
-        return (torch.nn.functional.pad(part, (0, missing)) if missing else part).to(self.logits.dtype)
+            probs = self.probs
+            if probs is None:
+                probs = self.log_probs.exp() if keep else self.log_probs.exp_()
+            part = probs * -of_scored[:, None] if keep else probs.mul_(-of_scored[:, None])
+        if beside is not None:
+            part.add_(beside)
+        part.scatter_add_(1, self.targets[:, None], of_scored[:, None])
+        if how.temperature != 1:
+            part.div_(how.temperature)
+        missing = self.shape[1] - part.shape[1]
+        return (torch.nn.functional.pad(part, (0, missing)) if missing else part).to(self.dtype)
 
 
 class _Scored(torch.autograd.Function):
@@ -193,11 +209,12 @@ class _Scored(torch.autograd.Function):
                 logits, made = (states[rows], states) if logits_of is None else logits_of(states[rows])
                 chunk = _Chunk(logits.detach(), targets[rows], how, ratios, rows)
                 found[:, rows] = chunk.found
-                outers = torch.eye(how.count, device=states.device)[:, :, None].expand(-1, -1, len(logits))
+                one = torch.ones_like(chunk.found[0])
+                outers = [[one if i == which else None for i in range(how.count)] for which in range(how.count)]
                 if how.loss is not None:
                     value, of = how.told(chunk.found, rows)
                     total += value
-                    outers = of[None]
+                    outers = [of]
                 for which, slope in enumerate(slopes):
                     assert head is not None
                     more = which < len(slopes) - 1
@@ -238,7 +255,7 @@ class _Scored(torch.autograd.Function):
         ):
             for rows in how.chunks(head, states):
                 logits, made = (states[rows], states) if logits_of is None else logits_of(states[rows])
-                outer = _Chunk(logits.detach(), targets[rows], how, ratios, rows).gradient(of[:, rows])
+                outer = _Chunk(logits.detach(), targets[rows], how, ratios, rows).gradient([*of[:, rows]])
                 if head is None:
                     gradient[rows] = outer
                     continue
