@@ -107,8 +107,9 @@ def learn(
             for _ in range(passes - len(parts)):
                 _pass_in_step(model)
             losses = [metrics["loss"] for metrics in measured]
-            if take_step(optimizer, losses, max_grad_norm=max_grad_norm, patience=patience):
-                norm = torch.tensor(optimizer.param_groups[0]["grad_norm"])
+            step = take_step(optimizer, losses, max_grad_norm=max_grad_norm, patience=patience)
+            if step:
+                norm = torch.tensor(step.grad_norm)
                 logged.append([{**metrics, "grad_norm": norm} for metrics in measured])
             else:  # not finite: it says nothing of the others
                 skipped += 1
