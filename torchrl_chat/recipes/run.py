@@ -18,7 +18,6 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -30,7 +29,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns, ranks
-from torchrl_chat.files import replacing, to_disk
+from torchrl_chat.files import plain_name, replacing, to_disk
 from torchrl_chat.learner.adapters import Reference, is_adapted, whole
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.sharding import is_sharded, load_optimizer, set_optimizer_state, shard
@@ -116,7 +115,7 @@ class Run:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
-        named = config.out or f"runs/{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', config.dataset)}-{stamp}"
+        named = config.out or f"runs/{name}-{plain_name(config.dataset)}-{stamp}"
         self.folder = Path(ranks.of_the_first(named))
         self._lock = ranks.agreed(self._take)
         self._files = {

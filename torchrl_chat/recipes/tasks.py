@@ -86,13 +86,16 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
     Of n processes each has every n-th question, so that together they play what one would.
 
     Raises:
-        ValueError: there is no such dataset, or it takes no ``--data``.
+        ValueError, ImportError, DatasetError: see :func:`~torchrl_chat.gallery.make_env`.
     """
     own, count = ranks.own(), ranks.count()
     parted: dict[str, Any] = {} if count == 1 else {"shard": (own, count)}
     return gallery.make_env(
         config.dataset,
         data=config.data,
+        split=config.split,
+        reward=config.reward,
+        settings=config.task_settings,
         limits={"max_turns": config.max_turns, "max_turn_tokens": config.max_new_tokens},
         seed=seed,
         tokenizer=tokenizer,
