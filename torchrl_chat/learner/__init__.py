@@ -8,10 +8,12 @@ from torchrl_chat.learner.minibatches import Counts, averaged, learn
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import gathered, shard
+from torchrl_chat.learner.streams import Streams
 
 __all__ = [
     "Counts",
     "Reference",
+    "Streams",
     "averaged",
     "compute_in",
     "gathered",

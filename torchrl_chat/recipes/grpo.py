@@ -36,6 +36,7 @@ checkpoint. With --resume it goes on: the same data in the same order, nothing t
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,7 +45,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import ranks
-from torchrl_chat.learner import Counts, gathered, learn
+from torchrl_chat.learner import Counts, Streams, gathered, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run, set_rate
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
@@ -237,20 +238,23 @@ def corrected(model: Any, view: TensorDictBase, config: GRPOConfig, **scoring: A
 
 
 _LEARNED = (
-    "tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights",
+    "tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights", "episode", "episode_sequence",
 )  # fmt: skip
 
 
-def loss_of(model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig, vocab_size: int) -> Any:
-    """The loss of some sequences, as their share of a minibatch, and what to log."""
+def loss_of(
+    model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig, vocab_size: int, streams: Streams
+) -> Any:
+    """The loss of some sequences, as their share of a minibatch, and what to log; what it says of each token is kept."""
     scores = sequence_log_probs(
         model,
         part,
         temperature=config.temperature,
         vocab_size=vocab_size,
-        entropy=config.entropy > 0,
+        entropy=True,
         share_prefixes=config.share_prefixes,
     )
+    streams.add(part, scores, counts)
     share: dict[str, Any] = {
         "aggregation": config.aggregation,
         "constant": float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
@@ -272,8 +276,8 @@ def loss_of(model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig
         divergence = kl_estimate(scores.log_probs, part["reference"], config.kl_kind)
         metrics["kl_reference"] = masked_mean(divergence.detach(), scores.mask)
         loss = loss + config.kl * masked_mean(divergence, scores.mask, **share)
-    if scores.entropy is not None:
-        metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
+    metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
+    if config.entropy:
         loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, **share)
     return loss, metrics
 
@@ -351,7 +355,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
         # 3. How much better than its group each answer is.
         mask = view["masks"].all_assistant_mask
-        lengths = mask.sum(-1)
         if overlong is not None:
             punished = [overlong(Episode.of("", length=length)).score for length in longest_answers(mask).tolist()]
             view["reward"] = view["reward"] + torch.tensor(punished).reshape(view["reward"].shape)
@@ -374,16 +377,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         learned = view.to(model.device)
         if config.correction != "none":
             metrics |= corrected(model, learned, config, **scoring)
+        streams = Streams()
         with run.timed("learning"):
             metrics |= learn(
                 optimizer,
                 learned.select(*_LEARNED, strict=False),
-                lambda part, counts: loss_of(model, part, counts, config, vocab_size),
+                functools.partial(loss_of, model, config=config, vocab_size=vocab_size, streams=streams),
                 needed=needed(learned, config),
                 model=model,
                 **config.learning,
             )
         sync()
-        if len(view):  # of several processes one may have no group that is trained
-            metrics["length"] = float(lengths.float().mean())
-        run.log(metrics, finished=finished, trained=view)
+        run.log(streams.mismatch() | metrics, finished=finished, trained=view, streams=streams)

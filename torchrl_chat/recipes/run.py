@@ -33,6 +33,7 @@ from torchrl_chat.files import plain_name, replacing, to_disk
 from torchrl_chat.learner.adapters import Reference, is_adapted, whole
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.sharding import is_sharded, load_optimizer, set_optimizer_state, shard
+from torchrl_chat.learner.streams import Streams
 from torchrl_chat.models.passes import float_type
 from torchrl_chat.models.small import plain_class
 from torchrl_chat.recipes.checkpoints import (
@@ -415,6 +416,7 @@ class Run:
         *,
         finished: TensorDictBase | Sequence[TensorDictBase] = (),
         trained: TensorDictBase | None = None,
+        streams: Streams | None = None,
     ) -> None:
         """Write what a step measured.
 
@@ -425,6 +427,7 @@ class Run:
             finished: the step's conversations, in a batch or several, of which some of the first are written and shown; what
                 all of them tell of themselves (:func:`~torchrl_chat.recipes.watching.figures`) is logged, too.
             trained: what was trained on, rows with the columns that tell episodes apart; ``None`` if nothing was.
+            streams: what the trainer said of the tokens of the training view of all of ``finished``, written beside them.
         """
         step, config = self.step, self.config
         batches = [finished] if isinstance(finished, TensorDictBase) else list(finished)
@@ -439,7 +442,9 @@ class Run:
         self._write("metrics", {"step": step, **metrics})
         self._write("trained", {"step": step, "episodes": played})
         if batches:
-            self._show(batches[0][: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
+            self._show(
+                batches[0][: config.rollouts], streams, bool(config.show_every) and step % config.show_every == 0
+            )
         self._figures = {key: metrics[key] for key in ("pass_rate", "reward", "loss") if key in metrics}
         for key, value in metrics.items():
             self._scalar(key, value)
@@ -462,13 +467,14 @@ class Run:
             told["tokens_per_second"] = metrics["sampled_tokens"] / parts["sampling"]
         return {name: round(value, 4) for name, value in told.items()}
 
-    def _show(self, finished: TensorDictBase, aloud: bool) -> None:
+    def _show(self, finished: TensorDictBase, streams: Streams | None, aloud: bool) -> None:
         from torchrl_chat.rollouts import write_rollouts
 
         if not len(finished):
             return
         metadata = {"step": self.step, "policy": self.name, "dataset": self.config.dataset}
-        write_rollouts(self._files["rollouts"], finished, self.tokenizer, metadata=metadata)
+        told = None if streams is None else streams.of
+        write_rollouts(self._files["rollouts"], finished, self.tokenizer, metadata=metadata, streams=told)
         if aloud:
             self.say(conversations(finished[:1], f"step {self.step}"))
 
