@@ -131,8 +131,9 @@ def episodes(
         if tokens:
             scored = transcript.scored
             episode["sequences"] = [sequence(branch, spell, scored) for branch in transcript.sequences]
-            for number, written in enumerate(each for each in episode["sequences"] if each["sampled"]):
-                written |= _streams_of(written, None if streams is None else streams(i, number))
+            trained = [each for each in episode["sequences"] if each["sampled"]]
+            for which, each in enumerate(trained):
+                each |= _streams_of(each, None if streams is None else streams(i, which))
         yield plain({**episode, "metadata": shared})
 
 

@@ -276,9 +276,10 @@ def loss_of(
         divergence = kl_estimate(scores.log_probs, part["reference"], config.kl_kind)
         metrics["kl_reference"] = masked_mean(divergence.detach(), scores.mask)
         loss = loss + config.kl * masked_mean(divergence, scores.mask, **share)
-    metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
+    uncertain: Any = scores.entropy
+    metrics["entropy"] = masked_mean(uncertain.detach(), scores.mask)
     if config.entropy:
-        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, **share)
+        loss = loss - config.entropy * masked_mean(uncertain, scores.mask, **share)
     return loss, metrics
 
 
