@@ -59,7 +59,7 @@ from torchrl_chat.training.updates import BAD_STEPS
 # falls towards the last step, --steps has: the rest of the run then follows the new number.)
 _FREE = {
     "out", "resume", "checkpoint", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
-    "logger", "merge", "checkpointing", "share_prefixes",
+    "logger", "merge", "checkpointing", "share_prefixes", "max_tokens",
 }  # fmt: skip
 
 

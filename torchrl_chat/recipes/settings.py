@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torchrl_chat import ranks
 from torchrl_chat.gallery import MADE_HERE, check_name, guide
+from torchrl_chat.learner.memory import MOST
 from torchrl_chat.options import TEMPLATE_HELP, device, named_values, show_one_spelling
 
 C = TypeVar("C", bound="RunConfig")
@@ -64,7 +65,10 @@ class RunConfig:
     # learning
     epochs: int = setting(2, "passes over each batch")
     minibatch: int = setting(64, "conversations an optimizer step")
-    max_tokens: int = setting(16384, "tokens that go through the model at a time; gradients are accumulated")
+    max_tokens: int | None = setting(
+        None,
+        "tokens that go through the model at a time; gradients are accumulated; by default as many as the device has memory for",
+    )
     lr: float | None = setting(
         1e-3,
         "learning rate of AdamW at the first step; by default of the size of a model that is not tiny; a LoRA's is ten times that",
@@ -140,8 +144,8 @@ class RunConfig:
     @property
     def learning(self) -> dict[str, Any]:
         """What :func:`~torchrl_chat.learner.learn` takes of the settings."""
-        names = ("epochs", "minibatch", "max_tokens", "max_grad_norm", "patience")
-        return {name: getattr(self, name) for name in names}
+        names = ("epochs", "minibatch", "max_grad_norm", "patience")
+        return {name: getattr(self, name) for name in names} | {"max_tokens": self.max_tokens or MOST}
 
     def problem(self) -> str | None:
         """What does not go together among the settings; ``None`` if all does."""
