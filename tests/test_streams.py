@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_books import example, words
+from run_books import documented_metrics, example, jsonl, words
 from training_rows import batch_of
 
 from torchrl_chat import Transcript, training_view
@@ -144,13 +144,18 @@ def test_a_stream_of_another_length_is_refused():
 @pytest.mark.services
 @pytest.mark.parametrize("name", ["grpo", "ppo", "expert_iteration"])
 def test_recipes_write_them(tmp_path, monkeypatch, name):
-    """What a run learned from has them in its rollouts, and nothing else; in the first step ratios are those of one policy."""
+    """In a step of one update ratios are those of one policy. What else a run measures stands in the docs."""
     module = example(name)
     kept = module.right_answers if name == "expert_iteration" else None
     if kept:  # random weights are seldom right: imitate whatever was said
         monkeypatch.setattr(module, "right_answers", lambda td, _: module.training_view(td, layout="padded"))
     monkeypatch.setattr("sys.argv", words(name, "--out", str(tmp_path), "--epochs", "1", "--minibatch", "16"))
     module.main()
+    for row in jsonl(tmp_path / "metrics.jsonl"):
+        assert row.keys() <= documented_metrics()[0]
+        assert row["entropy"] > 0
+        assert row["trained_tokens"] > 0
+        assert row["mismatch"] < 1e-5 if name != "expert_iteration" else "mismatch" not in row
     written = list(read_rollouts(tmp_path / "rollouts.jsonl"))
     assert len(written) == 4 * 16
     for episode in written:

@@ -66,9 +66,9 @@ def learn(
         model: what is trained, if it lies in parts on several processes.
 
     Returns:
-        what was logged, averaged (:func:`averaged`); ``"grad_norm"``, before clipping; ``"updates"``, optimizer steps, and
-        ``"skipped"``, those that were not taken since they were not finite; ``"idle"``, the share of minibatches in which nothing
-        was to be learned; ``"trained_tokens"``, sampled tokens that went through the model, in all passes. Of all processes.
+        what was logged, averaged (:func:`averaged`); ``"grad_norm"``, before clipping; ``"skipped"``, steps that were not taken
+        since they were not finite; ``"idle"``, the share of minibatches in which nothing was to be learned; and
+        ``"trained_tokens"``, sampled tokens that went through the model, in all passes. Of all processes.
 
     Raises:
         NotFiniteError: ``patience`` steps in a row were not finite.
@@ -117,8 +117,8 @@ def learn(
                 logged.append([{**metrics, "grad_norm": norm} for metrics in measured])
             else:  # not finite: it says nothing of the others
                 skipped += 1
-    done = {"skipped": skipped, "updates": updates, "idle": idle / max(1, count)}
-    return averaged(_of_all(logged)) | done | {"trained_tokens": float(ranks.total(torch.tensor(float(learned))))}
+    trained = float(ranks.total(torch.tensor(float(learned))))
+    return averaged(_of_all(logged)) | {"skipped": skipped, "idle": idle / max(1, count), "trained_tokens": trained}
 
 
 def _of_all(logged: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:

@@ -25,8 +25,8 @@ can also be set one by one:
     sapo         arXiv:2511.20347  a soft gate instead of a clip
     distillation arXiv:2306.13649  no rewards: how much likelier --teacher finds each sampled token than the model itself
 
-What samples and what learns may differ (an engine of another precision): "ess" in the metrics tells. --correction weighs tokens
-by how much: tis (truncated), mis (masked), icepop (a band); the metrics have "mismatch" then.
+What samples and what learns may differ (an engine of another precision): "mismatch" in the metrics tells by how much.
+--correction weighs tokens by it: tis (truncated), mis (masked), icepop (a band).
 
 The folder of the run holds config.json, metrics.jsonl (a line a step), rollouts.jsonl (conversations: torchrl-chat view FOLDER
 shows them), checkpoints/ (model and tokenizer), curve.png and result.json. Ctrl-C ends a run behind its step, with a

@@ -51,7 +51,7 @@ from torchrl_chat.recipes.checkpoints import (
 from torchrl_chat.recipes.interrupts import EXIT, Interrupted, Interrupts
 from torchrl_chat.recipes.progress import Progress
 from torchrl_chat.recipes.settings import RunConfig
-from torchrl_chat.recipes.watching import Watch, figures, of_all, peak_memory
+from torchrl_chat.recipes.watching import TOLD, Watch, figures, graders, of_all, peak_memory
 from torchrl_chat.seeds import EPOCH, PLACE, ROW
 from torchrl_chat.training.updates import BAD_STEPS
 
@@ -126,6 +126,8 @@ class Run:
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._watch = Watch()
+        self._graders = graders(self.state.get("env"))
+        self._graded = sum(grader.seconds for grader in self._graders)
         self._saved: int | None = None
         self.step = self.skipped = 0
         try:
@@ -432,7 +434,7 @@ class Run:
         step, config = self.step, self.config
         batches = [finished] if isinstance(finished, TensorDictBase) else list(finished)
         metrics = of_all(ranks.everywhere({**(figures(batches) if batches else {}), **metrics}))
-        metrics |= self._spent(metrics)
+        metrics |= self._rate() | self._spent(metrics)
         played = [] if trained is None else episodes(trained)
         self.skipped += int(metrics.get("skipped", 0))
         if not ranks.leads():
@@ -445,7 +447,7 @@ class Run:
             self._show(
                 batches[0][: config.rollouts], streams, bool(config.show_every) and step % config.show_every == 0
             )
-        self._figures = {key: metrics[key] for key in ("pass_rate", "reward", "loss") if key in metrics}
+        self._figures = {key: metrics[key] for key in TOLD if key in metrics}
         for key, value in metrics.items():
             self._scalar(key, value)
 
@@ -458,13 +460,24 @@ class Run:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def _rate(self) -> dict[str, float]:
+        optimizer = self.state.get("optimizer")
+        return {} if optimizer is None else {"lr": optimizer.param_groups[0]["lr"]}
+
     def _spent(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of the step and of its parts, sampled tokens a second, and what memory was the most so far."""
+        """Seconds of the step and of its parts, tokens a second, and what memory was the most so far."""
         parts, self._seconds = self._seconds, {}
+        graded, self._graded = self._graded, sum(grader.seconds for grader in self._graders)
+        if self._graders:  # while conversations are played
+            parts["grading"] = self._graded - graded
+            if "sampling" in parts:
+                parts["sampling"] -= parts["grading"]
         told = {"seconds": time.perf_counter() - self._start, "memory": ranks.most(peak_memory())}
         told |= {f"seconds_{name}": seconds for name, seconds in parts.items()}
         if parts.get("sampling") and "sampled_tokens" in metrics:
             told["tokens_per_second"] = metrics["sampled_tokens"] / parts["sampling"]
+        if parts.get("learning") and "trained_tokens" in metrics:
+            told["tokens_per_second_trained"] = metrics["trained_tokens"] / parts["learning"]
         return {name: round(value, 4) for name, value in told.items()}
 
     def _show(self, finished: TensorDictBase, streams: Streams | None, aloud: bool) -> None:
