@@ -16,13 +16,14 @@ trained twice.
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import Counts, learn
+from torchrl_chat.learner import Counts, Streams, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.checkpoints import load_weights
 from torchrl_chat.recipes.interrupts import launch
@@ -73,10 +74,15 @@ def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> Te
     return view[torch.tensor(kept)] if kept else None
 
 
-def loss_of(model: Any, part: TensorDictBase, counts: Counts) -> Any:
-    """Supervised fine-tuning on what was sampled: the loss of some sequences, as their share of a minibatch."""
-    scores = sequence_log_probs(model, part)
-    return -masked_mean(scores.log_probs, scores.mask, denominator=counts.tokens), {}
+_LEARNED = ("tokens", "masks", "log_probs", "position_ids", "episode", "episode_sequence")
+
+
+def loss_of(model: Any, part: TensorDictBase, counts: Counts, streams: Streams) -> Any:
+    """Supervised fine-tuning on what was sampled: the loss of some sequences, as their share of a minibatch, and what to log."""
+    scores = sequence_log_probs(model, part, entropy=True)
+    streams.add(part, scores, counts)
+    metrics = {"entropy": masked_mean(scores.entropy.detach(), scores.mask)}
+    return -masked_mean(scores.log_probs, scores.mask, denominator=counts.tokens), metrics
 
 
 def main() -> None:
@@ -114,6 +120,7 @@ def main() -> None:
         }
 
         # 2. The apprentice imitates it.
+        streams = Streams()
         if view is not None:
             if start is not None:
                 load_weights(start, model)
@@ -121,12 +128,12 @@ def main() -> None:
             with run.timed("learning"):
                 metrics |= learn(
                     optimizer,
-                    view.to(model.device).select("tokens", "masks", "position_ids"),
-                    lambda part, counts: loss_of(model, part, counts),
+                    view.to(model.device).select(*_LEARNED),
+                    functools.partial(loss_of, model, streams=streams),
                     **config.learning,
                 )
             sync()
-        run.log(metrics, finished=finished, trained=view)
+        run.log(metrics, finished=finished, trained=view, streams=streams)
 
 
 if __name__ == "__main__":

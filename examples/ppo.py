@@ -16,13 +16,14 @@ trained twice.
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import Counts, learn
+from torchrl_chat.learner import Counts, Streams, learn
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run, set_rate
@@ -76,10 +77,16 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def loss_of(
-    actor_critic: PolicyAndValue, part: TensorDictBase, counts: Counts, config: PPOConfig, **scoring: Any
+    actor_critic: PolicyAndValue,
+    part: TensorDictBase,
+    counts: Counts,
+    config: PPOConfig,
+    streams: Streams,
+    **scoring: Any,
 ) -> Any:
-    """The loss of some sequences, as their share of a minibatch, and what to log."""
-    scores, values = actor_critic(part, entropy=config.entropy > 0, **scoring)
+    """The loss of some sequences, as their share of a minibatch, and what to log; what it says of each token is kept."""
+    scores, values = actor_critic(part, entropy=True, **scoring)
+    streams.add(part, scores, counts)
     old = part["log_probs"].full
     loss, metrics = policy_loss(
         scores.log_probs, old, part["advantage"], scores.mask, clip=config.clip, denominator=counts.tokens
@@ -90,10 +97,15 @@ def loss_of(
         error = torch.maximum(error, (near - part["target"]) ** 2)
     loss = loss + config.value_weight * masked_mean(error, scores.mask, denominator=counts.tokens)
     metrics |= {"value_error": masked_mean(error.detach(), scores.mask)}
-    if scores.entropy is not None:
-        metrics["entropy"] = masked_mean(scores.entropy.detach(), scores.mask)
+    metrics |= {"entropy": masked_mean(scores.entropy.detach(), scores.mask)}
+    if config.entropy:
         loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, denominator=counts.tokens)
     return loss, metrics
+
+
+_LEARNED = (
+    "tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target", "episode", "episode_sequence",
+)  # fmt: skip
 
 
 def score(
@@ -157,11 +169,12 @@ def main() -> None:
         view["advantage"] = whitened(advantage, mask)
 
         # 4. Some passes in random minibatches; then what samples gets the new weights.
+        streams = Streams()
         with run.timed("learning"):
             metrics = learn(
                 optimizer,
-                view.select("tokens", "masks", "log_probs", "position_ids", "advantage", "value", "target"),
-                lambda part, counts: loss_of(actor_critic, part, counts, config, **scoring),
+                view.select(*_LEARNED),
+                functools.partial(loss_of, actor_critic, config=config, streams=streams, **scoring),
                 **config.learning,
             )
         sync()
@@ -169,9 +182,8 @@ def main() -> None:
             "reward": float(finished["reward"].mean()),
             "pass_rate": float(finished["success"].float().mean()),
             "value": float(masked_mean(view["value"], mask)),
-            "length": float(mask.sum(-1).float().mean()),
         }
-        run.log(metrics, finished=finished, trained=view)
+        run.log(streams.mismatch() | metrics, finished=finished, trained=view, streams=streams)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -55,3 +56,10 @@ def jsonl(path: Path) -> list[dict]:
         raise ValueError(f"{text} is no JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def documented_metrics() -> tuple[set[str], set[str]]:
+    """The names of the table of metrics in the docs, and those of them that the line of a run tells."""
+    text = (ROOT / "docs" / "recipes.md").read_text().split("## Metrics")[1].split("\n## ")[0]
+    cells = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith(("| `", "| **`")))
+    return set(re.findall(r"`(\w+)`", cells)), set(re.findall(r"\*\*`(\w+)`\*\*", cells))

@@ -10,9 +10,10 @@ import time
 
 import pytest
 from conftest import need_shared
+from run_books import documented_metrics
 
 from torchrl_chat.cli.main import main
-from torchrl_chat.recipes.watching import of_the_run
+from torchrl_chat.recipes.watching import TOLD, of_the_run
 
 QUICK = ["train", "--steps", "2", "--prompts", "2", "--group-size", "2", "--minibatch", "4", "--eval", "4"]
 
@@ -30,16 +31,18 @@ def test_train_writes_everything(tmp_path, capsys, mode):
     }  # fmt: skip
     metrics = jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1]
-    assert {"reward", "pass_rate", "loss", "ess", "length", "seconds"} <= metrics[0].keys()
+    named, shown = documented_metrics()
+    assert set(TOLD) == shown <= metrics[0].keys() <= named
+    line = capsys.readouterr()
+    assert all(f", {name} " in line.err for name in shown)
     rollouts = jsonl(tmp_path / "rollouts.jsonl")
     assert len(rollouts) == 8
     assert [m["role"] for m in rollouts[0]["messages"]] == ["user", "assistant"]
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["steps"], config["input_mode"]) == (2, mode)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert "sample, reward" in printed
-    assert f"files in {tmp_path}" in printed
+    assert "sample, reward" in line.out
+    assert f"files in {tmp_path}" in line.out
 
 
 def test_checkpoint_is_a_model_to_go_on_with(tmp_path):

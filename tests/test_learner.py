@@ -202,6 +202,8 @@ class TestWatching:
             ({"idle": 1.0, "pass_rate": 1.0}, "solved"),
             ({"entropy": 1e-5, "pass_rate": 0.1}, "the entropy is gone"),
             ({"ess": 0.1}, "ratios have weighed less than half"),
+            ({"equal_groups": 1.0, "pass_rate": 0.0}, "nothing to learn from"),
+            ({"mismatch": 0.06}, "what samples and what learns have differed"),
         ],
     )
     def test_what_lasts_is_said_once(self, metrics, said):
@@ -216,5 +218,36 @@ class TestWatching:
 
     def test_a_run_that_learns_is_left_alone(self):
         watch = Watch()
-        healthy = {"idle": 0.0, "entropy": 0.5, "ess": 0.99, "pass_rate": 0.5, "ungraded": 0.01}
-        assert not any(watch.look(healthy) for _ in range(40))
+        healthy = {
+            "idle": 0.0,
+            "entropy": 0.5,
+            "ess": 0.99,
+            "pass_rate": 0.5,
+            "ungraded": 0.01,
+            "equal_groups": 0.6,
+            "mismatch": 0.01,
+        }
+        assert not any(watch.look({**healthy, "reward": step / 300}) for step in range(300))
+        assert not any(
+            Watch().look({"reward": 1.0, "pass_rate": 0.99}) for step in range(300)
+        )  # there is nothing more
+
+    def test_a_run_that_learns_nothing_is_told_so_with_its_rate(self):
+        watch, chance = Watch(), torch.Generator().manual_seed(0)
+        rewards = 0.2 + 0.05 * torch.randn(50, generator=chance)
+        told = [watch.look({"reward": r, "pass_rate": 0.2, "lr": 1e-9}) for r in [*rewards.tolist()] * 4]
+        assert [bool(each) for each in told] == [step == 2 * watch.window - 1 for step in range(200)]
+        assert "nothing is learned at this rate (lr 1e-09)" in told[2 * watch.window - 1][0]
+
+    def test_groups_with_equal_rewards(self, collected):
+        """Of graded answers to one question in one batch and epoch; alone an answer is no group."""
+        td = collected[1].select("transcript", "stop_reason").copy()
+        count = len(td)
+        rows = torch.arange(count) // 2
+        td["episode_row"], td["episode_epoch"] = rows, torch.zeros(count).long()
+        td["reward"] = torch.where(rows == 0, torch.arange(count), 0.5).reshape(count, 1, 1).float()
+        assert figures([td])["equal_groups"] == pytest.approx(1 - 2 / count)
+        td["policy_error"] = ["gone", *[""] * (count - 1)]  # of the only group that differs
+        assert figures([td])["equal_groups"] == 1.0
+        td["episode_row"] = torch.arange(count)
+        assert "equal_groups" not in figures([td])

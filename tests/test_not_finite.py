@@ -21,7 +21,7 @@ from torchrl_chat.learner import minibatches
 from torchrl_chat.models.sampling import generate
 from torchrl_chat.recipes import checkpoints as saving
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
-from torchrl_chat.training import NotFiniteError, scoring, take_step, whitened
+from torchrl_chat.training import NotFiniteError, Step, scoring, take_step, whitened
 from torchrl_chat.training.updates import not_finite
 
 NAN, INF = math.nan, math.inf
@@ -107,21 +107,23 @@ class TestSteps:
         told = {"a loss": torch.tensor(NAN), "a loss of several": [loss, torch.tensor(-INF)]}.get(wrong, loss)
         if "gradient" in wrong:
             weights[1].grad[0, 1] = INF if "infinite" in wrong else NAN
-        assert take_step(optimizer, told, max_grad_norm=1.0) is False
+        step = take_step(optimizer, told, max_grad_norm=1.0)
+        assert not step
+        assert math.isfinite(step.grad_norm) == ("loss" in wrong)
         assert all(map(torch.equal, weights, before))
         assert same(optimizer.state_dict()["state"], state)
         assert all(weight.grad is None for weight in weights)
         sum((weight**2).sum() for weight in weights).backward()
-        assert take_step(optimizer, 1.0, max_grad_norm=1.0) is True
+        assert take_step(optimizer, 1.0, max_grad_norm=1.0)
         assert not any(map(torch.equal, weights, before))
 
     def test_it_is_the_step_with_clipping(self):
         (weights, optimizer), (others, plain) = small(), small()
         for some in (weights, others):
             (100 * sum((weight**2).sum() for weight in some)).backward()
-        torch.nn.utils.clip_grad_norm_(others, 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(others, 0.5)
         plain.step()
-        assert take_step(optimizer, [torch.tensor(1.0), 2.0], max_grad_norm=0.5)
+        assert take_step(optimizer, [torch.tensor(1.0), 2.0], max_grad_norm=0.5) == Step(True, norm.item())
         assert all(map(torch.equal, weights, others))
 
     def test_a_few_in_a_row_end_it_and_a_good_one_between_does_not(self):
@@ -130,7 +132,7 @@ class TestSteps:
         def step(factor: float) -> bool:
             loss = factor * sum((weight**2).sum() for weight in weights)
             loss.backward()
-            return take_step(optimizer, loss, patience=3)
+            return bool(take_step(optimizer, loss, patience=3))
 
         assert [step(factor) for factor in (NAN, INF, 1.0, NAN, NAN)] == [False, False, True, False, False]
         again = small()[1]
@@ -216,7 +218,7 @@ def test_a_run_goes_on_behind_a_bad_step(tmp_path, monkeypatch, name):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         before, state = copy.deepcopy(weights), copy.deepcopy(optimizer.state_dict()["state"])
         good = take(optimizer, *arguments, **options)
-        taken.append(good)
+        taken.append(bool(good))
         if not good:
             assert all(map(torch.equal, weights, before))
             assert same(optimizer.state_dict()["state"], state)

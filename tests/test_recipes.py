@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -630,7 +631,9 @@ def test_the_loss_of_a_minibatch_is_the_sum_of_its_shares(tmp_path):
         told = module.learn(
             still,
             view,
-            lambda part, counts: module.loss_of(model, part, counts, settings, len(tokenizer)),
+            functools.partial(
+                module.loss_of, model, config=settings, vocab_size=len(tokenizer), streams=module.Streams()
+            ),
             **settings.learning,
         )
         logged.append(told["loss"])

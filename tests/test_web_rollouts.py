@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import random
 import re
 import shutil
@@ -120,6 +121,69 @@ def test_a_group_side_by_side_by_keyboard(chat, tab, rollouts):
     page.expect(page.locator(".member .message")).to_have_count(4)  # the question is shown once
     page.locator(".member header button").nth(3).click()
     page.expect(page.locator("h1")).to_have_text("Episode 4 of 60")
+
+
+BOUNDS = {  # between the shades, of how far a number is from the light end
+    "log_probs": (lambda value: -value, [0.05, 0.3, 0.8, 1.8, 3.5]),
+    "entropy": (lambda value: value, [0.05, 0.3, 0.8, 1.5, 2.5]),
+    "ratio": (lambda value: abs(math.log(value)), [0.01, 0.05, 0.1, 0.25, math.log(2)]),
+}
+
+
+def shades(sequence, stream):
+    """The classes of a sequence's tokens that are coloured by a stream."""
+    depth, bounds = BOUNDS[stream]
+    numbers, names = iter(sequence.get(stream) or []), []
+    sampled = {place for start, end in sequence["sampled"] for place in range(start, end)}
+    for place in range(len(sequence["ids"])):
+        value = next(numbers, None) if place in sampled else None
+        level = "" if value is None else f" l{sum(depth(value) > bound for bound in bounds)}"
+        names.append("tok" + " s" * (place in sampled) + level)
+    return names
+
+
+def test_tokens_are_coloured_by_what_the_trainer_says(chat, tab, tmp_path):
+    """Of every sequence of an episode; of one that was not trained the sampler's numbers alone; a file without has no choice."""
+    rng = random.Random(5)
+
+    def told(count, trained):
+        one = episode(0, tokens=12)["sequences"][0] | {"sampled": [[2, 3], [6, 6 + count - 1]]}
+        one["log_probs"] = [-rng.expovariate(1) for _ in range(count)]
+        if trained:
+            one |= {"ratio": [math.exp(rng.gauss(0, 0.3)) for _ in range(count)]}
+            one |= {"entropy": [None, *(rng.expovariate(1) for _ in range(count - 1))]}
+        return one
+
+    both = episode(0, sequences=[told(3, True), told(5, False), told(6, True)])
+    path = tmp_path / "streams.jsonl"
+    path.write_bytes(as_line(both) + as_line(episode(1, sequences=[told(4, True)])) + as_line(episode(9)))
+    page = browsing(tab, chat, path)
+    page.keyboard.press("j")
+    page.keyboard.press("t")
+    page.expect(page.locator(".flow .tok.s").first).to_be_visible()
+    read, choice = list(read_rollouts(path)), page.get_by_label("Colour tokens by")
+    assert choice.locator("option").all_text_contents() == ["log-prob", "entropy", "ratio of trainer to sampler"]
+
+    def drawn():
+        return [
+            flow.locator(".tok").evaluate_all("all => all.map((one) => one.className)")
+            for flow in page.locator(".flow").all()
+        ]
+
+    for stream in ("log_probs", "entropy", "ratio"):
+        choice.select_option(stream)
+        assert drawn() == [shades(sequence, stream) for sequence in read[0]["sequences"]]
+    page.locator(".flow").last.locator("[data-at='2']").click()
+    value = read[0]["sequences"][2]["ratio"][0]
+    page.expect(page.locator(".inspect").last).to_contain_text(f"ratio {float(f'{value:.5g}')}"[:11])
+    page.locator("#list").focus()
+    page.keyboard.press("j")  # what was chosen stays
+    page.expect(page.locator("h1")).to_have_text("Episode 2 of 3")
+    assert drawn() == [shades(read[1]["sequences"][0], "ratio")]
+    page.keyboard.press("j")
+    page.expect(page.locator("h1")).to_have_text("Episode 3 of 3")
+    page.expect(choice).to_have_count(0)
+    assert drawn() == [shades(read[2]["sequences"][0], "log_probs")]
 
 
 ODD = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -51,3 +52,13 @@ def to_disk(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def plain_name(text: str) -> str:
+    """A text as a part of a file's name.
+
+    Example:
+        >>> plain_name("reasoning-gym:chain_sum"), plain_name("data/rows.jsonl")
+        ('reasoning-gym-chain_sum', 'data-rows.jsonl')
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)

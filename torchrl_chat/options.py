@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 TEMPLATE_HELP = (
     "a file with a Jinja chat template instead of the model's own, or one for base models: plain, r1-zero"
@@ -80,6 +82,28 @@ def device(text: str) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine: {reason[:200]}") from None
     return text
+
+
+def named_values(words: Iterable[str]) -> dict[str, Any]:
+    """What ``--option NAME=VALUE ...`` says: values as JSON, or as text where they are none.
+
+    Raises:
+        ValueError: a word has no ``=``.
+
+    Example:
+        >>> named_values(["last_number=true", "system_prompt=Be brief."])
+        {'last_number': True, 'system_prompt': 'Be brief.'}
+    """
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (equals and name):
+            raise ValueError(f"--option {word}: expected NAME=VALUE.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def both_spellings(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,9 @@ from torchrl_chat.seeds import EPISODE_KEYS
 VERSION = 1
 """The version of the format; it changes when a field changes its meaning, not when one is added."""
 
+Streams = Callable[[int, int], Mapping[str, Sequence[float]] | None]
+"""What is known of the sampled tokens of a sequence: ``streams(episode, sequence)``."""
+
 _DEPTH = 64  # levels of nesting that are written; deeper values are spelled as text
 
 
@@ -40,6 +43,7 @@ def episodes(
     tokens: bool = True,
     ids: Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    streams: Streams | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The finished rows of a batch, as what a line of the rollout file holds.
 
@@ -54,13 +58,16 @@ def episodes(
             third as long.
         ids: a name for each episode; random ones if ``None``.
         metadata: what holds for all of them: ``"policy"``, ``"step"`` ...; ``"time"`` is added.
+        streams: what a trainer says of the sampled tokens (:meth:`torchrl_chat.learner.Streams.of`): given the number of an
+            episode and that of a sequence among those of it in which something was sampled, a number for each of its sampled
+            tokens by a stream's name, or ``None``.
 
     Yields:
         dicts that JSON can spell, in row-major order of the batch.
 
     Raises:
         KeyError: there is no ``"transcript"``.
-        ValueError: there are not as many ``ids`` as episodes.
+        ValueError: there are not as many ``ids`` as episodes, or a stream has not as many numbers as a sequence sampled tokens.
 
     Example:
         >>> [episode] = episodes(env.rollout(1, policy)[..., -1], tokenizer)
@@ -124,6 +131,9 @@ def episodes(
         if tokens:
             scored = transcript.scored
             episode["sequences"] = [sequence(branch, spell, scored) for branch in transcript.sequences]
+            trained = [each for each in episode["sequences"] if each["sampled"]]
+            for which, each in enumerate(trained):
+                each |= _streams_of(each, None if streams is None else streams(i, which))
         yield plain({**episode, "metadata": shared})
 
 
@@ -262,9 +272,8 @@ def sequence(branch: Branch, spell: TokenPieces | None, scored: bool) -> dict[st
     """One token sequence, compact: the mask as runs, log-probs of sampled tokens only."""
     ids = branch.tokens.tolist()
     written: dict[str, Any] = {"ids": ids, "sampled": runs(branch.mask)}
-    # Six digits: float32 has seven, and the last is beyond what two kernels agree on.
     sampled = branch.log_probs[branch.mask].tolist()
-    written["log_probs"] = [float(f"{value:.6g}") for value in sampled] if scored and sampled else None
+    written["log_probs"] = _six_digits(sampled) if scored and sampled else None
     if branch.versions:
         written["weight_versions"] = [list(span) for span in branch.versions]
     if spell is not None:
@@ -275,6 +284,20 @@ def sequence(branch: Branch, spell: TokenPieces | None, scored: bool) -> dict[st
         if pieces.text is not None:
             written["text"] = pieces.text
     return written
+
+
+def _streams_of(sequence: Mapping[str, Any], told: Mapping[str, Sequence[float]] | None) -> dict[str, Any]:
+    """The streams of a sequence as they are written."""
+    count = sum(end - start for start, end in sequence["sampled"])
+    for name, values in (told or {}).items():
+        if len(values) != count:
+            raise ValueError(f"the stream {name!r} has {len(values)} numbers for {count} sampled tokens.")
+    return {name: _six_digits(values) for name, values in (told or {}).items()}
+
+
+def _six_digits(values: Sequence[float]) -> list[float]:
+    """Float32 has seven, and the last is beyond what two kernels agree on."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 def runs(mask: torch.Tensor) -> list[list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchrl_chat import pretrained
-from torchrl_chat.gallery import NAMES, tiny_alphabet
+from torchrl_chat.gallery import NAMES, ROWS, tiny_alphabet
 from torchrl_chat.options import TEMPLATE_HELP, whole
 
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
         "--env",
         default="chat",
         metavar="NAME",
-        help=f"chat (default), {', '.join(NAMES)}; or module:function, called with the tokenizer",
+        help=f"chat (default), {', '.join(name for name in NAMES if name != ROWS)}; or module:function, called with the tokenizer",
     )
     what.add_argument(
         "--tokenizer",

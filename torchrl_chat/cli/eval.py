@@ -15,9 +15,9 @@ from typing import Any
 from torchrl_chat.cli.eval_stats import Figures
 from torchrl_chat.cli.eval_tasks import make_env, make_policy
 from torchrl_chat.endpoint import HIDDEN, shown_url
-from torchrl_chat.files import replacing
-from torchrl_chat.gallery import NAMES, check_name
-from torchrl_chat.options import TEMPLATE_HELP, device, number, whole
+from torchrl_chat.files import plain_name, replacing
+from torchrl_chat.gallery import check_name, guide
+from torchrl_chat.options import TEMPLATE_HELP, device, named_values, number, whole
 
 DESCRIPTION = """\
 Play every row of a dataset, grade the answers as in training, and sum up: accuracy, pass@k, and how sure they are.
@@ -25,6 +25,7 @@ Play every row of a dataset, grade the answers as in training, and sum up: accur
   torchrl-chat eval --dataset digits                                     # a tiny random model, nothing is downloaded
   torchrl-chat eval --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --limit 200
   torchrl-chat eval --dataset math --data math500.jsonl --model FOLDER --samples 8     # pass@1, 2, 4, 8
+  torchrl-chat eval --dataset rows.jsonl --reward file.py:function --model FOLDER
   torchrl-chat eval --dataset gsm8k --backend endpoint --endpoint http://localhost:8000/v1 --model NAME
   torchrl-chat eval --resume runs/eval-gsm8k-20260101-120000
 
@@ -52,13 +53,25 @@ def add_parser(commands: Any) -> None:
         "eval",
         help="measure a model on a dataset",
         description=DESCRIPTION,
+        epilog=guide(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     task = parser.add_argument_group("dataset")
-    task.add_argument("--dataset", default="digits", metavar="NAME", help=f"{', '.join(NAMES)} (default: digits)")
+    task.add_argument(
+        "--dataset", default="digits", metavar="NAME", help="one of the tasks below (default: digits)"
+    )
     task.add_argument("--data", metavar="PATH", help="a local copy: a folder, or a JSONL, Parquet or CSV file")
     task.add_argument("--split", metavar="NAME", help="default: test, where there is one")
+    task.add_argument("--reward", metavar="NAME", help="what grades, instead of the task's own verifier; see below")
+    task.add_argument(
+        "--option",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the task; see below",
+    )
     task.add_argument(
         "--limit", type=whole(1), metavar="N", help="the first N rows (default: all; 1000 generated ones)"
     )
@@ -112,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Play, sum up, and say where the files are; the result is the exit code."""
     folder = _folder(arguments)
     _settle(arguments)
-    check_name(arguments.dataset, arguments.data)
+    check_name(arguments.dataset, arguments.data, arguments.reward, named_values(arguments.option))
     _compare(folder, arguments)  # what is refused anyway is refused before a model is loaded
     from torchrl_chat.cli.eval_run import DatasetRun
     from torchrl_chat.recipes.progress import Progress
@@ -231,7 +244,7 @@ def _counts(counter: dict[str, int]) -> str:
 def _folder(arguments: argparse.Namespace) -> Path:
     """The output folder; for ``--resume``, the settings are those of its run."""
     if arguments.resume is None:
-        name = f"eval-{arguments.dataset.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"eval-{plain_name(arguments.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = arguments.out or Path("runs") / name
     else:
         folder = arguments.resume

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from torchrl_chat import gallery
+from torchrl_chat.options import named_values
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
         data=arguments.data,
         split=arguments.split or gallery.SPLITS.get(arguments.dataset, (None,))[-1],
         size=arguments.limit or _GENERATED,
+        reward=arguments.reward,
+        settings=named_values(arguments.option),
         seed=arguments.seed,
         tokenizer=policy.tokenizer,
         input_mode=arguments.input_mode,

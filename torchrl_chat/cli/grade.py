@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from torchrl_chat.cli.eval_stats import wilson
-from torchrl_chat.options import number, whole
+from torchrl_chat.options import named_values, number, whole
 from torchrl_chat.rewards.tasks import TASKS
 
 DESCRIPTION = """\
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.file} has no rows.")
     task = TASKS[arguments.task or _task_of(rows)]
     try:
-        verifier = task.make_verifier(**dict(map(_option, arguments.option)))
+        verifier = task.make_verifier(**named_values(arguments.option))
     except TypeError as error:
         raise ValueError(str(error)) from error
     verdicts, shown = list[Verdict](), 0
@@ -232,16 +232,6 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     except KeyError as error:
         return f"error: {error.args[0] if not arguments.reference_key else f'the row has no {error}'}"
     return Episode.of(response, reference, **more)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--option {text}: expected NAME=VALUE.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _plain(verdict: Any) -> dict[str, Any]:

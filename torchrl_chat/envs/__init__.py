@@ -8,7 +8,7 @@ from torchrl_chat.envs.loading import DatasetError
 from torchrl_chat.envs.message import MessageChatEnv
 from torchrl_chat.envs.reasoning import ReasoningGymEnv
 from torchrl_chat.envs.state import collector_state, load_collector_state, load_state, save_state
-from torchrl_chat.envs.task import GSM8KEnv, IFEvalEnv, MATHEnv, TaskEnv
+from torchrl_chat.envs.task import GSM8KEnv, IFEvalEnv, MATHEnv, RowsEnv, TaskEnv
 
 __all__ = [
     "ChatEnv",
@@ -21,6 +21,7 @@ __all__ = [
     "MessageChatEnv",
     "ReasoningGymEnv",
     "ResponseError",
+    "RowsEnv",
     "TaskEnv",
     "collector_state",
     "load_collector_state",

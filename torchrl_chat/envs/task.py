@@ -130,8 +130,12 @@ class TaskEnv(GradedEnv):
         known = {*cls.TASK.questions, *cls.TASK.references}
         columns = {key: column for key, column in collate(rows).items() if key not in known}
         columns["query"] = [cls.TASK.question_of(row) for row in rows]
-        columns["answer"] = [cls.TASK.reference_of(row) for row in rows]
+        columns["answer"] = list(map(cls._reference_of, rows))
         return columns
+
+    @classmethod
+    def _reference_of(cls, row: dict[str, Any]) -> Any:
+        return cls.TASK.reference_of(row)
 
     def score(self, predictions: Sequence[str], references: Sequence[Any] | None = None) -> list[Verdict]:
         """Grade answers offline, as the environment would.
@@ -225,3 +229,39 @@ class IFEvalEnv(TaskEnv):
     TASK = TASKS["ifeval"]
     DATASET = "google/IFEval"
     SYSTEM_PROMPT = None
+
+
+class RowsEnv(TaskEnv):
+    """Rows of yours, graded by a verifier of yours.
+
+    A row has its question as ``query``, ``question``, ``problem`` or ``prompt`` (a text, or a list of messages), and perhaps a
+    reference as ``reference``, ``answer`` or ``solution``; the verifier gets ``None`` for one that has none.
+
+    Keyword Args:
+        dataset: as for :class:`DatasetChatEnv`.
+        verifier: see :mod:`torchrl_chat.rewards.verdict`.
+
+    The others are as for :class:`TaskEnv`.
+
+    Raises:
+        TypeError: there is no verifier.
+
+    Example:
+        >>> def short(response, reference):
+        ...     return float(len(response) < 100)
+        >>> env = RowsEnv(dataset=[{"prompt": "Be brief."}], verifier=short, tokenizer=tokenizer, input_mode="tokens")
+    """
+
+    TASK = Task("rows", "")
+    SYSTEM_PROMPT = None
+
+    def __init__(self, *, dataset: Any, verifier: Any, **kwargs: Any):
+        if verifier is None:
+            raise TypeError(
+                "rows of yours have no verifier of their own: pass verifier=..., called with (response, reference)."
+            )
+        super().__init__(dataset=dataset, verifier=verifier, **{"split": None} | kwargs)
+
+    @classmethod
+    def _reference_of(cls, row: dict[str, Any]) -> Any:
+        return next((row[key] for key in cls.TASK.references if row.get(key) is not None), None)

@@ -23,6 +23,8 @@ class Counts:
     """Trained tokens, float32 ()."""
     sequences: torch.Tensor
     """Sequences with a trained token, float32 (); at least 1."""
+    updates: int = 0
+    """Optimizer steps that were taken on the view before: 0 where the weights are those that sampled."""
 
 
 LossOf = Callable[[TensorDictBase, Counts], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
@@ -65,8 +67,8 @@ def learn(
 
     Returns:
         what was logged, averaged (:func:`averaged`); ``"grad_norm"``, before clipping; ``"skipped"``, steps that were not taken
-        since they were not finite, and ``"idle"``, the share of minibatches in which nothing was to be learned. Of all
-        processes.
+        since they were not finite; ``"idle"``, the share of minibatches in which nothing was to be learned; and
+        ``"trained_tokens"``, sampled tokens that went through the model, in all passes. Of all processes.
 
     Raises:
         NotFiniteError: ``patience`` steps in a row were not finite.
@@ -84,7 +86,7 @@ def learn(
     if minibatch % ranks.count():
         raise ValueError(f"minibatch={minibatch}: expected a multiple of the {ranks.count()} processes.")
     logged: list[list[dict[str, Any]]] = []
-    skipped = idle = count = 0
+    skipped = idle = count = updates = learned = 0
     for _ in range(epochs):
         order = torch.randperm(len(view)).split(minibatch // ranks.count()) if len(view) else ()
         for number in range(int(ranks.most(len(order)))):
@@ -98,21 +100,25 @@ def learn(
                 continue
             optimizer.zero_grad()
             tokens, sequences = ranks.total(torch.stack((sampled.sum(), (sampled > 0).sum())).float())
-            counts = Counts(tokens, sequences.clamp(min=1))
+            counts = Counts(tokens, sequences.clamp(min=1), updates)
             measured = []
             for few in parts:
                 loss, metrics = loss_of(whole[few], counts)
                 loss.backward()
                 measured.append({**metrics, "loss": loss.detach(), "weight": sampled[few].sum()})
+                learned += int(sampled[few].sum())
             for _ in range(passes - len(parts)):
                 _pass_in_step(model)
             losses = [metrics["loss"] for metrics in measured]
-            if take_step(optimizer, losses, max_grad_norm=max_grad_norm, patience=patience):
-                norm = torch.tensor(optimizer.param_groups[0]["grad_norm"])
+            step = take_step(optimizer, losses, max_grad_norm=max_grad_norm, patience=patience)
+            if step:
+                updates += 1
+                norm = torch.tensor(step.grad_norm)
                 logged.append([{**metrics, "grad_norm": norm} for metrics in measured])
             else:  # not finite: it says nothing of the others
                 skipped += 1
-    return averaged(_of_all(logged)) | {"skipped": skipped, "idle": idle / max(1, count)}
+    trained = float(ranks.total(torch.tensor(float(learned))))
+    return averaged(_of_all(logged)) | {"skipped": skipped, "idle": idle / max(1, count), "trained_tokens": trained}
 
 
 def _of_all(logged: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:

@@ -58,3 +58,8 @@ class _Recomputed(Front):
         if cached or given.get("use_cache") or not torch.is_grad_enabled():
             return own(*args, **given)
         return checkpoint(own, *args, use_reentrant=False, **given)
+
+
+def is_recomputed(model: Any) -> bool:
+    """Whether a model's layers keep no activations, by :func:`recompute_activations`."""
+    return any(isinstance(part, _Recomputed) for part in model.modules())

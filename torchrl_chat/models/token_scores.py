@@ -22,7 +22,7 @@ from torchrl_chat.models.divergence import Divergence, dot
 from torchrl_chat.models.head import Head
 
 # Numbers of a chunk: large enough for a matrix product to be worth its name, small beside a model's layers.
-_CHUNK_ON_CPU, _CHUNK = 1 << 24, 1 << 26
+CHUNK_ON_CPU, CHUNK = 1 << 24, 1 << 26
 
 
 class TokenScores(NamedTuple):
@@ -110,7 +110,7 @@ class _How:
         size = self.chunk
         if size is None:
             width = states.shape[1] if head is None else head.width
-            size = max(16, (_CHUNK_ON_CPU if states.device.type == "cpu" else _CHUNK) // width)
+            size = max(16, (CHUNK_ON_CPU if states.device.type == "cpu" else CHUNK) // width)
         for start in range(0, len(states), size):
             yield slice(start, min(start + size, len(states)))
 

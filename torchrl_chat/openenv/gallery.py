@@ -13,7 +13,11 @@ from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.chat.pool import EnvPool, TorchRLEnvironment
 from torchrl_chat.templates import ChatTemplate
 
-NAMES = ("chat", *gallery.NAMES, "module:function, called with the tokenizer")
+NAMES = (
+    "chat",
+    *(name for name in gallery.NAMES if name != gallery.ROWS),  # there is nothing here to say what grades them
+    "module:function, called with the tokenizer",
+)
 
 
 def factory_of(

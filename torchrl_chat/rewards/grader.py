@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import time
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -66,6 +67,8 @@ class Grader:
         self.failure_score = failure_score
         self.failures: Counter[str] = Counter()
         """How many grades failed so far, by the first word of the reason."""
+        self.seconds = 0.0
+        """How long grading took so far."""
         self._pools: dict[int, VerifierPool] = {}
         self._loop: LoopThread | None = None
 
@@ -118,7 +121,9 @@ class Grader:
                 return verifier.combine(some, grade)
             return self._run(verifier, list(some), [of.get(id(episode)) for episode in some])
 
+        start = time.perf_counter()
         verdicts = grade(self.verifier, episodes)
+        self.seconds += time.perf_counter() - start
         self._report(verdicts)
         return [
             verdict if verdict.failure is None else verdict._replace(score=self.failure_score, correct=False)

@@ -11,7 +11,7 @@ from torchrl_chat.training.corrections import importance_weights
 from torchrl_chat.training.distillation import distillation_advantages
 from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss, token_shares
 from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs, teacher_of
-from torchrl_chat.training.updates import NotFiniteError, take_step
+from torchrl_chat.training.updates import NotFiniteError, Step, take_step
 from torchrl_chat.training.view import training_view
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ExactMCAdvantage",
     "NotFiniteError",
     "Scores",
+    "Step",
     "distillation_advantages",
     "gae",
     "group_advantages",

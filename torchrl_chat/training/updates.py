@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +21,30 @@ class NotFiniteError(ArithmeticError):
     """Losses, gradients or weights that are NaN or infinite; the text says where, and what to look at."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What became of an optimizer step; true if it was taken."""
+
+    taken: bool
+    grad_norm: float
+    """The norm of all gradients together, before they were clipped; NaN or infinite where the step was not taken for it."""
+
+    def __bool__(self) -> bool:
+        return self.taken
+
+
 def take_step(
     optimizer: torch.optim.Optimizer,
     loss: torch.Tensor | float | Iterable[torch.Tensor | float],
     *,
     max_grad_norm: float | None = None,
     patience: int = 5,
-) -> bool:
+) -> Step:
     """Clip the gradients and let the optimizer take its step, if the loss and the norm of the gradients are finite.
 
     One NaN in a gradient makes every weight NaN through the clipping alone, and the optimizer keeps it in its state for ever. So
     such a step is left out, by all processes of a run (:mod:`torchrl_chat.ranks`) if one of them cannot take it: weights and optimizer stay bit for bit what they were, but for the gradients, which are cleared.
-    How often that happened in a row stands in the optimizer's first parameter group, and so in its ``state_dict()``; so does
-    the norm of the gradients before they were clipped, as ``"grad_norm"``.
+    How often that happened in a row stands in the optimizer's first parameter group, and so in its ``state_dict()``.
 
     Args:
         optimizer: its parameters have their gradients; those without one are left alone.
@@ -43,7 +55,7 @@ def take_step(
         patience: the so many-th such step in a row is an error.
 
     Returns:
-        whether the step was taken.
+        whether the step was taken, and the norm of the gradients.
 
     Raises:
         NotFiniteError: ``patience`` steps in a row were not finite.
@@ -55,7 +67,7 @@ def take_step(
         >>> loss = (weight * torch.tensor([1.0, float("nan")])).sum()
         >>> loss.backward()
         >>> take_step(optimizer, loss, max_grad_norm=1.0), weight.tolist()
-        (False, [1.0, 1.0])
+        (Step(taken=False, grad_norm=nan), [1.0, 1.0])
     """
     if patience < 1:
         raise ValueError(f"patience={patience}: expected at least 1 step.")
@@ -71,11 +83,10 @@ def take_step(
     told = [torch.as_tensor(value).detach().float().reshape(()).to(norm.device) for value in losses]
     group = optimizer.param_groups[0]
     size, *numbers = torch.stack((norm.float().reshape(()), *told)).tolist()
-    group["grad_norm"] = size
     if not ranks.most(not all(map(math.isfinite, (size, *numbers)))):
         group[BAD_STEPS] = 0
         optimizer.step()
-        return True
+        return Step(True, size)
     group[BAD_STEPS] = group.get(BAD_STEPS, 0) + 1
     optimizer.zero_grad(set_to_none=True)
     if group[BAD_STEPS] >= patience:
@@ -84,7 +95,7 @@ def take_step(
             f"gradient norm {size}; none of them was taken. Look at the rewards and log-probs of the last batch, at the "
             "learning rate, and at the precision of the model."
         )
-    return False
+    return Step(False, size)
 
 
 def not_finite(tensors: Mapping[Any, Any]) -> str | None:

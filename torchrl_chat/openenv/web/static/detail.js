@@ -2,7 +2,7 @@
 
 import { el, pretty, rewardParts, shown, terms } from "./dom.js";
 import { conversation, textOf } from "./messages.js";
-import { isScored, legend, sequencesView } from "./tokens.js";
+import { legend, sequencesView } from "./tokens.js";
 
 export const VIEWS = ["messages", "tokens", "json"];
 
@@ -21,7 +21,7 @@ function body(episode, view, { messages = episode.messages, skip = 0 } = {}) {
 /** The meaning of the colours, above tokens. */
 function colours(episodes, view) {
   const sequences = episodes.flatMap((episode) => episode.sequences ?? []);
-  return view === "tokens" && sequences.length ? legend(sequences.some(isScored)) : null;
+  return view === "tokens" && sequences.length ? legend(sequences) : null;
 }
 
 /** The present episode. */

@@ -5,7 +5,7 @@ import { conversation, textOf } from "./messages.js";
 import { Session } from "./session.js";
 import { ask, askJSON, explain, shortcut, start } from "./shell.js";
 import { TaskPicker } from "./tasks.js";
-import { isScored, legend, sequencesView } from "./tokens.js";
+import { legend, sequencesView } from "./tokens.js";
 
 const session = new Session();
 const tasks = new TaskPicker();
@@ -45,8 +45,7 @@ function showConversation() {
   }
   let view;
   if (asTokens) {
-    const scored = episode.sequences.some(isScored);
-    view = el("div", {}, episode.sequences.length ? legend(scored) : null, sequencesView(episode.sequences));
+    view = el("div", {}, episode.sequences.length ? legend(episode.sequences) : null, sequencesView(episode.sequences));
   }
   else if (episode.log.length) {
     view = el("div", { class: "messages" }, episode.log.map(([who, value]) =>

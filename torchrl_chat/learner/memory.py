@@ -1,0 +1,151 @@
+"""How many tokens go through a model at a time, by what its device has free: memory is bounded without being told to be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from torchrl_chat.learner.recomputing import is_recomputed
+from torchrl_chat.models.passes import float_type, unwrapped
+from torchrl_chat.models.token_scores import CHUNK, CHUNK_ON_CPU
+
+MOST = 16384
+"""Tokens that are enough to keep a device busy: more of them at a time are not faster."""
+
+_SHARE = 0.8  # of what is free; the rest is for allocators, and for whoever else is there
+
+
+class Room(NamedTuple):
+    """What fits on a device."""
+
+    tokens: int
+    per_token: int  # bytes
+    free: int | None  # bytes, behind what gradients and the optimizer will take; None where it is not known
+
+    def __str__(self) -> str:
+        if self.free is None:
+            return f"{self.tokens:,} tokens at a time: what is free is not known"
+        return f"{self.tokens:,} tokens at a time: about {self.per_token / 2**20:.2f} MiB each, {max(0, self.free) / 2**30:.1f} GiB are free"
+
+
+def bytes_per_token(model: Any) -> int:
+    """What a token takes of memory in a pass with gradients, at most, through a decoder whose head is chunked.
+
+    A layer of hidden size H with queries of Q, keys of K and a feed-forward network of I numbers a token keeps for its backward
+
+    - in float32, what norms read and what they made of it: 4 (8 H + 2 Q + 2 K) bytes, for four norms of H and one each of queries and
+      keys, as Gemma 3 has (Llama has two, and none), and some numbers a head;
+    - in the dtype of computing, of e bytes: the inputs of its projections, queries, keys, values, the attention's output, and of the
+      network both projections, the activation and the product: e (5 H + 2 Q + 2 K + 4 I) bytes.
+
+    Counted for Llama, Mistral, Qwen 2 and 3, SmolLM3, Phi-3, OLMo 2, Gemma 3 and GPT-2 in transformers 5, in float32 and bfloat16, this is
+    1 to 1.5 times what autograd keeps (``tests/test_memory.py``). Recomputed layers keep their input, 4 H bytes, and one of them at a
+    time the rest. Attention that keeps its scores (``eager``) takes more, by the length of a row.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model of one.
+
+    Example:
+        >>> from torchrl_chat.tiny import tiny_model
+        >>> bytes_per_token(tiny_model(64, hidden=64)) < bytes_per_token(tiny_model(64, hidden=128))
+        True
+    """
+    config = unwrapped(model).config.get_text_config()
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    inner = max(inner, experts * (getattr(config, "moe_intermediate_size", None) or inner))
+    each = torch.finfo(float_type(model)).bits // 8
+    layer = 4 * (8 * hidden + 2 * queries + 2 * keys + 3 * heads + 4)
+    layer += each * (5 * hidden + 2 * queries + 2 * keys + 4 * inner)
+    layers = config.num_hidden_layers
+    kept = 4 * hidden * layers + layer if is_recomputed(model) else layers * layer
+    return kept + 4 * 4 * hidden  # the states behind the layers, those that are scored, and their gradients
+
+
+def room_for(
+    module: torch.nn.Module, model: Any, *, free: int | None = None, least: int = 1, reserved: int = 0
+) -> Room:
+    """How many tokens may go through a model at a time, forward and backward.
+
+    Args:
+        module: all that goes through at a time, the model in it; a second network (a critic's) is counted by its weights.
+        model: the model.
+
+    Keyword Args:
+        free: bytes; :func:`free_memory` of the model's device if ``None``.
+        least: tokens there are in any case: what is asked for has to go through the model.
+        reserved: bytes that somebody else will take.
+
+    Returns:
+        :data:`MOST` tokens at most, and where it is not known what is free. Gradients and AdamW's two states in float32 are
+        counted as if none of them were there yet.
+    """
+    device = next(model.parameters()).device
+    free = free_memory(device) if free is None else free
+    sizes = [sum(weight.numel() for weight in each.parameters()) for each in (module, model)]
+    per_token = bytes_per_token(model) * sizes[0] // sizes[1]
+    if free is None:
+        return Room(max(least, MOST), per_token, None)
+    trained = sum(_own(weight).numel() for weight in module.parameters() if weight.requires_grad)
+    logits = 3 * 4 * (CHUNK_ON_CPU if device.type == "cpu" else CHUNK)
+    left = free - 3 * 4 * trained - logits - reserved
+    return Room(max(least, min(MOST, int(_SHARE * left) // per_token)), per_token, left)
+
+
+def _own(weight: torch.Tensor) -> torch.Tensor:
+    """What of a weight lies on this process."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device: of CUDA what the driver and torch's own cache have; of the CPU what the kernel calls
+    available, within the limits of a container, divided by the processes that torchrun has started here. ``None`` if nobody says.
+
+    Example:
+        >>> free_memory(torch.device("cpu")) > 0
+        True
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
+    found = [bytes_ for bytes_ in (_available(), _of_container()) if bytes_ is not None]
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
+
+
+def _available() -> int | None:
+    """What Linux calls available; elsewhere half of what there is."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError):
+        return None
+
+
+def _of_container() -> int | None:
+    """What a control group leaves, of version 2 or 1; its cache of files is given back where memory is asked for."""
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        folder = Path("/sys/fs/cgroup")
+        try:
+            most = int((folder / limit).read_text())  # "max" is none
+            stat = dict(line.split()[:2] for line in (folder / cache).read_text().splitlines())
+            files = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+            return max(0, most - int((folder / used).read_text()) + files)
+        except (OSError, ValueError):
+            continue
+    return None
