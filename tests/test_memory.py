@@ -94,24 +94,25 @@ def test_more_of_anything_takes_more(more, monkeypatch):
 
 
 GIB = 2**30
+ROOM = int(0.55 * GIB)  # some of it for tokens, behind the chunks of the head
 
 
 def test_what_fits():
     model = model_of("llama", 4)
-    found = [room_for(model, model, free=free).tokens for free in (0, GIB // 4, GIB // 3, GIB, 10 * GIB, 10**15)]
+    found = [room_for(model, model, free=free).tokens for free in (0, GIB // 2, ROOM, GIB, 10 * GIB, 10**15)]
     assert found == sorted(found)
     assert found[0] == 1
     assert found[-1] == memory.MOST
     assert 1 < found[2] < memory.MOST
-    assert room_for(model, model, free=GIB // 3, reserved=GIB // 20).tokens < found[2]
+    assert room_for(model, model, free=ROOM, reserved=GIB // 50).tokens < found[2]
     assert room_for(model, model, free=0, least=512).tokens == 512
     critic = PolicyAndValue(model, "separate")
-    assert room_for(critic, model, free=GIB // 3).tokens < 0.7 * found[2]
+    assert room_for(critic, model, free=ROOM).tokens < 0.7 * found[2]
     for weight in model.parameters():
         weight.requires_grad_(False)  # no gradients, no states
-    assert room_for(model, model, free=GIB // 3).tokens > found[2]
+    assert room_for(model, model, free=ROOM).tokens > found[2]
     recompute_activations(model)
-    assert room_for(model, model, free=GIB // 3).tokens > 1.5 * found[2]
+    assert room_for(model, model, free=ROOM).tokens > 1.5 * found[2]
     assert "MiB each" in str(room_for(model, model, free=GIB))
 
 
@@ -151,12 +152,12 @@ class TestRuns:
     def test_it_is_said_at_the_start_and_kept_by_a_run_that_goes_on(self, tmp_path, monkeypatch, capsys):
         module = example("grpo")
         monkeypatch.setattr(sys, "argv", words("grpo", "--out", str(tmp_path), "--resume", "--steps", "1"))
-        monkeypatch.setattr(memory, "free_memory", lambda device: GIB // 3)
+        monkeypatch.setattr(memory, "free_memory", lambda device: ROOM)
         module.main()
         told = json.loads((tmp_path / "config.json").read_text())["max_tokens"]
         assert 1 < told < memory.MOST
         assert f"{told:,} tokens at a time" in capsys.readouterr().out
-        monkeypatch.setattr(memory, "free_memory", lambda device: GIB // 4)
+        monkeypatch.setattr(memory, "free_memory", lambda device: GIB // 2 + GIB // 9)
         monkeypatch.setattr(sys, "argv", words("grpo", "--out", str(tmp_path), "--resume", "--steps", "2"))
         module.main()
         assert json.loads((tmp_path / "config.json").read_text())["max_tokens"] == told

@@ -93,9 +93,19 @@ def room_for(
     if free is None:
         return Room(max(least, MOST), per_token, None)
     trained = sum(_own(weight).numel() for weight in module.parameters() if weight.requires_grad)
-    logits = 3 * 4 * (CHUNK_ON_CPU if device.type == "cpu" else CHUNK)
-    left = free - 3 * 4 * trained - logits - reserved
+    left = free - 3 * 4 * trained - _of_head(model, device.type) - reserved
     return Room(max(least, min(MOST, int(_SHARE * left) // per_token)), per_token, left)
+
+
+def _of_head(model: Any, device: str) -> int:
+    """What the head takes however many tokens there are: two chunks of logits at a time with what is made of each, and gradients of
+    its weights, its own and those through tied embeddings, before they are summed.
+
+    Measured as 0.64 GiB of resident memory for SmolLM2's shape on the CPU, where this is 0.71.
+    """
+    chunks = 8 * 4 * (CHUNK_ON_CPU if device == "cpu" else CHUNK)
+    weight = model.get_output_embeddings().weight
+    return chunks + (2 * 4 * weight.numel() if weight.requires_grad else 0)
 
 
 def _own(weight: torch.Tensor) -> torch.Tensor:
