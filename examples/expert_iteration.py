@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import Counts, learn
+from torchrl_chat.learner import Counts, learn, set_rate
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.checkpoints import load_weights
 from torchrl_chat.recipes.interrupts import launch
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import masked_mean, sequence_log_probs, training_view

@@ -5,19 +5,23 @@ It knows neither environments nor servers, and is what the recipes are made of.
 
 from torchrl_chat.learner.adapters import Reference, merged_state, whole, with_lora
 from torchrl_chat.learner.minibatches import Counts, averaged, learn
+from torchrl_chat.learner.optimizers import OffloadedAdamW, make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import gathered, shard
 
 __all__ = [
     "Counts",
+    "OffloadedAdamW",
     "Reference",
     "averaged",
     "compute_in",
     "gathered",
     "learn",
+    "make_adamw",
     "merged_state",
     "recompute_activations",
+    "set_rate",
     "shard",
     "whole",
     "with_lora",

@@ -150,11 +150,11 @@ def set_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad or name in weights:
-                weight.copy_(_like(weights[name].to(weight.device, weight.dtype), weight))
+                weight.copy_(part_of(weights[name].to(weight.device, weight.dtype), weight))
 
 
-def _like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process has of a weight, as one."""
+def part_of(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has of a weight of its shape, as one; all of it, if the weight lies nowhere else."""
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return whole
@@ -174,7 +174,8 @@ def save_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.op
         return
     # A new optimizer whose weights have gradients is told to have no state.
     optimizer.zero_grad(set_to_none=True)
-    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=os.fspath(path))
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer), _WRITERS: torch.tensor(ranks.count())}
+    dcp.save(state, checkpoint_id=os.fspath(path))
 
 
 def load_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -199,6 +200,11 @@ def load_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.op
             f"{os.fspath(path)} has no state for any weight that is trained: it is that of another model."
         )
     optimizer.zero_grad(set_to_none=True)
+    if hasattr(optimizer, "set_whole_state") and _writers(reader) != ranks.count():
+        for weight in weights:
+            if names[weight] in written:
+                optimizer.set_whole_state(weight, _whole_state(reader, names[weight], weight))
+        return
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     # A weight that never had a gradient has no state.
     dcp.load(state, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
@@ -209,16 +215,45 @@ def load_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.op
 
 
 _STATE = "optimizer.state."  # what names of a state begin with in such a folder
+_WRITERS = "processes"  # how many wrote it
+
+
+def _writers(reader: Any) -> int:
+    import torch.distributed.checkpoint as dcp
+
+    found = {_WRITERS: torch.tensor(0)}
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return int(found[_WRITERS])
+
+
+def _whole_state(reader: Any, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of a weight, whole, in float32: parts in 8 bits are in blocks, which cannot be cut elsewhere."""
+    import torch.distributed.checkpoint as dcp
+
+    found = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros(weight.shape),
+        "exp_avg_sq": torch.zeros(weight.shape),
+    }
+    dcp.load({"optimizer": {"state": {name: found}}}, storage_reader=reader, no_dist=True)
+    return found
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Give an optimizer of a model in parts the ``state_dict()`` of one of the same model as a whole."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if hasattr(optimizer, "set_whole_state"):
+        optimizer.state.clear()
+        for number, entries in state["state"].items():
+            optimizer.set_whole_state(weights[number], entries)
+        for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in stored.items() if name not in ("params", "lr")})
+        return
     optimizer.load_state_dict(
         {
             "state": {
                 number: {
-                    name: _like(value, weights[number]) if value.shape == weights[number].shape else value
+                    name: part_of(value, weights[number]) if value.shape == weights[number].shape else value
                     for name, value in entries.items()
                 }
                 for number, entries in state["state"].items()

@@ -44,9 +44,9 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import ranks
-from torchrl_chat.learner import Counts, gathered, learn
+from torchrl_chat.learner import Counts, gathered, learn, set_rate
 from torchrl_chat.playing import play
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import (
     ask,

@@ -577,12 +577,6 @@ def conversations(finished: TensorDictBase, title: str) -> str:
     return "\n".join(lines)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all parameters of an optimizer a learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def _locked(path: Path, patience: float = 5.0) -> TextIO:
     """Hold a file as long as it is open, so that two processes do not write one run."""
     file = open(path, "w")  # noqa: SIM115

@@ -15,6 +15,9 @@ from torchrl_chat.options import TEMPLATE_HELP, device, show_one_spelling
 
 C = TypeVar("C", bound="RunConfig")
 
+PURE = "bfloat16-pure"
+"""The ``--dtype`` of a model whose weights are in bfloat16, too."""
+
 
 def setting(default: Any, text: str) -> Any:
     """A field with a default and a line for ``--help``.
@@ -65,8 +68,13 @@ class RunConfig:
     )
     final_lr_share: float = setting(0.1, "of it at the last step, falling in a line")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "what the trained model computes in; its weights and their updates stay float32"
+    dtype: Literal["float32", "bfloat16", "bfloat16-pure"] = setting(
+        "float32",
+        "what the trained model computes in; its weights and their updates stay float32, but with bfloat16-pure, which has weights in "
+        "bfloat16, too, and needs --optimizer adamw-8bit, which rounds updates up or down by chance",
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-offload"] = setting(
+        "adamw", "adamw-8bit: its states in 8 bits (by torchao); adamw-offload: on the CPU, for one GPU"
     )
     share_prefixes: bool = setting(
         True,
@@ -134,6 +142,12 @@ class RunConfig:
 
     def problem(self) -> str | None:
         """What does not go together among the settings; ``None`` if all does."""
+        if self.dtype == PURE and self.optimizer != "adamw-8bit" and not self.lora:
+            return (
+                f"--dtype {PURE} with --optimizer {self.optimizer}: updates at these learning rates are smaller than the rounding of weights in "
+                "bfloat16, and lost. Give --optimizer adamw-8bit, which rounds up or down by chance; or --dtype bfloat16, which "
+                "computes in bfloat16 and keeps weights in float32."
+            )
         if not self.lora:
             given = [
                 name
@@ -280,6 +294,9 @@ def _parted(config: RunConfig, processes: int) -> str | None:
         return None
     if not config.several:
         return f"torchrun started {processes} processes, and this script runs in one."
+    if config.optimizer == "adamw-offload" or config.dtype == PURE:
+        which = f"--dtype {PURE}" if config.dtype == PURE else "--optimizer adamw-offload"
+        return f"{which} is for one process, and torchrun started {processes}, each with its part of the weights and states: leave it out."
     for name in ("prompts", "minibatch"):
         if (value := getattr(config, name)) % processes:
             fitting = (value // processes + 1) * processes

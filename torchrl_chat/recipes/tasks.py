@@ -13,11 +13,12 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, ranks, tiny
 from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_lora
+from torchrl_chat.learner.optimizers import make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import shard
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
-from torchrl_chat.recipes.settings import RunConfig, rate_for
+from torchrl_chat.recipes.settings import PURE, RunConfig, rate_for
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
 from torchrl_chat.training.updates import take_step
@@ -30,7 +31,7 @@ _HINT = 0.06  # the share of demonstrations with the operation that was asked fo
 
 
 def make_model(config: RunConfig) -> tuple[Any, Any]:
-    """The model of ``--model``, its weights in float32 on ``--device``, with what is asked for around it, and its tokenizer.
+    """The model of ``--model``, its weights on ``--device``, with what is asked for around it, and its tokenizer.
 
     Where torchrun has started several processes they find each other here, and each has its part of the model.
     """
@@ -43,7 +44,17 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
         torch.manual_seed(config.seed)
         model = with_lora(model, config.lora, config.lora_alpha, config.lora_targets)
         torch.set_rng_state(random_state)
-    return shard(compute_in(model, getattr(torch, config.dtype))), tokenizer
+    return shard(_computing(config, model)), tokenizer
+
+
+def _computing(config: RunConfig, model: Any) -> Any:
+    """A model in ``--dtype``."""
+    return model if config.dtype == PURE else compute_in(model, getattr(torch, config.dtype))
+
+
+def _weights_in(config: RunConfig) -> torch.dtype:
+    """What weights are kept in: an update at the learning rates of fine-tuning is smaller than their rounding in bfloat16."""
+    return torch.bfloat16 if config.dtype == PURE else torch.float32
 
 
 def _make_model(config: RunConfig) -> tuple[Any, Any]:
@@ -55,10 +66,10 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
         made = tiny.tiny_tokenizer(gallery.tiny_alphabet(config.dataset))
         tokenizer: Any = with_template(made, config.chat_template)
         # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
-        return tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096).to(device), tokenizer
+        model = tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096)
+        return model.to(device, _weights_in(config)), tokenizer
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    # In bfloat16 an update at the learning rates of fine-tuning is smaller than the weights' own rounding.
-    return load_model(config.model, dtype=torch.float32).to(device).eval(), tokenizer
+    return load_model(config.model, dtype=_weights_in(config)).to(device).eval(), tokenizer
 
 
 def make_teacher(config: Any, tokenizer: Any) -> Any:
@@ -72,8 +83,8 @@ def make_teacher(config: Any, tokenizer: Any) -> Any:
         raise ValueError(
             f"--teacher {config.teacher} has another tokenizer than --model {config.model}: of the model's tokens it can say nothing."
         )
-    model = load_model(config.teacher, dtype=torch.float32).to(_device(config)).eval().requires_grad_(False)
-    return shard(compute_in(model, getattr(torch, config.dtype)))
+    model = load_model(config.teacher, dtype=_weights_in(config)).to(_device(config)).eval().requires_grad_(False)
+    return shard(_computing(config, model))
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -133,14 +144,14 @@ def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Cal
 
 
 def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW for what is trained of a model; a learning rate that was left to its size is set, and said."""
+    """The ``--optimizer`` of what is trained of a model; a learning rate that was left to its size is set, and said."""
     if config.lr is None:
         size = sum(weight.numel() for name, weight in module.named_parameters() if ".lora_" not in name)
         config.lr, source = rate_for(size, bool(config.lora))
         if ranks.leads():
             print(f"learning rate {config.lr:g}: {source} (--lr)")
     trained = [weight for weight in module.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return make_adamw(trained, config.lr, config.optimizer)
 
 
 def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:
@@ -211,8 +222,7 @@ def warm_start(
         view = demonstrations(env, config.seed)
     finally:
         env.close()
-    for group in optimizer.param_groups:
-        group["lr"] = 2e-3
+    set_rate(optimizer, 2e-3)
     for _ in range(config.warm_steps):
         scores = sequence_log_probs(model, view[torch.randint(len(view), (batch,))])
         loss = -masked_mean(scores.log_probs, scores.mask) / ranks.count()  # all processes have the same rows
