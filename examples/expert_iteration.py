@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_chat import ranks
 from torchrl_chat.learner import Counts, learn, set_rate
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.checkpoints import load_weights
@@ -41,6 +42,8 @@ class ExpertIterationConfig(RunConfig):
 
     least = RunConfig.least | {"most": 0}
 
+    several = True
+
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model and the dataset that were asked for."""
@@ -52,8 +55,8 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     return {"steps": 30, "prompts": 32, "epochs": 4}
 
 
-def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> TensorDictBase | None:
-    """The sequences of the right conversations, different ones only, at most ``config.most`` a question; or none."""
+def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> TensorDictBase:
+    """The sequences of the right conversations, different ones only, at most ``config.most`` a question."""
     view = training_view(finished, layout="padded", group=config.group_size)
     answers: dict[int, list[int]] = {}  # an answer is an episode, of one sequence or of several
     for i, episode in enumerate(view["episode"].tolist()):
@@ -70,7 +73,9 @@ def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> Te
         seen.add(key)
         counts[group] = counts.get(group, 0) + 1
         kept += rows
-    return view[torch.tensor(kept)] if kept else None
+    chosen = torch.zeros(len(view), dtype=torch.bool)
+    chosen[kept] = True
+    return view[chosen]
 
 
 def loss_of(model: Any, part: TensorDictBase, counts: Counts) -> Any:
@@ -104,17 +109,17 @@ def main() -> None:
         set_rate(optimizer, config.rate(step))
 
         # 1. The expert: the policy's own answers that are right.
-        with run.timed("sampling"):
+        with run.sampling():
             finished = play(env, policy, max_turns=config.max_turns)
         view = right_answers(finished, config)
         metrics = {
             "reward": float(finished["reward"].mean()),
             "pass_rate": float(finished["success"].float().mean()),
-            "kept": 0.0 if view is None else float(len(view["episode"].unique())),
+            "kept": float(len(view["episode"].unique())),
         }
 
         # 2. The apprentice imitates it.
-        if view is not None:
+        if ranks.total(torch.tensor(len(view))):
             if start is not None:
                 load_weights(start, model)
                 optimizer.state.clear()
@@ -123,6 +128,7 @@ def main() -> None:
                     optimizer,
                     view.to(model.device).select("tokens", "masks", "position_ids"),
                     lambda part, counts: loss_of(model, part, counts),
+                    model=model,
                     **config.learning,
                 )
             sync()

@@ -23,7 +23,8 @@ class AdamW8bit(_AdamW8bit):
     def step(self, closure: Any = None) -> Any:
         """Update the weights that have a gradient; the first time it compiles for each of their shapes."""
         # The compiler's cache on the disk takes the steps of torchao's optimizers for one another.
-        with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}adamw-8bit"):
+        config: Any = torch.compiler.config
+        with config.patch(cache_key_tag=f"{config.cache_key_tag}adamw-8bit"):
             return super().step(closure)
 
     def set_whole_state(self, weight: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> None:

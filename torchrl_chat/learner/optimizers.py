@@ -139,9 +139,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
     ):
         super().__init__(weights, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    # The overloads of torch's own method say the same.
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights that have a gradient."""
         if closure is not None:
             raise ValueError("OffloadedAdamW takes no closure: compute the loss before the step.")

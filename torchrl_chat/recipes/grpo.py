@@ -322,15 +322,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "share_prefixes": config.share_prefixes,
     }
 
-    def evaluate() -> TensorDictBase:
-        with gathered(model):
-            return ask(judge, policy, config)
-
-    for step in run.steps(evaluate):
+    for step in run.steps(lambda: ask(judge, policy, config)):
         set_rate(optimizer, config.rate(step))
 
         # 1. Answers: each conversation to its end, the prompt of a turn being the very tokens of the turns before it.
-        with run.timed("sampling"), gathered(model):
+        with run.sampling():
             finished, trained = collect(env, policy, config)
 
         metrics = {

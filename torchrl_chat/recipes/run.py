@@ -33,7 +33,15 @@ from torchrl_chat import columns, ranks
 from torchrl_chat.files import replacing, to_disk
 from torchrl_chat.learner.adapters import Reference, is_adapted, whole
 from torchrl_chat.learner.precision import compute_in
-from torchrl_chat.learner.sharding import is_sharded, load_optimizer, set_optimizer_state, shard
+from torchrl_chat.learner.sharding import (
+    gathered,
+    is_sharded,
+    load_optimizer,
+    set_optimizer_state,
+    set_weights,
+    shard,
+    weights_of,
+)
 from torchrl_chat.models.passes import float_type
 from torchrl_chat.models.small import plain_class
 from torchrl_chat.recipes.checkpoints import (
@@ -88,6 +96,7 @@ class Run:
         model: the trained transformers model.
         tokenizer: its tokenizer.
         state: what else the run needs to go on: objects with ``state_dict`` and ``load_state_dict``, by name.
+        modules: what is trained beside the model, by name.
 
     Attributes:
         folder: where everything is.
@@ -109,13 +118,25 @@ class Run:
         ...     run.log({"loss": learn(view)}, trained=view)
     """
 
-    def __init__(self, config: RunConfig, name: str, *, model: Any, tokenizer: Any, state: Mapping[str, Any]):
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        *,
+        model: Any,
+        tokenizer: Any,
+        state: Mapping[str, Any],
+        modules: Mapping[str, torch.nn.Module] | None = None,
+    ):
         try:
             import tqdm  # noqa: F401
         except ImportError as error:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
+        self._modules = dict(modules or {})
+        # What the weights of the optimizer have their names in.
+        self._trained = torch.nn.ModuleDict({"model": model, **self._modules}) if self._modules else model
         named = config.out or f"runs/{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', config.dataset)}-{stamp}"
         self.folder = Path(ranks.of_the_first(named))
         self._lock = ranks.agreed(self._take)
@@ -231,8 +252,10 @@ class Run:
             elif "param_groups" in stored:
                 set_optimizer_state(value, stored)
             else:
-                load_optimizer(path / OPTIMIZER, self.model, value)
+                load_optimizer(path / OPTIMIZER, self._trained, value)
                 value.param_groups[0].update(stored)
+        for key, module in self._modules.items():
+            set_weights(module, state["state"][key])
         if len(parts) == ranks.count():
             set_random_states(own["random"])
 
@@ -278,13 +301,23 @@ class Run:
         if optimizer is not None:
             group = {key: value for key, value in optimizer.param_groups[0].items() if key == BAD_STEPS}
             state |= {"state": own["state"] | {"optimizer": group}, "parts": ranks.everywhere(own)}
+        if self._modules:
+            kept = {key: weights_of(module, trained=True) for key, module in self._modules.items()}
+            state["state"] = own["state"] | kept
         if ranks.leads():
             for path in self._files.values():
                 to_disk(path)
             state["sizes"] = {key: path.stat().st_size for key, path in self._files.items()}
         folder = self.folder / "checkpoints"
         path = save_checkpoint(
-            folder, self.step, self.model, self.tokenizer, state, optimizer, keep=self.config.keep
+            folder,
+            self.step,
+            self.model,
+            self.tokenizer,
+            state,
+            optimizer,
+            self._trained,
+            keep=self.config.keep,
         )
         self._saved = self.step
         return path
@@ -400,7 +433,8 @@ class Run:
             self._lock.close()
 
     def _evaluate(self, evaluate: Callable[[], TensorDictBase], aloud: bool = False) -> None:
-        finished = evaluate()
+        with self._whole_model():
+            finished = evaluate()
         solved = torch.tensor([float(finished["success"].float().sum()), len(finished)])
         solved, asked = ranks.total(solved).tolist()
         rate = solved / asked
@@ -444,6 +478,15 @@ class Run:
         self._figures = {key: metrics[key] for key in ("pass_rate", "reward", "loss") if key in metrics}
         for key, value in metrics.items():
             self._scalar(key, value)
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, each process can sample as long as it needs, and time is counted as the step's ``"seconds_sampling"``."""
+        with self.timed("sampling"), self._whole_model():
+            yield
+
+    def _whole_model(self) -> contextlib.AbstractContextManager[None]:
+        return gathered(self.model) if self.config.backend == "transformers" else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -557,8 +600,12 @@ def episodes(td: TensorDictBase) -> list[list[int]]:
 
     Of several processes all of theirs, in the order of the questions, which they have in turn.
     """
-    keys = zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True)
-    groups = [0] * len(td) if td.get("group", None) is None else td["group"].flatten().tolist()
+    keys = list(zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True))
+    if td.get("group", None) is None:  # all that were played are there, those of a question side by side
+        questions = {question: number for number, question in enumerate(dict.fromkeys(key[:2] for key in keys))}
+        groups = [questions[key[:2]] for key in keys]
+    else:
+        groups = td["group"].flatten().tolist()
     played = [(group, key) for key, group in dict(zip(keys, groups, strict=True)).items()]
     parts = ranks.everywhere(played)
     if len(parts) > 1:

@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -22,6 +22,7 @@ from torchrl_chat.recipes.settings import PURE, RunConfig, rate_for
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
 from torchrl_chat.training.updates import take_step
+from torchrl_chat.training.values import PolicyAndValue
 from torchrl_chat.training.view import training_view
 
 if TYPE_CHECKING:
@@ -35,6 +36,18 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
 
     Where torchrun has started several processes they find each other here, and each has its part of the model.
     """
+    model, tokenizer = _prepared(config)
+    return shard(model), tokenizer
+
+
+def make_actor_critic(config: RunConfig, trunk: Literal["shared", "separate"]) -> tuple[PolicyAndValue, Any]:
+    """The model of :func:`make_model` with a value head, and its tokenizer."""
+    model, tokenizer = _prepared(config)
+    return shard(PolicyAndValue(model, trunk)), tokenizer
+
+
+def _prepared(config: RunConfig) -> tuple[Any, Any]:
+    """The model, before it is parted."""
     ranks.begin(config.device)
     model, tokenizer = _make_model(config)
     if config.checkpointing:
@@ -44,7 +57,7 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
         torch.manual_seed(config.seed)
         model = with_lora(model, config.lora, config.lora_alpha, config.lora_targets)
         torch.set_rng_state(random_state)
-    return shard(_computing(config, model)), tokenizer
+    return _computing(config, model), tokenizer
 
 
 def _computing(config: RunConfig, model: Any) -> Any:
