@@ -102,7 +102,7 @@ def test_steps_of_a_policy_with_values_are_those_of_one_process(kind, sizes):
 
 def test_advantages_are_whitened_over_all_processes():
     [expected] = in_ranks(1, whitened_part, 1)
-    found = sum(in_ranks(3, whitened_part, 3), [])
+    found = [row for part in in_ranks(3, whitened_part, 3) for row in part]
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-6)
 
 
@@ -116,9 +116,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["shared", "imitated", *(pytest.param(kind, marks=heavy) for kind in ("separate", "lora", "restarted"))]
-)
+@heavy
+@pytest.mark.parametrize("kind", RUNS)
 def test_a_run_in_two_processes_is_that_of_one(tmp_path, kind):
     name, words = RUNS[kind]
     for count in (1, 2):

@@ -293,17 +293,13 @@ class Run:
             NotFiniteError: a weight, or a number of the optimizer, is NaN or infinite; the checkpoints that are there stay.
         """
         optimizer = self.state.get("optimizer") if is_sharded(self.model) else None
-        own = {
-            "state": {key: value.state_dict() for key, value in self.state.items() if value is not optimizer},
-            "random": random_states(),
-        }
-        state = {"step": self.step, "skipped": self.skipped, **own}
+        kept = {key: value.state_dict() for key, value in self.state.items() if value is not optimizer}
+        own = {"state": kept, "random": random_states()}
+        kept = kept | {key: weights_of(module, trained=True) for key, module in self._modules.items()}
+        state = {"step": self.step, "skipped": self.skipped, **own, "state": kept}
         if optimizer is not None:
             group = {key: value for key, value in optimizer.param_groups[0].items() if key == BAD_STEPS}
-            state |= {"state": own["state"] | {"optimizer": group}, "parts": ranks.everywhere(own)}
-        if self._modules:
-            kept = {key: weights_of(module, trained=True) for key, module in self._modules.items()}
-            state["state"] = own["state"] | kept
+            state |= {"state": kept | {"optimizer": group}, "parts": ranks.everywhere(own)}
         if ranks.leads():
             for path in self._files.values():
                 to_disk(path)
