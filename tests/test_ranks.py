@@ -322,8 +322,6 @@ def test_one_killed_process_ends_all_and_loses_nothing(tmp_path):
             ["--prompts", "6", "--minibatch", "6", "--eval", "2"],
             "--eval is 2: expected at least a question for each",
         ),
-        (["--prompts", "6", "--minibatch", "6", "--backend", "vllm"], "--backend vllm samples for one process"),
-        (["--prompts", "6", "--minibatch", "6", "--lora", "2", "--merge"], "--merge needs the whole model in one"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(monkeypatch, capsys, words, told):

@@ -3,7 +3,7 @@
 It knows neither environments nor servers, and is what the recipes are made of.
 """
 
-from torchrl_chat.learner.adapters import Reference, merged_state, whole, with_lora
+from torchrl_chat.learner.adapters import Reference, merged_weights, whole, with_lora
 from torchrl_chat.learner.minibatches import Counts, averaged, learn
 from torchrl_chat.learner.optimizers import OffloadedAdamW, make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
@@ -19,7 +19,7 @@ __all__ = [
     "gathered",
     "learn",
     "make_adamw",
-    "merged_state",
+    "merged_weights",
     "recompute_activations",
     "set_rate",
     "shard",

@@ -119,6 +119,25 @@ def save_model(
     ranks.together()
 
 
+def export_model(path: str | os.PathLike[str], model: Any, tokenizer: Any) -> None:
+    """Write a folder with a model and its tokenizer, from one process, in place of one that is there; as a whole or not at all.
+
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+        OSError: it cannot be written.
+    """
+    check_finite(dict(model.named_parameters()))
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    for old in (partial, target):
+        shutil.rmtree(old, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for file in (*partial.rglob("*"), partial):
+        to_disk(file)
+    os.rename(partial, target)
+
+
 def check_finite(weights: Mapping[str, torch.Tensor], state: Mapping[str, Any] | None = None) -> None:
     """Refuse weights, and tensors of a state, that are NaN or infinite.
 

@@ -49,6 +49,7 @@ from torchrl_chat.recipes.checkpoints import (
     DamagedCheckpoint,
     check_files,
     checkpoints,
+    export_model,
     load_state,
     load_weights,
     random_states,
@@ -359,6 +360,9 @@ class Run:
                 self._interrupted()
         if ranks.leads():
             self._conclude()
+        if config.merge:
+            merged, path = whole(self.model), self.folder / "merged"
+            ranks.agreed(lambda: export_model(path, merged, self.tokenizer))
         self.close()
 
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
@@ -386,9 +390,6 @@ class Run:
         )
         if self.skipped:
             print(f"{self.skipped} optimizer steps were left out: their loss or gradients were not finite")
-        if self.config.merge:
-            shutil.rmtree(self.folder / "merged", ignore_errors=True)  # of a run that went on behind its end
-            save_model(self.folder / "merged", whole(self.model), self.tokenizer)
 
     def _due(self) -> bool:
         """Whether there is an evaluation where the run stands."""

@@ -303,10 +303,6 @@ def _parted(config: RunConfig, processes: int) -> str | None:
             return f"--{name} is {value}: expected a multiple of the {processes} processes, {fitting} say."
     if config.eval < processes:
         return f"--eval is {config.eval}: expected at least a question for each of the {processes} processes."
-    if config.backend != "transformers":
-        return f"--backend {config.backend} samples for one process, and torchrun started {processes}."
-    if config.merge:
-        return "--merge needs the whole model in one process: go on with the finished run in one, with --resume --merge."
     return None
 
 

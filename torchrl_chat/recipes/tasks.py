@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import tempfile
@@ -12,11 +13,13 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, ranks, tiny
-from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_lora
+from torchrl_chat.learner.adapters import merged_weights, whole, with_lora
 from torchrl_chat.learner.optimizers import make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
-from torchrl_chat.learner.sharding import shard
+from torchrl_chat.learner.sharding import gathered, is_sharded, shard
+from torchrl_chat.models.passes import unwrapped
+from torchrl_chat.models.small import plain_class
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import PURE, RunConfig, rate_for
 from torchrl_chat.training.losses import masked_mean
@@ -101,7 +104,7 @@ def make_teacher(config: Any, tokenizer: Any) -> Any:
 
 
 def _device(config: RunConfig) -> torch.device:
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return ranks.device(config.device)
 
 
 def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
@@ -149,11 +152,22 @@ def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Cal
     if config.vllm_dtype != "auto" or torch.cuda.is_available():  # on a CPU VLLMPolicy has its own default
         settings["dtype"] = config.vllm_dtype
     with tempfile.TemporaryDirectory() as folder:
-        whole(model).save_pretrained(folder)
+        if is_sharded(model):  # an engine on each process, which gets its weights before it samples
+            settings |= {"distributed_executor_backend": "external_launcher", "load_format": "dummy"}
+            engine = copy.deepcopy(unwrapped(model).config)
+            engine.architectures = [plain_class(model).__name__]
+            engine.save_pretrained(folder)
+        else:
+            whole(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         policy = VLLMPolicy.from_pretrained(folder, tokenizer, **settings)
     torch.set_rng_state(random_state)
-    return policy, lambda: policy.sync(merged_state(model) if is_adapted(model) else model)
+
+    def sync() -> None:
+        with gathered(model):
+            policy.sync(merged_weights(model))
+
+    return policy, sync
 
 
 def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Optimizer:
