@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import Counts, Streams, learn
+from torchrl_chat import ranks
+from torchrl_chat.learner import Counts, Streams, learn, set_rate
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.checkpoints import load_weights
 from torchrl_chat.recipes.interrupts import launch
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import masked_mean, sequence_log_probs, training_view
@@ -42,6 +43,8 @@ class ExpertIterationConfig(RunConfig):
 
     least = RunConfig.least | {"most": 0}
 
+    several = True
+
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     """Other defaults, given the model and the dataset that were asked for."""
@@ -53,8 +56,8 @@ def defaults(asked: argparse.Namespace) -> dict[str, Any]:
     return {"steps": 30, "prompts": 32, "epochs": 4}
 
 
-def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> TensorDictBase | None:
-    """The sequences of the right conversations, different ones only, at most ``config.most`` a question; or none."""
+def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> TensorDictBase:
+    """The sequences of the right conversations, different ones only, at most ``config.most`` a question."""
     view = training_view(finished, layout="padded", group=config.group_size)
     answers: dict[int, list[int]] = {}  # an answer is an episode, of one sequence or of several
     for i, episode in enumerate(view["episode"].tolist()):
@@ -71,7 +74,9 @@ def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> Te
         seen.add(key)
         counts[group] = counts.get(group, 0) + 1
         kept += rows
-    return view[torch.tensor(kept)] if kept else None
+    chosen = torch.zeros(len(view), dtype=torch.bool)
+    chosen[kept] = True
+    return view[chosen]
 
 
 _LEARNED = ("tokens", "masks", "log_probs", "position_ids", "episode", "episode_sequence")
@@ -79,10 +84,11 @@ _LEARNED = ("tokens", "masks", "log_probs", "position_ids", "episode", "episode_
 
 def loss_of(model: Any, part: TensorDictBase, counts: Counts, streams: Streams) -> Any:
     """Supervised fine-tuning on what was sampled: the loss of some sequences, as their share of a minibatch, and what to log."""
-    scores = sequence_log_probs(model, part, entropy=True)
+    scores = sequence_log_probs(
+        model, part, entropy=True, loss=lambda scores, _at: -scores.log_probs.sum() / counts.tokens
+    )
     streams.add(part, scores, counts)
-    metrics = {"entropy": masked_mean(scores.entropy.detach(), scores.mask)}
-    return -masked_mean(scores.log_probs, scores.mask, denominator=counts.tokens), metrics
+    return scores.loss, {"entropy": masked_mean(scores.entropy, scores.mask)}
 
 
 def main() -> None:
@@ -110,18 +116,18 @@ def main() -> None:
         set_rate(optimizer, config.rate(step))
 
         # 1. The expert: the policy's own answers that are right.
-        with run.timed("sampling"):
+        with run.sampling():
             finished = play(env, policy, max_turns=config.max_turns)
         view = right_answers(finished, config)
         metrics = {
             "reward": float(finished["reward"].mean()),
             "pass_rate": float(finished["success"].float().mean()),
-            "kept": 0.0 if view is None else float(len(view["episode"].unique())),
+            "kept": float(len(view["episode"].unique())),
         }
 
         # 2. The apprentice imitates it.
         streams = Streams()
-        if view is not None:
+        if ranks.total(torch.tensor(len(view))):
             if start is not None:
                 load_weights(start, model)
                 optimizer.state.clear()
@@ -130,6 +136,7 @@ def main() -> None:
                     optimizer,
                     view.to(model.device).select(*_LEARNED),
                     functools.partial(loss_of, model, streams=streams),
+                    model=model,
                     **config.learning,
                 )
             sync()

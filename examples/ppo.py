@@ -23,12 +23,13 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat.learner import Counts, Streams, learn
+from torchrl_chat import ranks
+from torchrl_chat.learner import Counts, Streams, gathered, learn, set_rate
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
-from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_optimizer, make_policy, warm_start
+from torchrl_chat.recipes.tasks import ask, make_actor_critic, make_env, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import (
     gae,
     kl_estimate,
@@ -59,6 +60,8 @@ class PPOConfig(RunConfig):
         ("clip", "value_clip", "value_weight", "gamma", "lam", "kl", "entropy"), 0
     )
     greatest = RunConfig.greatest | {"clip": 0.999, "gamma": 1, "lam": 1}
+
+    several = True
 
 
 def defaults(asked: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def score(
     """Log-probs and values of all sampled tokens, (N, T) each, without gradients."""
     log_probs = torch.zeros(view["masks"].all_assistant_mask.shape, device=view["episode"].device)
     values = torch.zeros_like(log_probs)
-    with torch.no_grad():
+    with torch.no_grad(), gathered(network):
         for few in microbatches(view, config.max_tokens):
             scores, found = network(view[few], **scoring)
             log_probs[few], values[few] = scores.log_probs, found
@@ -125,14 +128,20 @@ def main() -> None:
     """Collect, value, learn, repeat."""
     config = parse(PPOConfig, __doc__, defaults)
     torch.manual_seed(config.seed)
-    model, tokenizer = make_model(config)
-    actor_critic = PolicyAndValue(model, config.trunk)
+    actor_critic, tokenizer = make_actor_critic(config, config.trunk)
+    model = actor_critic.model
     env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
     policy, sync = make_policy(config, model, tokenizer)
     optimizer = make_optimizer(config, actor_critic)
-    state = {"optimizer": optimizer, "env": env, "judge": judge} | actor_critic.value_parts()
-    run = Run(config, "ppo", model=model, tokenizer=tokenizer, state=state)
+    run = Run(
+        config,
+        "ppo",
+        model=model,
+        tokenizer=tokenizer,
+        state={"optimizer": optimizer, "env": env, "judge": judge},
+        modules=actor_critic.value_parts(),
+    )
     if not run.resumed:
         warm_start(config, model, optimizer, tokenizer)
     sync()
@@ -147,7 +156,7 @@ def main() -> None:
         set_rate(optimizer, config.rate(step))
 
         # 1. Answers: each conversation to its end.
-        with run.timed("sampling"):
+        with run.sampling():
             finished = play(env, policy, max_turns=config.max_turns)
 
         # 2. One sequence an episode: its reward on the last sampled token, a value before each of them.
@@ -175,13 +184,15 @@ def main() -> None:
                 optimizer,
                 view.select(*_LEARNED),
                 functools.partial(loss_of, actor_critic, config=config, streams=streams, **scoring),
+                model=actor_critic,
                 **config.learning,
             )
         sync()
+        valued, count = ranks.total(torch.stack((view["value"].sum(), mask.sum())))
         metrics |= {
             "reward": float(finished["reward"].mean()),
             "pass_rate": float(finished["success"].float().mean()),
-            "value": float(masked_mean(view["value"], mask)),
+            "value": float(valued / count.clamp(min=1)),
         }
         run.log(streams.mismatch() | metrics, finished=finished, trained=view, streams=streams)
 

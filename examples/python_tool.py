@@ -21,10 +21,10 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import DatasetChatEnv, NumberVerifier, RewardTransform, tiny
-from torchrl_chat.learner import Counts, learn
+from torchrl_chat.learner import Counts, learn, set_rate
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_model, make_optimizer, make_policy, warm_start
 from torchrl_chat.sandbox import Sandbox

@@ -36,8 +36,8 @@ def in_ranks(count: int, function: Callable[..., Any], *arguments: Any, timeout:
         for process in processes:
             process.join(5)
             process.kill()
-    for rank, (error, _) in sorted(found.items()):
-        assert error is None, f"rank {rank}: {error}"
+    errors = [f"rank {rank}: {error}" for rank, (error, _) in sorted(found.items()) if error is not None]
+    assert not errors, "\n".join(errors)
     return [found[rank][1] for rank in range(count)]
 
 

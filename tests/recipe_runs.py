@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,6 +30,17 @@ QUICK = [
     "--save_every",
     "2",
 ]
+
+
+def script(name: str):
+    """A script of the examples as a module; of the one that is in the package, that."""
+    if name == "grpo":
+        return importlib.import_module("torchrl_chat.recipes.grpo")
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up their own module
+    spec.loader.exec_module(module)
+    return module
 
 
 def jsonl(path: Path) -> list[dict]:

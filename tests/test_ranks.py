@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from in_ranks import in_ranks
-from tensordict import TensorDict
+from rank_runs import QUICK, check_same, rows, run
 
 from torchrl_chat import ranks
 from torchrl_chat.learner import Counts, gathered, learn, recompute_activations, shard, with_lora
@@ -27,30 +26,11 @@ from torchrl_chat.learner.sharding import (
 )
 from torchrl_chat.recipes.grpo import main as grpo
 from torchrl_chat.recipes.settings import RunConfig, parse
-from torchrl_chat.recipes.watching import of_the_run
 from torchrl_chat.tiny import tiny_model
 from torchrl_chat.training import sequence_log_probs
 
 pytestmark = pytest.mark.services
 ROOT = Path(__file__).parents[1]
-ROOT = Path(__file__).parents[1]
-
-
-def rows(count: int, seed: int = 0) -> TensorDict:
-    """A padded view of rows of some lengths, which begin alike."""
-    draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 60, (count, 14), generator=draw)
-    ids[:, :5] = ids[:1, :5]
-    lengths = torch.randint(7, 15, (count,), generator=draw)
-    attention = torch.arange(14) < lengths[:, None]
-    sampled = attention & (torch.arange(14) >= 5)
-    return TensorDict(
-        tokens=TensorDict(full=ids, batch_size=count),
-        masks=TensorDict(all_attention_mask=attention, all_assistant_mask=sampled, batch_size=count),
-        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        advantage=torch.randn(count, generator=draw),
-        batch_size=count,
-    )
 
 
 def model_of(kind: str):
@@ -281,38 +261,6 @@ def test_the_state_of_one_process_is_parted(tmp_path):
 
 
 # ---------------------------------------------------------------------- whole runs
-QUICK = ["--prompts", "6", "--group_size", "8", "--minibatch", "48", "--epochs", "1", "--eval", "7"]
-QUICK += ["--save_every", "2", "--rollouts", "2", "--show_every", "0", "--lr", "1e-4"]
-
-
-def run(folder: str, *words: str) -> None:
-    """A run of the recipe, as torchrun would start it."""
-    grpo([*QUICK, "--out", folder, *words], "grpo")
-
-
-def books(folder: Path) -> tuple[list[list], list[dict], list[dict]]:
-    """Trained episodes and metrics of each step, and the evaluations."""
-    found = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("trained", "metrics", "evaluations")
-    )
-    trained, metrics, evaluations = found
-    return [row["episodes"] for row in trained], [of_the_run(row) for row in metrics], evaluations
-
-
-def check_same(folder: Path, other: Path, tolerance: float = 1e-4) -> None:
-    """The same episodes in the same order, the same curve."""
-    (trained, metrics, evaluations), (trained_there, metrics_there, evaluations_there) = map(books, (folder, other))
-    assert trained == trained_there
-    assert evaluations == evaluations_there
-    for here, there in zip(metrics, metrics_there, strict=True):
-        assert here.keys() == there.keys()
-        apart = {
-            k: (here[k], there[k]) for k in here if here[k] != pytest.approx(there[k], abs=tolerance, rel=1e-3)
-        }
-        assert not apart, apart
-
-
 VARIANTS = {
     "grpo": ["--entropy", "0.02", "--max_tokens", "90"],
     "dapo": ["--variant", "dapo", "--kl", "0.05", "--correction", "tis", "--max_batches", "2"],
@@ -325,8 +273,8 @@ VARIANTS = {
 )
 def test_a_run_in_two_processes_is_that_of_one(tmp_path, name):
     words = ["--steps", "3", *VARIANTS[name]]
-    in_ranks(1, run, str(tmp_path / "one"), *words)
-    in_ranks(2, run, str(tmp_path / "two"), *words)
+    in_ranks(1, run, "grpo", str(tmp_path / "one"), *words)
+    in_ranks(2, run, "grpo", str(tmp_path / "two"), *words)
     check_same(tmp_path / "one", tmp_path / "two")
 
 
@@ -337,9 +285,9 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path, name):
 def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path, before, after):
     """The same episodes in the same order, and the curve of one process."""
     words = ["--steps", "4", *VARIANTS["grpo"]]
-    in_ranks(1, run, str(tmp_path / "one"), *words)
-    in_ranks(before, run, str(tmp_path / "other"), *words)
-    in_ranks(after, run, str(tmp_path / "other"), *words, "--resume", "--checkpoint", "2")
+    in_ranks(1, run, "grpo", str(tmp_path / "one"), *words)
+    in_ranks(before, run, "grpo", str(tmp_path / "other"), *words)
+    in_ranks(after, run, "grpo", str(tmp_path / "other"), *words, "--resume", "--checkpoint", "2")
     check_same(tmp_path / "one", tmp_path / "other")
 
 
@@ -347,7 +295,7 @@ def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path, before, after):
 def test_one_killed_process_ends_all_and_loses_nothing(tmp_path):
     """As torchrun starts them; with a sentence of ours, and none of the network's."""
     words = [*QUICK, "--steps", "60", *VARIANTS["grpo"]]
-    in_ranks(1, run, str(tmp_path / "one"), *words)
+    in_ranks(1, run, "grpo", str(tmp_path / "one"), *words)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "torchrl_chat.cli.main", "train", *words, "--out", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -375,8 +323,6 @@ def test_one_killed_process_ends_all_and_loses_nothing(tmp_path):
             ["--prompts", "6", "--minibatch", "6", "--eval", "2"],
             "--eval is 2: expected at least a question for each",
         ),
-        (["--prompts", "6", "--minibatch", "6", "--backend", "vllm"], "--backend vllm samples for one process"),
-        (["--prompts", "6", "--minibatch", "6", "--lora", "2", "--merge"], "--merge needs the whole model in one"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(monkeypatch, capsys, words, told):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import of_the_day
-from recipe_runs import QUICK, RECIPES, ROOT, jsonl, run_killed, same_run
+from recipe_runs import QUICK, RECIPES, jsonl, run_killed, same_run, script
 
 from torchrl_chat.recipes import checkpoints as saving
 from torchrl_chat.recipes.run import Run, episodes
@@ -25,19 +25,6 @@ from torchrl_chat.training import masked_mean, sequence_log_probs, training_view
 from torchrl_chat.training.values import PolicyAndValue
 
 pytestmark = pytest.mark.services
-
-
-def script(name: str):
-    """A script of the examples as a module; of the one that is in the package, that."""
-    import importlib.util
-
-    if name == "grpo":
-        return importlib.import_module("torchrl_chat.recipes.grpo")
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their own module
-    spec.loader.exec_module(module)
-    return module
 
 
 def config(folder: Path, **options) -> RunConfig:

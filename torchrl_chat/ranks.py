@@ -26,18 +26,18 @@ def asked() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def begin(device: str | None = None, timeout: datetime.timedelta = TIMEOUT) -> int:
+def begin(asked_for: str | None = None, timeout: datetime.timedelta = TIMEOUT) -> int:
     """Have the processes that torchrun started find each other; once, and not at all where there is one.
 
     Args:
-        device: ``"cpu"``, or ``"cuda"`` for one GPU a process, which then is the current one; by default what there is.
+        asked_for: see :func:`device_of`; a GPU is the process's current one then.
         timeout: see :data:`TIMEOUT`.
 
     Returns:
         how many there are.
 
     Raises:
-        ValueError: there are more processes on this machine than GPUs.
+        ValueError: see :func:`device_of`.
 
     Example:
         >>> begin()
@@ -45,18 +45,69 @@ def begin(device: str | None = None, timeout: datetime.timedelta = TIMEOUT) -> i
     """
     if asked() == 1 or dist.is_initialized():
         return count()
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    if kind == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes here, and there are "
-                f"{torch.cuda.device_count()} GPUs: start one for each (--nproc-per-node), or give --device cpu."
-            )
-        torch.cuda.set_device(local)
-    # What is told as plain data goes between CPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    own = device(asked_for)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group(backend_of(own), timeout=timeout)
     return count()
+
+
+def device(asked_for: str | None = None) -> torch.device:
+    """The device of this process: what is asked for, or what there is; of several processes each has a GPU of its own.
+
+    Raises:
+        ValueError: see :func:`device_of`.
+
+    Example:
+        >>> device("cpu")
+        device(type='cpu')
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local, beside = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    return device_of(asked_for, gpus, local, beside if asked() > 1 else None)
+
+
+def device_of(asked_for: str | None, gpus: int, local: int = 0, beside: int | None = None) -> torch.device:
+    """The device of a process on a machine.
+
+    Args:
+        asked_for: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``None``: a GPU if there is one.
+        gpus: how many there are on the machine.
+        local: which of the processes on the machine this is.
+        beside: how many torchrun started there; ``None``: it started none.
+
+    Raises:
+        ValueError: there are more processes than GPUs; or they are to share one.
+
+    Example:
+        >>> device_of(None, gpus=8, local=3, beside=8)
+        device(type='cuda', index=3)
+    """
+    found = torch.device(asked_for or ("cuda" if gpus else "cpu"))
+    if beside is None or found.type != "cuda":
+        return found
+    if found.index is not None:
+        raise ValueError(
+            f"--device {asked_for}: each of the {beside} processes has a GPU of its own: give --device cuda."
+        )
+    if beside > gpus:
+        raise ValueError(
+            f"torchrun started {beside} processes here, and there are {gpus} GPUs: start one for each (--nproc-per-node), or give "
+            "--device cpu."
+        )
+    return torch.device("cuda", local)
+
+
+def backend_of(device: torch.device) -> str:
+    """What processes with such devices talk through; plain data goes between CPUs.
+
+    Example:
+        >>> backend_of(torch.device("cuda", 1))
+        'cpu:gloo,cuda:nccl'
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def count() -> int:

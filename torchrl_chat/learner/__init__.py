@@ -3,9 +3,10 @@
 It knows neither environments nor servers, and is what the recipes are made of.
 """
 
-from torchrl_chat.learner.adapters import Reference, merged_state, whole, with_lora
+from torchrl_chat.learner.adapters import Reference, merged_weights, whole, with_lora
 from torchrl_chat.learner.memory import bytes_per_token, free_memory, room_for
 from torchrl_chat.learner.minibatches import Counts, averaged, learn
+from torchrl_chat.learner.optimizers import OffloadedAdamW, make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import gathered, shard
@@ -13,6 +14,7 @@ from torchrl_chat.learner.streams import Streams
 
 __all__ = [
     "Counts",
+    "OffloadedAdamW",
     "Reference",
     "Streams",
     "averaged",
@@ -21,9 +23,11 @@ __all__ = [
     "free_memory",
     "gathered",
     "learn",
-    "merged_state",
+    "make_adamw",
+    "merged_weights",
     "recompute_activations",
     "room_for",
+    "set_rate",
     "shard",
     "whole",
     "with_lora",

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 
+from torchrl_chat import ranks
+from torchrl_chat.learner.sharding import gathered, is_sharded
+from torchrl_chat.models.passes import unwrapped
+from torchrl_chat.models.small import plain_class
+
 
 def is_adapted(model: Any) -> bool:
     """Whether a model is a PEFT model, whose base is not trained."""
@@ -87,36 +92,64 @@ def set_adapter(model: Any, weights: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-def merged_state(model: Any) -> dict[str, torch.Tensor]:
-    """The weights of the model that a base and its active adapters make, under the names that they have without adapters.
+def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model under the names that they have without adapters, one after the other; those with an adapter merged.
 
-    Nothing is added to the base and taken off again, which would leave some rounding in it each time.
+    Nothing is added to the base and taken off again, which would leave some rounding in it each time; and there is one merged
+    matrix at a time. One that has two names (a head that is the embeddings) comes once.
 
     Args:
-        model: a PEFT model with LoRA layers; where some are not of linear layers (fused experts), a copy of it is merged.
+        model: a transformers model, or a PEFT model of one; where some of its LoRA layers are not of linear layers (fused experts), a
+            copy of it is merged. Of one in parts on several processes inside :func:`~torchrl_chat.learner.gathered`.
+
+    Example:
+        >>> from torchrl_chat.tiny import tiny_model
+        >>> next(merged_weights(tiny_model(64)))[0]
+        'model.embed_tokens.weight'
     """
+    if not is_adapted(model):
+        yield from _plain_weights(model)
+        return
     from peft.tuners.lora import Linear, LoraLayer
 
     base = model.get_base_model()
     layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     if not all(type(layer) is Linear for layer in layers.values()):
-        merged: dict[str, torch.Tensor] = whole(model).state_dict()
-        return merged
-    state = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in base.state_dict().items()
-        if ".lora_" not in name
-    }
-    for name, layer in layers.items():
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                weight = state[f"{name}.weight"]
-                state[f"{name}.weight"] = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-    return state
+        yield from _plain_weights(whole(model))
+        return
+    for name, tensor in _plain_weights(base):
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain.endswith(".weight") and (layer := layers.get(plain.removesuffix(".weight"))) is not None:
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    tensor = tensor + layer.get_delta_weight(adapter).detach().to(tensor.dtype)
+        yield plain, tensor
+
+
+def _plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a ``state_dict`` would have, each tensor once; a gathered model would part itself again for that."""
+    for name, weight in model.named_parameters():
+        yield name, weight.detach()
+    for prefix, part in model.named_modules():
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def whole(model: Any) -> Any:
-    """The model without adapters: itself, or a copy in which they are merged."""
+    """The model without adapters: itself, or a copy in which they are merged.
+
+    Of a model in parts on several processes, which all call this, the copy is on the CPU of the first one; the others get ``None``.
+    """
+    if is_sharded(model):
+        with gathered(model):
+            weights = {name: w.cpu() for name, w in merged_weights(model)} if ranks.leads() else None
+        if weights is None:
+            return None
+        config = copy.deepcopy(unwrapped(model).config)
+        return plain_class(model).from_pretrained(None, config=config, state_dict=weights).eval()
     return copy.deepcopy(model).merge_and_unload() if is_adapted(model) else model
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 
 from torchrl_chat import columns, ranks
 from torchrl_chat.learner.sharding import is_sharded
 from torchrl_chat.training.scoring import microbatches
 from torchrl_chat.training.updates import take_step
+from torchrl_chat.training.values import PolicyAndValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +139,24 @@ def _sampled(view: TensorDictBase) -> torch.Tensor:
 
 
 def _pass_in_step(model: Any) -> None:
-    """A pass, forward and backward, that adds nothing to any gradient: the other processes are at one of theirs."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
-    logits.backward(torch.zeros_like(logits))
+    """A pass, forward and backward, that adds nothing to any gradient: the other processes are at one of theirs.
+
+    What gathers weights does so in the order of theirs, values behind log-probs.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    if isinstance(model, PolicyAndValue):
+        masks = TensorDict(all_attention_mask=ids == 0, all_assistant_mask=ids == 0, batch_size=1)
+        view = TensorDict(
+            tokens=TensorDict(full=ids, batch_size=1),
+            masks=masks,
+            position_ids=torch.arange(2, device=ids.device)[None],
+            batch_size=1,
+        )
+        scores, values = model(view)
+        told = torch.stack((scores.log_probs, values))
+    else:
+        told = model(input_ids=ids, use_cache=False).logits
+    told.backward(torch.zeros_like(told))
 
 
 def averaged(minibatches: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dict[str, float]:

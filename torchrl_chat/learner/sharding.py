@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +21,7 @@ from torchrl_chat import ranks
 from torchrl_chat.learner.fronts import Front, put_in_front
 from torchrl_chat.models.passes import ModelError
 from torchrl_chat.models.proof import same_model
+from torchrl_chat.training.values import PolicyAndValue
 
 T = TypeVar("T")
 
@@ -32,7 +33,8 @@ def shard(model: Any) -> Any:
     with those of the whole one. Optimizers are made of its parameters afterwards.
 
     Args:
-        model: a transformers causal language model, or a PEFT model of one, with the same weights on all processes.
+        model: a transformers causal language model, or a PEFT model of one, with the same weights on all processes; or a
+            :class:`~torchrl_chat.training.values.PolicyAndValue` of one.
 
     Returns:
         the model.
@@ -49,8 +51,14 @@ def shard(model: Any) -> Any:
         return model
     # Half a second, which runs of one process need not wait.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import register_fsdp_forward_method
 
+    if isinstance(model, PolicyAndValue):
+        shard(model.model)
+        mesh = init_device_mesh(model.head.weight.device.type, (ranks.count(),))
+        for name, part in model.value_parts().items():
+            _part((*(_layers(part) if name == "trunk" else ()), part), mesh)
+        return model
     with same_model(model, "in parts on several processes") as prover:
         if prover.scoring() != "padded":
             raise ModelError(
@@ -58,19 +66,30 @@ def shard(model: Any) -> Any:
                 "the processes would not keep in step. Train it in one."
             )
         mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.count(),))
-        for part in (*_layers(model), model):
-            # Of the outermost the default is to stay gathered, and to be trained with weights that are not its own any more.
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for an operation that it has not
+        _part((*_layers(model), model), mesh)
         put_in_front(_Sharded, model)
         register_fsdp_forward_method(model, "as_one_pass")
     return model
 
 
-def is_sharded(model: Any) -> bool:
-    """Whether a model is one of :func:`shard`."""
-    return isinstance(model, _Sharded)
+def _part(units: Sequence[Any], mesh: Any) -> None:
+    """Part modules over the processes, each as a unit but for what is in units before it."""
+    from torch.distributed.fsdp import fully_shard
+
+    for unit in units:
+        # Of the outermost the default is to stay gathered, and to be trained with weights that are not its own any more.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # else gloo is asked for an operation that it has not
+
+
+def is_sharded(module: Any) -> bool:
+    """Whether a model, or a part of one, is one of :func:`shard`."""
+    return isinstance(module, torch.nn.Module) and any(map(_is_unit, module.modules()))
+
+
+def _is_unit(module: Any) -> bool:
+    return hasattr(module, "unshard")
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
@@ -116,7 +135,7 @@ def gathered(model: Any) -> Iterator[None]:
     Args:
         model: a model of :func:`shard`; any other is left alone.
     """
-    units = [part for part in model.modules() if hasattr(part, "unshard")] if is_sharded(model) else []
+    units: list[Any] = [part for part in model.modules() if _is_unit(part)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -130,7 +149,9 @@ def gathered(model: Any) -> Iterator[None]:
 
 
 def weights_of(model: Any, trained: bool = False) -> dict[str, torch.Tensor]:
-    """The weights of a model that lies in parts, all or those that are trained, on the CPU of the first process; on the others nothing."""
+    """The weights of a model, all or those that are trained; of one in parts on the CPU of the first process, and on the others nothing."""
+    if not is_sharded(model):
+        return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad or not trained}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
@@ -150,11 +171,11 @@ def set_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad or name in weights:
-                weight.copy_(_like(weights[name].to(weight.device, weight.dtype), weight))
+                weight.copy_(part_of(weights[name].to(weight.device, weight.dtype), weight))
 
 
-def _like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process has of a weight, as one."""
+def part_of(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has of a weight of its shape, as one; all of it, if the weight lies nowhere else."""
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return whole
@@ -174,7 +195,8 @@ def save_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.op
         return
     # A new optimizer whose weights have gradients is told to have no state.
     optimizer.zero_grad(set_to_none=True)
-    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=os.fspath(path))
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer), _WRITERS: torch.tensor(ranks.count())}
+    dcp.save(state, checkpoint_id=os.fspath(path))
 
 
 def load_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -199,6 +221,11 @@ def load_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.op
             f"{os.fspath(path)} has no state for any weight that is trained: it is that of another model."
         )
     optimizer.zero_grad(set_to_none=True)
+    if hasattr(optimizer, "set_whole_state") and _writers(reader) != ranks.count():
+        for weight in weights:
+            if names[weight] in written:
+                optimizer.set_whole_state(weight, _whole_state(reader, names[weight], weight))
+        return
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     # A weight that never had a gradient has no state.
     dcp.load(state, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
@@ -209,16 +236,45 @@ def load_optimizer(path: str | os.PathLike[str], model: Any, optimizer: torch.op
 
 
 _STATE = "optimizer.state."  # what names of a state begin with in such a folder
+_WRITERS = "processes"  # how many wrote it
+
+
+def _writers(reader: Any) -> int:
+    import torch.distributed.checkpoint as dcp
+
+    found = {_WRITERS: torch.tensor(0)}
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return int(found[_WRITERS])
+
+
+def _whole_state(reader: Any, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of a weight, whole, in float32: parts in 8 bits are in blocks, which cannot be cut elsewhere."""
+    import torch.distributed.checkpoint as dcp
+
+    found = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros(weight.shape),
+        "exp_avg_sq": torch.zeros(weight.shape),
+    }
+    dcp.load({"optimizer": {"state": {name: found}}}, storage_reader=reader, no_dist=True)
+    return found
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Give an optimizer of a model in parts the ``state_dict()`` of one of the same model as a whole."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if hasattr(optimizer, "set_whole_state"):
+        optimizer.state.clear()
+        for number, entries in state["state"].items():
+            optimizer.set_whole_state(weights[number], entries)
+        for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in stored.items() if name not in ("params", "lr")})
+        return
     optimizer.load_state_dict(
         {
             "state": {
                 number: {
-                    name: _like(value, weights[number]) if value.shape == weights[number].shape else value
+                    name: part_of(value, weights[number]) if value.shape == weights[number].shape else value
                     for name, value in entries.items()
                 }
                 for number, entries in state["state"].items()

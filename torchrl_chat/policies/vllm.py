@@ -240,28 +240,24 @@ class VLLMPolicy(Policy):
         through a file in shared memory (``/dev/shm``) elsewhere. For models that are not quantized.
 
         Args:
-            weights: the model, of the same architecture, or its state dict.
+            weights: the model, of the same architecture, or its state dict; or pairs of a name and a tensor, each matrix once, of which
+                none is kept where the engine is in this process.
 
         Raises:
             RuntimeError: the engine was not built by :meth:`from_pretrained`, or is still busy.
         """
-        state: Mapping[str, torch.Tensor] = weights if isinstance(weights, Mapping) else weights.state_dict()
-        # A tied matrix is in the state dict under both of its names, but vLLM has it once.
-        seen: set[int] = set()
-        own = {}
-        for name, tensor in state.items():
-            if tensor.data_ptr() not in seen or not tensor.numel():
-                seen.add(tensor.data_ptr())
-                own[name] = tensor.detach()
+        pairs: Iterable[tuple[str, torch.Tensor]] = weights
+        if isinstance(weights, Mapping) or hasattr(weights, "state_dict"):
+            pairs = _once(weights if isinstance(weights, Mapping) else weights.state_dict())
         if self._loop is None and hasattr(self.engine.llm_engine, "model_executor"):
-            self._call("collective_rpc", "load_trained_weights", args=(own,))
+            self._call("collective_rpc", "load_trained_weights", args=(pairs,))
         else:
             from safetensors.torch import save_file
 
             shared = Path("/dev/shm")
             with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
                 path = str(Path(folder) / "weights.safetensors")
-                save_file({name: tensor.cpu().contiguous() for name, tensor in own.items()}, path)
+                save_file({name: tensor.cpu().contiguous() for name, tensor in pairs}, path)
                 self._call("collective_rpc", "load_trained_weights", args=(path,))
         if self._call("reset_prefix_cache") is False:
             raise RuntimeError("vLLM could not empty its prefix cache: a request is still under way.")
@@ -287,6 +283,17 @@ class VLLMPolicy(Policy):
             self.engine.shutdown()
             self._loop.close()
             self.engine = None
+
+
+def _once(state: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """A tied matrix is in a state dict under both of its names, but vLLM has it once."""
+    seen: set[int] = set()
+    own = []
+    for name, tensor in state.items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            seen.add(tensor.data_ptr())
+            own.append((name, tensor.detach()))
+    return own
 
 
 def sampling_params(stop_ids: Iterable[int], **settings: Any) -> Any:

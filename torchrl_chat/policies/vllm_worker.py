@@ -7,7 +7,7 @@ wrong). Importing this file, which happens before the model is built, keeps them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,14 +30,14 @@ class WeightLoader:
 
     model_runner: Any
 
-    def load_trained_weights(self, weights: Mapping[str, torch.Tensor] | str) -> None:
+    def load_trained_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str) -> None:
         """Load weights into the model that runs, in place.
 
         Args:
-            weights: a state dict under the names of transformers, or the path of a safetensors file of one.
+            weights: names of transformers and tensors, or the path of a safetensors file of such.
         """
         if isinstance(weights, str):
             from safetensors.torch import load_file
 
-            weights = load_file(weights)
-        self.model_runner.model.load_weights(weights.items())
+            weights = load_file(weights).items()
+        self.model_runner.model.load_weights(weights)

@@ -67,6 +67,7 @@ def save_model(
     tokenizer: Any,
     state: Mapping[str, Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    trained: Any = None,
 ) -> None:
     """Write a folder with a model, its tokenizer and a state: as a whole or not at all.
 
@@ -77,6 +78,7 @@ def save_model(
         tokenizer: its tokenizer.
         state: what :func:`~torchrl_chat.save_state` takes; none is written if ``None``. Of the first process.
         optimizer: that of a model in parts, whose state is written beside it.
+        trained: the module whose weights the optimizer has, if that is more than the model.
 
     Raises:
         NotFiniteError: a weight, or a number of the state, is NaN or infinite: nothing is written.
@@ -103,7 +105,7 @@ def save_model(
             envs.save_state(partial / _STATE, state)
     if sharded and optimizer is not None:
         ranks.together()
-        save_optimizer(partial / OPTIMIZER, model, optimizer)
+        save_optimizer(partial / OPTIMIZER, model if trained is None else trained, optimizer)
     if ranks.leads():
         files = {
             file.relative_to(partial).as_posix(): _summed(file) for file in partial.rglob("*") if file.is_file()
@@ -115,6 +117,25 @@ def save_model(
         os.rename(partial, target)
         to_disk(target.parent)
     ranks.together()
+
+
+def export_model(path: str | os.PathLike[str], model: Any, tokenizer: Any) -> None:
+    """Write a folder with a model and its tokenizer, from one process, in place of one that is there; as a whole or not at all.
+
+    Raises:
+        NotFiniteError: a weight is NaN or infinite.
+        OSError: it cannot be written.
+    """
+    check_finite(dict(model.named_parameters()))
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    for old in (partial, target):
+        shutil.rmtree(old, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for file in (*partial.rglob("*"), partial):
+        to_disk(file)
+    os.rename(partial, target)
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], state: Mapping[str, Any] | None = None) -> None:
@@ -206,6 +227,7 @@ def save_checkpoint(
     tokenizer: Any,
     state: Mapping[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
+    trained: Any = None,
     *,
     keep: int = 2,
 ) -> Path:
@@ -214,7 +236,7 @@ def save_checkpoint(
     Args:
         folder: where the checkpoints are.
         step: how many steps are done.
-        model, tokenizer, state, optimizer: see :func:`save_model`.
+        model, tokenizer, state, optimizer, trained: see :func:`save_model`.
 
     Keyword Args:
         keep: how many are left, the new one included.
@@ -228,7 +250,7 @@ def save_checkpoint(
     if keep < 1:
         raise ValueError(f"keep={keep}: expected at least 1 checkpoint.")
     path = Path(folder) / f"step-{step:06d}"
-    save_model(path, model, tokenizer, state, optimizer)
+    save_model(path, model, tokenizer, state, optimizer, trained)
     if ranks.leads():
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)

@@ -45,10 +45,10 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import ranks
-from torchrl_chat.learner import Counts, Streams, gathered, learn
+from torchrl_chat.learner import Counts, Streams, gathered, learn, set_rate
 from torchrl_chat.models.token_scores import TokenScores
 from torchrl_chat.playing import play
-from torchrl_chat.recipes.run import Run, set_rate
+from torchrl_chat.recipes.run import Run
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import (
     ask,
@@ -380,15 +380,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "share_prefixes": config.share_prefixes,
     }
 
-    def evaluate() -> TensorDictBase:
-        with gathered(model):
-            return ask(judge, policy, config)
-
-    for step in run.steps(evaluate):
+    for step in run.steps(lambda: ask(judge, policy, config)):
         set_rate(optimizer, config.rate(step))
 
         # 1. Answers: each conversation to its end, the prompt of a turn being the very tokens of the turns before it.
-        with run.timed("sampling"), gathered(model):
+        with run.sampling():
             finished, trained = collect(env, policy, config)
 
         metrics = {

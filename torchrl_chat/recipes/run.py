@@ -32,7 +32,15 @@ from torchrl_chat import columns, ranks
 from torchrl_chat.files import plain_name, replacing, to_disk
 from torchrl_chat.learner.adapters import Reference, is_adapted, whole
 from torchrl_chat.learner.precision import compute_in
-from torchrl_chat.learner.sharding import is_sharded, load_optimizer, set_optimizer_state, shard
+from torchrl_chat.learner.sharding import (
+    gathered,
+    is_sharded,
+    load_optimizer,
+    set_optimizer_state,
+    set_weights,
+    shard,
+    weights_of,
+)
 from torchrl_chat.learner.streams import Streams
 from torchrl_chat.models.passes import float_type
 from torchrl_chat.models.small import plain_class
@@ -41,6 +49,7 @@ from torchrl_chat.recipes.checkpoints import (
     DamagedCheckpoint,
     check_files,
     checkpoints,
+    export_model,
     load_state,
     load_weights,
     random_states,
@@ -88,6 +97,7 @@ class Run:
         model: the trained transformers model.
         tokenizer: its tokenizer.
         state: what else the run needs to go on: objects with ``state_dict`` and ``load_state_dict``, by name.
+        modules: what is trained beside the model, by name.
 
     Attributes:
         folder: where everything is.
@@ -109,13 +119,25 @@ class Run:
         ...     run.log({"loss": learn(view)}, trained=view)
     """
 
-    def __init__(self, config: RunConfig, name: str, *, model: Any, tokenizer: Any, state: Mapping[str, Any]):
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        *,
+        model: Any,
+        tokenizer: Any,
+        state: Mapping[str, Any],
+        modules: Mapping[str, torch.nn.Module] | None = None,
+    ):
         try:
             import tqdm  # noqa: F401
         except ImportError as error:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
+        self._modules = dict(modules or {})
+        # What the weights of the optimizer have their names in.
+        self._trained = torch.nn.ModuleDict({"model": model, **self._modules}) if self._modules else model
         named = config.out or f"runs/{name}-{plain_name(config.dataset)}-{stamp}"
         self.folder = Path(ranks.of_the_first(named))
         self._lock = ranks.agreed(self._take)
@@ -233,8 +255,10 @@ class Run:
             elif "param_groups" in stored:
                 set_optimizer_state(value, stored)
             else:
-                load_optimizer(path / OPTIMIZER, self.model, value)
+                load_optimizer(path / OPTIMIZER, self._trained, value)
                 value.param_groups[0].update(stored)
+        for key, module in self._modules.items():
+            set_weights(module, state["state"][key])
         if len(parts) == ranks.count():
             set_random_states(own["random"])
 
@@ -272,21 +296,27 @@ class Run:
             NotFiniteError: a weight, or a number of the optimizer, is NaN or infinite; the checkpoints that are there stay.
         """
         optimizer = self.state.get("optimizer") if is_sharded(self.model) else None
-        own = {
-            "state": {key: value.state_dict() for key, value in self.state.items() if value is not optimizer},
-            "random": random_states(),
-        }
-        state = {"step": self.step, "skipped": self.skipped, **own}
+        kept = {key: value.state_dict() for key, value in self.state.items() if value is not optimizer}
+        own = {"state": kept, "random": random_states()}
+        kept = kept | {key: weights_of(module, trained=True) for key, module in self._modules.items()}
+        state = {"step": self.step, "skipped": self.skipped, **own, "state": kept}
         if optimizer is not None:
             group = {key: value for key, value in optimizer.param_groups[0].items() if key == BAD_STEPS}
-            state |= {"state": own["state"] | {"optimizer": group}, "parts": ranks.everywhere(own)}
+            state |= {"state": kept | {"optimizer": group}, "parts": ranks.everywhere(own)}
         if ranks.leads():
             for path in self._files.values():
                 to_disk(path)
             state["sizes"] = {key: path.stat().st_size for key, path in self._files.items()}
         folder = self.folder / "checkpoints"
         path = save_checkpoint(
-            folder, self.step, self.model, self.tokenizer, state, optimizer, keep=self.config.keep
+            folder,
+            self.step,
+            self.model,
+            self.tokenizer,
+            state,
+            optimizer,
+            self._trained,
+            keep=self.config.keep,
         )
         self._saved = self.step
         return path
@@ -332,6 +362,9 @@ class Run:
                 self._interrupted()
         if ranks.leads():
             self._conclude()
+        if config.merge:
+            merged, path = whole(self.model), self.folder / "merged"
+            ranks.agreed(lambda: export_model(path, merged, self.tokenizer))
         self.close()
 
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
@@ -359,9 +392,6 @@ class Run:
         )
         if self.skipped:
             print(f"{self.skipped} optimizer steps were left out: their loss or gradients were not finite")
-        if self.config.merge:
-            shutil.rmtree(self.folder / "merged", ignore_errors=True)  # of a run that went on behind its end
-            save_model(self.folder / "merged", whole(self.model), self.tokenizer)
 
     def _due(self) -> bool:
         """Whether there is an evaluation where the run stands."""
@@ -402,7 +432,8 @@ class Run:
             self._lock.close()
 
     def _evaluate(self, evaluate: Callable[[], TensorDictBase], aloud: bool = False) -> None:
-        finished = evaluate()
+        with self._whole_model():
+            finished = evaluate()
         solved = torch.tensor([float(finished["success"].float().sum()), len(finished)])
         solved, asked = ranks.total(solved).tolist()
         rate = solved / asked
@@ -450,6 +481,15 @@ class Run:
         self._figures = {key: metrics[key] for key in TOLD if key in metrics}
         for key, value in metrics.items():
             self._scalar(key, value)
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, each process can sample as long as it needs, and time is counted as the step's ``"seconds_sampling"``."""
+        with self.timed("sampling"), self._whole_model():
+            yield
+
+    def _whole_model(self) -> contextlib.AbstractContextManager[None]:
+        return gathered(self.model) if self.config.backend == "transformers" else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -575,8 +615,12 @@ def episodes(td: TensorDictBase) -> list[list[int]]:
 
     Of several processes all of theirs, in the order of the questions, which they have in turn.
     """
-    keys = zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True)
-    groups = [0] * len(td) if td.get("group", None) is None else td["group"].flatten().tolist()
+    keys = list(zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True))
+    if td.get("group", None) is None:  # all that were played are there, those of a question side by side
+        questions = {question: number for number, question in enumerate(dict.fromkeys(key[:2] for key in keys))}
+        groups = [questions[key[:2]] for key in keys]
+    else:
+        groups = td["group"].flatten().tolist()
     played = [(group, key) for key, group in dict(zip(keys, groups, strict=True)).items()]
     parts = ranks.everywhere(played)
     if len(parts) > 1:
@@ -593,12 +637,6 @@ def conversations(finished: TensorDictBase, title: str) -> str:
         turns = " | ".join(f"{m['role']}: {str(m['content'])[:300]!r}" for m in transcript.messages)
         lines.append(f"{title}, reward {reward:g}: {turns}")
     return "\n".join(lines)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all parameters of an optimizer a learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def _locked(path: Path, patience: float = 5.0) -> TextIO:

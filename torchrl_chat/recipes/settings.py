@@ -16,6 +16,9 @@ from torchrl_chat.options import TEMPLATE_HELP, device, named_values, show_one_s
 
 C = TypeVar("C", bound="RunConfig")
 
+PURE = "bfloat16-pure"
+"""The ``--dtype`` of a model whose weights are in bfloat16, too."""
+
 
 def setting(default: Any, text: str) -> Any:
     """A field with a default and a line for ``--help``.
@@ -75,8 +78,13 @@ class RunConfig:
     )
     final_lr_share: float = setting(0.1, "of it at the last step, falling in a line")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "what the trained model computes in; its weights and their updates stay float32"
+    dtype: Literal["float32", "bfloat16", "bfloat16-pure"] = setting(
+        "float32",
+        "what the trained model computes in; its weights and their updates stay float32, but with bfloat16-pure, which has weights in "
+        "bfloat16, too, and needs --optimizer adamw-8bit, which rounds updates up or down by chance",
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-offload"] = setting(
+        "adamw", "adamw-8bit: its states in 8 bits (by torchao); adamw-offload: on the CPU, for one GPU"
     )
     share_prefixes: bool = setting(
         True,
@@ -149,6 +157,12 @@ class RunConfig:
 
     def problem(self) -> str | None:
         """What does not go together among the settings; ``None`` if all does."""
+        if self.dtype == PURE and self.optimizer != "adamw-8bit" and not self.lora:
+            return (
+                f"--dtype {PURE} with --optimizer {self.optimizer}: updates at these learning rates are smaller than the rounding of weights in "
+                "bfloat16, and lost. Give --optimizer adamw-8bit, which rounds up or down by chance; or --dtype bfloat16, which "
+                "computes in bfloat16 and keeps weights in float32."
+            )
         if not self.lora:
             given = [
                 name
@@ -306,16 +320,15 @@ def _parted(config: RunConfig, processes: int) -> str | None:
         return None
     if not config.several:
         return f"torchrun started {processes} processes, and this script runs in one."
+    if config.optimizer == "adamw-offload" or config.dtype == PURE:
+        which = f"--dtype {PURE}" if config.dtype == PURE else "--optimizer adamw-offload"
+        return f"{which} is for one process, and torchrun started {processes}, each with its part of the weights and states: leave it out."
     for name in ("prompts", "minibatch"):
         if (value := getattr(config, name)) % processes:
             fitting = (value // processes + 1) * processes
             return f"--{name} is {value}: expected a multiple of the {processes} processes, {fitting} say."
     if config.eval < processes:
         return f"--eval is {config.eval}: expected at least a question for each of the {processes} processes."
-    if config.backend != "transformers":
-        return f"--backend {config.backend} samples for one process, and torchrun started {processes}."
-    if config.merge:
-        return "--merge needs the whole model in one process: go on with the finished run in one, with --resume --merge."
     return None
 
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, ranks, tiny
-from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_lora
+from torchrl_chat.learner.adapters import merged_weights, whole, with_lora
 from torchrl_chat.learner.memory import room_for
+from torchrl_chat.learner.optimizers import make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
-from torchrl_chat.learner.sharding import shard
+from torchrl_chat.learner.sharding import gathered, is_sharded, shard
+from torchrl_chat.models.passes import unwrapped
+from torchrl_chat.models.small import plain_class
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
-from torchrl_chat.recipes.settings import RunConfig, rate_for
+from torchrl_chat.recipes.settings import PURE, RunConfig, rate_for
 from torchrl_chat.training.losses import masked_mean
 from torchrl_chat.training.scoring import sequence_log_probs
 from torchrl_chat.training.updates import take_step
+from torchrl_chat.training.values import PolicyAndValue
 from torchrl_chat.training.view import training_view
 
 if TYPE_CHECKING:
@@ -34,10 +39,22 @@ _HINT = 0.06  # the share of demonstrations with the operation that was asked fo
 
 
 def make_model(config: RunConfig) -> tuple[Any, Any]:
-    """The model of ``--model``, its weights in float32 on ``--device``, with what is asked for around it, and its tokenizer.
+    """The model of ``--model``, its weights on ``--device``, with what is asked for around it, and its tokenizer.
 
     Where torchrun has started several processes they find each other here, and each has its part of the model.
     """
+    model, tokenizer = _prepared(config)
+    return shard(model), tokenizer
+
+
+def make_actor_critic(config: RunConfig, trunk: Literal["shared", "separate"]) -> tuple[PolicyAndValue, Any]:
+    """The model of :func:`make_model` with a value head, and its tokenizer."""
+    model, tokenizer = _prepared(config)
+    return shard(PolicyAndValue(model, trunk)), tokenizer
+
+
+def _prepared(config: RunConfig) -> tuple[Any, Any]:
+    """The model, before it is parted."""
     ranks.begin(config.device)
     model, tokenizer = _make_model(config)
     if config.checkpointing:
@@ -47,7 +64,17 @@ def make_model(config: RunConfig) -> tuple[Any, Any]:
         torch.manual_seed(config.seed)
         model = with_lora(model, config.lora, config.lora_alpha, config.lora_targets)
         torch.set_rng_state(random_state)
-    return shard(compute_in(model, getattr(torch, config.dtype))), tokenizer
+    return _computing(config, model), tokenizer
+
+
+def _computing(config: RunConfig, model: Any) -> Any:
+    """A model in ``--dtype``."""
+    return model if config.dtype == PURE else compute_in(model, getattr(torch, config.dtype))
+
+
+def _weights_in(config: RunConfig) -> torch.dtype:
+    """What weights are kept in: an update at the learning rates of fine-tuning is smaller than their rounding in bfloat16."""
+    return torch.bfloat16 if config.dtype == PURE else torch.float32
 
 
 def _make_model(config: RunConfig) -> tuple[Any, Any]:
@@ -59,10 +86,10 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
         made = tiny.tiny_tokenizer(gallery.tiny_alphabet(config.dataset))
         tokenizer: Any = with_template(made, config.chat_template)
         # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
-        return tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096).to(device), tokenizer
+        model = tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096)
+        return model.to(device, _weights_in(config)), tokenizer
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    # In bfloat16 an update at the learning rates of fine-tuning is smaller than the weights' own rounding.
-    return load_model(config.model, dtype=torch.float32).to(device).eval(), tokenizer
+    return load_model(config.model, dtype=_weights_in(config)).to(device).eval(), tokenizer
 
 
 def make_teacher(config: Any, tokenizer: Any) -> Any:
@@ -76,12 +103,12 @@ def make_teacher(config: Any, tokenizer: Any) -> Any:
         raise ValueError(
             f"--teacher {config.teacher} has another tokenizer than --model {config.model}: of the model's tokens it can say nothing."
         )
-    model = load_model(config.teacher, dtype=torch.float32).to(_device(config)).eval().requires_grad_(False)
-    return shard(compute_in(model, getattr(torch, config.dtype)))
+    model = load_model(config.teacher, dtype=_weights_in(config)).to(_device(config)).eval().requires_grad_(False)
+    return shard(_computing(config, model))
 
 
 def _device(config: RunConfig) -> torch.device:
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return ranks.device(config.device)
 
 
 def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
@@ -132,15 +159,28 @@ def make_policy(config: RunConfig, model: Any, tokenizer: Any) -> tuple[Any, Cal
     if config.vllm_dtype != "auto" or torch.cuda.is_available():  # on a CPU VLLMPolicy has its own default
         settings["dtype"] = config.vllm_dtype
     with tempfile.TemporaryDirectory() as folder:
-        whole(model).save_pretrained(folder)
+        if is_sharded(model):  # an engine on each process, which gets its weights before it samples
+            settings |= {"distributed_executor_backend": "external_launcher", "load_format": "dummy"}
+            engine = copy.deepcopy(unwrapped(model).config)
+            engine.architectures = [plain_class(model).__name__]
+            engine.save_pretrained(folder)
+        else:
+            whole(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         policy = VLLMPolicy.from_pretrained(folder, tokenizer, **settings)
     torch.set_rng_state(random_state)
-    return policy, lambda: policy.sync(merged_state(model) if is_adapted(model) else model)
+
+    def sync() -> None:
+        with gathered(model):
+            policy.sync(merged_weights(model))
+
+    return policy, sync
 
 
 def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW for what is trained of a model; a learning rate that was left to its size, and how much goes through it, are set and said."""
+    """The ``--optimizer`` of what is trained of a model; a learning rate that was left to its size, and how much goes through it, are
+    set and said.
+    """
     settle_tokens(config, module)
     if config.lr is None:
         size = sum(weight.numel() for name, weight in module.named_parameters() if ".lora_" not in name)
@@ -148,7 +188,7 @@ def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Op
         if ranks.leads():
             print(f"learning rate {config.lr:g}: {source} (--lr)")
     trained = [weight for weight in module.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return make_adamw(trained, config.lr, config.optimizer)
 
 
 def settle_tokens(config: RunConfig, module: torch.nn.Module) -> None:
@@ -241,8 +281,7 @@ def warm_start(
         view = demonstrations(env, config.seed)
     finally:
         env.close()
-    for group in optimizer.param_groups:
-        group["lr"] = 2e-3
+    set_rate(optimizer, 2e-3)
     for _ in range(config.warm_steps):
         scores = sequence_log_probs(model, view[torch.randint(len(view), (batch,))])
         loss = -masked_mean(scores.log_probs, scores.mask) / ranks.count()  # all processes have the same rows

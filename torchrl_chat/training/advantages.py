@@ -240,6 +240,8 @@ def gae(
 def whitened(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """Numbers of tokens, brought to mean 0 and standard deviation 1 over all that are under the mask.
 
+    With several processes (:mod:`torchrl_chat.ranks`), which all call this, the mean and the deviation are of all together.
+
     Args:
         values: float (N, T), such as the advantages of :func:`gae`.
         mask: bool (N, T).
@@ -254,6 +256,9 @@ def whitened(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> tor
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
     chosen = values[mask & values.isfinite()]
-    if len(chosen) < 2:
+    count, summed = ranks.total(torch.stack((chosen.new_tensor(len(chosen)), chosen.sum())))
+    mean = summed / count.clamp(min=1)
+    deviation = (ranks.total((chosen - mean).square().sum()) / (count - 1).clamp(min=1)).sqrt()
+    if count < 2:
         return torch.where(mask & ~values.isfinite(), values, 0.0)
-    return torch.where(mask, (values - chosen.mean()) / chosen.std().clamp(min=eps), 0.0)
+    return torch.where(mask, (values - mean) / deviation.clamp(min=eps), 0.0)

@@ -110,6 +110,8 @@ def not_finite(tensors: Mapping[Any, Any]) -> str | None:
         'body.weight'
     """
     for name, value in tensors.items():
+        if hasattr(value, "__tensor_flatten__"):  # made of others, as one in 8 bits is
+            value = {part: getattr(value, part) for part in value.__tensor_flatten__()[0]}
         if isinstance(value, torch.Tensor):
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 return str(name)
