@@ -25,6 +25,7 @@ from tensordict import TensorDictBase
 
 from torchrl_chat import ranks
 from torchrl_chat.learner import Counts, Streams, gathered, learn, set_rate
+from torchrl_chat.models.token_scores import TokenScores
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.interrupts import launch
 from torchrl_chat.recipes.run import Run
@@ -35,8 +36,11 @@ from torchrl_chat.training import (
     kl_estimate,
     masked_mean,
     microbatches,
+    of_columns,
     policy_loss,
+    scored,
     token_rewards,
+    token_shares,
     training_view,
     whitened,
 )
@@ -88,21 +92,42 @@ def loss_of(
     **scoring: Any,
 ) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log; what it says of each token is kept."""
-    scores, values = actor_critic(part, entropy=True, **scoring)
+    mask = scored(part, actor_critic.model.device)
+    own = {
+        "old": part["log_probs"].full,
+        "advantage": part["advantage"].reshape(mask.shape),
+        "share": token_shares(mask, denominator=counts.tokens),
+    }
+    loss = of_columns(lambda scores, some, mask: terms(scores, some, mask, config)[0], own)
+    scores, values = actor_critic(part, entropy=True, loss=loss, **scoring)
     streams.add(part, scores, counts)
-    old = part["log_probs"].full
-    loss, metrics = policy_loss(
-        scores.log_probs, old, part["advantage"], scores.mask, clip=config.clip, denominator=counts.tokens
-    )
+    metrics = terms(TokenScores(scores.log_probs, scores.entropy), own, mask, config)[1]
     error = (values - part["target"]) ** 2
     if config.value_clip:
         near = part["value"] + (values - part["value"]).clamp(-config.value_clip, config.value_clip)
         error = torch.maximum(error, (near - part["target"]) ** 2)
-    loss = loss + config.value_weight * masked_mean(error, scores.mask, denominator=counts.tokens)
-    metrics |= {"value_error": masked_mean(error.detach(), scores.mask)}
-    metrics |= {"entropy": masked_mean(scores.entropy.detach(), scores.mask)}
+    metrics |= {
+        "value_error": masked_mean(error.detach(), mask),
+        "entropy": masked_mean(scores.entropy, mask),
+    }
+    return scores.loss + config.value_weight * masked_mean(error, mask, denominator=counts.tokens), metrics
+
+
+def terms(
+    scores: TokenScores, own: dict[str, torch.Tensor], mask: torch.Tensor, config: PPOConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy's loss, a sum over tokens (N, T), and what to log of them."""
+    loss, metrics = policy_loss(
+        scores.log_probs,
+        own["old"],
+        own["advantage"],
+        mask,
+        clip=config.clip,
+        weights=own["share"],
+        denominator=1.0,
+    )
     if config.entropy:
-        loss = loss - config.entropy * masked_mean(scores.entropy, scores.mask, denominator=counts.tokens)
+        loss = loss - config.entropy * (scores.entropy * own["share"]).sum()
     return loss, metrics
 
 

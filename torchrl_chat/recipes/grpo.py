@@ -66,13 +66,14 @@ from torchrl_chat.training import (
     importance_weights,
     kl_estimate,
     masked_mean,
+    of_columns,
     policy_loss,
+    scored,
     sequence_log_probs,
     teacher_of,
     token_shares,
     training_view,
 )
-from torchrl_chat.training.scoring import scored
 from torchrl_chat.training.surrogates import BY_TOKEN, bounds_of
 
 
@@ -282,11 +283,6 @@ def loss_of(
     if config.kl:
         own["reference"] = part["reference"]
 
-    def of_some(scores: TokenScores, at: torch.Tensor) -> torch.Tensor:
-        rows = TokenScores(*(None if value is None else value[None] for value in scores))  # type: ignore[arg-type]
-        some = {name: value.flatten()[at][None] for name, value in own.items()}
-        return terms(rows, some, torch.ones_like(some["share"], dtype=torch.bool), config)[0]
-
     by_token = config.surrogate in BY_TOKEN
     scores = sequence_log_probs(
         model,
@@ -295,7 +291,7 @@ def loss_of(
         vocab_size=vocab_size,
         entropy=True,
         share_prefixes=config.share_prefixes,
-        loss=of_some if by_token else None,
+        loss=of_columns(lambda scores, some, mask: terms(scores, some, mask, config)[0], own) if by_token else None,
         teacher=None if teacher is None else teacher_of(teacher, part),
         direction="forward" if config.divergence == "forward" else "reverse",
     )

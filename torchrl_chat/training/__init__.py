@@ -10,7 +10,14 @@ from torchrl_chat.training.advantages import gae, group_advantages, token_reward
 from torchrl_chat.training.corrections import importance_weights
 from torchrl_chat.training.distillation import distillation_advantages
 from torchrl_chat.training.losses import kl_estimate, masked_mean, policy_loss, token_shares
-from torchrl_chat.training.scoring import Scores, microbatches, sequence_log_probs, teacher_of
+from torchrl_chat.training.scoring import (
+    Scores,
+    microbatches,
+    of_columns,
+    scored,
+    sequence_log_probs,
+    teacher_of,
+)
 from torchrl_chat.training.updates import NotFiniteError, Step, take_step
 from torchrl_chat.training.view import training_view
 
@@ -27,7 +34,9 @@ __all__ = [
     "kl_estimate",
     "masked_mean",
     "microbatches",
+    "of_columns",
     "policy_loss",
+    "scored",
     "sequence_log_probs",
     "take_step",
     "teacher_of",

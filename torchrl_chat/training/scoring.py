@@ -175,9 +175,34 @@ def teacher_of(model: Any, view: TensorDictBase, *, max_tokens: int | None = Non
     return AllTokens(Head(model) if head is None else head, states)
 
 
-def scored(view: TensorDictBase, device: torch.device) -> torch.Tensor:
+def of_columns(
+    terms: Callable[[TokenScores, dict[str, torch.Tensor], torch.Tensor], torch.Tensor],
+    own: dict[str, torch.Tensor],
+) -> Loss:
+    """A loss of what a model says of tokens and of columns of a view, for ``loss=`` of :func:`sequence_log_probs`.
+
+    Args:
+        terms: what :func:`~torchrl_chat.training.policy_loss` and its like are called in: it is given scores, columns and a mask,
+            all of one shape (N, T), and sums over all tokens under the mask. It may be called with any tokens of the view, (1, k).
+        own: the columns, (N, T) each: old log-probs, advantages, :func:`~torchrl_chat.training.token_shares` ...
+
+    Example:
+        >>> own = {"advantage": view["advantage"], "share": token_shares(scored(view))}
+        >>> loss = of_columns(lambda scores, own, mask: -(scores.log_probs * own["advantage"] * own["share"]).sum(), own)
+        >>> sequence_log_probs(model, view, loss=loss).loss.backward()  # doctest: +SKIP
+    """
+
+    def of_some(scores: TokenScores, at: torch.Tensor) -> torch.Tensor:
+        rows = scores._make(None if value is None else value[None] for value in scores)
+        some = {name: value.flatten()[at][None] for name, value in own.items()}
+        return terms(rows, some, torch.ones_like(rows.log_probs, dtype=torch.bool))
+
+    return of_some
+
+
+def scored(view: TensorDictBase, device: torch.device | str = "cpu") -> torch.Tensor:
     """Which tokens of a view :func:`sequence_log_probs` scores, bool (N, T) or (M, L)."""
-    return dense_of(view, device).scored
+    return dense_of(view, torch.device(device)).scored
 
 
 class _Pass(NamedTuple):
