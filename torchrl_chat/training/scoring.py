@@ -193,7 +193,7 @@ def of_columns(
     """
 
     def of_some(scores: TokenScores, at: torch.Tensor) -> torch.Tensor:
-        rows = scores._make(None if value is None else value[None] for value in scores)
+        rows = TokenScores(*(None if value is None else value[None] for value in scores))  # type: ignore[arg-type]
         some = {name: value.flatten()[at][None] for name, value in own.items()}
         return terms(rows, some, torch.ones_like(rows.log_probs, dtype=torch.bool))
 
