@@ -6,7 +6,7 @@ ENVIRONMENT := $(PYTHON) scripts/environment.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py
 
-.PHONY: help train train-real test test-all lint suite corpus services learn openenv vllm environment peers clean
+.PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm environment peers clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do printf 'make %-10s %s\n' "$$name" "$$does"; done
@@ -20,8 +20,8 @@ train-real: environment  ## train SmolLM2 (135 M weights, made of packages of Py
 # vLLM's environment is the largest: it is made beside everything else, and waited for at the end.
 test: environment  ## what a change needs: lint and every part below, less what is marked full
 	$(ENVIRONMENT) --background openenv-010 openenv-03 vllm
-	$(MAKE) lint peers
-	$(PYTEST) -m "not (full or vllm)"
+	$(MAKE) style peers
+	$(MAKE) -j2 types change
 	$(MAKE) vllm
 
 test-all: environment  ## everything: all seeds, all kills, vLLM's learning; for releases
@@ -31,11 +31,19 @@ test-all: environment  ## everything: all seeds, all kills, vLLM's learning; for
 	$(ENVIRONMENT) vllm
 	$(VLLM) -m vllm
 
-lint: environment  ## format, lint, floors, types
+lint: style types  ## format, lint, floors, types
+
+style: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+
+types: environment
 	$(BIN)/mypy
+
+# Everything that a change needs but vLLM; mypy, which is one process of many seconds, runs beside it.
+change: environment
+	$(PYTEST) -m "not (full or vllm)"
 
 suite: environment  ## the tests that are in no other part
 	$(PYTEST) -m "not (full or corpus or services or learn or openenv or vllm)"

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from branch_turns import STRIPS, play
-from conftest import bpe_tokenizer, respond
+from conftest import bpe_tokenizer, of_the_day, respond
 from tensordict import TensorDict
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer
@@ -72,7 +72,7 @@ def expected_turns(rollout, model, kind):
 
 
 class TestInTheEnvironment:
-    @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+    @pytest.mark.parametrize("kind", of_the_day("k1", "k2", "k3"))
     def test_the_penalty_of_each_turn(self, mode, rows, policy, reference, kind):
         bare = roll(make_env(mode, rows), policy)
         td = roll(make_env(mode, rows).append_transform(RetrieveKL(reference, coeff=0.3, kind=kind)), policy)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import bpe_tokenizer, need_shared, respond
+from conftest import bpe_tokenizer, need_shared, of_the_day, respond
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_chat import CountdownEnv, GSM8KEnv, IFEvalEnv, MATHEnv, ReasoningGymEnv, columns, training_view
@@ -111,7 +111,7 @@ def test_check_env_specs(kind, mode):
     check_env_specs(env, break_when_any_done="both")
 
 
-@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize("size", of_the_day(1, 8, 64))
 def test_right_wrong_and_malformed(kind, mode, size):
     env = kind.make(tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=size, max_steps=1)
     td = env.reset()

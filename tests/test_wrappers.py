@@ -5,6 +5,7 @@ from __future__ import annotations
 import episodes
 import pytest
 import torch
+from conftest import of_the_day
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.modules.llm.policies import Masks
@@ -29,6 +30,7 @@ def rows(td, container, key):
     return columns.read_field(td[container], key, td.batch_size)
 
 
+@pytest.mark.parametrize("mode", of_the_day("history", "text", "tokens"))
 def test_acceptance(mode):
     """64 ragged episodes with tools: log-probs, effective sample size, and both again after an optimizer step."""
     torch.manual_seed(0)

@@ -199,10 +199,12 @@ class RustTokenizer:
     def _with_placeholders(self, controls: Mapping[str, int]) -> Callable[[Sequence[str]], list[list[int]]]:
         from tokenizers import AddedToken, Tokenizer
 
-        spec = json.loads(self._ready().to_str())
-        for token in spec["added_tokens"]:  # only what is flagged special can be switched off
-            token["special"] = token["special"] or token["content"] in controls
-        copy = Tokenizer.from_str(json.dumps(spec))
+        copy = Tokenizer.from_str(self._ready().to_str())
+        # Only what is flagged special can be switched off.
+        plain = [t for t in copy.get_added_tokens_decoder().values() if t.content in controls and not t.special]
+        for token in plain:
+            token.special = True
+        copy.add_special_tokens(plain)
         copy.encode_special_tokens = True
         placeholders = {s: f"\ue0a6{i}\ue0a7" for s, i in controls.items()}
         stand_ins = []

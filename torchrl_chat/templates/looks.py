@@ -1,8 +1,8 @@
 """What the code of a chat template looks at, read from its syntax tree.
 
 A compiled tail is proved by trying; trying finds a condition only if it is tried with what the condition
-looks for. This file says what to try (the strings that the code mentions), and where trying would not be
-enough: numbers too large to count up to, operations on texts that no list of probes covers.
+looks for. This file says what to try (the strings that :mod:`~torchrl_chat.templates.literals` finds, fields, depths),
+and where trying would not be enough: numbers too large to count up to, operations on texts that no list of probes covers.
 
 Law of this file: what is not known to be harmless is reported; nothing is decided by a template's name.
 """
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import nodes
+
+from torchrl_chat.templates.literals import literals_of
 
 _FIELDS = (
     {"content", "text", "arguments"}
@@ -56,21 +58,10 @@ class Looks:
 
 def looks_of(tree: Any) -> Looks:
     """What the code of a parsed template (``jinja2.nodes.Template``) looks at."""
-    keys_of = {id(node.arg) for node in tree.find_all(nodes.Getitem)}
-    inner = (nodes.Compare, nodes.Call, nodes.Filter, nodes.Test, nodes.Assign, nodes.List, nodes.Tuple, nodes.Dict)
-    literals = {
-        const.value: None
-        for node in tree.find_all(inner)
-        for const in node.find_all(nodes.Const)
-        if isinstance(const.value, str)
-        and const.value.strip()
-        and len(const.value) < 80
-        and id(const) not in keys_of
-    }
     called = {node.node.attr for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Getattr)}
     filters = {node.name for node in tree.find_all(nodes.Filter)}
     folds_case = bool((filters | called) & _FOLDING)
-    return Looks(tuple(literals), folds_case, frozenset(_keys(tree) - _KEYS), _beyond(tree))
+    return Looks(literals_of(tree), folds_case, frozenset(_keys(tree) - _KEYS), _beyond(tree))
 
 
 def _keys(tree: Any) -> set[str]:
