@@ -1,0 +1,40 @@
+"""The gateway: any agent, in the dialect that it speaks, becomes token-exact episodes.
+
+An agent is given a base URL and a key, and asks a model as it always does. Behind the address is a session: a tree of what the agent
+really saw and what the policy really sampled, in token ids. See ``docs/gateway.md``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torchrl_chat._lazy import lazy
+
+if TYPE_CHECKING:
+    from torchrl_chat.gateway.calls import Call, Dialect, Refusal, Reply
+    from torchrl_chat.gateway.engines import Ask, Engine, ScriptedEngine
+    from torchrl_chat.gateway.serve import Gateway, Served
+    from torchrl_chat.gateway.sessions import Session, Settings
+
+_HOMES = {
+    "calls": "Call Dialect Refusal Reply",
+    "engines": "Ask Engine ScriptedEngine",
+    "serve": "Gateway Served",
+    "sessions": "Session Settings",
+}
+
+__all__ = [
+    "Ask",
+    "Call",
+    "Dialect",
+    "Engine",
+    "Gateway",
+    "Refusal",
+    "Reply",
+    "ScriptedEngine",
+    "Served",
+    "Session",
+    "Settings",
+]
+
+__getattr__, __dir__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names.split()})

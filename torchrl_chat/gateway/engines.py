@@ -1,0 +1,115 @@
+"""What samples: ids in, a turn out, one request at a time; whoever implements :class:`Engine` batches as it can.
+
+The gateway asks for each answer by itself, as many at once as there are. A policy of this package samples batches:
+:class:`~torchrl_chat.gateway.policies.PolicyEngine` puts together what waits. A server batches itself: :class:`RemoteEngine` hands it ids
+and takes ids, through the package's one client (:mod:`torchrl_chat.endpoint`). :class:`ScriptedEngine` says what a test or a demonstration
+tells it to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from torchrl_chat.conversation import Turn
+from torchrl_chat.messages import Message
+from torchrl_chat.templates import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What an engine is asked for: one answer."""
+
+    ids: torch.Tensor
+    """The prompt, int64 (P,), on the CPU: a view of a ledger, not to be written to."""
+    messages: Sequence[Message] = ()
+    """The same as messages, for engines that read words (a script); ids are what counts."""
+    limit: int | None = None
+    """How many tokens may be sampled; ``None``: as many as the engine's own settings allow."""
+    seed: int | None = None
+    """Sample from this seed."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of :attr:`Engine.settings`, what the session, or an agent that may, sets."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer. An engine may stop there, or not look at them: what is beyond is cut off."""
+    told: Callable[[Sequence[int]], None] | None = None
+    """Takes the ids sampled so far, whenever there are more; called in the event loop. An engine need not call it."""
+
+
+class Engine(Protocol):
+    """What samples."""
+
+    settings: frozenset[str]
+    """The settings that it takes with a request: ``"temperature"``, ``"top_p"``, ``"response_format"`` ...; its own hold else."""
+
+    async def sample(self, ask: Ask) -> Turn:
+        """One answer: the sampled ids, stop token included, log-probs where they are known, why it ended, and by which weights.
+
+        Raises:
+            Exception: it cannot answer; the request fails, and no other.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+class ScriptedEngine:
+    """Says what a function tells it to: for tests, demonstrations, and the agents of other houses.
+
+    Args:
+        script: takes an :class:`Ask`; returns the text of the answer, special tokens and calls spelled as the template has them, or a
+            :class:`~torchrl_chat.conversation.Turn`; or an awaitable of either. A list says its texts one after the other.
+        template: for texts: its tokenizer makes the ids.
+        log_prob: the log-prob of every id; ``None`` for none.
+
+    Example:
+        >>> engine = ScriptedEngine(lambda ask: f"You said {ask.messages[-1]['content']!r}.", template)
+    """
+
+    settings: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        script: Callable[[Ask], Any] | Sequence[str],
+        template: ChatTemplate,
+        log_prob: float | None = -0.5,
+    ):
+        self._template, self._log_prob = template, log_prob
+        if callable(script):
+            self._script = script
+        else:
+            lines = iter(script)
+            self._script = lambda ask: next(lines)
+        self.asked: list[Ask] = []
+
+    async def sample(self, ask: Ask) -> Turn:
+        """What the script says; a text is ended by the template's own stop token."""
+        self.asked.append(ask)
+        said = self._script(ask)
+        if inspect.isawaitable(said):
+            said = await said
+        if isinstance(said, Turn):
+            return said
+        codec = self._template.codec
+        [ids] = codec.encode_continuation([said], [int(ask.ids[-1])])
+        reason = "stop"
+        if not ids or ids[-1] not in self._template.stop_ids:
+            ids = [*ids, min(self._template.stop_ids)]
+        if ask.limit is not None and len(ids) > ask.limit:
+            ids, reason = ids[: ask.limit], "length"
+        if ask.told is not None:
+            for end in range(1, len(ids) + 1, 8):
+                ask.told(ids[:end])
+                await asyncio.sleep(0)
+        log_probs = None if self._log_prob is None else torch.full((len(ids),), self._log_prob)
+        return Turn(torch.tensor(ids, dtype=torch.int64), log_probs, said, reason)
+
+    async def aclose(self) -> None:
+        """Nothing is held."""
