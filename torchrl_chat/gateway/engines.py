@@ -101,7 +101,10 @@ class ScriptedEngine:
         [ids] = codec.encode_continuation([said], [int(ask.ids[-1])])
         reason = "stop"
         if not ids or ids[-1] not in self._template.stop_ids:
-            ids = [*ids, min(self._template.stop_ids)]
+            ids = [
+                *ids,
+                *sorted(self._template.stop_ids)[:1],
+            ]  # of templates whose turns end with plain words there is none
         if ask.limit is not None and len(ids) > ask.limit:
             ids, reason = ids[: ask.limit], "length"
         if ask.told is not None:

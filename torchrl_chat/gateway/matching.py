@@ -78,7 +78,8 @@ def _fields(message: dict[str, Any]) -> None:
 
 def _arguments(message: dict[str, Any]) -> None:
     for call in message.get("tool_calls") or ():
-        call["arguments"] = frozen_arguments(call["arguments"])
+        if "arguments" in call:
+            call["arguments"] = frozen_arguments(call["arguments"])
 
 
 def _parts(message: dict[str, Any]) -> None:
@@ -174,7 +175,9 @@ def said(message: Message, without: Collection[str] = ()) -> Said:
         plain["role"],
         content if isinstance(content, str) else repr(content),
         plain.get("reasoning"),
-        tuple((call.get("name"), _hashable(call.get("arguments"))) for call in calls),
+        tuple(
+            (call["name"], _hashable(call["arguments"])) if "name" in call else ("", repr(call)) for call in calls
+        ),
         tuple(call.get("id") for call in calls),
         plain.get("tool_call_id"),
     )
