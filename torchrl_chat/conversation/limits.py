@@ -56,16 +56,17 @@ class Limits:
         """The names of the limits given that count tokens."""
         return [name for name in _IN_TOKENS if getattr(self, name) is not None]
 
-    def tokens_left(self, transcript: Transcript, template: ChatTemplate | None) -> int:
+    def tokens_left(self, transcript: Transcript, template: ChatTemplate | None, sampled: int | None = None) -> int:
         """How many tokens the policy may sample in its next turn; :data:`NO_LIMIT` without a limit.
 
         Args:
             transcript: the conversation.
             template: its chat template; ``None`` where turns are not closed by one.
+            sampled: how many tokens the episode has sampled, where it is more than this conversation.
         """
         left = NO_LIMIT if self.max_turn_tokens is None else self.max_turn_tokens
         if self.max_tokens is not None:
-            left = min(left, self.max_tokens - transcript.total_sampled)
+            left = min(left, self.max_tokens - (transcript.total_sampled if sampled is None else sampled))
         if self.max_context is not None:
             left = min(left, self.max_context - len(transcript) - _closing(transcript, template))
         return max(0, left)
@@ -78,6 +79,8 @@ class Limits:
         had: int = NO_LIMIT,
         seconds: float = 0.0,
         calls: int = 0,
+        sampled: int | None = None,
+        turns: int | None = None,
     ) -> StopReason:
         """Which limit ends the episode behind a turn; ``RUNNING`` if none does.
 
@@ -87,18 +90,20 @@ class Limits:
             had: how many tokens the policy might sample in the turn.
             seconds: the wall time since the reset.
             calls: how many tools the policy has called.
+            sampled, turns: how many tokens the episode has sampled, in how many answers, where it is more than this conversation.
         """
+        total = transcript.total_sampled if sampled is None else sampled
         if had <= 0:
             return StopReason.CONTEXT_FULL
         if self.max_tool_calls is not None and calls > self.max_tool_calls:
             return StopReason.MAX_TOOL_CALLS
-        if self.max_tokens is not None and transcript.total_sampled >= self.max_tokens:
+        if self.max_tokens is not None and total >= self.max_tokens:
             return StopReason.MAX_TOKENS
         if self.end_on_cut and self._was_cut(transcript):
             return StopReason.MAX_TURN_TOKENS
-        if self.tokens_left(transcript, template) <= 0 or self._filled(transcript, template):
+        if self.tokens_left(transcript, template, total) <= 0 or self._filled(transcript, template):
             return StopReason.CONTEXT_FULL
-        if self.max_turns is not None and transcript.turns >= self.max_turns:
+        if self.max_turns is not None and (transcript.turns if turns is None else turns) >= self.max_turns:
             return StopReason.MAX_TURNS
         if self.max_seconds is not None and seconds >= self.max_seconds:
             return StopReason.MAX_TIME

@@ -24,6 +24,7 @@ from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import gathered, is_sharded, shard
 from torchrl_chat.models.passes import unwrapped
 from torchrl_chat.models.small import plain_class
+from torchrl_chat.named import named
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import PURE, RunConfig, rate_for
 from torchrl_chat.training.losses import masked_mean
@@ -34,6 +35,7 @@ from torchrl_chat.training.view import training_view
 
 if TYPE_CHECKING:
     from torchrl_chat.envs import DatasetChatEnv
+    from torchrl_chat.gateway.agents import AgentEnv
 
 _HINT = 0.06  # the share of demonstrations with the operation that was asked for, beyond chance
 
@@ -111,14 +113,26 @@ def _device(config: RunConfig) -> torch.device:
     return ranks.device(config.device)
 
 
-def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
-    """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end.
+def make_env(
+    config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int
+) -> DatasetChatEnv | AgentEnv:
+    """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end; played by ``--agent``,
+    if there is one.
 
     Of n processes each has every n-th question, so that together they play what one would.
 
     Raises:
-        ValueError, ImportError, DatasetError: see :func:`~torchrl_chat.gallery.make_env`.
+        ValueError, ImportError, DatasetError: see :func:`~torchrl_chat.gallery.make_env`; or there is no such agent.
     """
+    env = _dataset_env(config, tokenizer, prompts, group_size, seed)
+    if config.agent is None:
+        return env
+    from torchrl_chat.gateway.agents import AgentEnv
+
+    return AgentEnv(env, named(config.agent))
+
+
+def _dataset_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
     own, count = ranks.own(), ranks.count()
     parted: dict[str, Any] = {} if count == 1 else {"shard": (own, count)}
     return gallery.make_env(
@@ -213,7 +227,7 @@ def settle_tokens(config: RunConfig, module: torch.nn.Module) -> None:
         print(f"{room._replace(tokens=config.max_tokens)} (--max-tokens)")
 
 
-def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:
+def ask(env: DatasetChatEnv | AgentEnv, policy: Any, config: RunConfig) -> TensorDictBase:
     """The same questions each time, and the conversations about them, finished."""
     from torchrl_chat.playing import play
 
@@ -276,7 +290,7 @@ def warm_start(
         raise ValueError(
             f"--warm_steps is {config.warm_steps}, and {config.dataset} has no demonstrations: only python-tool."
         )
-    env = make_env(config, tokenizer, count, 1, config.seed)
+    env = _dataset_env(config, tokenizer, count, 1, config.seed)
     try:
         view = demonstrations(env, config.seed)
     finally:

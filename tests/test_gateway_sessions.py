@@ -1,0 +1,418 @@
+"""Sessions: requests matched to what was sampled, retries, budgets; whatever the dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+import pytest
+from agents import TOOLS, ask, asked, calling, check_law, result, session_of, system, user
+
+from torchrl_chat.conversation import Limits, StopReason
+from torchrl_chat.gateway.calls import Call, Kind, Refusal
+from torchrl_chat.gateway.sessions import Names, Session, Settings
+
+
+def run(test):
+    """Run a test that is a coroutine."""
+
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        async def all_of_it():
+            await asyncio.wait_for(test(*args, **kwargs), 60)
+
+        asyncio.run(all_of_it())
+
+    return wrapped
+
+
+def kinds(session: Session) -> dict[str, int]:
+    return {kind: session.report[kind] for kind in ("begins", "forks", "restarts") if session.report[kind]}
+
+
+async def talk(session: Session, messages: list[dict], turns: int) -> list[dict]:
+    """The history after some turns of a plain agent, which answers calls with a number."""
+    messages = list(messages)
+    for turn in range(turns):
+        message = (await ask(session, messages)).choices[0].message
+        messages.append(message)
+        if turn < turns - 1:
+            texts = [f"{turn}.{i}" for i in range(len(message.get("tool_calls", ())))]
+            messages += result(message, *texts) if texts else [user(f"go on {turn}")]
+    return messages
+
+
+LINES = ["one", calling("a"), "two", calling("b", "c", said="both:"), "three", "four", "five", "six"]
+
+
+@run
+async def test_a_history_that_comes_back_is_one_sequence():
+    session = session_of(LINES)
+    await talk(session, [system("Be brief."), user("hi")], 6)
+    assert check_law(session) == 1
+    assert kinds(session) == {"begins": 1}
+    [branch] = session.transcript().sequences
+    assert len(branch.tokens) == len(session.engine.sampled[-1][0]) + len(session.engine.sampled[-1][1]) + 1
+
+
+@run
+async def test_spellings_of_every_rule_are_continued():
+    """A1 to A7 at once; each by itself is tested on messages."""
+    session = session_of(LINES)
+    history = await talk(session, [system("Be brief."), user("hi")], 4)
+    spelled: list[dict] = [{"role": "developer", "content": "Be brief.\n"}]
+    for message in history[1:]:
+        again = {**message, "annotations": None, "name": None}
+        if calls := message.get("tool_calls"):
+            again["content"] = "\n" if not message["content"] else message["content"]
+            again["tool_calls"] = [
+                {
+                    **call,
+                    "index": i,
+                    "function": {**call["function"], "arguments": call["function"]["arguments"] + " "},
+                }
+                for i, call in enumerate(calls)
+            ]
+        spelled.append(again)
+    await ask(session, [*spelled, *result(history[-1], "x", "y")])
+    assert check_law(session) == 1
+
+
+@run
+async def test_renamed_ids_of_calls_are_followed():
+    """A8."""
+    session = session_of([calling("a", "b"), "done", "more"])
+    message = (await ask(session, [user("hi")])).choices[0].message
+    told = result(message, "first", "second")
+    renamed = {call["id"]: f"other{i}" for i, call in enumerate(message["tool_calls"])}
+    message = {**message, "tool_calls": [{**call, "id": renamed[call["id"]]} for call in message["tool_calls"]]}
+    told = [{**each, "tool_call_id": renamed[each["tool_call_id"]]} for each in told]
+    answer = (await ask(session, [user("hi"), message, *told])).choices[0].message
+    assert check_law(session) == 1
+    assert session.transcript().messages[2]["tool_call_id"] == "call00000"
+    await ask(session, [user("hi"), message, *told, answer, user("more")])
+    assert check_law(session) == 1
+
+
+@run
+async def test_an_answer_can_be_named():
+    """A9."""
+    session = session_of(["one", "two", "three", "four"])
+    first = await ask(session, [user("hi")], instructions="Be brief.")
+    second = await ask(session, [user("more")], instructions="Be brief.", previous=first.name, tools=None)
+    assert check_law(session) == 1
+    await ask(session, [user("again")], instructions="Be long.", previous=second.name)
+    assert check_law(session) == 2
+    assert [m["content"] for m in session.transcript().messages[:4]] == ["Be long.", "hi", "one", "more"]
+    with pytest.raises(Refusal, match="no answer of the name") as refused:
+        await ask(session, [user("x")], previous="nothing")
+    assert refused.value.kind is Kind.MISSING
+
+
+@run
+async def test_an_empty_final_answer_may_be_left_out():
+    """A10."""
+    session = session_of(["one", "", "two"])
+    history = await talk(session, [user("hi")], 2)
+    assert not history[-1]["content"]
+    await ask(session, [*history[:-1], user("say something")])
+    assert check_law(session) == 1
+
+
+@run
+async def test_an_answer_may_be_left_out_for_a_complaint():
+    """B1."""
+    session = session_of(["one", "bad", "two", "three"])
+    history = await talk(session, [user("hi")], 2)
+    again = [*history[:-1], user("that was no call")]
+    answer = (await ask(session, again)).choices[0].message
+    await ask(session, [*again, answer, user("good")])
+    assert check_law(session) == 2
+    assert kinds(session) == {"begins": 1, "forks": 1}
+    assert any("(B1)" in finding for finding in session.findings)
+    closed, going = session.transcript().sequences
+    tokens = session.templates.plain.codec.decode([closed.tokens.tolist(), going.tokens.tolist()])
+    assert "bad" in tokens[0]
+    assert "bad" not in tokens[1]
+    assert going.mask.sum() > closed.mask.sum()  # the first answer is trained where the episode went on
+
+
+@run
+async def test_results_and_words_may_come_together():
+    """B3."""
+    session = session_of([calling("a"), "two"])
+    message = (await ask(session, [user("hi")])).choices[0].message
+    await ask(session, [user("hi"), message, *result(message, "7"), user("and then?")])
+    assert check_law(session) == 1
+
+
+@pytest.mark.parametrize("what", ["system", "tools"])
+@run
+async def test_another_system_prompt_or_other_tools_begin_a_sequence(what):
+    """B4."""
+    session = session_of(LINES)
+    history = await talk(session, [system("I am a."), user("hi")], 3)
+    more: dict = {}
+    if what == "system":
+        history[0] = system("I am b.")
+    else:
+        more["tools"] = ()
+    await ask(session, [*history, user("go on")], **more)
+    assert check_law(session) == 2
+    assert kinds(session) == {"begins": 1, "restarts": 1}
+    assert ("(B4)" in session.findings[-1]) == (what == "tools")
+
+
+@run
+async def test_agents_within_an_agent_have_sequences_of_their_own():
+    """B5."""
+    session = session_of(lambda ask: f"answer to {ask.messages[-1]['content']}")
+    main = await talk(session, [system("main"), user("hi")], 2)
+    await asyncio.gather(*(talk(session, [system("sub"), user(f"task {i}")], 3) for i in range(3)))
+    await ask(session, [*main, user("go on")])
+    assert check_law(session) == 4
+    assert session.transcript().messages[0]["content"] == "main"
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@run
+async def test_an_edit_forks_where_it_stands(at):
+    session = session_of(LINES)
+    history = await talk(session, [user("hi")], 4)
+    edited = [*history[: at - 1], {**history[at - 1], "content": "something else"}]
+    await ask(session, edited)
+    assert check_law(session) == 2
+    prompts = [prompt for prompt, _ in session.engine.sampled]
+    common = next((i for i, (a, b) in enumerate(zip(prompts[-1], prompts[-2], strict=False)) if a != b), 0)
+    assert common >= len(prompts[0]) or at == 1  # what stands before the edit is kept, id for id
+
+
+@run
+async def test_words_of_the_model_that_it_did_not_say_begin_a_sequence():
+    session = session_of(LINES)
+    history = await talk(session, [user("hi")], 3)
+    edited = [*history[:-1], {**history[-1], "content": "I never said that"}, user("you did")]
+    await ask(session, edited)
+    assert check_law(session) == 2
+    assert "not what was sampled there: its text differs from character" in session.findings[-1]
+    assert "never" not in " ".join(session.findings)
+
+
+# ---------------------------------------------------------------------- the same again
+@run
+async def test_equal_requests_are_two_samples_and_choices_are_siblings():
+    session = session_of([f"answer {i}" for i in range(9)], seed=5)
+    await asyncio.gather(ask(session, [user("hi")]), ask(session, [user("hi")]))
+    reply = await ask(session, [user("hi")], n=3)
+    assert len({choice.content for choice in reply.choices}) == 3
+    seeds = [each.seed for each in session.engine.asked]
+    assert len(set(seeds)) == 5
+    assert seeds[0] == 5
+    assert check_law(session) == 5
+    for choice in reply.choices:  # each of them can be gone on from
+        await ask(session, [user("hi"), choice.message, user("go on")])
+    assert check_law(session) == 5
+
+
+@pytest.mark.parametrize("how", ["header", "key", "lost"])
+@run
+async def test_a_retry_gets_the_answer_of_the_first_try(how):
+    """B2."""
+    session = session_of(["one", "two"])
+    more = {"key": "k"} if how == "key" else {}
+    call = Call(messages=(user("hi"),), **more)
+    first = session.open(call, b"body")
+    reply = await first.reply()
+    if how != "lost":
+        first.deliver()
+    again = session.open(Call(messages=(user("hi"),), retry=int(how == "header"), **more), b"body")
+    assert await again.reply() is reply
+    again.deliver()
+    assert check_law(session) == 1
+    if how == "key":
+        with pytest.raises(Refusal, match="another request"):
+            session.open(Call(messages=(user("other"),), key="k"), b"other")
+    elif how == "lost":
+        other = await session.open(call, b"body").reply()
+        assert other.choices[0].content == "two"
+
+
+@run
+async def test_a_retry_joins_what_is_on_its_way():
+    ready = asyncio.Event()
+
+    async def slow(ask):
+        await ready.wait()
+        return "one"
+
+    session = session_of(slow)
+    first = session.open(Call(messages=(user("hi"),)), b"body")
+    first.waiting += 1
+    await asyncio.sleep(0)
+    again = session.open(Call(messages=(user("hi"),), retry=1), b"body")
+    assert again is first
+    session.left(first)  # the first client gives up; the second waits
+    again.waiting += 1
+    ready.set()
+    assert (await again.reply()).choices[0].content == "one"
+    assert session.turns == 1
+
+
+@run
+async def test_nobody_waits_and_nothing_is_sampled():
+    session = session_of(lambda ask: asyncio.sleep(60), patience=0.01)
+    exchange = session.open(Call(messages=(user("hi"),)), b"body")
+    exchange.waiting += 1
+    await exchange.prompt
+    session.left(exchange)
+    with pytest.raises(asyncio.CancelledError):
+        await exchange.reply()
+    await asyncio.sleep(0.02)
+    assert not session.flying
+    assert session.transcript() is None
+    assert not session._exchanges
+    assert not session._by_body
+
+
+@run
+async def test_an_answer_that_nobody_got_is_not_trained():
+    session = session_of(["one", "two"])
+    history = await talk(session, [user("hi")], 1)
+    await session.open(Call(messages=(*history, user("go on")), tools=TOOLS), b"body").reply()
+    assert check_law(session, lost=1) == 1
+    assert session.transcript().turns == 1
+
+
+@run
+async def test_an_engine_that_fails_costs_its_request_alone():
+    lines = iter(["one", ValueError("out of memory"), "two"])
+    session = session_of(lambda ask: next(lines))
+    history = await talk(session, [user("hi")], 1)
+    with pytest.raises(Refusal, match="out of memory") as refused:
+        await ask(session, [*history, user("go on")], b"body")
+    assert refused.value.status == 500
+    await ask(session, [*history, user("go on")], b"body", retry=1)
+    assert check_law(session) == 1
+
+
+# ---------------------------------------------------------------------- what the session decides
+@run
+async def test_settings_of_the_agent_are_not_looked_at_unless_they_are_allowed():
+    session = session_of(["one two three"] * 3, sampling={"temperature": 0.7})
+    values = asked(temperature=0.1, seed=3, max_tokens=4)
+    reply = await ask(session, [user("hi")], asked=values)
+    assert session.engine.asked[0].settings == {"temperature": 0.7}
+    assert session.engine.asked[0].limit == 4
+    assert reply.choices[0].finish == "length"
+    assert any("seed, temperature" in finding for finding in session.findings)
+    free = session_of(["one"], sampling={"temperature": 0.7}, allow=frozenset({"temperature"}))
+    await ask(free, [user("hi")], asked=values)
+    assert free.engine.asked[0].settings == {"temperature": 0.1}
+    assert free.engine.asked[0].limit is None
+    with pytest.raises(ValueError, match=r"sampling has \['top_k'\]"):
+        session_of([], sampling={"top_k": 3})
+
+
+@run
+async def test_a_stop_string_ends_an_answer_and_stays_in_the_ledger():
+    session = session_of(["Thought.\nObservation: I made this up", "done"])
+    reply = await ask(session, [user("hi")], asked=asked(stop=("Observation:", "never")))
+    choice = reply.choices[0]
+    assert (choice.content, choice.finish, choice.stopped_by) == ("Thought.\n", "stop", "Observation:")
+    text = session.templates.plain.codec.decode([session.transcript().tokens.tolist()])[0]
+    assert "Observation:" in text
+    assert "made" not in text
+    session.engine.sampled[0] = (session.engine.sampled[0][0], session.tree.answers[0].transcript.tokens.tolist())
+    await ask(session, [user("hi"), choice.message, user("Observation: 7")])
+    assert len(session.transcript().sequences) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "stop", "answers"),
+    [
+        (Limits(max_turns=2), StopReason.MAX_TURNS, 2),
+        (Limits(max_tokens=30), StopReason.MAX_TOKENS, None),
+        (Limits(max_tool_calls=1), StopReason.MAX_TOOL_CALLS, 3),
+        (Limits(max_turn_tokens=3, end_on_cut=True), StopReason.MAX_TURN_TOKENS, 1),
+    ],
+    ids=["turns", "tokens", "calls", "cut"],
+)
+@run
+async def test_a_budget_ends_the_session(limits, stop, answers):
+    lines = {StopReason.MAX_TOOL_CALLS: [calling("a"), "b", calling("c"), "d"]}.get(stop, ["one word"] * 9)
+    session = session_of(lines, limits=limits)
+    messages: list[dict] = [user("hi")]
+    with pytest.raises(Refusal) as refused:
+        await talk(session, messages, 9)
+    assert (refused.value.kind, refused.value.code) == (Kind.BUDGET, stop.word)
+    assert session.stop is stop
+    if answers is not None:
+        assert session.turns == answers
+    else:
+        assert session.sampled == limits.max_tokens
+    assert check_law(session) == 1
+
+
+@run
+async def test_parallel_requests_share_one_budget():
+    session = session_of(["a long answer of many words"] * 4, limits=Limits(max_tokens=20))
+    replies = await asyncio.gather(*(ask(session, [user(f"task {i}")]) for i in range(4)), return_exceptions=True)
+    assert session.sampled == 20
+    assert any(isinstance(reply, Refusal) for reply in replies)
+
+
+@run
+async def test_a_full_context_ends_its_sequence_and_not_the_session():
+    session = session_of(["one", "two", "three"], limits=Limits(max_context=300))
+    history = await talk(session, [user("hi")], 1)
+    with pytest.raises(Refusal, match="no answer fits") as refused:
+        await ask(session, [*history, user("many words " * 200)])
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    await ask(session, [user("a summary")])
+    assert check_law(session) == 2
+
+
+@run
+async def test_a_finished_session_takes_nothing():
+    session = session_of(["one", "two"])
+    history = await talk(session, [user("hi")], 1)
+    session.finish(1.0, parts={"exact": 1})
+    session.finish(0.0)
+    assert (session.reward, session.success, session.reward_parts) == (1.0, True, {"exact": 1.0})
+    assert session.stop is StopReason.ANSWERED
+    with pytest.raises(Refusal, match="finished"):
+        await ask(session, [*history, user("go on")])
+    with pytest.raises(ValueError, match="finite"):
+        session_of([]).finish(float("nan"))
+
+
+@run
+async def test_what_a_template_refuses_is_told_and_costs_nothing():
+    session = session_of(["one"], source="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(Refusal, match="roles must alternate") as refused:
+        await ask(session, [user("hi")])
+    assert refused.value.status == 400
+    assert not session._exchanges
+
+
+@run
+async def test_ids_of_calls_are_unique_over_sessions():
+    names, seen = Names(), set()
+    for _ in range(2):
+        session = session_of([calling("a", "b")] * 2)
+        session._names = names  # as those of one gateway
+        for _ in range(2):
+            message = (await ask(session, [user("hi")])).choices[0].message
+            seen |= {call["id"] for call in message["tool_calls"]}
+    assert len(seen) == 8
+
+
+@run
+async def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="history='drop'"):
+        Settings(history="drop")
+    session = session_of(["x"] * 20, max_choices=2)
+    with pytest.raises(Refusal, match="'n' is 3"):
+        await ask(session, [user("hi")], n=3)
+    with pytest.raises(Refusal, match="response_format"):
+        await ask(session, [user("hi")], asked=asked(response_format={"type": "json_object"}))

@@ -1,0 +1,350 @@
+"""The gateway as an ASGI application: addresses, bodies, streams, and clients that leave.
+
+    POST /s/NAME/v1/chat/completions     an agent's request; /v1/chat/completions where its key names the session
+    GET  /s/NAME/v1/models               the model
+    POST /sessions                       a driver makes a session: {"name", "row", "group", "seed"}, all of them optional
+    GET  /sessions, GET /s/NAME          what there is to know, without any of its words
+    POST /s/NAME/finish                  a driver ends it: {"reward", "success", "parts", "failure"}
+    GET  /health
+
+Each dialect has its own path. Agents show their session's key; drivers the gateway's token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
+
+from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, loads
+from torchrl_chat.gateway.dialects import DIALECTS
+from torchrl_chat.gateway.sessions import Exchange, Session
+from torchrl_chat.gateway.table import Table, report
+from torchrl_chat.openenv.server.security import Guard, OwnNames
+
+_log = logging.getLogger("torchrl_chat.gateway")
+_PING = 15.0  # seconds of silence in a stream, after which a comment is sent
+_SESSION = re.compile(r"^/s/([^/]+)(/.*)$")
+Finisher = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
+
+
+class Gone(Exception):
+    """The client has left: nobody is there to be told anything."""
+
+
+class Front:
+    """Answers one request after the other, whatever its dialect.
+
+    Args:
+        table: the sessions.
+        dialects: what is spoken.
+        model: the model's name, for ``/v1/models``.
+        finisher: ends a session as a driver's body says; ``None``: with the reward that stands in it.
+    """
+
+    def __init__(self, table: Table, dialects: Sequence[Dialect], model: str, finisher: Finisher | None = None):
+        self.table, self.model = table, model
+        self._finisher = finisher
+        self._guard = Guard()
+        self._asked = {dialect.path: dialect for dialect in dialects}
+        self._counted = {dialect.count_path: dialect for dialect in dialects if dialect.count_path}
+        self._first = dialects[0]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI endpoint of every address."""
+        request = Request(scope, receive)
+        path = request.url.path
+        dialect = self._first
+        try:
+            if (refused := self._guard.refusal(request)) is not None:
+                raise Refusal(refused[1], Kind.UNAUTHORIZED)
+            found = _SESSION.match(path)
+            name, inner = (found[1], found[2]) if found else (None, path)
+            inner = inner.removeprefix("/v1") if inner.startswith("/v1/") else inner
+            if (spoken := self._asked.get(inner) or self._counted.get(inner)) is not None:
+                dialect = spoken
+                self._method(request, "POST")
+                await self._agent(request, send, dialect, name, inner in self._counted)
+                return
+            body = await self._driver(request, name, inner)
+            await _send(send, 200, body)
+        except Refusal as refusal:
+            await self._refuse(send, dialect, refusal)
+        except (Gone, ClientDisconnect):
+            return
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            _log.error("a request failed", extra={"failure": type(error).__name__}, exc_info=_log.isEnabledFor(10))
+            await self._refuse(send, dialect, Refusal("the gateway failed; its log names the error.", Kind.ENGINE))
+
+    @staticmethod
+    def _method(request: Request, *methods: str) -> None:
+        if request.method not in methods:
+            raise Refusal(f"this address takes {' and '.join(methods)}, not {request.method[:16]}.", Kind.METHOD)
+
+    async def _refuse(self, send: Send, dialect: Dialect, refusal: Refusal) -> None:
+        headers = {}
+        if refusal.kind in (Kind.BUDGET, Kind.CONFLICT):
+            headers["x-should-retry"] = "false"  # the SDKs of OpenAI and Anthropic try a conflict again otherwise
+        if refusal.kind is Kind.BUSY:
+            headers["retry-after"] = "1"
+        await _send(send, refusal.status, dialect.refusal(refusal), headers)
+
+    # ------------------------------------------------------------------ agents
+    async def _agent(self, request: Request, send: Send, dialect: Dialect, name: str | None, counts: bool) -> None:
+        raw = await self._raw(request)
+        session = self.table.find(name, _key(request))
+        body = loads(raw, self.table.limits.max_depth)
+        if not isinstance(body, dict):
+            raise Refusal("the body is no JSON object.")
+        call = dialect.parse(body, _Headers(request))
+        if not call.model:
+            call = _with_model(call, self.model)
+        if counts:
+            await _send(send, 200, dialect.count(await session.count(call)))
+            return
+        exchange = session.open(call, dialect.path.encode() + raw)
+        exchange.waiting += 1
+        gone = asyncio.ensure_future(_gone(request.receive))
+        try:
+            if call.stream:
+                await self._stream(send, dialect, call, exchange, gone)
+            else:
+                reply = await _unless(gone, exchange)
+                if gone.done():
+                    raise Gone
+                await _send(send, 200, dialect.write(call, reply))
+                exchange.deliver()
+        finally:
+            gone.cancel()
+            session.left(exchange)
+
+    async def _stream(
+        self, send: Send, dialect: Dialect, call: Call, exchange: Exchange, gone: asyncio.Future[None]
+    ) -> None:
+        await _first(exchange.prompt, gone)
+        if not exchange.prompt.done():
+            raise Gone
+        if exchange.prompt.cancelled():
+            raise _given_up()
+        exchange.prompt.result()  # what is refused is refused before the stream begins
+        writer = dialect.events(call)
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        assert exchange.task is not None
+        progress, seen = exchange.progress, 0
+        news = writer.begin(exchange.name, exchange.created, call.model)
+        try:
+            while not exchange.done:
+                await send({"type": "http.response.body", "body": news or writer.ping(), "more_body": True})
+                await _first(exchange.task, progress.news(seen), gone, timeout=_PING)
+                if gone.done():
+                    raise Gone
+                news, seen = b"".join(map(writer.delta, progress.told[seen:])), len(progress.told)
+            reply = await exchange.reply()
+            last = [*map(writer.delta, [*progress.told[seen:], *progress.rest(reply)]), writer.end(reply)]
+        except Refusal as refusal:
+            await send({"type": "http.response.body", "body": writer.fail(refusal)})
+            return
+        except asyncio.CancelledError:
+            if not exchange.done:
+                raise
+            await send({"type": "http.response.body", "body": writer.fail(_given_up())})
+            return
+        if gone.done():
+            raise Gone
+        await send({"type": "http.response.body", "body": b"".join([news, *last])})
+        exchange.deliver()
+
+    # ------------------------------------------------------------------ drivers, and everybody
+    async def _driver(self, request: Request, name: str | None, inner: str) -> Any:
+        if inner == "/health" and name is None:
+            return {"status": "closing" if self.table.closing else "healthy", "sessions": len(self.table.open)}
+        if inner == "/models" or inner.startswith("/models/"):
+            self._method(request, "GET")
+            if not _is_driver(self.table, request):
+                self.table.find(name, _key(request))
+            model = {"id": self.model, "object": "model", "created": 0, "owned_by": "torchrl_chat"}
+            return model if inner.startswith("/models/") else {"object": "list", "data": [model]}
+        if inner == "/sessions" and name is None:
+            self._method(request, "GET", "POST")
+            self.table.check_driver(_key(request))
+            if request.method == "GET":
+                return {"sessions": [report(session) for session in self.table.open.values()]}
+            return self._created(await self._object(request), str(request.base_url).rstrip("/"))
+        if name is not None and inner == "/finish":
+            self._method(request, "POST")
+            session = self.table.driven(name, _key(request))
+            body = await self._object(request)
+            await self._finish(session, body)
+            return report(session)
+        if name is not None and inner in ("", "/"):
+            self._method(request, "GET")
+            return report(self.table.driven(name, _key(request)))
+        spoken = ", ".join(f"/v1{path}" for path in [*self._asked, *self._counted])
+        raise Refusal(f"there is nothing at this address; agents ask at {spoken}.", Kind.MISSING)
+
+    def _created(self, body: Mapping[str, Any], url: str) -> dict[str, Any]:
+        if unknown := sorted(set(body) - {"name", "row", "group", "seed"}):
+            raise Refusal(
+                f"a session has 'name', 'row', 'group' and 'seed', not {unknown[0][:40]!r}.", param=unknown[0]
+            )
+        kinds: dict[str, Any] = {"name": str, "row": dict, "seed": int}
+        for key, kind in kinds.items():
+            if body.get(key) is not None and not isinstance(body[key], kind):
+                raise Refusal(f"{key!r} is no {kind.__name__}.", param=key)
+        session = self.table.create(
+            body.get("name"), row=body.get("row"), group=body.get("group"), seed=body.get("seed")
+        )
+        return {"name": session.name, "base_url": f"{url}/s/{session.name}/v1", "api_key": session.key}
+
+    async def _finish(self, session: Session, body: Mapping[str, Any]) -> None:
+        if unknown := sorted(set(body) - {"reward", "success", "parts", "failure"}):
+            raise Refusal(
+                f"a session ends with 'reward', 'success', 'parts' and 'failure', not {unknown[0][:40]!r}.",
+                param=unknown[0],
+            )
+        try:
+            if self._finisher is not None:
+                await self._finisher(session, body)
+            else:
+                self.table.finish(session, **body)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise Refusal(f"the session cannot end like this: {error}") from None
+
+    # ------------------------------------------------------------------ bodies
+    async def _raw(self, request: Request) -> bytes:
+        most = self.table.limits.max_message_bytes
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                raise Refusal(f"the body has more than {most} bytes.", Kind.TOO_LARGE)
+        return bytes(body)
+
+    async def _object(self, request: Request) -> Mapping[str, Any]:
+        raw = await self._raw(request)
+        body = loads(raw, self.table.limits.max_depth) if raw.strip() else {}
+        if not isinstance(body, dict):
+            raise Refusal("the body is no JSON object.")
+        return body
+
+
+class _Headers(Mapping[str, str]):
+    """The headers of a request, read one by one: starlette's own mapping is made anew for all of them."""
+
+    def __init__(self, request: Request):
+        self._raw: list[tuple[bytes, bytes]] = request.scope["headers"]
+
+    def __getitem__(self, name: str) -> str:
+        wanted = name.encode()
+        for key, value in self._raw:
+            if key == wanted:
+                return value.decode("latin-1")
+        raise KeyError(name)
+
+    def __iter__(self) -> Any:
+        return (key.decode("latin-1") for key, _ in self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+def _key(request: Request) -> str:
+    headers = _Headers(request)
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and value.strip():
+        return value.strip()
+    return headers.get("x-api-key") or headers.get("api-key") or ""
+
+
+def _is_driver(table: Table, request: Request) -> bool:
+    try:
+        table.check_driver(_key(request))
+    except Refusal:
+        return False
+    return True
+
+
+def _with_model(call: Call, model: str) -> Call:
+    return dataclasses.replace(call, model=model)
+
+
+def _given_up() -> Refusal:
+    return Refusal("the request was given up: the session is finished, or the gateway closes.", Kind.GONE)
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless(gone: asyncio.Future[None], exchange: Exchange) -> Reply:
+    """The reply of an exchange, unless its client leaves first."""
+    assert exchange.task is not None
+    if not exchange.task.done():
+        await _first(exchange.task, gone)
+    if not exchange.task.done():
+        raise Gone
+    if exchange.task.cancelled():
+        raise _given_up()
+    return exchange.task.result()
+
+
+async def _first(*awaited: asyncio.Future[Any], timeout: float | None = None) -> None:
+    """Wait until one of them is done, or for some seconds."""
+    await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _send(send: Send, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+    raw = orjson.dumps(body, default=str, option=orjson.OPT_NON_STR_KEYS)
+    told = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+    told += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": told})
+    await send({"type": "http.response.body", "body": raw})
+
+
+def create_app(
+    table: Table,
+    *,
+    dialects: Sequence[Dialect] = DIALECTS,
+    model: str = "policy",
+    loopback: bool = True,
+    finisher: Finisher | None = None,
+) -> Starlette:
+    """The application.
+
+    Args:
+        table: the sessions.
+        dialects: what is spoken.
+        model: the model's name.
+        loopback: refuse requests under a name that is not this machine's.
+        finisher: see :class:`Front`.
+    """
+    front = Front(table, dialects, model, finisher)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        reaper = asyncio.ensure_future(table.reap())
+        try:
+            yield
+        finally:
+            reaper.cancel()
+            table.shut()
+
+    app = Starlette(routes=[Mount("/", front)], lifespan=lifespan)
+    if loopback:
+        app.add_middleware(OwnNames)
+    return app

@@ -1,0 +1,696 @@
+"""A session: one agent's episode, whatever requests it is made of.
+
+A session takes :class:`~torchrl_chat.gateway.calls.Call` values and gives :class:`Exchange` values, each of which will hold a
+:class:`~torchrl_chat.gateway.calls.Reply`. It belongs to one event loop. What is sampled, for how long, with which settings and seed is the
+session's affair, not the agent's.
+
+Law of this file: what an agent sends decides what the model sees, and nothing that the model sampled is changed by it. A request
+that fails leaves the session as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import re
+import secrets
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn, answer, append
+from torchrl_chat.conversation.limits import NO_LIMIT
+from torchrl_chat.gateway.calls import Call, Choice, Finish, Kind, Refusal, Reply, ToolCall, Usage
+from torchrl_chat.gateway.engines import Ask, Engine
+from torchrl_chat.gateway.matching import POLICY, said
+from torchrl_chat.gateway.streaming import Progress, Teller
+from torchrl_chat.gateway.templates import Templates
+from torchrl_chat.gateway.tree import Answer, CallName, Match, Tree
+from torchrl_chat.messages import Message, MessageError
+from torchrl_chat.seeds import mixed
+from torchrl_chat.templates import ChatTemplate, ChatTemplateError
+
+_log = logging.getLogger("torchrl_chat.gateway")
+_COUNTED = re.compile(r"call[0-9]{5,}")  # the ids that the parser makes up, where a format writes none
+_REMEMBERED = 256  # replies that a session keeps for retries
+
+AGENTS = frozenset({"max_tokens", "stop"})
+"""What an agent may set unless the session says otherwise: where its answers end, not how they are sampled."""
+
+
+class Names:
+    """Names that no other answer or call of the server has, of letters and digits."""
+
+    def __init__(self) -> None:
+        self._begin, self._count = secrets.token_hex(6), itertools.count()
+
+    def __call__(self) -> str:
+        """A new one."""
+        return f"{self._begin}{next(self._count):08x}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a session decides, and its agent does not.
+
+    Raises:
+        ValueError: a value that it cannot have.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    """What the episode may take; counted over all of its sequences, but for ``max_context``, which each sequence has."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the engine gets with each request, of those that it takes."""
+    allow: frozenset[str] = AGENTS
+    """Names of the settings that the agent may choose; others of its settings are not looked at."""
+    history: Literal["keep", "template"] = "keep"
+    """Whether the past stays as it was sampled, or is written anew as the template does it, in a sequence of its own."""
+    max_choices: int = 16
+    """How many answers one request may ask for."""
+    patience: float = 5.0
+    """Seconds that sampling goes on for a client that has left: it may come back, with a retry."""
+
+    def __post_init__(self) -> None:
+        if self.history not in ("keep", "template"):
+            raise ValueError(f"history={self.history!r}: expected 'keep' or 'template'.")
+        if self.max_choices < 1:
+            raise ValueError(f"max_choices is {self.max_choices}: expected at least 1.")
+
+
+class Exchange:
+    """A request and its answer, on its way or there.
+
+    Attributes:
+        name: the name of the reply.
+        created: seconds since 1970.
+        prompt: set when the prompt stands, or is refused; what is refused is refused before anything is streamed.
+        task: it has the reply.
+        answers: what was sampled.
+        waiting: how many clients wait for it.
+        progress: what can be told of it already.
+    """
+
+    def __init__(self, name: str, created: int, digest: bytes):
+        loop = asyncio.get_running_loop()
+        self.name, self.created, self.digest = name, created, digest
+        self.prompt: asyncio.Future[None] = loop.create_future()
+        self.task: asyncio.Task[Reply] | None = None
+        self.answers: list[Answer] = []
+        self.waiting = 0
+        self.claimed = 0  # retries that have got it
+        self.progress = Progress()
+        self._delivered = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is there."""
+        return self.task is not None and self.task.done()
+
+    @property
+    def delivered(self) -> bool:
+        """Whether a client has got it whole."""
+        return self._delivered
+
+    def deliver(self) -> None:
+        """Say that a client has got it whole."""
+        self._delivered = True
+        for given in self.answers:
+            given.delivered = True
+
+    async def reply(self) -> Reply:
+        """The answer.
+
+        Raises:
+            Refusal: there is none.
+        """
+        assert self.task is not None
+        return await asyncio.shield(self.task)
+
+
+class Session:
+    """One episode.
+
+    Args:
+        name: its name, part of its address.
+        engine: what samples.
+        templates: the model's chat template.
+        settings: what the session decides.
+        names: makes names that are unique over the server.
+        row: the dataset row, for rewards and columns.
+        group: what the episodes of one group share.
+        seed: of what is sampled; ``None``: the engine's own randomness.
+        key: what a client shows to be let in.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        templates: Templates,
+        settings: Settings | None = None,
+        *,
+        names: Names | None = None,
+        row: Mapping[str, Any] | None = None,
+        group: Any = None,
+        seed: int | None = None,
+        key: str = "",
+    ):
+        self.name, self.key = name, key
+        self.engine, self.templates, self.settings = engine, templates, settings or Settings()
+        if unknown := sorted(set(self.settings.sampling) - engine.settings):
+            raise ValueError(
+                f"sampling has {unknown}: this engine takes {sorted(engine.settings) or 'no settings'} with a request; "
+                "what else there is belongs to the engine itself."
+            )
+        self.row, self.group, self.seed = dict(row or {}), group, seed
+        self.tree = Tree()
+        self.stop = StopReason.RUNNING
+        self.finished = False
+        self.reward: float | None = None
+        self.success: bool | None = None
+        self.reward_parts: dict[str, float] = {}
+        self.failure, self.grade_failure = "", ""
+        self.report: Counter[str] = Counter()
+        self.findings: list[str] = []
+        """Where a sequence began or forked, and why; and what was asked for and left out."""
+        self.begun = time.monotonic()
+        self.used = self.begun
+        self.sampled, self.turns, self.calls = 0, 0, 0
+        self._names = names or Names()
+        self._exchanges: OrderedDict[str, Exchange] = OrderedDict()
+        self._by_body: dict[bytes, list[Exchange]] = {}
+        self._by_key: dict[str, Exchange] = {}
+
+    def __repr__(self) -> str:
+        state = self.stop.word if self.finished or self.stop else "running"
+        return f"Session({self.name!r}, {self.turns} answers, {self.sampled} tokens, {state})"
+
+    # ------------------------------------------------------------------ requests
+    @property
+    def flying(self) -> int:
+        """How many requests are on their way."""
+        return sum(not exchange.done for exchange in self._exchanges.values())
+
+    def open(self, call: Call, body: bytes) -> Exchange:
+        """The exchange of a request: a new one, or that of the request that it tries again (``B2``).
+
+        Args:
+            call: the request.
+            body: its bytes, or whatever is the same for a request that is tried again.
+
+        Raises:
+            Refusal: it is not to be answered.
+        """
+        self.used = time.monotonic()
+        digest = hashlib.blake2b(body, digest_size=16).digest()
+        known = self._tried(call, digest)
+        if known is not None:
+            self.report["retries"] += 1
+            return known
+        self._check(call)
+        exchange = Exchange(self._names(), int(time.time()), digest)
+        self._exchanges[exchange.name] = exchange
+        self._by_body.setdefault(digest, []).append(exchange)
+        if call.key is not None:
+            self._by_key[call.key] = exchange
+        exchange.task = asyncio.get_running_loop().create_task(self._answered(exchange, call))
+        exchange.task.add_done_callback(lambda _: self._settled(exchange, call))
+        return exchange
+
+    def _tried(self, call: Call, digest: bytes) -> Exchange | None:
+        """The exchange that a request tries again."""
+        if call.key is not None and (known := self._by_key.get(call.key)) is not None:
+            if known.digest != digest:
+                raise Refusal("this idempotency key was used for another request.", Kind.CONFLICT)
+            return known
+        same = self._by_body.get(digest, [])
+        # One that nobody waits for, and nobody got: its client has gone, whatever the headers say.
+        lost = [exchange for exchange in same if not exchange.delivered and not exchange.waiting]
+        found = lost or (same if call.retry else [])
+        if not found:
+            return None
+        known = min(found, key=lambda exchange: (exchange.claimed, exchange.delivered))
+        known.claimed += 1
+        return known
+
+    def _check(self, call: Call) -> None:
+        limits = self.settings.limits
+        if self.finished:
+            raise Refusal(
+                "this session is finished: its episode takes no further requests.", Kind.BUDGET, code="finished"
+            )
+        if not self.stop and limits.max_seconds is not None and time.monotonic() - self.begun >= limits.max_seconds:
+            self.stop = StopReason.MAX_TIME
+        if self.stop:
+            raise Refusal(
+                f"the session has used up its budget ({self.stop.word}, {self._budget(self.stop)}): the episode is over.",
+                Kind.BUDGET,
+                code=self.stop.word,
+            )
+        if call.n > self.settings.max_choices:
+            raise Refusal(f"'n' is {call.n}: a request may ask for {self.settings.max_choices} answers.", param="n")
+        if not call.messages and call.previous is None:
+            raise Refusal("there are no messages: give at least one.", param="messages")
+        for name, value in call.asked.values.items():
+            if name == "response_format" and name not in self.engine.settings:
+                raise Refusal(
+                    f"'response_format' of the type {value.get('type') if isinstance(value, dict) else value!r} is not to be had: "
+                    "this engine does not constrain what it samples. Ask for it in words.",
+                    param=name,
+                )
+
+    def _budget(self, stop: StopReason) -> str:
+        value = getattr(self.settings.limits, {"max_time": "max_seconds"}.get(stop.word, stop.word), None)
+        return "of the session" if value is None else f"{value:g}"
+
+    def _settled(self, exchange: Exchange, call: Call) -> None:
+        """Forget what failed: the next try is a new request; and, of what did not, the oldest."""
+        assert exchange.task is not None
+        failed = exchange.task.cancelled() or exchange.task.exception() is not None
+        if not exchange.prompt.done():
+            exchange.prompt.cancel()
+        if failed:
+            self._forget(exchange.name)
+        while len(self._exchanges) > _REMEMBERED:
+            oldest = next((name for name, known in self._exchanges.items() if known.done), None)
+            if oldest is None:
+                break
+            self._forget(oldest)
+
+    def _forget(self, name: str) -> None:
+        exchange = self._exchanges.pop(name, None)
+        if exchange is None:
+            return
+        same = self._by_body.get(exchange.digest, [])
+        if exchange in same:
+            same.remove(exchange)
+        if not same:
+            self._by_body.pop(exchange.digest, None)
+        for key in [key for key, known in self._by_key.items() if known is exchange]:
+            del self._by_key[key]
+
+    def left(self, exchange: Exchange) -> None:
+        """Say that a client has stopped waiting: without any, sampling goes on for :attr:`Settings.patience` seconds."""
+        exchange.waiting -= 1
+        task = exchange.task
+        if exchange.waiting > 0 or task is None or task.done():
+            return
+
+        def give_up() -> None:
+            if not exchange.waiting and not task.done():
+                self.report["given up"] += 1
+                task.cancel()
+
+        asyncio.get_running_loop().call_later(self.settings.patience, give_up)
+
+    def close(self) -> None:
+        """Cancel what is on its way."""
+        for exchange in list(self._exchanges.values()):
+            if exchange.task is not None and not exchange.task.done():
+                exchange.task.cancel()
+
+    def answers_to(self, name: str) -> Answer | None:
+        """The answer of a name."""
+        return self.tree.names.get(name)
+
+    async def count(self, call: Call) -> int:
+        """How many tokens the prompt of a request has; nothing is sampled."""
+        prompt, _, _, _ = await self._prompt(call)
+        return len(prompt)
+
+    # ------------------------------------------------------------------ one answer
+    async def _answered(self, exchange: Exchange, call: Call) -> Reply:
+        try:
+            prompt, match, template, key = await self._prompt(call)
+            place = match.place
+            asks, limits = self._asks(exchange, call, prompt, place.asked, template)
+            place.asked += len(asks)
+        except BaseException as error:
+            if not exchange.prompt.done():
+                if isinstance(error, Exception):
+                    exchange.prompt.set_exception(error)
+                    exchange.prompt.exception()  # whoever waits for the task alone has been told
+                else:
+                    exchange.prompt.cancel()
+            raise
+        if match.kind != "continues":
+            self.report[match.kind] += 1
+            self._note(f"answer {self.turns}: {match.kind}: {match.reason}.")
+        exchange.prompt.set_result(None)
+        turns = await self._sampled(asks)
+        return self._entered(exchange, call, prompt, match, template, key, turns, limits)
+
+    async def _prompt(self, call: Call) -> tuple[Transcript, Match, ChatTemplate, bytes]:
+        """The prompt of a request, and where it stands."""
+        previous = None
+        if call.previous is not None:
+            previous = self.tree.names.get(call.previous)
+            if previous is None:
+                raise Refusal(
+                    f"this session has no answer of the name {call.previous[:80]!r} to go on from.",
+                    Kind.MISSING,
+                    param="previous_response_id",
+                )
+        messages, system = call.messages, call.instructions
+        if previous is None and system is not None:
+            messages = ({"role": "system", "content": system}, *messages)
+        tools = call.tools
+        if tools is None:
+            key = b"" if previous is None else previous.tools
+            known = self.templates.has(key)  # type: ignore[arg-type]
+            if not known:
+                raise Refusal(
+                    "the tools of the answer that the request goes on from are not known any more.", param="tools"
+                )
+        else:
+            key = self.templates.key(tools)
+        if not self.templates.has(key):  # type: ignore[arg-type]
+            template = await asyncio.to_thread(self._template, key, tools or ())
+        else:
+            template = self.templates.of(key)  # type: ignore[arg-type]
+        match = self.tree.match(key, messages, previous, system if previous is not None else None)
+        prompt = self._written(match, template)
+        return prompt, match, template, key  # type: ignore[return-value]
+
+    def _template(self, key: Any, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
+        try:
+            return self.templates.of(key, tools)
+        except Exception as error:  # schemas that cannot be written out, or that the template refuses
+            raise Refusal(f"the tools cannot be shown to this model: {error}", param="tools") from None
+
+    def _written(self, match: Match, template: ChatTemplate) -> Transcript:
+        """The ledger up to the prompt: what is continued, id for id, and what stands behind it; or a sequence that begins."""
+        try:
+            if match.answer is not None:
+                before = match.answer.transcript
+                rest = _for_ledger(match.messages[match.start :], match.calls)
+                try:
+                    [prompt] = append([before], [rest], template, self.settings.history)
+                except ChatTemplateError as error:
+                    # The template does not go on like this; a sequence of its own may still say it.
+                    match.reason = f"the template cannot go on from the history ({error})"
+                    match.answer, match.start, match.kind = None, 0, "restarts"
+                else:
+                    if prompt.branches:
+                        match.answer, match.kind = None, "restarts"
+                        match.reason = "the template writes the past anew"
+                        prompt = dataclasses.replace(prompt, branches=())
+                    return prompt
+            messages = _for_ledger(match.messages, match.calls)
+            [rendered] = template.render_batch([messages])
+        except (ChatTemplateError, MessageError) as error:
+            raise Refusal(f"the model's chat template refuses these messages: {error}", param="messages") from None
+        return Transcript.start(rendered.ids, messages)
+
+    def _asks(
+        self, exchange: Exchange, call: Call, prompt: Transcript, before: int, template: ChatTemplate
+    ) -> tuple[list[Ask], list[int]]:
+        """What the engine is asked, once for each choice, and how many tokens each may have."""
+        settings, values = self.settings, call.asked.values
+        left = settings.limits.tokens_left(prompt, template, self.sampled)
+        if left <= 0:
+            self.report["context full"] += 1
+            raise Refusal(
+                f"the prompt has {len(prompt)} tokens, and the context {settings.limits.max_context}: no answer fits.",
+                Kind.CONTEXT,
+                param="messages",
+            )
+        allowed = {
+            name: value for name, value in values.items() if name in settings.allow or name == "response_format"
+        }
+        if "max_tokens" in allowed:
+            left = min(left, int(allowed.pop("max_tokens")))
+        stop = call.asked.stop if "stop" in settings.allow else ()
+        ignored = sorted({*values} - {*allowed} - {"max_tokens"}) + (
+            ["stop"] if call.asked.stop and not stop else []
+        )
+        if ignored:
+            self._note(f"settings of the agent that are not looked at: {', '.join(ignored)}.")
+        for note in call.told.get("notes", ()):
+            self._note(note)
+        taken = {name: value for name, value in allowed.items() if name in self.engine.settings}
+        sampling = {**settings.sampling, **taken}
+        asks = []
+        for choice in range(call.n):
+            number = before + choice
+            seed = None if self.seed is None else self.seed if number == 0 else mixed(self.seed, "sample", number)
+            limit = None if left >= NO_LIMIT else left
+            told = Teller(exchange.progress, choice, template, prompt, stop) if call.stream else None
+            asks.append(Ask(prompt.tokens, prompt.messages, limit, seed, sampling, stop, told))
+        return asks, [left] * call.n
+
+    async def _sampled(self, asks: Sequence[Ask]) -> list[Turn]:
+        if len(asks) == 1:
+            results: list[Any] = [await self._sample(asks[0])]
+        else:
+            results = list(await asyncio.gather(*map(self._sample, asks)))
+        return results
+
+    async def _sample(self, ask: Ask) -> Turn:
+        try:
+            return await self.engine.sample(ask)
+        except Refusal:
+            raise
+        except Exception as error:
+            self.report["engine errors"] += 1
+            _log.warning("the engine failed", extra={"session": self.name, "failure": type(error).__name__})
+            raise Refusal(f"the engine failed: {type(error).__name__}: {error}"[:400], Kind.ENGINE) from error
+
+    def _entered(
+        self,
+        exchange: Exchange,
+        call: Call,
+        prompt: Transcript,
+        match: Match,
+        template: ChatTemplate,
+        key: bytes,
+        turns: Sequence[Turn],
+        limits: Sequence[int],
+    ) -> Reply:
+        """Enter what was sampled, and tell it."""
+        if self.finished:
+            raise Refusal("this session was finished meanwhile.", Kind.BUDGET, code="finished")
+        choices, completion = [], 0
+        for turn, limit in zip(turns, limits, strict=True):
+            if self.settings.limits.max_tokens is not None:  # others may have sampled meanwhile
+                limit = min(limit, self.settings.limits.max_tokens - self.sampled)
+            if limit <= 0:
+                continue
+            stop, turn = _stopped(turn, call.asked.stop if "stop" in self.settings.allow else (), template)
+            if limit < NO_LIMIT:
+                turn = dataclasses.replace(turn, limit=limit)
+            try:
+                [after] = answer([prompt], [turn], template)
+            except ValueError as error:
+                raise Refusal(f"what the engine sampled cannot be entered: {error}", Kind.ENGINE) from error
+            choice, names = self._told(after, stop, call, template)
+            given = Answer(exchange.name, key, said(choice.message), after, names, match.answer)
+            self.tree.enter(match.place, given)
+            exchange.answers.append(given)
+            last = after.spans[-1]
+            count = last.end - last.start
+            completion += count
+            self.turns += 1
+            self.sampled += count
+            called = after.messages[-1]
+            self.calls += len(called.get("tool_calls") or ()) + len(called.get("invalid_tool_calls") or ())
+            choices.append(choice)
+            self._limit(after, template, limit)
+        if not choices:
+            self.stop = self.stop or StopReason.MAX_TOKENS
+            self._check(call)
+        self.used = time.monotonic()
+        kept = 0 if match.answer is None else len(match.answer.transcript)
+        shown = tuple(prompt.tokens.tolist()) if call.told.get("ids") else ()
+        return Reply(
+            exchange.name, tuple(choices), Usage(len(prompt), completion, kept), exchange.created, call.model, shown
+        )
+
+    def _limit(self, after: Transcript, template: ChatTemplate, had: int) -> None:
+        """Note which limit an answer has reached. A full context ends its sequence only: the agent may make room."""
+        stop = self.settings.limits.reason(
+            after,
+            template,
+            had=had,
+            seconds=time.monotonic() - self.begun,
+            calls=self.calls,
+            sampled=self.sampled,
+            turns=self.turns,
+        )
+        if stop not in (StopReason.RUNNING, StopReason.CONTEXT_FULL) and not self.stop:
+            self.stop = stop
+
+    def _told(
+        self, after: Transcript, stop: str | None, call: Call, template: ChatTemplate
+    ) -> tuple[Choice, dict[str, CallName]]:
+        """An answer as the agent is told it, and its calls by the ids that it is told."""
+        message = after.messages[-1]
+        names: dict[str, CallName] = {}
+        calls = []
+        for made in message.get("tool_calls") or ():
+            function, own = made["function"], f"call_{self._names()}"
+            names[own] = CallName(made["id"], function["name"])
+            arguments = function["arguments"]
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            calls.append(ToolCall(own, function["name"], arguments))
+        content = message.get("content") or ""
+        if stop is not None and stop in content:
+            content = content[: content.index(stop)]
+        finish: Finish = "tool_calls" if calls else "stop" if after.ended or stop is not None else "length"
+        ids: tuple[int, ...] = ()
+        pieces: tuple[str, ...] = ()
+        log_probs: tuple[float, ...] | None = None
+        if call.told.get("log_probs") or call.told.get("ids"):
+            last = after.spans[-1]
+            row = after.tokens[last.start : last.end].tolist()
+            ids, pieces = tuple(row), tuple(template.codec.decode([[token] for token in row]))
+            if after.scored:
+                log_probs = tuple(after.log_probs[last.start : last.end].tolist())
+        told = Choice(
+            None if calls and not content.strip() else content,
+            message.get("reasoning_content"),
+            tuple(calls),
+            finish,
+            stop,
+            ids,
+            pieces,
+            log_probs,
+        )
+        return told, names
+
+    def _note(self, finding: str) -> None:
+        if len(self.findings) < 1000 and (not self.findings or finding not in self.findings[-8:]):
+            self.findings.append(finding)
+
+    # ------------------------------------------------------------------ the end
+    def finish(
+        self,
+        reward: float | None = None,
+        *,
+        success: bool | None = None,
+        parts: Mapping[str, float] | None = None,
+        failure: str = "",
+        grade_failure: str = "",
+        stop: StopReason = StopReason.ANSWERED,
+    ) -> None:
+        """End the episode; a second time changes nothing.
+
+        Args:
+            reward: what it is worth, a finite number.
+
+        Keyword Args:
+            success: whether the task was solved; where the reward is above 0, if ``None``.
+            parts: the components of the reward.
+            failure: why the episode is not to be learned from, if it is not.
+            grade_failure: why there is no grade, if none came.
+            stop: why it ended, unless a limit has ended it.
+
+        Raises:
+            ValueError: the reward is no finite number.
+        """
+        if reward is not None and not abs(float(reward)) < float("inf"):
+            raise ValueError(f"reward is {reward!r}: expected a finite number.")
+        if self.finished:
+            return
+        self.finished = True
+        self.close()
+        self.stop = self.stop or (StopReason.ERROR if failure else stop)
+        self.reward = None if reward is None else float(reward)
+        self.success = success if success is not None or reward is None else float(reward) > 0
+        self.reward_parts = {name: float(value) for name, value in (parts or {}).items()}
+        self.failure, self.grade_failure = failure, grade_failure
+
+    def transcript(self) -> Transcript | None:
+        """The episode as one ledger: its sequences are its branches; ``None`` where nothing was sampled and delivered."""
+        return self.tree.ledger()
+
+
+# ---------------------------------------------------------------------- values
+def _for_ledger(messages: Sequence[Message], calls: Mapping[str, CallName]) -> list[Message]:
+    """Messages as templates take them: arguments as values, results with their call's id and name in the ledger.
+
+    Args:
+        messages: what follows a ledger, or a whole conversation; in that, calls are numbered as the parser numbers those that
+            it reads, so that a prompt does not depend on ids that somebody drew.
+        calls: the calls that were sampled, by the ids that the messages have for them.
+    """
+    known, count, found = dict(calls), 0, []
+    for message in messages:
+        role = message["role"]
+        if role == POLICY:
+            plain: Message = {"role": role, "content": message.get("content") or ""}
+            for field_name in ("reasoning_content", "reasoning"):
+                if message.get(field_name):
+                    plain["reasoning_content"] = message[field_name]
+                    break
+            made = []
+            for call in message.get("tool_calls") or ():
+                own = known.get(call.get("id"))
+                counted = own is None or _COUNTED.fullmatch(own.id)
+                own = CallName(f"call{count:05d}" if counted else own.id, call["function"]["name"])  # type: ignore[union-attr]
+                if call.get("id"):
+                    known[call["id"]] = own
+                count += 1
+                made.append(
+                    {"id": own.id, "type": "function", "function": {"name": own.name, "arguments": _value(call)}}
+                )
+            if made:
+                plain["tool_calls"] = made
+            found.append(plain)
+        elif role == "tool":
+            own = known.get(message.get("tool_call_id") or "")
+            plain = {"role": role, "content": message.get("content") or ""}
+            if own is not None:
+                plain |= {"tool_call_id": own.id, "name": own.name}
+            elif message.get("tool_call_id"):
+                plain["tool_call_id"] = message["tool_call_id"]
+            found.append(plain)
+        else:
+            found.append(
+                {"role": "system" if role == "developer" else role, "content": message.get("content") or ""}
+            )
+    return found
+
+
+def _value(call: Mapping[str, Any]) -> Any:
+    arguments = call["function"].get("arguments")
+    if not isinstance(arguments, str):
+        return arguments or {}
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _stopped(turn: Turn, stops: Sequence[str], template: ChatTemplate) -> tuple[str | None, Turn]:
+    """The stop string that comes first in a turn, and the turn up to the token that completes it.
+
+    A sampler that watches for the string would have ended there: what is beyond was sampled for nobody. The string stays in the ledger,
+    and is left out of what is said.
+    """
+    if not stops or turn.ids is None:
+        return None, turn
+    ids = turn.ids.tolist()
+    [text] = template.codec.decode([ids])
+    found = [(text.find(stop) + len(stop), stop) for stop in stops if stop and stop in text]
+    if not found:
+        return None, turn
+    _, stop = min(found)
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if stop in template.codec.decode([ids[:middle]])[0]:
+            high = middle
+        else:
+            low = middle + 1
+    log_probs = None if turn.log_probs is None else turn.log_probs[:low]
+    versions = tuple(span for span in turn.versions if span[0] < low)
+    return stop, Turn(turn.ids[:low], log_probs, None, "stop", turn.limit, versions)

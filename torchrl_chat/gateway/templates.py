@@ -1,0 +1,65 @@
+"""The chat templates of a gateway: one for each set of tools that its agents bring, made when it is first seen."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from torchrl_chat.templates import ChatTemplate
+
+_MOST = 64  # sets of tools that are remembered; one that is not is made anew, and its proofs are kept elsewhere
+
+
+class Templates:
+    """A tokenizer's chat template with whatever tools a request brings.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        **options: of :class:`~torchrl_chat.ChatTemplate`: ``chat_template``, ``enable_thinking=False`` ...
+    """
+
+    def __init__(self, tokenizer: Any, **options: Any):
+        if isinstance(tokenizer, ChatTemplate):
+            raise TypeError(
+                "give the tokenizer itself: each request brings its own tools, and a ChatTemplate has them inside."
+            )
+        self._tokenizer, self._options = tokenizer, options
+        self._made: OrderedDict[bytes, ChatTemplate] = OrderedDict()
+        self._lock = threading.Lock()
+        self.plain = self.of(b"")
+
+    @staticmethod
+    def key(tools: Sequence[Mapping[str, Any]]) -> bytes:
+        """What a set of tools is known by: the same for schemas that differ in the order of their keys only."""
+        return orjson.dumps(list(tools), option=orjson.OPT_SORT_KEYS) if tools else b""
+
+    def has(self, key: bytes) -> bool:
+        """Whether the template of these tools is made already."""
+        return key in self._made
+
+    def of(self, key: bytes, tools: Sequence[Mapping[str, Any]] = ()) -> ChatTemplate:
+        """The template of a set of tools.
+
+        Args:
+            key: what :meth:`key` says of them.
+            tools: the tools.
+
+        Raises:
+            ChatTemplateError: there is no chat template.
+        """
+        with self._lock:
+            template = self._made.get(key)
+            if template is not None:
+                self._made.move_to_end(key)
+                return template
+        template = ChatTemplate(self._tokenizer, tools=list(tools) or None, **self._options)
+        with self._lock:
+            if self._made.get(key) is None:
+                self._made[key] = template
+            while len(self._made) > _MOST:
+                self._made.popitem(last=False)
+            return self._made.get(key, template)
