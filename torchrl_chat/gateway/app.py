@@ -138,13 +138,13 @@ class Front:
             raise Gone
         if exchange.prompt.cancelled():
             raise _given_up()
-        exchange.prompt.result()  # what is refused is refused before the stream begins
+        usage = exchange.prompt.result()  # what is refused is refused before the stream begins
         writer = dialect.events(call)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         assert exchange.task is not None
         progress, seen = exchange.progress, 0
-        news = writer.begin(exchange.name, exchange.created, call.model)
+        news = writer.begin(exchange.name, exchange.created, call.model, usage)
         try:
             while not exchange.done:
                 await send({"type": "http.response.body", "body": news or writer.ping(), "more_body": True})

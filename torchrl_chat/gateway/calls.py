@@ -121,7 +121,8 @@ class Call:
     previous: str | None = None
     """The name of the answer that the request goes on from (:attr:`Reply.name`), where the dialect holds history."""
     instructions: str | None = None
-    """A system prompt that stands beside the messages; it becomes the first message."""
+    """A system prompt that stands beside the messages; it becomes the first message. With :attr:`previous`: ``""`` for none, ``None`` for
+    the one that stood there."""
     key: str | None = None
     """An idempotency key."""
     retry: int = 0
@@ -236,8 +237,8 @@ def deltas(choice: int, answer: Choice, size: int = 64) -> list[Delta]:
 class EventWriter(Protocol):
     """Writes one streamed answer; made for each request, so it may count what it has written."""
 
-    def begin(self, name: str, created: int, model: str) -> bytes:
-        """What comes first, before anything is sampled."""
+    def begin(self, name: str, created: int, model: str, usage: Usage) -> bytes:
+        """What comes first, before anything is sampled; ``usage`` has the prompt's tokens."""
         ...
 
     def delta(self, delta: Delta) -> bytes:
