@@ -20,13 +20,12 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import orjson
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, loads
+from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.sessions import Exchange, Session
 from torchrl_chat.gateway.table import Table, report
@@ -309,7 +308,7 @@ async def _first(*awaited: asyncio.Future[Any], timeout: float | None = None) ->
 
 
 async def _send(send: Send, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-    raw = orjson.dumps(body, default=str, option=orjson.OPT_NON_STR_KEYS)
+    raw = dumps(body)
     told = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
     told += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": told})

@@ -320,6 +320,16 @@ def loads(raw: bytes, max_depth: int = 64) -> Any:
     return value
 
 
+def dumps(value: Any) -> bytes:
+    """A JSON text. A value may hold integers of any size, as those have that :func:`loads` read."""
+    import json
+
+    try:
+        return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError:
+        return json.dumps(value, ensure_ascii=False, default=str).encode()
+
+
 def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is no JSON number")
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
-from torchrl_chat.gateway.calls import Choice, Kind, Refusal, given, number
+from torchrl_chat.gateway.calls import Choice, Kind, Refusal, dumps, given, number
 
 OPENAI_ERRORS: Mapping[Kind, str] = {
     Kind.UNAUTHORIZED: "authentication_error",
@@ -109,4 +107,4 @@ def log_prob_entries(choice: Choice) -> list[dict[str, Any]]:
 def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
     """A server-sent event, with its name where the dialect names events."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + orjson.dumps(value) + b"\n\n"
+    return head + b"data: " + dumps(value) + b"\n\n"
