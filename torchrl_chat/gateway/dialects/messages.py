@@ -323,9 +323,9 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
     if (limit := number(body, "max_tokens", 1, whole=True)) is not None:
         found["max_tokens"] = limit
     config = given(body, "output_config", dict, "an object") or {}
-    wanted = given(config, "format", dict, "in 'output_config' an object") or given(
-        body, "output_format", dict, "an object"
-    )
+    wanted = given(config, "format", dict, "in 'output_config' an object")
+    if wanted is None:
+        wanted = given(body, "output_format", dict, "an object")
     if wanted is not None:
         if wanted.get("type") != "json_schema" or not isinstance(wanted.get("schema"), dict):
             raise Refusal("'output_config.format' is no 'json_schema' with a 'schema'.", param="output_config")
