@@ -93,6 +93,19 @@ def test_more_of_anything_takes_more(more, monkeypatch):
     assert bytes_per_token(model_of("llama", layers)) > least
 
 
+def test_other_shapes_have_an_estimate_too():
+    """Without attention, of several experts, of layers that differ."""
+    from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    assert bytes_per_token(MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))) > 0
+    mixed = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=2, num_local_experts=2, **SMALL))
+    assert bytes_per_token(mixed) > bytes_per_token(model_of("llama"))
+    model = model_of("llama")
+    whole = bytes_per_token(model)
+    model.config.__dict__["intermediate_size"] = [64, model.config.intermediate_size]  # as some families have it
+    assert bytes_per_token(model) == whole
+
+
 GIB = 2**30
 ROOM = int(0.55 * GIB)  # some of it for tokens, behind the chunks of the head
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from conftest import of_the_day
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_books import documented_metrics, example, jsonl, words
@@ -64,7 +65,7 @@ def loss_of(part, counts, streams, learner):
     st.sampled_from(["padded", "ragged"]),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_every_trained_token_has_its_own_numbers(turns, layout, rng):
     """Branches, microbatches, minibatches in any order, two passes, rows that are not needed, a part of the view."""
     draw = torch.Generator().manual_seed(rng.randrange(1000))
@@ -142,7 +143,7 @@ def test_a_stream_of_another_length_is_refused():
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("name", ["grpo", "ppo", "expert_iteration"])
+@pytest.mark.parametrize("name", of_the_day("grpo", "ppo", "expert_iteration"))
 def test_recipes_write_them(tmp_path, monkeypatch, name):
     """In a step of one update ratios are those of one policy. What else a run measures stands in the docs."""
     module = example(name)

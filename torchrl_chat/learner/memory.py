@@ -41,9 +41,9 @@ def bytes_per_token(model: Any) -> int:
     - in the dtype of computing, of e bytes: the inputs of its projections, queries, keys, values, the attention's output, and of the
       network both projections, the activation and the product: e (5 H + 2 Q + 2 K + 4 I) bytes.
 
-    Counted for Llama, Mistral, Qwen 2 and 3, SmolLM3, Phi-3, OLMo 2, Gemma 3 and GPT-2 in transformers 5, in float32 and bfloat16, this is
-    1 to 1.5 times what autograd keeps (``tests/test_memory.py``). Recomputed layers keep their input, 4 H bytes, and one of them at a
-    time the rest. Attention that keeps its scores (``eager``) takes more, by the length of a row.
+    That is more than autograd keeps, and less than 1.75 times as much, for Llama, Qwen 3, Gemma 3, OLMo 2 and GPT-2 of transformers 5, in
+    float32 and in bfloat16 (``tests/test_memory.py`` counts it). Recomputed layers keep their input, 4 H bytes, and one of them at a
+    time the rest. Attention that keeps its scores (``eager``) takes more, by the length of a row; so does a head that cannot be chunked.
 
     Args:
         model: a transformers causal language model, or a PEFT model of one.
@@ -54,16 +54,23 @@ def bytes_per_token(model: Any) -> int:
         True
     """
     config = unwrapped(model).config.get_text_config()
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    experts = getattr(config, "num_experts_per_tok", None) or 0
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    inner = max(inner, experts * (getattr(config, "moe_intermediate_size", None) or inner))
+
+    def told(name: str, otherwise: int) -> int:
+        """Of a shape that differs by layer, the greatest."""
+        value = getattr(config, name, None) or otherwise
+        return value if isinstance(value, int) else max(map(int, value))
+
+    hidden = told("hidden_size", model.get_input_embeddings().embedding_dim)
+    heads = told("num_attention_heads", 1)
+    head = told("head_dim", hidden // heads)
+    queries, keys = heads * head, told("num_key_value_heads", heads) * head
+    inner = told("intermediate_size", told("n_inner", 4 * hidden))
+    inner = max(inner, told("num_experts_per_tok", 1) * told("moe_intermediate_size", inner))
     each = torch.finfo(float_type(model)).bits // 8
     layer = 4 * (8 * hidden + 2 * queries + 2 * keys + 3 * heads + 4)
     layer += each * (5 * hidden + 2 * queries + 2 * keys + 4 * inner)
-    layers = config.num_hidden_layers
+    lists = (len(part) for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    layers = told("num_hidden_layers", max(lists, default=1))
     kept = 4 * hidden * layers + layer if is_recomputed(model) else layers * layer
     return kept + 4 * 4 * hidden  # the states behind the layers, those that are scored, and their gradients
 
@@ -98,10 +105,8 @@ def room_for(
 
 
 def _of_head(model: Any, device: str) -> int:
-    """What the head takes however many tokens there are: two chunks of logits at a time with what is made of each, and gradients of
-    its weights, its own and those through tied embeddings, before they are summed.
-
-    Measured as 0.64 GiB of resident memory for SmolLM2's shape on the CPU, where this is 0.71.
+    """What the head takes however many tokens there are: two chunks of logits with what is made of each, since one is let go when the
+    next is there, and gradients of its weights, its own and those through tied embeddings, before they are summed.
     """
     chunks = 8 * 4 * (CHUNK_ON_CPU if device == "cpu" else CHUNK)
     weight = model.get_output_embeddings().weight
