@@ -11,6 +11,7 @@ sampled token is under exactly one mask.
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -19,6 +20,8 @@ from torchrl_chat.conversation import Branch, Transcript
 from torchrl_chat.conversation.transcript import IDS, LOG_PROBS, MASK, Tape
 from torchrl_chat.gateway.matching import POLICY, Said, difference, said
 from torchrl_chat.messages import Message
+
+_RECENT = 16  # requests whose way through the tree is remembered: as many branches may be on their way at once
 
 
 class CallName(NamedTuple):
@@ -104,6 +107,7 @@ class Tree:
         """In the order in which they were entered."""
         self.names: dict[str, Answer] = {}
         """By the names of their replies."""
+        self._recent: OrderedDict[tuple[Hashable, int, Place], Match] = OrderedDict()
 
     # ------------------------------------------------------------------ matching
     def match(
@@ -135,7 +139,33 @@ class Tree:
             if self.roots:
                 edited = edited or "its tools are others than before (B4)"
             self.roots[tools] = Place()
-        return self._walk(self.roots[tools], messages, 0, None, edited)
+        messages = tuple(messages)
+        known = None if edited else self._known(tools, messages)
+        if known is None:
+            match = self._walk(self.roots[tools], messages, 0, None, edited)
+        else:
+            match = self._walk(known.place, messages, len(known.messages), known.answer, None, known)
+        self._recent[tools, len(messages), match.place] = match
+        if known is not None:
+            self._recent.pop((tools, len(known.messages), known.place), None)
+        while len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        return match
+
+    def _known(self, tools: Hashable, messages: tuple[Message, ...]) -> Match | None:
+        """A match of an earlier request that these messages begin with, spelled alike: its way is not gone once more.
+
+        A history is compared as a whole then, which costs next to nothing; going its way costs something for each message.
+        """
+        for (of, count, _), match in reversed(self._recent.items()):
+            if (
+                of == tools
+                and count < len(messages)
+                and match.kind != "restarts"
+                and messages[:count] == match.messages
+            ):
+                return match
+        return None
 
     def _walk(
         self,
@@ -144,17 +174,28 @@ class Tree:
         first: int,
         answer: Answer | None,
         edited: str | None,
+        known: Match | None = None,
     ) -> Match:
-        """Go down from a place as far as messages are known, and make the rest of the way."""
-        start = first
-        calls = {} if answer is None else dict(answer.calls)
+        """Go down from a place as far as messages are known, and make the rest of the way.
+
+        Args:
+            place: where the first message to look at stands.
+            messages: the conversation.
+            first: the number of that message.
+            answer: the answer that the way to the place goes through last.
+            edited: what is known to be edited already.
+            known: the match of the way to the place.
+        """
+        start = first if known is None else known.start
+        calls = dict(known.calls if known is not None else answer.calls if answer is not None else {})
         strange = False  # whether words of the model stand behind the last answer that it did not sample
         for at in range(first, len(messages)):
             message = messages[at]
             if message["role"] == POLICY:
                 found, why = _recorded(place, message)
                 if found is not None:
-                    calls.update(_renamed(message, found))
+                    if found.calls:
+                        calls.update(_renamed(message, found))
                     if not strange:
                         answer, start, place = found, at + 1, found.place
                         continue
