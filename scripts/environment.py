@@ -107,6 +107,8 @@ ENVIRONMENTS = {
         ),
         constraints="constraints-agents.txt",
     ),
+    # TRL, which trains on what the gateway has recorded.
+    "trl": Environment(".trl", ("trl==1.16.0", "openenv==0.10.0"), constraints="constraints.txt", torch=True),
 }  # fmt: skip
 
 
