@@ -20,13 +20,12 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import orjson
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
-from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, loads
+from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.sessions import Exchange, Session
 from torchrl_chat.gateway.table import Table, report
@@ -138,13 +137,13 @@ class Front:
             raise Gone
         if exchange.prompt.cancelled():
             raise _given_up()
-        exchange.prompt.result()  # what is refused is refused before the stream begins
+        usage = exchange.prompt.result()  # what is refused is refused before the stream begins
         writer = dialect.events(call)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         assert exchange.task is not None
         progress, seen = exchange.progress, 0
-        news = writer.begin(exchange.name, exchange.created, call.model)
+        news = writer.begin(exchange.name, exchange.created, call.model, usage)
         try:
             while not exchange.done:
                 await send({"type": "http.response.body", "body": news or writer.ping(), "more_body": True})
@@ -309,7 +308,7 @@ async def _first(*awaited: asyncio.Future[Any], timeout: float | None = None) ->
 
 
 async def _send(send: Send, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-    raw = orjson.dumps(body, default=str, option=orjson.OPT_NON_STR_KEYS)
+    raw = dumps(body)
     told = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
     told += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": told})

@@ -120,7 +120,8 @@ class Call:
     previous: str | None = None
     """The name of the answer that the request goes on from (:attr:`Reply.name`), where the dialect holds history."""
     instructions: str | None = None
-    """A system prompt that stands beside the messages; it becomes the first message."""
+    """A system prompt that stands beside the messages; it becomes the first message. With :attr:`previous`: ``""`` for none, ``None`` for
+    the one that stood there."""
     key: str | None = None
     """An idempotency key."""
     retry: int = 0
@@ -235,8 +236,8 @@ def deltas(choice: int, answer: Choice, size: int = 64) -> list[Delta]:
 class EventWriter(Protocol):
     """Writes one streamed answer; made for each request, so it may count what it has written."""
 
-    def begin(self, name: str, created: int, model: str) -> bytes:
-        """What comes first, before anything is sampled."""
+    def begin(self, name: str, created: int, model: str, usage: Usage) -> bytes:
+        """What comes first, before anything is sampled; ``usage`` has the prompt's tokens."""
         ...
 
     def delta(self, delta: Delta) -> bytes:
@@ -317,6 +318,16 @@ def loads(raw: bytes, max_depth: int = 64) -> Any:
     if raw.count(b"[") + raw.count(b"{") > max_depth and _deeper(value, max_depth):
         raise Refusal(f"the body is nested deeper than {max_depth} levels.")
     return value
+
+
+def dumps(value: Any) -> bytes:
+    """A JSON text. A value may hold integers of any size, as those have that :func:`loads` read."""
+    import json
+
+    try:
+        return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError:
+        return json.dumps(value, ensure_ascii=False, default=str).encode()
 
 
 def _no_number(word: str) -> Any:

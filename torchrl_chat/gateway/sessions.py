@@ -89,7 +89,7 @@ class Exchange:
     Attributes:
         name: the name of the reply.
         created: seconds since 1970.
-        prompt: set when the prompt stands, or is refused; what is refused is refused before anything is streamed.
+        prompt: set when the prompt stands, with its tokens, or is refused; what is refused is refused before anything is streamed.
         task: it has the reply.
         answers: what was sampled.
         waiting: how many clients wait for it.
@@ -99,7 +99,7 @@ class Exchange:
     def __init__(self, name: str, created: int, digest: bytes):
         loop = asyncio.get_running_loop()
         self.name, self.created, self.digest = name, created, digest
-        self.prompt: asyncio.Future[None] = loop.create_future()
+        self.prompt: asyncio.Future[Usage] = loop.create_future()
         self.task: asyncio.Task[Reply] | None = None
         self.answers: list[Answer] = []
         self.waiting = 0
@@ -342,7 +342,7 @@ class Session:
         if match.kind != "continues":
             self.report[match.kind] += 1
             self._note(f"answer {self.turns}: {match.kind}: {match.reason}.")
-        exchange.prompt.set_result(None)
+        exchange.prompt.set_result(Usage(len(prompt), 0, _kept(match)))
         turns = await self._sampled(asks)
         return self._entered(exchange, call, prompt, match, template, key, turns, limits)
 
@@ -357,9 +357,6 @@ class Session:
                     Kind.MISSING,
                     param="previous_response_id",
                 )
-        messages, system = call.messages, call.instructions
-        if previous is None and system is not None:
-            messages = ({"role": "system", "content": system}, *messages)
         tools = call.tools
         if tools is None:
             key = b"" if previous is None else previous.tools
@@ -374,7 +371,7 @@ class Session:
             template = await asyncio.to_thread(self._template, key, tools or ())
         else:
             template = self.templates.of(key)  # type: ignore[arg-type]
-        match = self.tree.match(key, messages, previous, system if previous is not None else None)
+        match = self.tree.match(key, call.messages, previous, call.instructions)
         prompt = self._written(match, template)
         return prompt, match, template, key  # type: ignore[return-value]
 
@@ -490,7 +487,9 @@ class Session:
             except ValueError as error:
                 raise Refusal(f"what the engine sampled cannot be entered: {error}", Kind.ENGINE) from error
             choice, names = self._told(after, stop, call, template)
-            given = Answer(exchange.name, key, said(choice.message), after, names, match.answer)
+            given = Answer(
+                exchange.name, key, said(choice.message), after, names, match.answer, system=match.system
+            )
             self.tree.enter(match.place, given)
             exchange.answers.append(given)
             last = after.spans[-1]
@@ -506,10 +505,14 @@ class Session:
             self.stop = self.stop or StopReason.MAX_TOKENS
             self._check(call)
         self.used = time.monotonic()
-        kept = 0 if match.answer is None else len(match.answer.transcript)
         shown = tuple(prompt.tokens.tolist()) if call.told.get("ids") else ()
         return Reply(
-            exchange.name, tuple(choices), Usage(len(prompt), completion, kept), exchange.created, call.model, shown
+            exchange.name,
+            tuple(choices),
+            Usage(len(prompt), completion, _kept(match)),
+            exchange.created,
+            call.model,
+            shown,
         )
 
     def _limit(self, after: Transcript, template: ChatTemplate, had: int) -> None:
@@ -613,6 +616,11 @@ class Session:
 
 
 # ---------------------------------------------------------------------- values
+def _kept(match: Match) -> int:
+    """How many tokens of a prompt an earlier answer had in its sequence."""
+    return 0 if match.answer is None else len(match.answer.transcript)
+
+
 def _for_ledger(messages: Sequence[Message], calls: Mapping[str, CallName]) -> list[Message]:
     """Messages as templates take them: arguments as values, results with their call's id and name in the ledger.
 

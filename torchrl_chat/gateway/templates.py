@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,12 @@ class Templates:
     @staticmethod
     def key(tools: Sequence[Mapping[str, Any]]) -> bytes:
         """What a set of tools is known by: the same for schemas that differ in the order of their keys only."""
-        return orjson.dumps(list(tools), option=orjson.OPT_SORT_KEYS) if tools else b""
+        if not tools:
+            return b""
+        try:
+            return orjson.dumps(list(tools), option=orjson.OPT_SORT_KEYS)
+        except TypeError:  # integers of more than 64 bits
+            return json.dumps(list(tools), sort_keys=True).encode()
 
     def has(self, key: bytes) -> bool:
         """Whether the template of these tools is made already."""

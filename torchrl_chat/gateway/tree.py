@@ -67,6 +67,8 @@ class Answer:
     """Whether anybody has got it."""
     extended: bool = False
     """Whether a later answer's sequence begins with it."""
+    system: str | None = None
+    """The system prompt that stood beside the messages of its request."""
     spelled: Message | None = None
     """As an agent sent it back last: it will spell it alike next time."""
 
@@ -95,6 +97,8 @@ class Match:
     further sequence begins."""
     reason: str
     """The same in a sentence, without any of the words of the conversation."""
+    system: str | None = None
+    """The system prompt that stands beside the messages: the first of them."""
 
 
 class Tree:
@@ -123,18 +127,20 @@ class Tree:
             tools: what the request's tools are known by.
             messages: the conversation; with ``previous``, what follows that answer.
             previous: the answer that the request names (``A9``).
-            system: with ``previous``: the system prompt that the request has, if it has one.
+            system: the system prompt that stands beside the messages, ``""`` for none; ``None``: that of ``previous``, if there is one.
         """
         edited = None
         if previous is not None:
-            before = previous.transcript.messages
-            has = said(before[0]).text if before[0]["role"] == "system" else None
-            if previous.tools == tools and (system is None or system.strip() == has):
-                return self._walk(previous.place, [*before, *messages], len(before), previous, None)
+            before, had = previous.transcript.messages, previous.system
+            system = had if system is None else system
+            if previous.tools == tools and (system or "").strip() == (had or "").strip():
+                found = self._walk(previous.place, [*before, *messages], len(before), previous, None)
+                found.system = had
+                return found
             edited = "the answer that it names was given to another system prompt, or with other tools (B4)"
-            if system is not None:
-                before = ({"role": "system", "content": system}, *before[has is not None :])
-            messages = [*before, *messages]
+            messages = [*before[had is not None :], *messages]
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
         if tools not in self.roots:
             if self.roots:
                 edited = edited or "its tools are others than before (B4)"
@@ -150,6 +156,7 @@ class Tree:
             self._recent.pop((tools, len(known.messages), known.place), None)
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
+        match.system = system or None
         return match
 
     def _known(self, tools: Hashable, messages: tuple[Message, ...]) -> Match | None:

@@ -10,22 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from torchrl_chat.gateway.calls import (
     Asked,
     Call,
     Choice,
     Delta,
-    Kind,
     Refusal,
     Reply,
+    Usage,
     given,
     named,
     number,
     retries,
     text_of,
     tool_schema,
+)
+from torchrl_chat.gateway.dialects.shared import (
+    OPENAI_ERRORS,
+    event,
+    log_prob_entries,
+    refuse,
+    settings,
+    shows_tools,
+    stop_strings,
 )
 from torchrl_chat.messages import Message
 
@@ -37,14 +44,6 @@ _NUMBERS = {
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (0.0, 10.0),
-}
-_TYPES = {
-    Kind.UNAUTHORIZED: "authentication_error",
-    Kind.BUDGET: "permission_error",
-    Kind.MISSING: "not_found_error",
-    Kind.BUSY: "rate_limit_error",
-    Kind.ENGINE: "server_error",
-    Kind.GONE: "server_error",
 }
 # What is asked for and cannot be left out unseen: the agent would take what comes for what it wanted.
 _REFUSED = {
@@ -68,9 +67,7 @@ class ChatCompletions:
     # ------------------------------------------------------------------ reading
     def parse(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Call:
         """See :class:`~torchrl_chat.gateway.calls.Dialect`."""
-        for key, reason in _REFUSED.items():
-            if body.get(key):
-                raise Refusal(reason, param=key)
+        refuse(body, _REFUSED)
         modalities = given(body, "modalities", list, "a list of words")
         if modalities is not None and modalities != ["text"]:
             raise Refusal("'modalities' has others than 'text': this model writes text.", param="modalities")
@@ -79,7 +76,9 @@ class ChatCompletions:
             raise Refusal("'messages' is absent or empty: give at least one message.", param="messages")
         tools = _tools(given(body, "tools", list, "a list of tools") or ())
         notes: list[str] = []
-        if _without_tools(body, tools, notes):
+        if body.get("parallel_tool_calls") is False:
+            notes.append("'parallel_tool_calls': false is not enforced: what the policy samples is what it says.")
+        if not shows_tools(body.get("tool_choice"), tools, notes):
             tools = ()
         stream = given(body, "stream", bool, "true or false") or False
         options = given(body, "stream_options", dict, "an object") or {}
@@ -93,7 +92,7 @@ class ChatCompletions:
         return Call(
             messages=tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages)),
             tools=tools,
-            asked=Asked(_settings(body), _stops(body)),
+            asked=Asked(_settings(body), stop_strings(body, "stop", (str, list))),
             stream=stream,
             n=number(body, "n", 1, 128, whole=True) or 1,
             model=text_of(given(body, "model", str, "a string") or "", "model"),
@@ -139,7 +138,7 @@ class ChatCompletions:
 
     def refusal(self, refusal: Refusal) -> Mapping[str, Any]:
         """See :class:`~torchrl_chat.gateway.calls.Dialect`."""
-        kind = _TYPES.get(refusal.kind, "invalid_request_error")
+        kind = OPENAI_ERRORS.get(refusal.kind, "invalid_request_error")
         error = {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
         return {"error": error}
 
@@ -155,7 +154,7 @@ class ChatEvents:
         self._call = call
         self._head: dict[str, Any] = {}
 
-    def begin(self, name: str, created: int, model: str) -> bytes:
+    def begin(self, name: str, created: int, model: str, usage: Usage) -> bytes:
         """The role of each choice. The content is null: whether anything is said beside calls is not known yet."""
         self._head = {
             "id": f"chatcmpl-{name}",
@@ -189,13 +188,13 @@ class ChatEvents:
                 more["token_ids"] = list(choice.ids)
             out.append(self._chunk(place, {}, choice.finish, **more))
         if told.get("usage"):
-            out.append(_event({**self._head, "choices": [], "usage": _usage(reply)}))
+            out.append(event({**self._head, "choices": [], "usage": _usage(reply)}))
         out.append(b"data: [DONE]\n\n")
         return b"".join(out)
 
     def fail(self, refusal: Refusal) -> bytes:
         """An error in the middle: the SDK raises it."""
-        return _event(ChatCompletions().refusal(refusal))
+        return event(ChatCompletions().refusal(refusal))
 
     def ping(self) -> bytes:
         """A comment."""
@@ -206,11 +205,7 @@ class ChatEvents:
         chunk = {**self._head, "choices": [choice]}
         if self._call.told.get("usage"):
             chunk["usage"] = None
-        return _event(chunk)
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+        return event(chunk)
 
 
 # ---------------------------------------------------------------------- parts of a request
@@ -292,36 +287,8 @@ def _tools(tools: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def _without_tools(body: Mapping[str, Any], tools: Sequence[Any], notes: list[str]) -> bool:
-    """Whether the model is not to be shown its tools; what cannot be enforced is refused, or noted."""
-    if body.get("parallel_tool_calls") is False:
-        notes.append("'parallel_tool_calls': false is not enforced: what the policy samples is what it says.")
-    choice = body.get("tool_choice")
-    if choice in (None, "auto"):
-        return False
-    if choice == "none":
-        return True
-    if choice == "required":
-        if not tools:
-            raise Refusal("'tool_choice' is 'required', and there are no 'tools'.", param="tool_choice")
-        notes.append("'tool_choice': 'required' is not enforced: what the policy samples is what it says.")
-        return False
-    if isinstance(choice, dict):
-        raise Refusal(
-            "'tool_choice' names a tool: which one is called is the policy's own choice here. Send 'auto', and only that tool.",
-            param="tool_choice",
-        )
-    raise Refusal("'tool_choice' is unknown: expected 'auto', 'none' or 'required'.", param="tool_choice")
-
-
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, (least, most) in _NUMBERS.items():
-        if (value := number(body, key, least, most)) is not None:
-            found[key] = value
-    for key in ("seed", "top_k"):
-        if (value := number(body, key, -(2**63), 2**63, whole=True)) is not None:
-            found[key] = value
+    found: dict[str, Any] = settings(body, _NUMBERS, ("seed", "top_k"))
     asked = [number(body, key, 1, whole=True) for key in ("max_completion_tokens", "max_tokens")]
     if limits := [limit for limit in asked if limit is not None]:
         found["max_tokens"] = min(limits)
@@ -334,14 +301,6 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
             )
         found["response_format"] = wanted
     return found
-
-
-def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
-    stop = given(body, "stop", (str, list), "a string, or a list of strings")
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if len(stops) > 16 or not all(isinstance(each, str) for each in stops):
-        raise Refusal("'stop' is a list of at most 16 strings.", param="stop")
-    return tuple(each for each in stops if each)
 
 
 # ---------------------------------------------------------------------- parts of an answer
@@ -358,8 +317,4 @@ def _usage(reply: Reply) -> dict[str, Any]:
 def _log_probs(choice: Choice) -> dict[str, Any] | None:
     if choice.log_probs is None:
         return None
-    entries = [
-        {"token": piece, "logprob": value, "bytes": list(piece.encode()), "top_logprobs": []}
-        for piece, value in zip(choice.pieces, choice.log_probs, strict=True)
-    ]
-    return {"content": entries, "refusal": None}
+    return {"content": log_prob_entries(choice), "refusal": None}
