@@ -1,204 +1,236 @@
-"""Public agents, unmodified, at the gateway: what they did is in the ledger, id for id, in one sequence where they edited nothing."""
+"""Agents played to the end: functions and commands, what goes wrong with them, and the same episodes as an environment's."""
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
 import sys
-from dataclasses import dataclass
 
+import httpx
 import pytest
 import torch
-from agent_environment import drive, python_of
-from agents import Recorder, check_law, templates_of
+from agents import Recorder, templates_of
+from openai import AsyncOpenAI, OpenAI, PermissionDeniedError
 
-from torchrl_chat.conversation import Limits, Turn
-from torchrl_chat.gateway import Gateway, Settings
-from torchrl_chat.tiny import tiny_model
+from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+from torchrl_chat.cli.gateway import make_gateway
+from torchrl_chat.cli.main import make_parser
+from torchrl_chat.conversation import Limits, StopReason
+from torchrl_chat.gateway import AgentEnv, Gateway, play_agents
+from torchrl_chat.rewards import NumberVerifier, grades
+from torchrl_chat.rollouts import episodes as lines
+from torchrl_chat.rollouts import read_rollouts
+from torchrl_chat.tiny import last_digit_rows, tiny_model, tiny_tokenizer
+from torchrl_chat.transforms import Budget, RewardTransform
 
-TASKS = ["Add 2 and 3, and 4 and 5; then both.", "One more.", "And another?"]
-# What the model says: two calls at once, words beside a call, an answer; then a streamed call and a streamed answer.
-ADD = '<tool_call>\n{{"name":  "add", "arguments": {{"a":{}, "b":   {}}}}}\n</tool_call>'
-EPISODE = [
-    ADD.format(2, 3) + "\n" + ADD.format(4, 5),
-    "Now both:\n" + ADD.format(5, 9),
-    "\n\nThe sum is 14.\n",
-    ADD.format(14, 1),
-    "It is 15.",
-]
-ANSWERS = ["The sum is 14.", "It is 15."]
+ROWS = [{"query": f"q{i}", "answer": str(i)} for i in range(3)]
 
 
-@dataclass(frozen=True)
-class Case:
-    """An agent, and what is expected of it."""
-
-    program: str
-    how: str
-    error: str  # what it raises when the session's budget is used up
-    full: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.program}-{self.how}"
-
-
-CASES = [
-    Case("openai_sdk", "chat", "PermissionDeniedError", full=False),
-    Case("openai_agents_sdk", "chat", "PermissionDeniedError"),
-    Case("pydantic_ai_agent", "chat", "ModelAuthenticationError"),
-    Case("langgraph_agent", "chat", "OpenAIPermissionDeniedError"),
-    Case("litellm_loop", "chat", "APIError"),
-]
-
-
-def parametrized(cases):
-    marks = [pytest.mark.services]
-    return [
-        pytest.param(case, id=str(case), marks=marks + ([pytest.mark.full] if case.full else [])) for case in cases
-    ]
-
-
-class Scored(Recorder):
-    """Says what a script says; the log-probs are those of the tiny model, behind the prompt as it is asked for."""
-
-    def __init__(self, templates, script):
-        super().__init__(templates, script)
-        self.model = tiny_model(len(templates.plain.tokenizer), context=65_536).requires_grad_(False)
-        self.bias = torch.zeros(len(templates.plain.tokenizer))
-
-    async def sample(self, ask):
-        turn = await super().sample(ask)
-        ids = torch.cat([ask.ids, turn.ids])
-        return Turn(turn.ids, self.scores(ids)[len(ask.ids) :], None, turn.finish_reason)
-
-    def scores(self, ids: torch.Tensor) -> torch.Tensor:
-        """The log-prob of each id behind those before it, 0 for the first."""
-        table = (self.model(ids[None]).logits[0, :-1] + self.bias).log_softmax(-1)
-        return torch.cat([torch.zeros(1), table.gather(1, ids[1:, None])[:, 0]])
-
-
-class Sampling(Scored):
-    """The tiny model itself, made to end its answers after a dozen tokens: what it samples is noise, spelled as no tokenizer would."""
-
-    def __init__(self, templates):
-        super().__init__(templates, None)
-        self.draw = torch.Generator().manual_seed(3)
-        self.bias[list(self.template.stop_ids)] = 4.0
-
-    async def sample(self, ask):
-        self.asked.append(ask)
-        ids, log_probs, read, past = [], [], ask.ids[None], None
-        while not (ids and ids[-1] in self.template.stop_ids):
-            out = self.model(read, past_key_values=past, use_cache=True)
-            table, past = (out.logits[0, -1] + self.bias).log_softmax(-1), out.past_key_values
-            token = int(torch.multinomial(table.exp(), 1, generator=self.draw))
-            ids.append(token)
-            log_probs.append(float(table[token]))
-            read = torch.tensor([[token]])
-        self.sampled.append((ask.ids.tolist(), ids))
-        return Turn(torch.tensor(ids), torch.tensor(log_probs), None, "stop")
-
-
-def served(engine, templates, **limits):
+def gateway_of(script, **more) -> Gateway:
+    templates = templates_of()
     return Gateway(
-        engine,
+        Recorder(templates, script),
         templates.plain.tokenizer,
         template={"chat_template": templates.plain.renderer.source},
-        settings=Settings(limits=Limits(**limits)),
+        **more,
     )
 
 
-def check_scores(session) -> None:
-    """The log-probs of the ledger are those of one forward pass over each of its sequences."""
-    for branch in session.transcript().sequences:
-        whole = session.engine.scores(branch.tokens)
-        off = (whole - branch.log_probs)[branch.mask].abs().max()
-        assert off <= 1e-4
+async def asking(row, session):
+    client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0)
+    ask = [{"role": "user", "content": row["query"]}]
+    return (await client.chat.completions.create(model="m", messages=ask)).choices[0].message.content
 
 
-@pytest.mark.parametrize("case", parametrized(CASES))
-def test_an_agent_that_plays_a_known_episode_makes_one_sequence(case, tmp_path):
-    """Several turns with tools, parallel calls, a stream, and the error of a budget that is used up."""
-    python = python_of(case.program, sys.executable)
-    templates = templates_of()
-    left = iter(EPISODE)
-    engine = Scored(templates, lambda ask: next(left))
-    with served(engine, templates, max_turns=len(EPISODE)) as gateway, gateway.session() as session:
-        told = drive(case.program, case.how, session.environment(), TASKS, python, tmp_path)
-        assert [answer.strip() for answer in told["answers"]] == ANSWERS
-        assert told["error"] == case.error
-        assert session.report["counts"] == {"begins": 1}, session.report["findings"]
-        assert check_law(session.session, log_prob=None) == 1
-        check_scores(session.session)
-        messages = session.transcript.messages
-        assert [len(m.get("tool_calls") or ()) for m in messages if m["role"] == "assistant"] == [2, 1, 0, 1, 0]
-        assert [m["content"] for m in messages if m["role"] == "tool"] == ["5", "9", "14", "15"]
+async def told(row, session):
+    await asking(row, session)
 
 
-SMOL = [
-    ADD.format(2, 3) + "\n" + ADD.format(4, 5),
-    '<tool_call>\n{"name": "final_answer", "arguments": {"answer": "fourteen"}}\n</tool_call>',
-    "I add:\n" + ADD.format(14, 1),
-    '<tool_call>\n{"name": "final_answer", "arguments": {"answer": "fifteen"}}\n</tool_call>',
-]
+def said(ask) -> str:
+    return ask.messages[-1]["content"].removeprefix("q")
 
 
-@pytest.mark.services
+def test_every_row_is_played_as_often_as_asked():
+    flying, most = [0], [0]
+
+    async def agent(row, session):
+        flying[0] += 1
+        most[0] = max(most[0], flying[0])
+        await told(row, session)
+        await asyncio.sleep(0.01)
+        flying[0] -= 1
+
+    with gateway_of(said, reward=NumberVerifier()) as gateway:
+        td = play_agents(agent, ROWS, gateway, repeats=4, concurrency=5, seed=3)
+        engine = gateway.engine
+    assert most[0] == 5
+    assert td["query"] == [row["query"] for row in ROWS for _ in range(4)]
+    assert td["reward"].flatten().tolist() == [1.0] * 12
+    assert td["episode_place"].tolist() == [0, 1, 2, 3] * 3
+    assert len(set(td["episode_seed"].tolist())) == 12
+    assert {each.seed for each in engine.asked} == set(td["episode_seed"].tolist())
+    assert training_view(td)["group"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [line["group"] for line in lines(td)] == ["0.0"] * 4 + ["0.1"] * 4 + ["0.2"] * 4
+
+
+def test_agents_may_be_plain_functions_and_say_their_rewards():
+    def agent(row, session):
+        client = OpenAI(base_url=session.base_url, api_key=session.api_key)
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": row["query"]}])
+        row["query"] = "changed"
+        return {"q0": 0.5, "q1": {"reward": 0.25, "parts": {"a": 1}}}.get(session.session.row["query"])
+
+    with gateway_of(said, reward=NumberVerifier()) as gateway:
+        td = play_agents(agent, ROWS, gateway)
+    assert td["reward"].flatten().tolist() == [0.5, 0.25, 1.0]
+    assert td["reward_parts", "a"].flatten().tolist() == [0.0, 1.0, 0.0]
+
+
+COMMAND = """
+import json, os, subprocess, sys, time, urllib.request
+row = json.load(sys.stdin)
+url, key = os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"]
+assert os.environ["ANTHROPIC_BASE_URL"] + "/v1" == url
+body = json.dumps({"model": "m", "messages": [{"role": "user", "content": row["query"]}]}).encode()
+request = urllib.request.Request(url + "/chat/completions", body, {"authorization": "Bearer " + key})
+urllib.request.urlopen(request).read()
+if row["query"] == "q1":
+    sys.exit("it broke " + key)
+if row["query"] == "q2":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=sys.stderr)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("on_error", ["fail", pytest.param("score", marks=pytest.mark.full)])
+def test_a_command_is_an_agent_and_ends_in_time(on_error):
+    with gateway_of(said, reward=NumberVerifier()) as gateway:
+        td = play_agents([sys.executable, "-c", COMMAND], ROWS, gateway, seconds=10, on_error=on_error)
+        keys = [session.key for session in gateway.take()]
+    if on_error == "score":
+        assert td["reward"].flatten().tolist() == [1.0] * 3
+        assert td["env_failure"] == [""] * 3
+    else:
+        assert td["reward"].flatten().tolist() == [1.0, 0.0, 0.0]
+        assert "it broke [hidden]" in td["env_failure"][1]
+        assert "more than 10 s" in td["env_failure"][2]
+        assert training_view(td)["group"].tolist() == [0, -1, -1]
+    assert not any(key in str(td["env_failure"]) for key in keys)
+
+
+def test_a_budget_that_stops_an_agent_is_no_failure_and_an_engine_that_fails_is():
+    async def endless(row, session):
+        while True:
+            await asking(row, session)
+
+    with gateway_of(said, limits=Limits(max_turns=3)) as gateway:
+        td = play_agents(endless, ROWS[:1], gateway, on_error="fail")
+    assert (td["stop_reason"].item(), td["env_failure"]) == (StopReason.MAX_TURNS, [""])
+    with gateway_of(lambda ask: ValueError("down") if "q1" in str(ask.messages) else said(ask)) as gateway:
+        td = play_agents(told, ROWS[:2], gateway)
+    assert td["env_failure"][0] == ""
+    assert "the engine failed" in td["env_failure"][1]
+
+
+def test_a_verifier_of_groups_sees_whole_groups():
+    seen = []
+
+    @grades("group")
+    def longest(group):
+        seen.append(len(group))
+        return [float(len(episode.response)) for episode in group]
+
+    with gateway_of(said, reward=longest) as gateway:
+        play_agents(told, ROWS, gateway, repeats=2)
+    assert seen == [2, 2, 2]
+
+
+def test_options_that_cannot_be_are_refused():
+    with gateway_of(said) as gateway:
+        with pytest.raises(ValueError, match="repeats=0"):
+            play_agents(told, ROWS, gateway, repeats=0)
+        with pytest.raises(ValueError, match="on_error='skip'"):
+            play_agents(told, ROWS, gateway, on_error="skip")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        AgentEnv(DatasetChatEnv(dataset=ROWS, input_mode="history"), told)
+
+
+def test_an_agent_plays_what_the_environment_plays():
+    """The same rows, seeds, tokens, log-probs, grades and columns."""
+    tokenizer = tiny_tokenizer()
+    policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4, seeded=True)
+
+    def make():
+        env = DatasetChatEnv(
+            dataset=last_digit_rows(6), tokenizer=tokenizer, input_mode="tokens", num_envs=3, repeats=2,
+            group_repeats=True, seed=5, shuffle=True,
+        )  # fmt: skip
+        return env.append_transform(RewardTransform(NumberVerifier())).append_transform(Budget(max_turns=2))
+
+    plain, env = play(make(), policy), AgentEnv(make(), told)
+    found = play(env, policy)
+    assert set(plain.keys()) - {"text", "tokens_left"} == set(found.keys())
+    for key in ("query", "answer", "env_failure", "grade_failure"):
+        assert list(plain[key]) == list(found[key]), key
+    for key in ("reward", "success", "graded", "done", "episode_seed", "episode_row", "episode_place"):
+        assert torch.equal(plain[key], found[key]), key
+        assert plain[key].dtype == found[key].dtype
+    for one, other in zip(plain["transcript"], found["transcript"], strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert torch.allclose(one.log_probs, other.log_probs, atol=1e-5)
+    again = play(env, policy)
+    assert list(again["query"]) != list(found["query"])
+    env.load_state_dict(make().state_dict())
+    env.reset_dataloader()
+    assert list(play(env, policy)["query"]) == list(found["query"])
+    assert env._gateway.engine.batches
+    env.close()
+
+
+def test_agents_of_one_gateway_do_not_meet():
+    async def agent(row, session):
+        client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
+        messages = [{"role": "user", "content": row["query"]}]
+        for turn in range(4):
+            reply = await client.chat.completions.create(model="m", messages=messages)
+            messages += [reply.choices[0].message, {"role": "user", "content": f"{row['query']} {turn}"}]
+
+    with gateway_of(said) as gateway:
+        td = play_agents(agent, ROWS * 4, gateway)
+        sessions = gateway.take()
+    for row, transcript in zip(ROWS * 4, td["transcript"], strict=True):
+        assert len(transcript.sequences) == 1
+        words = " ".join(message["content"] for message in transcript.messages if message["role"] == "user")
+        assert set(words.replace(row["query"], "").split()) <= set("0123")
+    assert len(sessions) == 12
+
+
+# ---------------------------------------------------------------------- the command line
+def test_the_command_serves_a_model_and_keeps_what_it_sampled(tmp_path):
+    path = tmp_path / "runs" / "agents.jsonl"
+    words = ["gateway", "--port", "0", "--max-new-tokens", "5", "--max-turns", "1", "--rollouts", str(path)]
+    arguments = make_parser().parse_args([*words, "--implicit", "--allow", "temperature"])
+    with make_gateway(arguments) as gateway:
+        client = OpenAI(base_url=f"{gateway.url}/s/mine/v1", api_key="k")
+        assert client.models.list().data[0].id == "tiny"
+        reply = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+        assert reply.usage.completion_tokens <= 5
+        with pytest.raises(PermissionDeniedError, match="max_turns"):
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "more"}])
+        assert gateway.settings.allow == {"temperature", "max_tokens", "stop"}
+    [line] = read_rollouts(path)
+    assert (line["id"], line["stop"], line["turns"]) == ("mine", "error", 1)
+    assert line["sequences"][0]["sampled"]
+
+
 @pytest.mark.full
-def test_what_smolagents_edits_is_told(tmp_path):
-    """It sends calls back as text of its own, and results as a user's: each answer is exact, in a sequence of its own."""
-    python = python_of("smolagents_tools", sys.executable)
-    templates = templates_of()
-    left = iter(SMOL)
-    engine = Scored(templates, lambda ask: next(left))
-    with served(engine, templates, max_turns=len(SMOL)) as gateway, gateway.session() as session:
-        told = drive("smolagents_tools", "chat", session.environment(), TASKS, python, tmp_path)
-        assert told == {"answers": ["fourteen", "fifteen"], "error": "AgentGenerationError"}
-        assert check_law(session.session, log_prob=None) == len(SMOL)
-        check_scores(session.session)
-        assert session.report["counts"] == {"begins": 1, "restarts": len(SMOL) - 1}
-        edits = [finding for finding in session.report["findings"] if "is not what was sampled there" in finding]
-        assert len(edits) == len(SMOL) - 1
-        assert "instead of" in edits[0]
-
-
-BASH = '<tool_call>\n{{"name":  "bash", "arguments": {{"command": "{}"}}}}\n</tool_call>'
-SUBMIT = BASH.format("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && cat made")
-
-
-@pytest.mark.services
-@pytest.mark.full
-@pytest.mark.parametrize("refused", [False, True])
-def test_mini_swe_agent_works_in_a_folder(refused, tmp_path):
-    """One sequence; two where it refuses an answer, leaves it out and complains (``B1``)."""
-    python = python_of("mini_swe", sys.executable)
-    templates = templates_of()
-    lines = [
-        "First I look.\n" + BASH.format("pwd") + "\n" + BASH.format("echo 42 > made; echo wrote"),
-        *(["I forgot to call anything."] if refused else []),
-        BASH.format("cat made"),
-        SUBMIT,
-    ]
-    left = iter(lines)
-    engine = Scored(templates, lambda ask: next(left))
-    with served(engine, templates, max_turns=len(lines)) as gateway, gateway.session() as session:
-        told = drive("mini_swe", "chat", session.environment(), TASKS[:1], python, tmp_path)
-        assert told["error"] is None
-        assert "42" in told["answers"][0]
-        assert (tmp_path / "made").read_text() == "42\n"
-        assert check_law(session.session, log_prob=None) == 1 + refused
-        check_scores(session.session)
-        assert session.report["counts"] == ({"begins": 1, "forks": 1} if refused else {"begins": 1})
-        assert any("(B1)" in finding for finding in session.report["findings"]) == refused
-
-
-@pytest.mark.parametrize("case", parametrized(CASES))
-def test_what_the_tiny_model_samples_for_an_agent_is_one_sequence(case, tmp_path):
-    """Noise: texts that cannot be encoded alike again, blanks at their ends."""
-    python = python_of(case.program, sys.executable)
-    templates = templates_of()
-    engine = Sampling(templates)
-    with served(engine, templates) as gateway, gateway.session() as session:
-        told = drive(case.program, case.how, session.environment(), TASKS * 2, python, tmp_path)
-        assert (len(told["answers"]), told["error"]) == (6, None)
-        assert session.report["counts"] == {"begins": 1}, session.report["findings"]
-        assert check_law(session.session, log_prob=None) == 1
-        check_scores(session.session)
+def test_the_command_ends_when_it_is_told_to():
+    command = [sys.executable, "-m", "torchrl_chat.cli.main", "gateway", "--port", "0", "--token", "t"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline()
+        assert "http://127.0.0.1:" in address
+        url = address.split()[1].split("/s/")[0]
+        assert httpx.get(f"{url}/sessions", headers={"authorization": "Bearer t"}).json() == {"sessions": []}
+        process.terminate()
+        assert process.wait(60) == 0
+        assert process.stdout.read() == ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
+    from torchrl_chat.gateway.agents import AgentEnv, play_agents
     from torchrl_chat.gateway.calls import Call, Dialect, Refusal, Reply
     from torchrl_chat.gateway.engines import Ask, Engine, RemoteEngine, ScriptedEngine
     from torchrl_chat.gateway.finished import episodes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torchrl_chat.gateway.sessions import Session, Settings
 
 _HOMES = {
+    "agents": "AgentEnv play_agents",
     "calls": "Call Dialect Refusal Reply",
     "engines": "Ask Engine RemoteEngine ScriptedEngine",
     "finished": "episodes",
@@ -30,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AgentEnv",
     "Ask",
     "Call",
     "Dialect",
@@ -45,6 +48,7 @@ __all__ = [
     "Session",
     "Settings",
     "episodes",
+    "play_agents",
 ]
 
 __getattr__, __dir__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names.split()})

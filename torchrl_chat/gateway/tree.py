@@ -228,8 +228,8 @@ class Tree:
         elif start == len(messages):
             edited, answer = edited or "it ends with an answer of the model, and nothing follows", None
         if answer is None:
-            known = "nothing of it was sampled before (B5)" if self.answers else "the first request of the session"
-            return Match(place, None, messages, 0, calls, "restarts" if self.answers else "begins", edited or known)
+            new = "nothing of it was sampled before (B5)" if self.answers else "the first request of the session"
+            return Match(place, None, messages, 0, calls, "restarts" if self.answers else "begins", edited or new)
         again = "the same prompt is answered once more" if place.answers else "its history is known"
         forks = answer.extended or bool(place.answers)
         return Match(place, answer, messages, start, calls, "forks" if forks else "continues", edited or again)
