@@ -98,6 +98,17 @@ ENVIRONMENTS = {
         ".openenv/010", ("openenv==0.10.0", "reasoning-gym==0.1.25", "transformers==5.23.0")
     ),
     "openenv-03": Environment(".openenv/03", ("openenv-core==0.3.0", "transformers==5.23.0")),
+    # The agents of other houses that the gateway is tested with, none of them with torch.
+    "agents": Environment(
+        ".agents",
+        (
+            "openai", "anthropic", "openai-agents", "pydantic-ai-slim[openai,anthropic]", "smolagents[openai]",
+            "langchain", "langgraph", "langchain-openai", "langchain-anthropic", "litellm", "mini-swe-agent",
+        ),
+        constraints="constraints-agents.txt",
+    ),
+    # TRL, which trains on what the gateway has recorded.
+    "trl": Environment(".trl", ("trl==1.16.0", "openenv==0.10.0"), constraints="constraints.txt", torch=True),
 }  # fmt: skip
 
 

@@ -157,6 +157,7 @@ class Tree:
             self._recent.pop((tools, len(known.messages), known.place), None)
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
+        match.system = system or None
         return match
 
     def _known(self, tools: Hashable, messages: tuple[Message, ...]) -> Match | None:
