@@ -218,7 +218,9 @@ class Client:
         status = await self.reader.readuntil(b"\r\n\r\n")
         assert b" 200 " in status.split(b"\r\n")[0], (status, await self.reader.read(1000))
         if not stream:
-            length = next(int(x.split(b":")[1]) for x in status.lower().split(b"\r\n") if x.startswith(b"content-le"))
+            length = next(
+                int(x.split(b":")[1]) for x in status.lower().split(b"\r\n") if x.startswith(b"content-le")
+            )
             raw = await self.reader.readexactly(length)
             took = time.perf_counter() - begun
             self.messages.append(
@@ -301,7 +303,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, 16 sessions")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--openenv", type=Path, default=ROOT / ".openenv/010/bin/python", metavar="PYTHON")
-    parser.add_argument("--profile", metavar="FILE", help="only ours, 16 sessions, under cProfile: the file of the profile")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="only ours, 16 sessions, under cProfile: the file of the profile"
+    )
     given = parser.parse_args()
     counts, rounds = ([16], 1) if given.quick else ([16, 64], 3)
     pythons: dict[str, str | Path] = {"ours": sys.executable}
@@ -339,10 +343,14 @@ def result(runs: dict[tuple[int, str], list[dict[str, Any]]], firsts: dict[str, 
             key: statistics.median(run[key] for run in found)
             for key in ("calls_per_second", "cpu_ms", "flat", "kb_per_session")
         }
-        by_turn = [statistics.median(values) for values in zip(*(run["cpu_ms_by_turn"] for run in found), strict=True)]
+        by_turn = [
+            statistics.median(values) for values in zip(*(run["cpu_ms_by_turn"] for run in found), strict=True)
+        ]
         rows.append({"sessions": sessions, "system": system, **middle, "cpu_ms_by_turn": by_turn})
     engine = statistics.median(firsts["engine"])
-    added = {name: statistics.median(values) - engine for name, values in firsts.items() if values and name != "engine"}
+    added = {
+        name: statistics.median(values) - engine for name, values in firsts.items() if values and name != "engine"
+    }
     ratios: dict[str, Any] = {}
     by = {(row["sessions"], row["system"]): row for row in rows}
     for sessions in sorted({row["sessions"] for row in rows}):
@@ -363,7 +371,9 @@ def text(found: dict[str, Any]) -> str:
         f"{row['flat']:>6.2f} {row['kb_per_session']:>11.0f}"
         for row in found["rows"]
     ]
-    lines += [f"first streamed token, {name}: {ms:.2f} ms added" for name, ms in found["first_token_added_ms"].items()]
+    lines += [
+        f"first streamed token, {name}: {ms:.2f} ms added" for name, ms in found["first_token_added_ms"].items()
+    ]
     for sessions, ratios in found["ratios"].items():
         if isinstance(ratios, dict):
             told = ", ".join(f"{key} {value:.2f}" for key, value in ratios.items())

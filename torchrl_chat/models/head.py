@@ -104,7 +104,7 @@ class Head:
             given["states"] = states
             ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
             logits: torch.Tensor = self._plain(input_ids=ids, use_cache=False).logits
-            return logits.squeeze(0), given["made"]
+            return logits.squeeze(0), given.pop("made")
 
         hooks = [self._layer.register_forward_pre_hook(instead), self._layer.register_forward_hook(cut)]
         own = trunk.__dict__.get("forward")  # some libraries put one of theirs there

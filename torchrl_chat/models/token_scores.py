@@ -204,23 +204,29 @@ class _Scored(torch.autograd.Function):
         # Of the loss, or of each of the numbers, by the states.
         slopes = [torch.zeros_like(states) for _ in range(1 if at_once else how.count if ahead else 0)]
         sums = _sums(weights) if at_once else []
+
+        def score(rows: slice, logits_of: Any, ratios: Any) -> torch.Tensor | None:
+            logits, made = (states[rows], states) if logits_of is None else logits_of(states[rows])
+            chunk = _Chunk(logits.detach(), targets[rows], how, ratios, rows)
+            found[:, rows] = chunk.found
+            one = torch.ones_like(chunk.found[0])
+            outers = [[one if i == which else None for i in range(how.count)] for which in range(how.count)]
+            value = None
+            if how.loss is not None:
+                value, of = how.told(chunk.found, rows)
+                outers = [of]
+            for which, slope in enumerate(slopes):
+                assert head is not None
+                more = which < len(slopes) - 1
+                outer = chunk.gradient(outers[which], keep=more)
+                of_made = torch.autograd.grad(logits, made, outer, retain_graph=more)[0].squeeze(0)
+                slope[rows] = head.gradient(of_made, states[rows], sums)
+            return value
+
         with _apart(head) as logits_of, _ratios(how) as ratios, torch.set_grad_enabled(bool(slopes)):
-            for rows in how.chunks(head, states):
-                logits, made = (states[rows], states) if logits_of is None else logits_of(states[rows])
-                chunk = _Chunk(logits.detach(), targets[rows], how, ratios, rows)
-                found[:, rows] = chunk.found
-                one = torch.ones_like(chunk.found[0])
-                outers = [[one if i == which else None for i in range(how.count)] for which in range(how.count)]
-                if how.loss is not None:
-                    value, of = how.told(chunk.found, rows)
+            for rows in how.chunks(head, states):  # what is made of a chunk is gone before the next
+                if (value := score(rows, logits_of, ratios)) is not None:
                     total += value
-                    outers = [of]
-                for which, slope in enumerate(slopes):
-                    assert head is not None
-                    more = which < len(slopes) - 1
-                    outer = chunk.gradient(outers[which], keep=more)
-                    of_made = torch.autograd.grad(logits, made, outer, retain_graph=more)[0].squeeze(0)
-                    slope[rows] = head.gradient(of_made, states[rows], sums)
         if how.loss is not None:
             ctx.mark_non_differentiable(found)
             ctx.save_for_backward(*slopes, *sums)
@@ -246,21 +252,19 @@ class _Scored(torch.autograd.Function):
             return None, told.to(kind_of_states), None, None
         states, targets, *weights = ctx.saved_tensors
         gradient, sums = torch.zeros_like(states), _sums(weights)
-        kind, dtype, enabled = ctx.autocast
-        with (
-            _apart(head) as logits_of,
-            _ratios(how) as ratios,
-            torch.enable_grad(),
-            torch.autocast(kind, dtype, enabled),
-        ):
+
+        def score(rows: slice, logits_of: Any, ratios: Any) -> None:
+            logits, made = (states[rows], states) if logits_of is None else logits_of(states[rows])
+            outer = _Chunk(logits.detach(), targets[rows], how, ratios, rows).gradient([*of[:, rows]])
+            if head is None:
+                gradient[rows] = outer
+                return
+            of_made = torch.autograd.grad(logits, made, outer)[0].squeeze(0)
+            gradient[rows] = head.gradient(of_made, states[rows], sums)
+
+        with _apart(head) as logits_of, _ratios(how) as ratios, torch.enable_grad(), torch.autocast(*ctx.autocast):
             for rows in how.chunks(head, states):
-                logits, made = (states[rows], states) if logits_of is None else logits_of(states[rows])
-                outer = _Chunk(logits.detach(), targets[rows], how, ratios, rows).gradient([*of[:, rows]])
-                if head is None:
-                    gradient[rows] = outer
-                    continue
-                of_made = torch.autograd.grad(logits, made, outer)[0].squeeze(0)
-                gradient[rows] = head.gradient(of_made, states[rows], sums)
+                score(rows, logits_of, ratios)
         return None, gradient, None, None, *(s.to(w.dtype) for s, w in zip(sums, weights, strict=True))
 
 
