@@ -7,6 +7,7 @@ import pytest
 import torch
 import zoo
 from tensordict import TensorDict
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,27 +109,52 @@ def test_sums_over_the_vocabulary_are_float32_under_autocast():
     assert scores.divergence.dtype == torch.float32
 
 
-def test_its_gradient_needs_no_second_time_at_the_head(monkeypatch):
-    """Nor is anything as large as all logits made."""
-    model = tiny_model(20_000)
-    view = a_view(4, length=65, prompt=1)
+class Made(TorchDispatchMode):
+    """What is made inside: the size of the largest, and how many were there at a time that have so many numbers or more."""
+
+    def __init__(self, large):
+        super().__init__()
+        self.large, self.largest, self.most, self.there = large, 0, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                if tensor.numel() >= self.large:
+                    self.there.append(StorageWeakRef(tensor.untyped_storage()))
+        self.there = [ref for ref in dict.fromkeys(self.there) if not ref.expired()]
+        self.most = max(self.most, len(self.there))
+        return made
+
+
+LOSSES = {
+    "beside the scores": lambda scores, _at: scores.log_probs.sum() - scores.entropy.sum(),
+    "behind them": None,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_as_large_as_all_logits_and_of_chunks_there_are_a_few_at_a_time(name):
+    """However many tokens there are."""
+    model, most = tiny_model(20_000), []
     prover_of(model).record()
+    for length in (33, 129):
+        with Made(16 * 20_000) as made:
+            view = a_view(4, length=length, prompt=1)
+            scores = sequence_log_probs(model, view, chunk=16, entropy=True, loss=LOSSES[name])
+            (scores.loss if LOSSES[name] else scores.log_probs.sum() - scores.entropy.sum()).backward()
+        assert made.largest <= max(*(p.numel() for p in model.parameters()), 16 * 20_000) < 4 * 32 * 20_000
+        most.append(made.most)
+    assert most[0] == most[1] <= 10
 
-    class Largest(TorchDispatchMode):
-        numbers = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            made = func(*args, **(kwargs or {}))
-            sizes = [x.numel() for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
-            self.numbers = max([self.numbers, *sizes])
-            return made
-
-    with Largest() as made:
-        scores = sequence_log_probs(model, view, chunk=16, loss=lambda scores, _at: scores.log_probs.sum())
-        monkeypatch.delattr(Head, "apart")
-        scores.loss.backward()
+def test_its_gradient_needs_no_second_time_at_the_head(monkeypatch):
+    model = zoo.make("llama")
+    scores = sequence_log_probs(model, a_view(3), chunk=5, loss=lambda scores, _at: scores.log_probs.sum())
+    monkeypatch.delattr(Head, "apart")
+    scores.loss.backward()
     assert all(weight.grad is not None for weight in model.parameters())
-    assert 16 * 20_000 <= made.numbers <= max(*(p.numel() for p in model.parameters()), 16 * 20_000) < 256 * 20_000
 
 
 @pytest.mark.parametrize("name", ["llama", "soft caps", "frozen head", "adapter on the head"])

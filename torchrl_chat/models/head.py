@@ -133,6 +133,7 @@ class Head:
             and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
         )
 
+    @torch.no_grad()  # whatever the grad mode around it: a graph would keep every chunk
     def gradient(self, of_made: torch.Tensor, states: torch.Tensor, sums: list[torch.Tensor]) -> torch.Tensor:
         """What a gradient of the head's output (K, V) is of the states (K, H); what it is of :attr:`weights` is added to sums."""
         weight = self._layer.weight

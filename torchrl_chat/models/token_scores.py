@@ -194,6 +194,7 @@ class _Scored(torch.autograd.Function):
     def forward(
         ctx: Any, head: Head | None, states: torch.Tensor, targets: torch.Tensor, how: _How, *weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        given, states = states, states.detach()  # grad is on below, for the head alone
         found = torch.empty(how.count, len(targets), device=states.device)
         total = found.new_zeros(())
         learned = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4:])
@@ -232,7 +233,7 @@ class _Scored(torch.autograd.Function):
             ctx.save_for_backward(*slopes, *sums)
         else:
             ctx.mark_non_differentiable(total)
-            ctx.save_for_backward(*slopes, *(() if slopes else (states, targets, *weights)))
+            ctx.save_for_backward(*slopes, *(() if slopes else (given, targets, *weights)))
         ctx.settings = head, how, len(slopes), [weight.dtype for weight in weights], states.dtype
         kind = states.device.type
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -251,6 +252,7 @@ class _Scored(torch.autograd.Function):
             told = sum(one[:, None] * slope for one, slope in zip(of, slopes, strict=True))
             return None, told.to(kind_of_states), None, None
         states, targets, *weights = ctx.saved_tensors
+        states = states.detach()
         gradient, sums = torch.zeros_like(states), _sums(weights)
 
         def score(rows: slice, logits_of: Any, ratios: Any) -> None:
