@@ -185,7 +185,7 @@ def main() -> None:
             finished = play(env, policy, max_turns=config.max_turns)
 
         # 2. One sequence an episode: its reward on the last sampled token, a value before each of them.
-        view = training_view(finished, layout="padded").to(model.device)
+        view = training_view(finished, layout="padded", group=config.group_size).to(model.device)
         mask = view["masks"].all_assistant_mask
         # An episode in which nothing was sampled has no token for its reward to stand on.
         view["reward"] = torch.where(mask.any(-1), view["reward"].reshape(-1), 0.0)

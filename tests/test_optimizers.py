@@ -256,32 +256,36 @@ class TestSeveralProcesses:
         in_ranks(after, gone_on, str(tmp_path), before == 1)
         expected, found, begun = (torch.load(tmp_path / f"{name}.pt") for name in ("after", "here", "weights"))
 
-        def most(one, other):
-            return max(float((one[name] - weight).abs().max()) for name, weight in other.items())
+        def far(one) -> tuple[float, float]:
+            apart = torch.cat([(one[name] - weight).flatten() for name, weight in expected.items()])
+            return float(apart.norm()), float(apart.abs().max())
 
-        assert most(found, expected) <= (0 if before == after else 2e-4)
-        assert most(begun, expected) > 4e-4
+        (all_of_it, most), (way, _) = far(found), far(begun)
+        assert all_of_it <= (0 if before == after else 0.05 * way)
+        assert most <= 2 * 2.4 * (1e-3 / 4 + 1e-3 / 5)
 
     def test_bfloat16_in_parts_is_refused(self):
         assert all(
             "torchao (0.18) cannot compile its step for such" in told for told in in_ranks(2, bfloat16_in_parts)
         )
 
+    @pytest.mark.timeout(1500)
     def test_compiled_steps_are_not_taken_for_one_another(self, tmp_path):
         for kind in ("adamw-8bit", "AdamWFp8", "adamw-8bit"):
-            assert in_ranks(2, compiled, kind, str(tmp_path)) == [pytest.approx(1e-3, rel=0.1)] * 2
+            assert in_ranks(2, compiled, kind, str(tmp_path), timeout=1200) == [pytest.approx(1e-3, rel=0.1)] * 2
 
 
 # ---------------------------------------------------------------------- runs
 @pytest.mark.full
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     "words", [["--optimizer", "adamw-8bit"], ["--optimizer", "adamw-8bit", "--dtype", "bfloat16-pure"]]
 )
 def test_a_run_goes_on_as_if_nothing_had_been(tmp_path, words):
     """Compiled, as a user has it; what is rounded by chance is rounded as it would have been."""
     words = ["--steps", "4", *words]
-    in_ranks(1, run, "grpo", str(tmp_path / "one"), *words)
-    in_ranks(1, run, "grpo", str(tmp_path / "other"), *words)
-    in_ranks(1, run, "grpo", str(tmp_path / "other"), *words, "--resume", "--checkpoint", "2")
+    in_ranks(1, run, "grpo", str(tmp_path / "one"), *words, timeout=700)
+    in_ranks(1, run, "grpo", str(tmp_path / "other"), *words, timeout=700)
+    in_ranks(1, run, "grpo", str(tmp_path / "other"), *words, "--resume", "--checkpoint", "2", timeout=700)
     same_run(tmp_path / "one", tmp_path / "other")
     assert json.loads((tmp_path / "one" / "config.json").read_text())["optimizer"] == "adamw-8bit"

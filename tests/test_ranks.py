@@ -16,7 +16,7 @@ from in_ranks import in_ranks
 from rank_runs import QUICK, check_same, rows, run
 
 from torchrl_chat import ranks
-from torchrl_chat.learner import Counts, gathered, learn, recompute_activations, shard, with_lora
+from torchrl_chat.learner import Counts, gathered, learn, recompute_activations, shard, whole, with_lora
 from torchrl_chat.learner.sharding import (
     load_optimizer,
     save_optimizer,
@@ -131,6 +131,22 @@ def gradients_beside_one(kind: str) -> float:
     return max(float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items())
 
 
+def merged_beside_one() -> dict[str, float]:
+    """How far the weights of a model with its adapter merged are from those of one process, and what is left as it was."""
+    ranks.begin("cpu")
+    parted = shard(model_of("lora"))
+    before = weights_of(parted)
+    merged = whole(parted)
+    after = weights_of(parted)
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    assert (merged is None) != ranks.leads()
+    if merged is None:
+        return {}
+    expected = whole(model_of("lora")).state_dict()
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    return {name: float((weight - expected[name]).abs().max()) for name, weight in merged.state_dict().items()}
+
+
 def nothing_and_nonsense() -> list[dict[str, float]]:
     """A minibatch that nobody learns from; one whose loss is no number in one process; one that is right."""
     ranks.begin("cpu")
@@ -223,6 +239,14 @@ def test_steps_are_those_of_one_process(kind, share, sizes, max_tokens):
     assert in_ranks(len(sizes), learned_beside_one, kind, share, sizes, max_tokens)[0] < 1e-5
 
 
+@pytest.mark.full
+def test_an_adapter_is_merged_in_the_first_process():
+    told, other = in_ranks(2, merged_beside_one)
+    assert other == {}
+    assert told.keys() == tiny_model(64).state_dict().keys()
+    assert max(told.values()) < 1e-6
+
+
 def test_steps_are_taken_by_all_or_by_none():
     found = in_ranks(2, nothing_and_nonsense)
     assert found[0] == found[1]
@@ -264,7 +288,18 @@ def test_the_state_of_one_process_is_parted(tmp_path):
 VARIANTS = {
     "grpo": ["--entropy", "0.02", "--max_tokens", "90"],
     "dapo": ["--variant", "dapo", "--kl", "0.05", "--correction", "tis", "--max_batches", "2"],
-    "lora": ["--variant", "reinforce++", "--lora", "4", "--kl", "0.05", "--checkpointing", "--max_new_tokens", "2"],
+    "lora": [
+        "--variant",
+        "reinforce++",
+        "--lora",
+        "4",
+        "--kl",
+        "0.05",
+        "--checkpointing",
+        "--max_new_tokens",
+        "2",
+        "--merge",
+    ],
 }
 
 
@@ -330,6 +365,29 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, capsys, words,
     with pytest.raises(SystemExit):
         grpo(words, "grpo")
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "local", "beside", "expected"),
+    [
+        (None, 8, 3, 8, "cuda:3"),
+        ("cuda", 8, 0, 2, "cuda:0"),
+        ("cpu", 8, 3, 8, "cpu"),
+        (None, 0, 1, 4, "cpu"),
+        ("cuda:1", 2, 0, None, "cuda:1"),
+        ("cuda:1", 2, 0, 2, "--device cuda:1: each of the 2 processes has a GPU of its own: give --device cuda."),
+        (None, 1, 0, 2, "torchrun started 2 processes here, and there are 1 GPUs: start one for each"),
+    ],
+)
+def test_each_process_has_a_device_of_its_own(asked, gpus, local, beside, expected):
+    """What it is, no GPU being asked: NCCL itself runs nowhere here."""
+    if " " in expected:
+        with pytest.raises(ValueError, match=expected):
+            ranks.device_of(asked, gpus, local, beside)
+        return
+    device = ranks.device_of(asked, gpus, local, beside)
+    assert str(device) == expected
+    assert ranks.backend_of(device) == ("cpu:gloo,cuda:nccl" if "cuda" in expected else "gloo")
 
 
 def test_a_script_for_one_process_says_so(monkeypatch, capsys):

@@ -106,7 +106,8 @@ def test_advantages_are_whitened_over_all_processes():
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-6)
 
 
-PPO = ["--group_size", "1", "--prompts", "24", "--minibatch", "24", "--entropy", "0.02"]
+# So many that some are right: values that have nothing to learn go by rounding alone, which Adam makes as large as anything else.
+PPO = ["--group_size", "1", "--prompts", "96", "--minibatch", "96", "--entropy", "0.02"]
 RUNS = {
     "shared": ("ppo", [*PPO, "--kl", "0.05"]),
     "separate": ("ppo", [*PPO, "--trunk", "separate", "--max_tokens", "90"]),

@@ -497,6 +497,11 @@ def test_every_option_runs_and_the_books_agree(tmp_path, monkeypatch, name, opti
         for e in read_rollouts(tmp_path / "rollouts.jsonl")
     ]
     assert len(written) == len(set(written)) == 32
+    if name == "ppo":
+        kept = saving.load_state(saving.checkpoints(tmp_path / "checkpoints")[-1])["state"]
+        assert set(kept["head"]) == {"weight", "bias"}
+        assert all(("lora_" in weight) == ("--lora" in options) for weight in kept.get("trunk", {}))
+        assert bool(kept.get("trunk")) == ("separate" in options)
     if "--merge" in options:
         from transformers import AutoModelForCausalLM
 

@@ -6,6 +6,8 @@ The trained model's weights go to the engine after every update; tests/test_reci
 from __future__ import annotations
 
 import pytest
+from in_ranks import in_ranks
+from rank_runs import check_same, run
 from recipe_runs import (
     QUICK,
     RECIPES,
@@ -34,6 +36,16 @@ def test_digits(tmp_path, name, seed):
 @pytest.mark.full
 def test_two_turns_with_a_tool(tmp_path):
     learns_the_tool(tmp_path / "run", "grpo", "vllm")
+
+
+@pytest.mark.full
+def test_two_processes_with_an_engine_each_are_one(tmp_path):
+    """On the CPU; the weights that are handed over are gathered from both."""
+    words = ["--backend", "vllm", "--steps", "4", "--max_new_tokens", "2", "--lr", "1e-3"]
+    for count in (1, 2):
+        in_ranks(count, run, "grpo", str(tmp_path / str(count)), *words)
+    check_same(tmp_path / "1", tmp_path / "2", tolerance=1e-3)
+    assert [row["ess"] for row in jsonl(tmp_path / "2" / "metrics.jsonl")] == pytest.approx([1.0] * 4, abs=1e-4)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.full)])

@@ -615,12 +615,8 @@ def episodes(td: TensorDictBase) -> list[list[int]]:
 
     Of several processes all of theirs, in the order of the questions, which they have in turn.
     """
-    keys = list(zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True))
-    if td.get("group", None) is None:  # all that were played are there, those of a question side by side
-        questions = {question: number for number, question in enumerate(dict.fromkeys(key[:2] for key in keys))}
-        groups = [questions[key[:2]] for key in keys]
-    else:
-        groups = td["group"].flatten().tolist()
+    keys = zip(*(td[name].flatten().tolist() for name in (ROW, EPOCH, PLACE)), strict=True)
+    groups = [0] * len(td) if td.get("group", None) is None else td["group"].flatten().tolist()
     played = [(group, key) for key, group in dict(zip(keys, groups, strict=True)).items()]
     parts = ranks.everywhere(played)
     if len(parts) > 1:
