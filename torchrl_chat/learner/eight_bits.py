@@ -31,7 +31,7 @@ class AdamW8bit(_AdamW8bit):
     # torchao's own has a decorator that leaves it without types.
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Update the weights that have a gradient; the first time it compiles for each of their shapes."""
+        """Update the weights that have a gradient; the first time it compiles for each of their shapes, but for weights in parts."""
         if closure is not None:
             raise ValueError("AdamW8bit takes no closure: compute the loss before the step.")
         with _compiling():
@@ -49,7 +49,9 @@ class AdamW8bit(_AdamW8bit):
                     state["step"] += 1
                     by_chance = self.bf16_stochastic_round and weight.dtype is torch.bfloat16
                     moments = state["exp_avg"], state["exp_avg_sq"]
-                    _compiled(weight.detach(), weight.grad, state["step"], *moments, *settings, by_chance)
+                    # Compiled for parts of a weight, it was not seen to end.
+                    update = _update if hasattr(weight, "to_local") else _compiled
+                    update(weight.detach(), weight.grad, state["step"], *moments, *settings, by_chance)
 
     def set_whole_state(self, weight: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> None:
         """Give a weight its state, in 8 bits, or the part of it that this process has of the weight.
