@@ -288,7 +288,7 @@ DIGITS = ["eval", "--dataset", "digits", "--limit", "12", "--batch", "5"]
 def episodes_of(folder: Path) -> list[dict[str, Any]]:
     """The episodes of a run, without the time at which they were played."""
     found = list(read_rollouts(folder / "rollouts.jsonl", on_error="raise"))
-    return [{**e, "metadata": {**e["metadata"], "time": 0}} for e in found]
+    return [{**e, "metadata": {**e["metadata"], "time": 0, "seconds": 0}} for e in found]
 
 
 class TestCommand:

@@ -194,12 +194,18 @@ def as_table(summary: dict[str, Any]) -> str:
             for k, entry in summary["pass_at_k"].items()
             if k != "1"
         ),
+        *(
+            (f"maj@{k}", "{value:.4f}  ({interval[0]:.4f} to {interval[1]:.4f})".format(**entry))
+            for k, entry in summary["maj_at_k"].items()
+            if int(k) > 2  # of two answers a draw decides: maj@2 is pass@1
+        ),
         ("mean reward", f"{summary['mean_reward']:.4f}"),
         *((f"  {name}", f"{value:.4f}") for name, value in summary["reward_parts"].items()),
         (
             "sampled tokens",
             f"mean {length['mean']:.1f}, median {length['median']:g}, 95 % up to {length['p95']}, max {length['max']}",
         ),
+        ("cost", cost_of(summary)),
         ("cut at a limit", f"{summary['cut_share']:.1%}"),
         *(
             ("no answer", f"{count}{text}")
@@ -213,6 +219,25 @@ def as_table(summary: dict[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def cost_of(summary: dict[str, Any]) -> str:
+    """What a run took, for people."""
+    cost = summary["cost"]
+    return f"{cost['sampled_tokens']:,} sampled tokens, {cost['prompt_tokens']:,} of prompts, {clock(cost['seconds'])}"
+
+
+def clock(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+        >>> clock(7.25), clock(4000)
+        ('7.2 s', '1:06:40')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 _UNANSWERED = {
