@@ -11,6 +11,7 @@ from typing import Any
 
 from torchrl_chat import tiny
 from torchrl_chat.named import is_name, named
+from torchrl_chat.rewards.tasks import LOCAL, TASKS
 
 SPLITS = {
     "gsm8k": ("train", "test"),
@@ -25,6 +26,7 @@ NAMES = (
     "sums",
     "python-tool",
     *SPLITS,
+    *LOCAL,
     "reasoning-gym:TASK",
     "module:Class or file.py:Class of a MessageEnv",
 )
@@ -39,7 +41,7 @@ def check_name(name: str, data: str | None = None) -> None:
         data: a local copy of its rows.
 
     Raises:
-        ValueError: there is no such environment or path, or the environment takes no ``data``.
+        ValueError: there is no such environment or path, or the environment takes no ``data``, or cannot do without.
     """
     kind, _, task = name.partition(":")
     if kind == "reasoning-gym" and task:
@@ -50,13 +52,16 @@ def check_name(name: str, data: str | None = None) -> None:
             raise ValueError(f"data={data!r}: {name} makes its rows itself.")
     elif is_name(name):
         named(name)
+    elif name in LOCAL and data is None:
+        raise ValueError(f"{name} needs data (--data PATH): {TASKS[name].rows}.")
     elif name not in NAMES:
         raise ValueError(f"there is no environment {name!r}: expected {', '.join(NAMES)}.")
     looks_local = data is not None and (
         data.startswith((".", "/", "~")) or Path(data).suffix or data.count("/") > 1
     )
     if data is not None and looks_local and not Path(data).expanduser().exists():
-        raise ValueError(f"data={data!r}: there is no such dataset file or folder.")
+        told = f" {name} needs {TASKS[name].rows}." if name in LOCAL else ""
+        raise ValueError(f"data={data!r}: there is no such dataset file or folder.{told}")
 
 
 def tiny_alphabet(name: str) -> str:
@@ -116,6 +121,15 @@ def make_env(
             "countdown": envs.CountdownEnv,
         }[name]
         return cls(split=split or SPLITS[name][0], **options)
+    if name in LOCAL:
+        local: Any = {
+            "aime": envs.AIMEEnv,
+            "math-500": envs.MATH500Env,
+            "gpqa": envs.GPQAEnv,
+            "mmlu-pro": envs.MMLUProEnv,
+            "humaneval": envs.HumanEvalEnv,
+        }[name]
+        return local(split=split, **options)
     if name in ("digits", "sums"):
         make_rows = tiny.last_digit_rows if name == "digits" else tiny.sum_rows
         options.setdefault("dataset", make_rows(size or 2048, seed=seed))

@@ -224,7 +224,9 @@ def as_table(summary: dict[str, Any]) -> str:
 def cost_of(summary: dict[str, Any]) -> str:
     """What a run took, for people."""
     cost = summary["cost"]
-    return f"{cost['sampled_tokens']:,} sampled tokens, {cost['prompt_tokens']:,} of prompts, {clock(cost['seconds'])}"
+    return (
+        f"{cost['sampled_tokens']:,} sampled tokens, {cost['prompt_tokens']:,} of prompts, {clock(cost['seconds'])}"
+    )
 
 
 def clock(seconds: float) -> str:

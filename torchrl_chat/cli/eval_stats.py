@@ -117,7 +117,9 @@ def majority_at_k(right: int, wrong: Sequence[int], abstained: int, k: int) -> f
     """
     count = right + sum(wrong) + abstained
     if min(right, abstained, *wrong, 0) < 0 or not 1 <= k <= count:
-        raise ValueError(f"maj@{k} of {right} right, {list(wrong)} wrong and {abstained} silent ones: expected 1 <= k <= all.")
+        raise ValueError(
+            f"maj@{k} of {right} right, {list(wrong)} wrong and {abstained} silent ones: expected 1 <= k <= all."
+        )
     won = 0.0
     for votes in range(1, min(right, k) + 1):
         rest = k - votes

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from torchrl_chat.cli.eval_stats import wilson
 from torchrl_chat.options import number, whole
-from torchrl_chat.rewards.tasks import TASKS
+from torchrl_chat.rewards.tasks import TASKS, Task
 
 DESCRIPTION = """\
 Grade the responses of a JSONL file, each against the reference of its row, and print the accuracy.
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.file} has no rows.")
     task = TASKS[arguments.task or _task_of(rows)]
     try:
-        verifier = task.make_verifier(**dict(map(_option, arguments.option)))
+        verifier = verifier_of(task, arguments.option)
     except TypeError as error:
         raise ValueError(str(error)) from error
     verdicts, shown = list[Verdict](), 0
@@ -133,6 +133,21 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr if arguments.json else sys.stdout,
         )
     return 1 if summary["failures"] else 0
+
+
+def verifier_of(task: Task, options: Sequence[str]) -> Any:
+    """The verifier of a task, with options as the command line has them.
+
+    Raises:
+        TypeError: an option that it does not have.
+        ValueError: one that is not ``NAME=VALUE``.
+    """
+    given = dict(map(_option, options))
+    if task.verifier == "CodeVerifier":
+        from torchrl_chat.sandbox import Sandbox
+
+        given["runner"] = Sandbox().run
+    return task.make_verifier(**given)
 
 
 def _summary(verdicts: Sequence[Any]) -> dict[str, Any]:

@@ -221,7 +221,9 @@ class RewardTransform(Transform):
 
         def told_again(key: str, texts: dict[int, str]) -> None:
             column = columns.read_objects(td.get(key), td.batch_size)
-            td.set(key, columns.objects([texts.get(i, old) for i, old in enumerate(column)], td.batch_size, td.device))
+            td.set(
+                key, columns.objects([texts.get(i, old) for i, old in enumerate(column)], td.batch_size, td.device)
+            )
 
         told_again("grade_failure", {row: str(verdict.failure or "") for row, verdict in verdicts.items()})
         told_again("extracted", {row: str(verdict.answer or "") for row, verdict in verdicts.items()})
