@@ -61,12 +61,12 @@ class Paired:
 
     questions: int
     """How many questions both answered."""
-    first: float
+    first_mean: float
     """The mean of the first, each question weighing alike however many answers it has."""
-    second: float
+    second_mean: float
     """The mean of the second."""
     difference: float
-    """``second - first``."""
+    """``second_mean - first_mean``."""
     interval: tuple[float, float] | None
     """Of the difference, 95 %: from resampled questions. ``None`` where all questions differ alike, so that nothing can be resampled."""
     gained: int | None
@@ -126,8 +126,8 @@ def compared(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]
     alike = max(differences) - min(differences) < 1e-12
     return Paired(
         questions=len(differences),
-        first=statistics.fmean(map(statistics.fmean, first)),
-        second=statistics.fmean(map(statistics.fmean, second)),
+        first_mean=statistics.fmean(map(statistics.fmean, first)),
+        second_mean=statistics.fmean(map(statistics.fmean, second)),
         difference=statistics.fmean(differences),
         interval=None if alike else bootstrap_interval(differences, seed=seed),
         gained=gained,

@@ -148,7 +148,9 @@ def _with_columns(episode: dict[str, Any], row: Mapping[str, Any]) -> dict[str, 
         for key, value in row.items()
         if isinstance(value, (bool, int, float, str)) and len(str(value)) <= _SLICE and value not in known
     }
-    last = {key: episode.pop(key) for key in ("sequences", "metadata") if key in episode}  # long ones stay last
+    last: dict[str, Any] = {
+        key: episode.pop(key) for key in ("sequences", "metadata") if key in episode
+    }  # long ones stay last
     return {**episode, "columns": plain(columns), **last}
 
 

@@ -142,7 +142,7 @@ def verifier_of(task: Task, options: Sequence[str]) -> Any:
         TypeError: an option that it does not have.
         ValueError: one that is not ``NAME=VALUE``.
     """
-    given = dict(map(_option, options))
+    given = options_of(options)
     if task.verifier == "CodeVerifier":
         from torchrl_chat.sandbox import Sandbox
 
@@ -225,13 +225,10 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     more: dict[str, Any] = {"row": row}
     response = row.get(arguments.response_key)
     if response is None and _is_rollout(row):
-        if row.get("error"):
-            return f"error: the policy had no answer: {row['error']}"
-        said = [isinstance(message, dict) and message.get("role") == "assistant" for message in row["messages"]]
-        if not any(said):
-            return "error: the episode has no answer: there is no message of the assistant"
-        response = row["messages"][: len(said) - said[::-1].index(True)]
-        more |= {"messages": response, "length": row.get("sampled_tokens"), "truncated": bool(row.get("cut"))}
+        response, told = answer_of(row)
+        if isinstance(response, str):
+            return response
+        more |= told
     if isinstance(response, list):  # a conversation
         if not response or not all(isinstance(message, dict) for message in response):
             return (
@@ -247,6 +244,31 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     except KeyError as error:
         return f"error: {error.args[0] if not arguments.reference_key else f'the row has no {error}'}"
     return Episode.of(response, reference, **more)
+
+
+def answer_of(rollout: dict[str, Any]) -> tuple[list[Any] | str, dict[str, Any]]:
+    """The conversation of a rollout up to its last answer, and what an ``Episode`` has besides; or the reason why there is none."""
+    if rollout.get("error"):
+        return f"error: the policy had no answer: {rollout['error']}", {}
+    said = [isinstance(message, dict) and message.get("role") == "assistant" for message in rollout["messages"]]
+    if not any(said):
+        return "error: the episode has no answer: there is no message of the assistant", {}
+    messages = rollout["messages"][: len(said) - said[::-1].index(True)]
+    told = {
+        "messages": messages,
+        "length": rollout.get("sampled_tokens"),
+        "truncated": bool(rollout.get("cut")),
+    }
+    return messages, told
+
+
+def options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a verifier as the command line has them, their values as JSON or text.
+
+    Raises:
+        ValueError: one is not ``NAME=VALUE``.
+    """
+    return dict(map(_option, texts))
 
 
 def _option(text: str) -> tuple[str, Any]:
