@@ -81,7 +81,8 @@ def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], words:
         words: how many of the first columns are words; the others are numbers.
     """
     top = "".join(
-        f'<th scope="col"{"" if i < words else _NUMBER}>{escape(cell)}</th>' for i, cell in enumerate(head)
+        f'<th scope="col"{"" if i < words else _NUMBER}>{escape(cell)}</th>' if cell else "<td></td>"
+        for i, cell in enumerate(head)
     )
     body = "".join(
         "<tr>"
@@ -93,7 +94,7 @@ def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], words:
         for row in rows
     )
     return (
-        f'<div class="wide" role="region" aria-label="{escape(name)}" tabindex="0">'
+        f'<div class="wide" role="region" aria-label="Table: {escape(name)}" tabindex="0">'
         f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -135,6 +136,7 @@ def _comparison(c: Mapping[str, Any], alone: bool) -> str:
     reach = 1.02 * max(
         [abs(s["difference"]) for _, s in values] + [abs(end) for _, s in values for end in s["interval"] or ()]
     )
+    reach = reach or 1.0  # nothing differs
     rows = []
     for label, s in values:
         cells = [
@@ -279,7 +281,7 @@ def _curve(report: Mapping[str, Any]) -> str:
         f"Accuracy of {', '.join(tasks)} over training steps {begin} to {last}; the numbers are in the table of runs."
     )
     return (
-        f'<div class="wide" role="region" aria-label="Curve" tabindex="0"><svg class="curve" role="img" aria-label="{told}" '
+        f'<div class="wide" role="region" aria-label="Drawing" tabindex="0"><svg class="curve" role="img" aria-label="{told}" '
         f'viewBox="0 0 {left + width + 24} {top + height + 30}">{"".join(drawn)}{"".join(shown)}</svg></div>'
     )
 
