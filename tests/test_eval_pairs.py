@@ -146,7 +146,7 @@ def test_the_bootstrap_says_what_permutations_say():
 def test_the_bootstrap_says_what_permutations_say_of_many():
     bootstrap, permutation, same = decisions(1500, 60, 4, 0.05)
     assert same >= 0.96
-    assert abs(bootstrap - permutation) <= 0.025
+    assert abs(bootstrap - permutation) <= 0.04
 
 
 @pytest.mark.parametrize("times", [150, pytest.param(2000, marks=pytest.mark.full)])

@@ -201,7 +201,7 @@ def _two_by_two(c: Mapping[str, Any]) -> str:
         [escape(f"{c['first']} right"), f"{both:,}", f"{c['lost']:,}"],
         [escape(f"{c['first']} wrong"), f"{c['gained']:,}", f"{neither:,}"],
     ]
-    return _table("Questions by who has them right", head, rows)
+    return _table(f"{_title(c)}: who has them right", head, rows)
 
 
 def _left_out(c: Mapping[str, Any]) -> str:

@@ -161,10 +161,10 @@ def bootstrap_interval(values: Sequence[float], resamples: int = _RESAMPLES, see
 
     drawn, given = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
     count = len(given)
-    block = max(1, 2_000_000 // count)  # a large dataset times all resamples would take gigabytes
+    block = max(1, 200_000 // count)  # a large dataset times all resamples would take gigabytes
     means = np.concatenate(
         [
-            given[drawn.integers(count, size=(min(block, resamples - start), count))].mean(axis=1)
+            given[drawn.integers(count, size=(min(block, resamples - start), count), dtype=np.int32)].mean(axis=1)
             for start in range(0, resamples, block)
         ]
     )
