@@ -452,7 +452,10 @@ def test_ctrl_c_sums_up_what_there_is(tmp_path):
     assert summary["episodes"] == len(episodes_of(tmp_path)) == 400 - summary["missing"]
 
 
-@pytest.mark.parametrize("module", ["cli.eval_stats"])
+@pytest.mark.parametrize(
+    "module",
+    [f"cli.eval{name}" for name in ("", "_page", "_pairing", "_pairs", "_plan", "_report", "_rescore", "_stats")],
+)
 def test_docstring_examples(module):
     found = importlib.import_module(f"torchrl_chat.{module}")
     outcome = doctest.testmod(found)

@@ -215,15 +215,24 @@ class TestIntervals:
 
 
 class TestSizes:
-    @given(st.integers(5, 300), st.integers(1, 100))
-    def test_what_is_detectable_needs_as_many_questions(self, questions, differ):
-        differences = [1.0] * differ + [0.0] * 100
-        gap = detectable(differences * questions)
+    @given(st.integers(20, 2000), st.integers(1, 100), st.floats(0.1, 1))
+    def test_what_is_detectable_is_found_as_often_as_said(self, questions, differ, size):
+        """Of the difference, and how many questions differ: the power of the normal test is 80 %."""
+        differing = max(1, questions * differ // 100)
+        gap = detectable([size] * differing + [0.0] * (questions - differing))
         if gap is None:
+            assert questions < 10
             return
-        share, count = differ / (differ + 100), len(differences) * questions
-        root = stats.norm.ppf(0.975) * math.sqrt(share) + stats.norm.ppf(0.8) * math.sqrt(share - gap * gap)
-        assert (root / gap) ** 2 == pytest.approx(count, rel=1e-3)
+        share = max(differing / questions, gap / size)  # more of them, where these are too few
+        wide, narrow = (math.sqrt(share * size**2 - shift) for shift in (0.0, gap**2))
+        power = stats.norm.cdf((gap * math.sqrt(questions) - stats.norm.ppf(0.975) * wide) / max(narrow, 1e-9))
+        assert power == pytest.approx(0.8, abs=1e-3) or narrow < 1e-4
+
+    @pytest.mark.parametrize(("questions", "differing"), [(100, 20), (400, 1), (1000, 100)])
+    def test_the_exact_test_finds_what_is_detectable(self, questions, differing):
+        gap = detectable([1.0] * differing + [0.0] * (questions - differing))
+        share = max(differing / questions, gap)
+        assert 0.7 <= found(questions, share, (share + gap) / (2 * share) - 1e-12, 0) <= 0.87
 
     def test_more_answers_where_they_do(self):
         """Chances that differ by the same everywhere: all noise is sampling, and the variance says how many answers do."""

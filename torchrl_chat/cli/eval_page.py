@@ -166,10 +166,13 @@ def _comparison(c: Mapping[str, Any], alone: bool) -> str:
         _two_by_two(c),
         _left_out(c),
     ]
-    for kind, better, worse in (("gained", "second", "first"), ("lost", "first", "second")):
+    for kind, count, better, worse in (
+        ("gained", "ahead", "second", "first"),
+        ("lost", "behind", "first", "second"),
+    ):
         shown = c.get("examples", {}).get(kind)
         if shown:
-            name = f"Where {c[better]} is ahead of {c[worse]}: {len(shown)} questions"
+            name = f"Where {c[better]} is ahead of {c[worse]}: {len(shown)} of {c[count]:,} questions"
             items = "".join(_example(c, example) for example in shown)
             parts.append(f"<details><summary>{escape(name)}</summary>{items}</details>")
     return "".join(parts)

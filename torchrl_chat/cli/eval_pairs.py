@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,7 +164,7 @@ def questions_needed(differences: Sequence[float], *, exact: bool = False) -> in
 
     Example:
         >>> questions_needed([1.0] * 12 + [-1.0] * 8 + [0.0] * 80)
-        978
+        979
     """
     gap, square = _gap_and_square(differences)
     if gap <= 1e-12:
@@ -176,26 +176,44 @@ def questions_needed(differences: Sequence[float], *, exact: bool = False) -> in
 
 
 def detectable(differences: Sequence[float]) -> float | None:
-    """The smallest difference that as many questions find in 80 % of all cases, if they differ as often as these do.
+    """The smallest difference that as many questions find in 80 % of all cases, if they differ as often and as far as these do.
+
+    Where so few questions differ that it would take more of them, it is the difference of just as many as it takes, all in favour of
+    one model.
 
     Args:
         differences: one for each question.
 
     Returns:
-        the difference, above 0; ``None`` where nothing differs, or more than all would have to.
+        the difference, above 0; ``None`` where nothing differs, or there are too few questions for any.
 
     Example:
-        >>> f"{detectable([1.0] * 12 + [-1.0] * 8 + [0.0] * 80):.3f}"
-        '0.123'
+        >>> f"{detectable([1.0] * 12 + [-1.0] * 8 + [0.0] * 80):.3f} {detectable([1.0] + [0.0] * 99):.3f}"
+        '0.124 0.077'
     """
     _, square = _gap_and_square(differences)
     if square <= 0:
         return None
-    root = math.sqrt(len(differences))
-    gap = 0.0
-    for _ in range(100):  # a contraction where there is a solution
-        gap = (_Z_ALPHA * math.sqrt(square) + _Z_POWER * math.sqrt(max(0.0, square - gap * gap))) / root
-    return gap if gap * gap <= square else None
+    count, reach = len(differences), statistics.fmean(map(abs, differences))
+    gap = _solved(
+        lambda gap: (
+            (_Z_ALPHA * math.sqrt(square) + _Z_POWER * math.sqrt(max(0.0, square - gap**2))) / math.sqrt(count)
+        )
+    )
+    if gap <= reach:
+        return gap
+    size = square / reach  # of the difference of a question that differs
+    gap = _solved(lambda gap: size * (_Z_ALPHA + _Z_POWER * math.sqrt(max(0.0, 1 - gap / size))) ** 2 / count)
+    return gap if gap <= size else None
+
+
+def _solved(step: Callable[[float], float]) -> float:
+    """Where a step leads to itself, by bisection: what it gives falls as what it is given grows."""
+    low, high = 0.0, step(0.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if step(middle) > middle else (low, middle)
+    return (low + high) / 2
 
 
 def answers_needed(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> int | None:

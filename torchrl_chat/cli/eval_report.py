@@ -32,7 +32,8 @@ def report(
     Returns:
         ``"runs"``: of each its name, its path and the summary of each task; ``"comparisons"``: of each run with the first, in each
         task and in all of them together (``"task": None``), what :class:`~torchrl_chat.cli.eval_pairs.Paired` has, and
-        ``"slices"``, ``"only_first"``, ``"only_second"``, ``"reworded"``, ``"other_reference"``, ``"repeated"``, ``"examples"``; ``"steps"``: where the
+        ``"slices"``, ``"only_first"``, ``"only_second"``, ``"reworded"``, ``"other_reference"``, ``"repeated"``, on how many questions it
+        is ``"ahead"`` and ``"behind"``, with ``"examples"``; ``"steps"``: where the
         models are checkpoints of one training run, their steps; ``"notes"``: what a reader has to know.
 
     Raises:
@@ -88,6 +89,8 @@ def _comparisons(
             **counts,
             "left_out": left_out,
             "slices": {column: _slices(pairs.both, column, task) for column in by},
+            "ahead": _ahead(pairs.both, 1),
+            "behind": _ahead(pairs.both, -1),
             "examples": {
                 "gained": _examples(pairs.both, 1, examples),
                 "lost": _examples(pairs.both, -1, examples),
@@ -127,14 +130,19 @@ def _natural(text: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
 
 
+def _gap(pair: tuple[Question, Question]) -> float:
+    first, second = (math.fsum(question.values) / len(question.values) for question in pair)
+    return second - first
+
+
+def _ahead(pairs: Sequence[tuple[Question, Question]], sign: int) -> int:
+    return sum(sign * _gap(pair) > 0 for pair in pairs)
+
+
 def _examples(pairs: Sequence[tuple[Question, Question]], sign: int, count: int) -> list[dict[str, Any]]:
     """The questions on which the second is ahead (1) or behind (-1), the clearest first."""
-
-    def gap(pair: tuple[Question, Question]) -> float:
-        means = [math.fsum(question.values) / len(question.values) for question in pair]
-        return sign * (means[1] - means[0])
-
-    chosen = sorted((pair for pair in pairs if gap(pair) > 0), key=gap, reverse=True)[:count]
+    chosen = [pair for pair in pairs if sign * _gap(pair) > 0]
+    chosen = sorted(chosen, key=lambda pair: sign * _gap(pair), reverse=True)[:count]
     return [
         {
             "question": shown(a.query),
@@ -312,7 +320,7 @@ def power(c: Mapping[str, Any]) -> list[str]:
             f"{c['questions']:,} questions that differ as these do find a difference of {c['detectable']:.3f} in 80 % of all cases."
         )
     if not c["decided"] and c["questions_needed"] is not None:
-        told.append(f"One of {abs(c['difference']):.3f} takes {c['questions_needed']:,} questions.")
+        told.append(f"A difference of {abs(c['difference']):.4f} takes {c['questions_needed']:,} questions.")
         if c["answers_needed"] is not None:
             told.append(f"Or {c['answers_needed']:,} answers to each of these.")
         elif c["answers"][0] > 1:
