@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from torchrl_chat import Budget, DatasetChatEnv, GSM8KEnv, NumberVerifier, RewardTransform, UserSimulator, columns
 from torchrl_chat.cli import grade
-from torchrl_chat.cli.eval import summed_up
 from torchrl_chat.cli.eval_run import DatasetRun, finished
 from torchrl_chat.cli.eval_stats import (
     Figures,
@@ -33,6 +32,7 @@ from torchrl_chat.cli.eval_stats import (
     share_interval,
     wilson,
 )
+from torchrl_chat.cli.eval_summary import summed_up
 from torchrl_chat.cli.main import main
 from torchrl_chat.rollouts import read_rollouts
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
@@ -454,7 +454,10 @@ def test_ctrl_c_sums_up_what_there_is(tmp_path):
 
 @pytest.mark.parametrize(
     "module",
-    [f"cli.eval{name}" for name in ("", "_page", "_pairing", "_pairs", "_plan", "_report", "_rescore", "_stats")],
+    [
+        f"cli.eval{name}"
+        for name in ("_summary", "_page", "_pairing", "_pairs", "_plan", "_report", "_rescore", "_stats")
+    ],
 )
 def test_docstring_examples(module):
     found = importlib.import_module(f"torchrl_chat.{module}")

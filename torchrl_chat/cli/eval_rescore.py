@@ -13,6 +13,7 @@ from typing import Any
 from torchrl_chat import rewards
 from torchrl_chat.cli.eval_pairing import settings_beside, shown
 from torchrl_chat.cli.eval_stats import Figures
+from torchrl_chat.cli.eval_summary import as_table
 from torchrl_chat.cli.grade import answer_of, options_of, verifier_of
 from torchrl_chat.files import replacing
 from torchrl_chat.named import is_name, named
@@ -112,7 +113,6 @@ def run(arguments: argparse.Namespace) -> int:
     if (folder / "rollouts.jsonl").exists():
         raise ValueError(f"{folder} holds a run already: give another --out.")
     verifier = grader_of(arguments.reward, arguments.option)
-    from torchrl_chat.cli.eval import as_table
     from torchrl_chat.rollouts import as_line, plain
 
     folder.mkdir(parents=True, exist_ok=True)

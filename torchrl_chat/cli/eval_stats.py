@@ -226,7 +226,7 @@ class Figures:
         for name, value in episode["reward_parts"].items():
             self.parts[name] = self.parts.get(name, 0.0) + (value or 0.0)
         self.lengths.append(episode["sampled_tokens"])
-        self.prompt_tokens += max(0, episode["total_tokens"] - episode["sampled_tokens"])
+        self.prompt_tokens += max(0, (episode.get("total_tokens") or 0) - episode["sampled_tokens"])
         self.seconds += (episode.get("metadata") or {}).get("seconds") or 0.0
         self.turns += episode["turns"]
         self.cut += episode["cut"]
