@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RUN = [
     "your-environment.md",
+    "evaluation.md",
     "reference.md",
     "models.md",
     "gateway.md",

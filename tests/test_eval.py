@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from torchrl_chat import Budget, DatasetChatEnv, GSM8KEnv, NumberVerifier, RewardTransform, UserSimulator, columns
 from torchrl_chat.cli import grade
-from torchrl_chat.cli.eval import summed_up
 from torchrl_chat.cli.eval_run import DatasetRun, finished
 from torchrl_chat.cli.eval_stats import (
     Figures,
@@ -33,6 +32,7 @@ from torchrl_chat.cli.eval_stats import (
     share_interval,
     wilson,
 )
+from torchrl_chat.cli.eval_summary import summed_up
 from torchrl_chat.cli.main import main
 from torchrl_chat.rollouts import read_rollouts
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
@@ -288,7 +288,7 @@ DIGITS = ["eval", "--dataset", "digits", "--limit", "12", "--batch", "5"]
 def episodes_of(folder: Path) -> list[dict[str, Any]]:
     """The episodes of a run, without the time at which they were played."""
     found = list(read_rollouts(folder / "rollouts.jsonl", on_error="raise"))
-    return [{**e, "metadata": {**e["metadata"], "time": 0}} for e in found]
+    return [{**e, "metadata": {**e["metadata"], "time": 0, "seconds": 0}} for e in found]
 
 
 class TestCommand:
@@ -452,7 +452,13 @@ def test_ctrl_c_sums_up_what_there_is(tmp_path):
     assert summary["episodes"] == len(episodes_of(tmp_path)) == 400 - summary["missing"]
 
 
-@pytest.mark.parametrize("module", ["cli.eval_stats"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        f"cli.eval{name}"
+        for name in ("_summary", "_page", "_pairing", "_pairs", "_plan", "_report", "_rescore", "_stats")
+    ],
+)
 def test_docstring_examples(module):
     found = importlib.import_module(f"torchrl_chat.{module}")
     outcome = doctest.testmod(found)

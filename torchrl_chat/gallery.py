@@ -12,6 +12,7 @@ from typing import Any
 
 from torchrl_chat import tiny
 from torchrl_chat.named import is_name, named
+from torchrl_chat.rewards.tasks import LOCAL, TASKS
 
 SPLITS = {
     "gsm8k": ("train", "test"),
@@ -33,6 +34,7 @@ ABOUT = {
     "countdown": "a target out of given numbers, made here; or rows with query, target, nums",
     "ifeval": "instructions that can be checked; rows with prompt, instruction_id_list, kwargs; the extra ifeval",
     "reasoning-gym:TASK": "one of a hundred generators; the extra reasoning-gym; its settings by option",
+    **{name: f"{TASKS[name].rows}; by --data" for name in LOCAL},
     ROWS: "rows of yours with query (question, problem, prompt) and perhaps answer (reference, solution), and a reward",
     "module:Class or file.py:Class of a MessageEnv": "an environment of yours",
 }
@@ -86,7 +88,7 @@ def check_name(
         settings: the task's.
 
     Raises:
-        ValueError: there is no such environment, path or reward; the environment takes none; or it lacks one.
+        ValueError: there is no such environment, path or reward; the environment takes none; or it lacks one, or its data.
         ImportError: grading needs a package that is not installed; the text names the extra.
     """
     kind, _, task = name.partition(":")
@@ -114,10 +116,13 @@ def check_name(
                 f"{name} has rows, and nothing that grades them: give a reward (--reward), file.py:function or module:function, called with the "
                 f"response and the reference of its row, or one of {', '.join(_verifiers())}."
             )
+    elif name in LOCAL and data is None:
+        raise ValueError(f"{name} needs data (--data PATH): {TASKS[name].rows}.")
     elif name not in NAMES:
         raise ValueError(f"there is no environment {name!r}: expected {', '.join(NAMES)}.")
     if data is not None:
-        _check_path(data, data.startswith((".", "/", "~")) or bool(Path(data).suffix) or data.count("/") > 1)
+        local = data.startswith((".", "/", "~")) or bool(Path(data).suffix) or data.count("/") > 1
+        _check_path(data, local, f" {name} needs {TASKS[name].rows}." if name in LOCAL else "")
     if reward is not None or name in SPLITS:
         _verifier(reward or name, dict(settings or {}))
 
@@ -131,9 +136,9 @@ def _is_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix in _SUFFIXES or Path(name).exists()
 
 
-def _check_path(path: str, local: bool) -> None:
+def _check_path(path: str, local: bool, told: str = "") -> None:
     if local and not Path(path).expanduser().exists():
-        raise ValueError(f"data={path!r}: there is no such dataset file or folder.")
+        raise ValueError(f"data={path!r}: there is no such dataset file or folder.{told}")
 
 
 def _is_of_the_env(setting: str) -> bool:
@@ -269,6 +274,15 @@ def _made(
             "countdown": envs.CountdownEnv,
         }[name]
         return cls(split=split or SPLITS[name][0], verifier=verifier, **own, **options)
+    if name in LOCAL:
+        local: Any = {
+            "aime": envs.AIMEEnv,
+            "math-500": envs.MATH500Env,
+            "gpqa": envs.GPQAEnv,
+            "mmlu-pro": envs.MMLUProEnv,
+            "humaneval": envs.HumanEvalEnv,
+        }[name]
+        return local(split=split, verifier=verifier, **own, **options)
     if name not in MADE_HERE:
         return envs.RowsEnv(dataset=name, split=split, verifier=verifier, **own, **options)
     seed = options["seed"]

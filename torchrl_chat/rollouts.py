@@ -33,6 +33,7 @@ VERSION = 1
 Streams = Callable[[int, int], Mapping[str, Sequence[float]] | None]
 """What is known of the sampled tokens of a sequence: ``streams(episode, sequence)``."""
 
+_ANSWER = 1000  # characters of an extracted answer that is written
 _DEPTH = 64  # levels of nesting that are written; deeper values are spelled as text
 
 
@@ -95,7 +96,7 @@ def episodes(
 
     held = td.get("reward_parts", None)
     parts = {} if held is None else {str(key): number(("reward_parts", key)) for key in held.keys()}
-    told = ("query", "answer", "grade_failure", "finish_reason", "policy_error", "env_failure")
+    told = ("query", "answer", "grade_failure", "extracted", "finish_reason", "policy_error", "env_failure")
     read_columns = {key: read(key) for key in told}
     numbered = ("reward", "success", "stop_reason", "done", "terminated", "prompt_differs", *EPISODE_KEYS)
     numbers = {key: number(key) for key in numbered}
@@ -118,6 +119,7 @@ def episodes(
             "success": of["success"],
             "reward_parts": {name: values[i] for name, values in parts.items()},
             "grade_failure": of["grade_failure"] or None,
+            "extracted": _short(of["extracted"]),
             "stop": (StopReason.ERROR if of["policy_error"] else stop).word,
             "finish_reason": of["finish_reason"],
             "cut": transcript.ended is False,
@@ -265,6 +267,11 @@ def _read(line: bytes) -> dict[str, Any]:
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(f"its version is {version!r}, this library reads up to {VERSION}")
     return episode
+
+
+def _short(answer: Any) -> str | None:
+    """An extracted answer; what is a whole response (code, or a verifier that extracts nothing) is in the messages."""
+    return answer if isinstance(answer, str) and 0 < len(answer) <= _ANSWER else None
 
 
 # ---------------------------------------------------------------------- one episode

@@ -1,36 +1,45 @@
-"""``torchrl-chat eval``: a model on a dataset with verified answers, to figures that can be trusted."""
+"""``torchrl-chat eval``: models on datasets with verified answers, to figures that can be trusted."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torchrl_chat.cli.eval_stats import Figures
+from torchrl_chat.cli import eval_compare, eval_curve, eval_rescore
+from torchrl_chat.cli.eval_plan import single_runs
+from torchrl_chat.cli.eval_summary import as_table, summed_up
 from torchrl_chat.cli.eval_tasks import make_env, make_policy
 from torchrl_chat.endpoint import HIDDEN, shown_url
 from torchrl_chat.files import plain_name, replacing
 from torchrl_chat.gallery import check_name, guide
-from torchrl_chat.options import TEMPLATE_HELP, device, named_values, number, whole
+from torchrl_chat.options import TEMPLATE_HELP, both_spellings, device, named_values, number, whole
 
 DESCRIPTION = """\
 Play every row of a dataset, grade the answers as in training, and sum up: accuracy, pass@k, and how sure they are.
 
   torchrl-chat eval --dataset digits                                     # a tiny random model, nothing is downloaded
   torchrl-chat eval --dataset gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --limit 200
-  torchrl-chat eval --dataset math --data math500.jsonl --model FOLDER --samples 8     # pass@1, 2, 4, 8
+  torchrl-chat eval --dataset math-500 --data math500.jsonl --model FOLDER --samples 8     # pass@ and maj@1, 2, 4, 8
   torchrl-chat eval --dataset rows.jsonl --reward file.py:function --model FOLDER
   torchrl-chat eval --dataset gsm8k --backend endpoint --endpoint http://localhost:8000/v1 --model NAME
+  torchrl-chat eval --dataset gsm8k aime --data aime=aime.jsonl --model FOLDER OTHER     # every model on every task, one table
   torchrl-chat eval --resume runs/eval-gsm8k-20260101-120000
 
+  torchrl-chat eval compare RUN RUN       # whether two differ, question by question
+  torchrl-chat eval rescore RUN --reward math     # the same answers, another grader
+  torchrl-chat eval curve TRAINING_RUN    # all checkpoints of a training run
+
 Written to the output folder: config.json, dataset.json (what tells the rows from others; generated ones themselves),
-rollouts.jsonl (an episode a line, see docs/rollouts.md) and summary.json.
+rollouts.jsonl (an episode a line, see docs/rollouts.md) and summary.json; of several models or tasks, a folder MODEL/TASK each.
 Every episode is in the file as soon as its batch is graded. A run that was ended, by Ctrl-C or by kill -9, goes on
 where it was: give the same --out again, or --resume FOLDER without anything else. Requests to an endpoint that failed
 are made again then. --limit and --samples may be raised, and --batch changed; anything else is another evaluation.
@@ -39,29 +48,56 @@ Each episode samples from a seed of its own, so that answers depend neither on t
 endpoint samples as it likes). Rows without an answer count as wrong; how many of them were cut at a limit, and how many
 ended without marking an answer, is said apart. The interval of the accuracy is Wilson's, with
 several answers a question at their effective number (clustered by question, arXiv:2411.00640); pass@k is unbiased
-(arXiv:2107.03374), its interval from resampled questions.
+(arXiv:2107.03374), and so is maj@k, the majority of k answers (arXiv:2203.11171); their intervals are from resampled questions.
 
 The exit code is 0 if every episode was graded, 1 if some failed, 2 if the evaluation could not be made, 130 after Ctrl-C."""
 
-_FREE = {"out", "resume", "run", "command", "json", "limit", "samples", "batch", "device", "no_tokens"}
+_FREE = {"limit", "samples", "batch", "device", "no_tokens"}
 """Settings that may differ when a run goes on."""
+
+_NOT_KEPT = {"out", "resume", "run", "command", "further", "json", "html", "examples", "training", "every"}
+"""What is no setting of the evaluation."""
 
 
 def add_parser(commands: Any) -> None:
     """Add ``eval`` to the commands."""
     parser = commands.add_parser(
         "eval",
-        help="measure a model on a dataset",
+        help="measure models on datasets; compare, rescore",
         description=DESCRIPTION,
         epilog=guide(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    add_run_arguments(parser, "runs/eval-DATASET-TIME")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+    parser.set_defaults(run=run, training=None)
+    further = parser.add_subparsers(dest="further", title="with what there is", metavar="COMMAND")
+    for module in (eval_compare, eval_rescore):
+        module.add_parser(further)
+    curve = eval_curve.add_parser(further)
+    add_run_arguments(curve, "eval-DATASET in the training run's folder")
+    curve.set_defaults(run=run, dataset=None, model=None)
+    for command in further.choices.values():
+        both_spellings(command)
+
+
+def add_run_arguments(parser: Any, folder: str) -> None:
+    """What says which evaluation is meant."""
     task = parser.add_argument_group("dataset")
     task.add_argument(
-        "--dataset", default="digits", metavar="NAME", help="one of the tasks below (default: digits)"
+        "--dataset",
+        "--task",
+        nargs="+",
+        default=["digits"],
+        metavar="NAME",
+        help="one or several of the tasks below (default: digits)",
     )
-    task.add_argument("--data", metavar="PATH", help="a local copy: a folder, or a JSONL, Parquet or CSV file")
+    task.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="a local copy: a folder, or a JSONL, Parquet or CSV file; of several datasets NAME=PATH each",
+    )
     task.add_argument("--split", metavar="NAME", help="default: test, where there is one")
     task.add_argument("--reward", metavar="NAME", help="what grades, instead of the task's own verifier; see below")
     task.add_argument(
@@ -81,12 +117,18 @@ def add_parser(commands: Any) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
-        default="tiny",
+        nargs="+",
+        default=["tiny"],
         metavar="NAME",
-        help="tiny (default), a name or a folder of a transformers model, or the model's name at the endpoint",
+        help="tiny (default), a name or a folder of a transformers model, or the model's name at the endpoint; or several",
     )
     model.add_argument("--backend", choices=("transformers", "vllm", "endpoint"), default="transformers")
-    model.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible server; the key: OPENAI_API_KEY")
+    model.add_argument(
+        "--endpoint",
+        nargs="+",
+        metavar="URL",
+        help="of an OpenAI-compatible server, or one for each model; the key: OPENAI_API_KEY",
+    )
     model.add_argument(
         "--api",
         choices=("chat", "completions"),
@@ -111,32 +153,93 @@ def add_parser(commands: Any) -> None:
         choices=("tokens", "text", "history"),
         help="default: tokens; history for an endpoint without a tokenizer",
     )
-    sampling.add_argument("--seed", type=int, default=0, help="of sampling and of generated rows (default: 0)")
+    sampling.add_argument(
+        "--seed", type=int, default=0, help="of sampling, generated rows and shuffled choices (default: 0)"
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/eval-DATASET-TIME")
-    output.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+    output.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {folder}")
     output.add_argument(
         "--no-tokens", action="store_true", help="leave token ids and log-probs out of rollouts.jsonl"
     )
-    output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    eval_compare.add_report_arguments(output)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Play, sum up, and say where the files are; the result is the exit code."""
+    if arguments.training is not None:
+        eval_curve.of_training(arguments)
     folder = _folder(arguments)
-    _settle(arguments)
-    check_name(arguments.dataset, arguments.data, arguments.reward, named_values(arguments.option))
-    _compare(folder, arguments)  # what is refused anyway is refused before a model is loaded
+    runs = single_runs(arguments, folder)
+    for one in runs:  # what is refused anyway is refused before a model is loaded
+        _settle(one)
+        check_name(one.dataset, one.data, one.reward, named_values(one.option))
+        _compare(one.out, one)
+    with _policies() as policy_of:
+        if len(runs) == 1:
+            code, summary = _played(runs[0], policy_of)
+            if summary is not None:
+                _shown(summary, arguments, folder)
+            return code
+        _remember(folder, {**_kept(arguments), "runs": list(dict.fromkeys(one.out.parent.name for one in runs))})
+        codes = []
+        for number_, one in enumerate(runs, 1):
+            print(f"{number_} of {len(runs)}: {one.dataset}, {one.label}", file=sys.stderr)
+            try:
+                codes.append(_played(one, policy_of)[0])
+            except (ValueError, KeyError, ImportError, OSError) as error:  # the others are played all the same
+                print(f"{one.dataset}, {one.label}: {error.args[0] if error.args else error}", file=sys.stderr)
+                codes.append(2)
+            if codes[-1] == 130:
+                break
+    if not any((one.out / "rollouts.jsonl").exists() for one in runs):
+        return max(codes)
+    eval_compare.show_runs([folder], arguments, details=False)
+    if not arguments.json:
+        print(f"files in {folder}/; torchrl-chat eval compare {folder} tells more")
+    return 130 if 130 in codes else min(1, max(codes))
+
+
+def _shown(summary: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
+    if arguments.html is not None:
+        eval_compare.show_runs([folder], arguments, printed=False)
+    print(json.dumps(summary, indent=2) if arguments.json else f"{as_table(summary)}\nfiles in {folder}/")
+
+
+@contextlib.contextmanager
+def _policies() -> Iterator[Any]:
+    """Makes the policy of a run; the one before is used again where it is the same, else closed."""
+    held: list[Any] = [None, None]
+
+    def close() -> None:
+        policy, held[:] = held[1], [None, None]
+        getattr(policy, "close", lambda: None)()
+
+    def policy_of(arguments: argparse.Namespace) -> Any:
+        alphabet = arguments.dataset if arguments.model == "tiny" else None
+        key = (arguments.model, arguments.endpoint, alphabet)
+        if held[0] != key:
+            close()
+            held[:] = [key, make_policy(arguments)]
+        return held[1]
+
+    try:
+        yield policy_of
+    finally:
+        close()
+
+
+def _played(arguments: argparse.Namespace, policy_of: Any) -> tuple[int, dict[str, Any] | None]:
+    """Play one dataset with one model; the exit code, and the summary if there is an answer."""
     from torchrl_chat.cli.eval_run import DatasetRun
     from torchrl_chat.recipes.progress import Progress
 
-    policy = make_policy(arguments)
+    folder = arguments.out
+    policy = policy_of(arguments)
     path = folder / "rollouts.jsonl"
     interrupted = False
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", RuntimeWarning)  # failures are in the summary
-        stack.callback(getattr(policy, "close", lambda: None))
         plan = DatasetRun(
             functools.partial(make_env, arguments, policy),
             policy,
@@ -147,7 +250,7 @@ def run(arguments: argparse.Namespace) -> int:
             metadata={"policy": arguments.model, "dataset": arguments.dataset},
         )
         stack.callback(plan.close)
-        _remember(folder, arguments)  # written only when the dataset and the model have been opened
+        _remember(folder, _kept(arguments))  # written only when the dataset and the model have been opened
         done = plan.total - len(plan.todo)
         if done:
             print(f"going on: {done} of {plan.total} answers are in {path}", file=sys.stderr)
@@ -162,103 +265,47 @@ def run(arguments: argparse.Namespace) -> int:
             interrupted = True
     if interrupted and not path.exists():
         print("interrupted before there was an answer", file=sys.stderr)
-        return 130
+        return 130, None
     summary = {"dataset": arguments.dataset, "model": arguments.model, "samples": arguments.samples}
     summary |= summed_up(path, arguments.limit, arguments.samples) | {"missing": len(plan.todo)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2) if arguments.json else f"{as_table(summary)}\nfiles in {folder}/")
     if interrupted:
-        return 130
-    return 1 if summary["errors"] or summary["grade_failures"] else 0
-
-
-def summed_up(path: Path, limit: int | None = None, samples: int | None = None) -> dict[str, Any]:
-    """The figures of a rollout file.
-
-    Args:
-        path: the file.
-        limit, samples: count the first rows, and the first answers to each, only.
-
-    Raises:
-        ValueError: there is no episode in it.
-        OSError: there is no file.
-    """
-    from torchrl_chat.rollouts import read_rollouts
-
-    if not path.exists():
-        raise ValueError("no episode was played: there is nothing to sum up.")
-    return Figures.of(
-        episode
-        for episode in read_rollouts(path)
-        if (limit is None or episode["row"] < limit) and (samples is None or episode["place"] < samples)
-    ).summary()
-
-
-def as_table(summary: dict[str, Any]) -> str:
-    """The figures for people."""
-    low, high = summary["interval"]
-    length = summary["sampled_tokens"]
-    lines = [
-        ("dataset, model", f"{summary['dataset']}, {summary['model']}"),
-        ("questions", f"{summary['questions']}, {summary['episodes']} answers"),
-        ("accuracy", f"{summary['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"),
-        *(
-            (f"pass@{k}", "{value:.4f}  ({interval[0]:.4f} to {interval[1]:.4f})".format(**entry))
-            for k, entry in summary["pass_at_k"].items()
-            if k != "1"
-        ),
-        ("mean reward", f"{summary['mean_reward']:.4f}"),
-        *((f"  {name}", f"{value:.4f}") for name, value in summary["reward_parts"].items()),
-        (
-            "sampled tokens",
-            f"mean {length['mean']:.1f}, median {length['median']:g}, 95 % up to {length['p95']}, max {length['max']}",
-        ),
-        ("cut at a limit", f"{summary['cut_share']:.1%}"),
-        *(
-            ("no answer", f"{count}{text}")
-            for kind, text in _UNANSWERED.items()
-            if (count := summary["unanswered"][kind])
-        ),
-        ("ended", _counts(summary["stops"])),
-        *((name, _counts(summary[key])) for name, key in _TROUBLE if summary[key]),
-        *([("drift", f"{summary['prompt_differs']} {_DRIFT}")] if summary["prompt_differs"] else []),
-        *([("not played", f"{summary['missing']} answers")] if summary.get("missing") else []),
-    ]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-
-
-_UNANSWERED = {
-    "cut": " were cut before they gave one: raise --max-new-tokens",
-    "unmarked": " ended by themselves without marking one",
-}
-_TROUBLE = (("not graded", "grade_failures"), ("failed requests", "errors"))
-_DRIFT = "answers to a prompt that is not the ledger's: the server renders and tokenizes on its own"
-
-
-def _counts(counter: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counter.items())
+        return 130, summary
+    return (1 if summary["errors"] or summary["grade_failures"] else 0), summary
 
 
 # ---------------------------------------------------------------------- settings
 def _folder(arguments: argparse.Namespace) -> Path:
     """The output folder; for ``--resume``, the settings are those of its run."""
-    if arguments.resume is None:
-        name = f"eval-{plain_name(arguments.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = arguments.out or Path("runs") / name
-    else:
-        folder = arguments.resume
-        if arguments.out not in (None, folder):
-            raise ValueError(f"--resume {folder} and --out {arguments.out} are two folders: give one.")
-        for key, value in _settings_of(folder).items():
-            if key == "endpoint" and value is not None and HIDDEN in value:
-                if shown_url(arguments.endpoint) != value:
-                    raise ValueError(
-                        f"--resume {folder}: the password of {value} is not kept: give --endpoint again."
-                    )
-                continue
-            setattr(arguments, key, value)
+    resume = getattr(arguments, "resume", None)
+    if resume is None:
+        name = plain_name(arguments.dataset[0]) + "-" if len(arguments.dataset) == 1 else ""
+        return arguments.out or Path("runs") / f"eval-{name}{time.strftime('%Y%m%d-%H%M%S')}"
+    folder: Path = resume
+    if arguments.out not in (None, folder):
+        raise ValueError(f"--resume {folder} and --out {arguments.out} are two folders: give one.")
+    settings = _settings_of(folder)
+    if "rescored" in settings:
+        raise ValueError(
+            f"--resume {folder}: these answers were rescored; go on with {settings['rescored']['run']}."
+        )
+    for key, value in settings.items():
+        value = [value] if key in _SEVERAL and isinstance(value, str) else value
+        if key == "endpoint" and value is not None and any(HIDDEN in url for url in value):
+            if _shown_urls(arguments.endpoint) != value:
+                raise ValueError(
+                    f"--resume {folder}: the password of {', '.join(value)} is not kept: give --endpoint again."
+                )
+            continue
+        setattr(arguments, key, value)
     return folder
+
+
+_SEVERAL = ("dataset", "data", "model", "endpoint")
+
+
+def _shown_urls(given: Any) -> Any:
+    return [shown_url(url) for url in given] if isinstance(given, list) else shown_url(given)
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
@@ -303,12 +350,8 @@ def _settle(arguments: argparse.Namespace) -> None:
 
 def _kept(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that are written; of an address, not what it holds of a password."""
-    settings = {
-        key: value
-        for key, value in vars(arguments).items()
-        if key not in ("out", "resume", "run", "command", "json")
-    }
-    return {**settings, "endpoint": shown_url(arguments.endpoint)}
+    settings = {key: value for key, value in vars(arguments).items() if key not in _NOT_KEPT and key != "label"}
+    return {**settings, "endpoint": _shown_urls(arguments.endpoint)}
 
 
 def _compare(folder: Path, arguments: argparse.Namespace) -> None:
@@ -325,9 +368,9 @@ def _compare(folder: Path, arguments: argparse.Namespace) -> None:
         )
 
 
-def _remember(folder: Path, arguments: argparse.Namespace) -> None:
+def _remember(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     with replacing(path) as file:
-        file.write((json.dumps(_kept(arguments), indent=2) + "\n").encode())
+        file.write((json.dumps(settings, indent=2) + "\n").encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from torchrl_chat.envs.episodes import DatasetEpisodes
 from torchrl_chat.envs.rows import Rows
 from torchrl_chat.files import replacing
 from torchrl_chat.playing import play
-from torchrl_chat.rollouts import as_line, episodes, read_rollouts, write_lines
+from torchrl_chat.rollouts import as_line, episodes, plain, read_rollouts, write_lines
+
+_SLICE = 200  # characters of a value that is written with an episode
 
 
 class DatasetRun:
@@ -107,16 +110,19 @@ class DatasetRun:
             self._env.close()
             self._env = self._make(len(pairs))
             _take(_order_of(self._env).dataset, self._rows)
+        rows = _order_of(self._env).dataset
         self._env.primer.episodes = _Chosen(_order_of(self._env), pairs)
-        return list(
-            episodes(
-                play(self._env, self.policy, max_turns=self.max_turns),
-                getattr(self.policy, "tokenizer", None),
-                tokens=self.tokens,
-                ids=[f"{row}.{place}" for row, place in pairs],
-                metadata=self.metadata,
-            )
+        begun = time.monotonic()
+        finished = play(self._env, self.policy, max_turns=self.max_turns)
+        seconds = round((time.monotonic() - begun) / len(pairs), 6)
+        played = episodes(
+            finished,
+            getattr(self.policy, "tokenizer", None),
+            tokens=self.tokens,
+            ids=[f"{row}.{place}" for row, place in pairs],
+            metadata={**(self.metadata or {}), "seconds": seconds},
         )
+        return [_with_columns(episode, rows[row]) for (row, _), episode in zip(pairs, played, strict=True)]
 
 
 class _Chosen:
@@ -132,6 +138,20 @@ class _Chosen:
         row, place = next(self._pairs)
         self.order.drawn = row * self.repeats + place
         return self.order.next()
+
+
+def _with_columns(episode: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The episode with the columns that a comparison may go by: an id, a subject, a level; neither the question nor long texts."""
+    known = [episode["query"], episode["reference"]]
+    columns = {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, (bool, int, float, str)) and len(str(value)) <= _SLICE and value not in known
+    }
+    last: dict[str, Any] = {
+        key: episode.pop(key) for key in ("sequences", "metadata") if key in episode
+    }  # long ones stay last
+    return {**episode, "columns": plain(columns), **last}
 
 
 def _order_of(env: DatasetChatEnv) -> DatasetEpisodes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,8 +93,64 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
+def majority_at_k(right: int, wrong: Sequence[int], abstained: int, k: int) -> float:
+    """The probability that most of ``k`` answers agree on the right one, estimated without bias.
+
+    What most answers say is taken as the answer (self-consistency, Wang et al. 2022, arXiv:2203.11171); of several that
+    are said equally often, one is drawn. As for pass@k the estimate is the mean over all subsets of size k of the n answers
+    (a U-statistic, Hoeffding 1948), which has no bias where the answers are exchangeable: sampled alike, independently.
+    The subsets are not gone through: for each number of votes that the right answer may win with, the ways of drawing the
+    others are coefficients of a polynomial in how many are drawn and how many tie.
+
+    Args:
+        right: how many answers are right; all of them are one answer.
+        wrong: how often each wrong answer was given.
+        abstained: answers that say nothing: drawn like others, they vote for nothing.
+        k: at most as many as there are answers.
+
+    Raises:
+        ValueError: a count is negative, or ``k`` does not fit them.
+
+    Example:
+        >>> majority_at_k(2, [1], 0, 3), majority_at_k(2, [1], 0, 1)
+        (1.0, 0.6666666666666666)
+    """
+    count = right + sum(wrong) + abstained
+    if min(right, abstained, *wrong, 0) < 0 or not 1 <= k <= count:
+        raise ValueError(
+            f"maj@{k} of {right} right, {list(wrong)} wrong and {abstained} silent ones: expected 1 <= k <= all."
+        )
+    won = 0.0
+    for votes in range(1, min(right, k) + 1):
+        rest = k - votes
+        harmless = abstained + sum(times for times in wrong if times < votes)
+        # ways[drawn][ties]: of drawing so many among the others, so many of which have as many votes.
+        ways = [[math.comb(harmless, drawn)] for drawn in range(rest + 1)]
+        for times in (times for times in wrong if times >= votes):
+            most = max(map(len, ways)) + 1
+            grown = [[0] * most for _ in range(rest + 1)]
+            for drawn, by_ties in enumerate(ways):
+                for more in range(min(times, votes, rest - drawn) + 1):
+                    tie, factor = int(more == votes), math.comb(times, more)
+                    for ties, number in enumerate(by_ties):
+                        grown[drawn + more][ties + tie] += number * factor
+            ways = [_without_zeros(by_ties) for by_ties in grown]
+        share = sum(number / (ties + 1) for ties, number in enumerate(ways[rest]))
+        won += math.comb(right, votes) * share
+    return won / math.comb(count, k)
+
+
+def _without_zeros(numbers: list[int]) -> list[int]:
+    while len(numbers) > 1 and not numbers[-1]:
+        numbers.pop()
+    return numbers
+
+
 def bootstrap_interval(values: Sequence[float], resamples: int = _RESAMPLES, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of a mean, by drawing the values anew with replacement (Efron 1979).
+
+    The percentiles are those of Student's distribution, a little further out than 2.5 and 97.5, since resampled means of few
+    values spread too little (Hesterberg 2015, arXiv:1411.5279).
 
     Args:
         values: one for each question.
@@ -104,17 +160,31 @@ def bootstrap_interval(values: Sequence[float], resamples: int = _RESAMPLES, see
     import numpy as np
 
     drawn, given = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
-    # How often each question is drawn, in blocks: a large dataset times all resamples would take gigabytes.
-    block = max(1, 2_000_000 // len(given))
+    count = len(given)
+    block = max(1, 200_000 // count)  # a large dataset times all resamples would take gigabytes
     means = np.concatenate(
         [
-            drawn.multinomial(len(given), np.full(len(given), 1 / len(given)), size=min(block, resamples - start))
-            @ given
+            given[drawn.integers(count, size=(min(block, resamples - start), count), dtype=np.int32)].mean(axis=1)
             for start in range(0, resamples, block)
         ]
-    ) / len(given)
-    low, high = np.quantile(means, (0.025, 0.975))
+    )
+    outside = _outside(count)
+    # Means of zeros and ones are few numbers, each drawn many times: the half of a number's draws lies on either side of it
+    # (Parzen 2004, Statistical Science 19:652). Whole ones would make the interval too wide by up to one question.
+    numbers, draws = np.unique(means.round(12), return_counts=True)
+    below = (np.cumsum(draws) - draws / 2) / resamples
+    low, high = np.interp((outside, 1 - outside), below, numbers)
     return float(low), float(high)
+
+
+def _outside(count: int) -> float:
+    """What is left out on each side of the resampled means of so many values."""
+    if count < 2:
+        return 0.025
+    # Student's quantile by the expansion of Cornish and Fisher (Abramowitz and Stegun 1964, 26.7.5), for 95 %.
+    z, free = statistics.NormalDist().inv_cdf(0.975), count - 1
+    student = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return statistics.NormalDist().cdf(-student * math.sqrt(count / free))
 
 
 @dataclass
@@ -123,8 +193,12 @@ class Figures:
 
     successes: dict[int, list[float]] = field(default_factory=dict)
     rewards: dict[int, list[float]] = field(default_factory=dict)
+    votes: dict[int, Counter[str | None]] = field(default_factory=dict)
+    """For each question how often each wrong answer was given, ``None`` for no answer; not of files without ``"extracted"``."""
     parts: dict[str, float] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    seconds: float = 0.0
     turns: int = 0
     cut: int = 0
     unanswered: Counter[str] = field(default_factory=Counter)
@@ -144,11 +218,16 @@ class Figures:
     def add(self, episode: Mapping[str, Any]) -> None:
         """Count one episode. One without an answer (its request failed) counts as wrong."""
         row = episode["row"]
-        self.successes.setdefault(row, []).append(float(bool(episode["success"]) and not episode["error"]))
+        right = bool(episode["success"]) and not episode["error"]
+        self.successes.setdefault(row, []).append(float(right))
+        if "extracted" in episode:
+            self.votes.setdefault(row, Counter()).update([] if right else [episode["extracted"]])
         self.rewards.setdefault(row, []).append(episode["reward"] or 0.0)
         for name, value in episode["reward_parts"].items():
             self.parts[name] = self.parts.get(name, 0.0) + (value or 0.0)
         self.lengths.append(episode["sampled_tokens"])
+        self.prompt_tokens += max(0, (episode.get("total_tokens") or 0) - episode["sampled_tokens"])
+        self.seconds += (episode.get("metadata") or {}).get("seconds") or 0.0
         self.turns += episode["turns"]
         self.cut += episode["cut"]
         if episode["stop"] != "answered" and not episode["success"] and not episode["error"]:
@@ -181,7 +260,8 @@ class Figures:
             "accuracy": sum(map(sum, successes)) / self.episodes,
             "interval": list(share_interval(successes)),
             "standard_error": None if math.isnan(error) else error,
-            "pass_at_k": self._pass_at_k(successes),
+            "pass_at_k": self._at_k(lambda row, k: _passed(self.successes[row], k)),
+            "maj_at_k": self._at_k(self._majority) if len(self.votes) == len(successes) else {},
             "mean_reward": sum(map(sum, rewards)) / self.episodes,
             "reward_standard_error": None if math.isnan(reward_error) else reward_error,
             "reward_parts": {name: value / self.episodes for name, value in sorted(self.parts.items())},
@@ -190,6 +270,11 @@ class Figures:
                 "median": statistics.median(lengths),
                 "p95": lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))],
                 "max": lengths[-1],
+            },
+            "cost": {
+                "sampled_tokens": sum(lengths),
+                "prompt_tokens": self.prompt_tokens,
+                "seconds": round(self.seconds, 3),
             },
             "mean_turns": self.turns / self.episodes,
             "cut_share": self.cut / self.episodes,
@@ -200,14 +285,23 @@ class Figures:
             "errors": dict(self.errors.most_common()),
         }
 
-    @staticmethod
-    def _pass_at_k(successes: Sequence[Sequence[float]]) -> dict[str, dict[str, Any]]:
+    def _majority(self, row: int, k: int) -> float:
+        right, votes = int(sum(self.successes[row])), self.votes[row]
+        wrong = [times for answer, times in votes.items() if answer is not None]
+        return majority_at_k(right, wrong, votes[None], k)
+
+    def _at_k(self, estimate: Callable[[int, int], float]) -> dict[str, dict[str, Any]]:
         """For k = 1, 2, 4 ... and all answers, over the questions that have as many."""
-        most = max(map(len, successes))
+        counts = {row: len(of) for row, of in self.successes.items()}
+        most = max(counts.values())
         chosen = sorted({*(2**i for i in range(most.bit_length())), most})
         result: dict[str, dict[str, Any]] = {}
         for k in chosen if most > 1 else ():
-            values = [pass_at_k(len(of), int(sum(of)), k) for of in successes if len(of) >= k]
+            values = [estimate(row, k) for row, count in counts.items() if count >= k]
             low, high = bootstrap_interval(values)
             result[str(k)] = {"value": statistics.fmean(values), "interval": [low, high]}
         return result
+
+
+def _passed(successes: Sequence[float], k: int) -> float:
+    return pass_at_k(len(successes), int(sum(successes)), k)

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from torchrl_chat.cli.eval_stats import wilson
 from torchrl_chat.options import named_values, number, whole
-from torchrl_chat.rewards.tasks import TASKS
+from torchrl_chat.rewards.tasks import TASKS, Task
 
 DESCRIPTION = """\
 Grade the responses of a JSONL file, each against the reference of its row, and print the accuracy.
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.file} has no rows.")
     task = TASKS[arguments.task or _task_of(rows)]
     try:
-        verifier = task.make_verifier(**named_values(arguments.option))
+        verifier = verifier_of(task, arguments.option)
     except TypeError as error:
         raise ValueError(str(error)) from error
     verdicts, shown = list[Verdict](), 0
@@ -133,6 +133,21 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr if arguments.json else sys.stdout,
         )
     return 1 if summary["failures"] else 0
+
+
+def verifier_of(task: Task, options: Sequence[str]) -> Any:
+    """The verifier of a task, with options as the command line has them.
+
+    Raises:
+        TypeError: an option that it does not have.
+        ValueError: one that is not ``NAME=VALUE``.
+    """
+    given = named_values(options)
+    if task.verifier == "CodeVerifier":
+        from torchrl_chat.sandbox import Sandbox
+
+        given["runner"] = Sandbox().run
+    return task.make_verifier(**given)
 
 
 def _summary(verdicts: Sequence[Any]) -> dict[str, Any]:
@@ -210,13 +225,10 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     more: dict[str, Any] = {"row": row}
     response = row.get(arguments.response_key)
     if response is None and _is_rollout(row):
-        if row.get("error"):
-            return f"error: the policy had no answer: {row['error']}"
-        said = [isinstance(message, dict) and message.get("role") == "assistant" for message in row["messages"]]
-        if not any(said):
-            return "error: the episode has no answer: there is no message of the assistant"
-        response = row["messages"][: len(said) - said[::-1].index(True)]
-        more |= {"messages": response, "length": row.get("sampled_tokens"), "truncated": bool(row.get("cut"))}
+        response, told = answer_of(row)
+        if isinstance(response, str):
+            return response
+        more |= told
     if isinstance(response, list):  # a conversation
         if not response or not all(isinstance(message, dict) for message in response):
             return (
@@ -232,6 +244,22 @@ def _episode(row: Any, task: Any, arguments: argparse.Namespace) -> Any:
     except KeyError as error:
         return f"error: {error.args[0] if not arguments.reference_key else f'the row has no {error}'}"
     return Episode.of(response, reference, **more)
+
+
+def answer_of(rollout: dict[str, Any]) -> tuple[list[Any] | str, dict[str, Any]]:
+    """The conversation of a rollout up to its last answer, and what an ``Episode`` has besides; or the reason why there is none."""
+    if rollout.get("error"):
+        return f"error: the policy had no answer: {rollout['error']}", {}
+    said = [isinstance(message, dict) and message.get("role") == "assistant" for message in rollout["messages"]]
+    if not any(said):
+        return "error: the episode has no answer: there is no message of the assistant", {}
+    messages = rollout["messages"][: len(said) - said[::-1].index(True)]
+    told = {
+        "messages": messages,
+        "length": rollout.get("sampled_tokens"),
+        "truncated": bool(rollout.get("cut")),
+    }
+    return messages, told
 
 
 def _plain(verdict: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Task:
         unmarked: the option that has the verifier read answers that the response does not mark; ``None`` where there
             is none, since it reads them anyway or never does.
         needs: the package that grading needs, and the extra that brings it.
+        rows: of a task whose rows only a file of the user's has: what is to be given.
 
     Example:
         >>> TASKS["gsm8k"].reference_of({"question": "2 + 2?", "answer": "#### 4"})
@@ -43,6 +44,7 @@ class Task:
     defaults: tuple[tuple[str, Any], ...] = ()
     unmarked: str | None = None
     needs: tuple[str, str] | None = None
+    rows: str = ""
 
     def make_verifier(self, **options: Any) -> Any:
         """The task's verifier.
@@ -122,5 +124,45 @@ TASKS = {
         Task("choice", "MultipleChoice"),
         Task("exact", "ExactMatch"),
         Task("number", "NumberVerifier"),
+        Task(
+            "aime",
+            "GSM8KVerifier",
+            questions=("query", "problem", "question", "Problem", "Question", "prompt"),
+            references=("reference", "answer", "Answer"),
+            unmarked="last_number",
+            rows="a JSONL file whose rows have problem (or question) and answer (a whole number), and perhaps id and year",
+        ),
+        Task(
+            "math-500",
+            "MathVerifier",
+            defaults=(("unmarked", False),),
+            unmarked="unmarked",
+            needs=("math_verify", "math"),
+            rows="a JSONL file whose rows have problem and answer (LaTeX), and perhaps subject, level and unique_id",
+        ),
+        Task(
+            "gpqa",
+            "MultipleChoice",
+            questions=("query", "question", "Question", "problem", "prompt"),
+            references=("reference", "answer"),
+            rows="a JSONL file whose rows have Question, Correct Answer and Incorrect Answer 1, 2 ..., or question, choices and answer",
+        ),
+        Task(
+            "mmlu-pro",
+            "MultipleChoice",
+            references=("reference", "answer"),
+            rows="a JSONL file whose rows have question, options (or choices), answer (a letter, an index or a text), and perhaps "
+            "category and question_id",
+        ),
+        Task(
+            "humaneval",
+            "CodeVerifier",
+            questions=("query", "prompt"),
+            references=("reference",),
+            fields=("test", "entry_point", "prompt?"),
+            rows="a JSONL file whose rows have prompt, test and entry_point, and perhaps task_id",
+        ),
     )
 }
+LOCAL = tuple(name for name, task in TASKS.items() if task.rows)
+"""The tasks whose rows are in a file of the user's."""

@@ -42,6 +42,7 @@ class RewardTransform(Transform):
       ``on_failure="mask"``;
     - ``("next", "grade_failure")``: str (\\*B,), why no grade came; empty where one did. A row that the environment itself
       failed (``"env_failure"``) is not graded, and has that reason;
+    - ``("next", "extracted")``: str (\\*B,), the final answer that the verifier found; empty where it found none;
     - ``("next", "terminated")`` and ``("next", "done")`` become true where an answer was given (or the grade failed).
 
     Rows that were not stepped (torchrl's ``"_step"``) are not graded. A verifier that raises, hangs or crashes costs its own row only.
@@ -156,6 +157,7 @@ class RewardTransform(Transform):
         next_tensordict.set("success", nothing.bool())
         next_tensordict.set("graded", nothing.bool())
         next_tensordict.set("grade_failure", columns.objects(failed, batch, device))
+        next_tensordict.set("extracted", columns.objects([""] * len(failed), batch, device))
         if parts := self.grader.components:
             zeros = {name: nothing.clone() for name in parts}
             next_tensordict.set("reward_parts", TensorDict(zeros, batch_size=batch, device=device))
@@ -216,9 +218,15 @@ class RewardTransform(Transform):
         changed("graded", [verdict.failure is None or self.on_failure == "score" for verdict in told])
         for name in self.grader.components:
             changed(("reward_parts", name), [verdict.parts.get(name, 0.0) for verdict in told])
-        failures = columns.read_objects(td.get("grade_failure"), td.batch_size)
-        failures = [str(verdicts[i].failure or "") if i in verdicts else old for i, old in enumerate(failures)]
-        td.set("grade_failure", columns.objects(failures, td.batch_size, td.device))
+
+        def told_again(key: str, texts: dict[int, str]) -> None:
+            column = columns.read_objects(td.get(key), td.batch_size)
+            td.set(
+                key, columns.objects([texts.get(i, old) for i, old in enumerate(column)], td.batch_size, td.device)
+            )
+
+        told_again("grade_failure", {row: str(verdict.failure or "") for row, verdict in verdicts.items()})
+        told_again("extracted", {row: str(verdict.answer or "") for row, verdict in verdicts.items()})
 
     @staticmethod
     def _failed(td: TensorDictBase) -> list[str]:
@@ -277,7 +285,8 @@ class RewardTransform(Transform):
         reward_spec["reward"] = number()
         reward_spec["success"] = number(torch.bool)
         reward_spec["graded"] = number(torch.bool)
-        reward_spec["grade_failure"] = NonTensor(shape, device=device, example_data="")
+        for name in ("grade_failure", "extracted"):
+            reward_spec[name] = NonTensor(shape, device=device, example_data="")
         if parts := self.grader.components:
             reward_spec["reward_parts"] = Composite({name: number() for name in parts}, shape=shape, device=device)
         return reward_spec
