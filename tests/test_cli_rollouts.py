@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from torchrl_chat.cli.eval_summary import as_table
 from torchrl_chat.cli.eval_stats import Figures
+from torchrl_chat.cli.eval_summary import as_table
 from torchrl_chat.cli.main import main
 from torchrl_chat.rewards.tasks import TASKS
 
