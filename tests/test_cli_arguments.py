@@ -11,6 +11,7 @@ from conftest import bpe_tokenizer
 
 from torchrl_chat import pretrained
 from torchrl_chat.cli import main as cli
+from torchrl_chat.cli.eval_plan import single_runs
 from torchrl_chat.gallery import check_name
 
 BAD = [
@@ -119,8 +120,8 @@ def test_eval_checks_names_before_it_loads_a_model(words, said, monkeypatch, cap
 def test_names_that_are_right_pass(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
     for words in (["--dataset", "gsm8k"], ["--dataset", "gsm8k", "--data", str(tmp_path / "rows.jsonl")]):
-        arguments = cli.make_parser().parse_args(["eval", *words])
-        check_name(arguments.dataset, arguments.data)
+        [one] = single_runs(cli.make_parser().parse_args(["eval", *words]), tmp_path)
+        check_name(one.dataset, one.data)
 
 
 # ---------------------------------------------------------------------- what is not installed
