@@ -5,6 +5,7 @@ This file is read for its names by commands that make nothing: what an environme
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,6 +161,10 @@ def _verifier(reward: str, settings: dict[str, Any]) -> Any:
 
     if reward in TASKS:
         made, kind = TASKS[reward].make_verifier, getattr(rewards, TASKS[reward].verifier)
+        if kind is rewards.CodeVerifier:  # it runs what is answered
+            from torchrl_chat.sandbox import Sandbox
+
+            made = functools.partial(made, runner=Sandbox().run)
     else:
         if not is_name(reward):
             raise ValueError(
