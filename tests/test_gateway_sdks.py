@@ -66,7 +66,7 @@ def test_the_anthropic_sdk_and_its_tool_runner(tmp_path):
         "engine": "InternalServerError",
     }
     # One for each conversation, and the one sample that was only read.
-    assert sequences == 4
+    assert sequences == 4, "\n".join(session.findings)
     texts = [message["content"] for message in session.transcript().messages if message["role"] == "tool"]
     assert texts == ["found a", "found b", "found c"]
 
