@@ -13,6 +13,7 @@ RUN = [
     "your-environment.md",
     "reference.md",
     "models.md",
+    "gateway.md",
 ]  # from top to bottom, each block with the names of those before it
 FILES = "https://github.com/torchrl-chat/torchrl_chat/blob/main/"
 IMAGES = "https://raw.githubusercontent.com/torchrl-chat/torchrl_chat/main/"

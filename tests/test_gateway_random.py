@@ -27,6 +27,7 @@ USUAL = {
     "tools": ("plain", "grouped", "json"),
     "calls": ("json", "xml", "list"),
     "system": ("own", "own", "default", "into_first"),
+    "generation": ("", "", "<think>\n\n</think>\n\n"),  # reasoning that the prompt opens, the talker does not close
 }
 
 
@@ -71,7 +72,8 @@ class Agent:
         again = bool(self.bodies) and draw(st.integers(0, 6)) == 0
         n = draw(st.sampled_from([1, 1, 1, 2]))
         call = Call(messages=tuple(sent), tools=TOOLS if draw(st.integers(0, 19)) else (), n=n)
-        body = json.dumps(sent).encode() + str(self.said[0]).encode() + str(id(call)).encode()
+        self.said[0] += 1  # two equal requests are two samples, unless one says that it is a retry
+        body = f"{sent} {self.said[0]}".encode()
         if again:
             old, body = self.bodies[-1]
             call = Call(messages=old.messages, tools=old.tools, n=old.n, retry=1)
@@ -157,6 +159,9 @@ def play(data, f, steps: int) -> None:
     """Play some agents in one session; all the laws."""
     draw = data.draw
     templates = Templates(tokenizer(), chat_template=source(f))
+    templates.of(
+        templates.key(TOOLS), TOOLS
+    )  # made in a thread otherwise, and then draws come in the order of chance
     talker = Talker(draw)
     session = Session("random", Recorder(templates, talker, draw(st.integers(0, 99))), templates, Settings())
     said = [1000]

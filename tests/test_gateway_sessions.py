@@ -214,6 +214,19 @@ async def test_equal_requests_are_two_samples_and_choices_are_siblings():
     assert check_law(session) == 5
 
 
+@run
+async def test_of_equal_answers_the_one_is_meant_that_the_history_goes_on_from():
+    """However it is spelled: what was sampled behind one of them tells which."""
+    session = session_of(lambda ask: f"answer {len(ask.messages)}")
+    histories = [[user("hi")], [user("hi")]]
+    for turn in range(3):
+        for history in histories:
+            message = (await ask(session, [{**each, "name": f"x{turn}"} for each in history])).choices[0].message
+            history += [message, user("go on")]
+    assert check_law(session) == 2
+    assert kinds(session) == {"begins": 1, "restarts": 1}
+
+
 @pytest.mark.parametrize("how", ["header", "key", "lost"])
 @run
 async def test_a_retry_gets_the_answer_of_the_first_try(how):

@@ -175,6 +175,8 @@ class Reply:
     """The prompt that it read, where it tells that."""
     calls: tuple[Mapping[str, Any], ...] = ()
     """Tool calls that the server took out of the text, as a message of the ledger has them."""
+    versions: tuple[tuple[int, int | None], ...] = ()
+    """Which weights sampled the ids, ``(start, version)`` each, where the server tells that by numbers."""
 
 
 @dataclass(eq=False)
@@ -327,13 +329,16 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         return {"model": self.model, **extra, **{k: value for k, value in given.items() if value is not None}}
 
     async def ask(
-        self, request: Mapping[str, Any], api: Literal["chat", "completions"] = "chat", text: bool = True
+        self,
+        request: Mapping[str, Any],
+        api: Literal["chat", "completions", "generate"] = "chat",
+        text: bool = True,
     ) -> Reply:
         """What the endpoint replies, when there is a free slot.
 
         Args:
             request: the arguments, see :meth:`request`.
-            api: which of the two APIs.
+            api: which API: one of OpenAI's, or vLLM's for ids, ``/inference/v1/generate``, beside them.
             text: whether a reply without a text is none.
 
         Raises:
@@ -343,14 +348,18 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             RuntimeError: the same, where the error repeats the key: it is hidden.
         """
         client, slots = self.here()
-        endpoint = client.chat.completions if api == "chat" else client.completions
         secrets = self.secrets
         async with slots:
             self.count(calls=1)
             try:
                 async with asyncio.timeout(self.deadline) as limit:
-                    completion = await endpoint.create(**request)
-                reply = self._received(completion, secrets, text)
+                    if api == "generate":
+                        reply = self._generated(
+                            await client.post(_beside(client), cast_to=object, body=dict(request))
+                        )
+                    else:
+                        endpoint = client.chat.completions if api == "chat" else client.completions
+                        reply = self._received(await endpoint.create(**request), secrets, text)
             except Exception as error:  # the library's errors, and whatever it stumbles over in a malformed reply
                 self.count(failed=1)
                 _log.debug("%s did not reply (%s)", self.model, type(error).__name__)
@@ -361,6 +370,23 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                 raise
         _log.debug("%s replied %r (%s)", self.model, reply.text, reply.finish_reason)
         return reply
+
+    def _generated(self, body: Any) -> Reply:
+        """The reply of vLLM's route for ids."""
+        [choice] = body["choices"]
+        entries = (choice.get("logprobs") or {}).get("content")
+        usage = body.get("usage") or {}
+        self.count(**{f"{what}_tokens": usage.get(f"{what}_tokens") or 0 for what in ("prompt", "completion")})
+        return Reply(
+            choice.get("text") or "",
+            choice.get("finish_reason"),
+            list(choice["token_ids"] or ()),
+            None if entries is None else [float(entry["logprob"]) for entry in entries],
+            versions=tuple(
+                (int(span["start"]), int(span["version"]) if str(span["version"]).isdecimal() else None)
+                for span in choice.get("weight_versions") or ()
+            ),
+        )
 
     def _received(self, completion: Any, secrets: Secrets, needed: bool) -> Reply:
         usage = getattr(completion, "usage", None)
@@ -389,6 +415,11 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         if self.hides:
             return replace(reply, text=secrets.hide(reply.text))
         raise ValueError("the endpoint's answer repeats a key or a password; it is left out")
+
+
+def _beside(client: Any) -> str:
+    """The address of vLLM's route for ids: it stands beside ``/v1``, not below it."""
+    return str(client.base_url).rstrip("/").removesuffix("/v1") + "/inference/v1/generate"
 
 
 def _parsed(call: Any) -> dict[str, Any]:

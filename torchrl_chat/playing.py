@@ -29,7 +29,8 @@ def play(
     :class:`~torchrl_chat.policies.endpoint.EndpointPolicy` does where a request fails, ends it.
 
     Args:
-        env: the environment.
+        env: the environment; or what plays whole episodes by itself (``play_episodes(policy, tensordict)``), as
+            :class:`~torchrl_chat.gateway.AgentEnv` does.
         policy: it may leave out rows whose ``"_step"`` is false.
         tensordict: what ``env.reset()`` returned; ``None`` resets here.
 
@@ -54,6 +55,8 @@ def play(
     """
     if max_turns < 1:
         raise ValueError(f"max_turns is {max_turns}: expected at least 1.")
+    if (whole := getattr(env, "play_episodes", None)) is not None:
+        return whole(policy, tensordict)
     td = env.reset() if tensordict is None else tensordict
     batch = env.batch_size
     live = torch.ones(batch, dtype=torch.bool)

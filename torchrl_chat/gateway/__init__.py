@@ -11,30 +11,44 @@ from typing import TYPE_CHECKING
 from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
+    from torchrl_chat.gateway.agents import AgentEnv, play_agents
     from torchrl_chat.gateway.calls import Call, Dialect, Refusal, Reply
-    from torchrl_chat.gateway.engines import Ask, Engine, ScriptedEngine
+    from torchrl_chat.gateway.engines import Ask, Engine, RemoteEngine, ScriptedEngine
+    from torchrl_chat.gateway.finished import episodes
+    from torchrl_chat.gateway.policies import PolicyEngine
+    from torchrl_chat.gateway.rewarding import Rewarder
     from torchrl_chat.gateway.serve import Gateway, Served
     from torchrl_chat.gateway.sessions import Session, Settings
 
 _HOMES = {
+    "agents": "AgentEnv play_agents",
     "calls": "Call Dialect Refusal Reply",
-    "engines": "Ask Engine ScriptedEngine",
+    "engines": "Ask Engine RemoteEngine ScriptedEngine",
+    "finished": "episodes",
+    "policies": "PolicyEngine",
+    "rewarding": "Rewarder",
     "serve": "Gateway Served",
     "sessions": "Session Settings",
 }
 
 __all__ = [
+    "AgentEnv",
     "Ask",
     "Call",
     "Dialect",
     "Engine",
     "Gateway",
+    "PolicyEngine",
     "Refusal",
+    "RemoteEngine",
     "Reply",
+    "Rewarder",
     "ScriptedEngine",
     "Served",
     "Session",
     "Settings",
+    "episodes",
+    "play_agents",
 ]
 
 __getattr__, __dir__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names.split()})

@@ -22,7 +22,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.routing import Route
+from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
@@ -322,7 +322,6 @@ def create_app(
     model: str = "policy",
     loopback: bool = True,
     finisher: Finisher | None = None,
-    started: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """The application.
 
@@ -332,23 +331,19 @@ def create_app(
         model: the model's name.
         loopback: refuse requests under a name that is not this machine's.
         finisher: see :class:`Front`.
-        started: called when the application runs.
     """
     front = Front(table, dialects, model, finisher)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         reaper = asyncio.ensure_future(table.reap())
-        started()
         try:
             yield
         finally:
             reaper.cancel()
             table.shut()
 
-    methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
-    app = Starlette(routes=[Route("/{path:path}", front, methods=methods)], lifespan=lifespan)
+    app = Starlette(routes=[Mount("/", front)], lifespan=lifespan)
     if loopback:
         app.add_middleware(OwnNames)
-    app.state.table = table
     return app

@@ -12,11 +12,12 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from torchrl_chat.conversation import Turn
+from torchrl_chat.endpoint import RESERVED, Endpoint
 from torchrl_chat.messages import Message
 from torchrl_chat.templates import ChatTemplate
 
@@ -116,3 +117,104 @@ class ScriptedEngine:
 
     async def aclose(self) -> None:
         """Nothing is held."""
+
+
+class RemoteEngine(Endpoint):
+    """An engine behind a server that takes ids and gives ids: vLLM, or another with the same routes.
+
+    What is tried again, what is counted, and what keeps the secrets: see :class:`~torchrl_chat.endpoint.Endpoint`. Log-probs are
+    those that the server reports: vLLM's are of the raw logits unless it is started with ``--logprobs-mode processed_logprobs``,
+    which a temperature other than 1 needs.
+
+    Args:
+        model, base_url, api_key: see :class:`~torchrl_chat.endpoint.Endpoint`; ``base_url`` ends with ``/v1``.
+
+    Keyword Args:
+        api: ``"generate"``: vLLM's ``/inference/v1/generate``, which tells the version of the weights as well; ``"completions"``: OpenAI's
+            completions with a prompt of ids, and ``return_token_ids``.
+        stop_ids: ids that end an answer and belong to it, besides the model's own.
+        max_new_tokens: where an answer is cut, at most.
+        extra, concurrency, retries, timeout, deadline: see :class:`~torchrl_chat.endpoint.Endpoint`; ``extra`` are settings of each
+            request, as the API has them.
+
+    Raises:
+        ValueError: an option has no such value.
+
+    Example:
+        >>> engine = RemoteEngine("Qwen/Qwen3-8B", "http://localhost:8000/v1", stop_ids=template.stop_ids)
+    """
+
+    reserved = (*RESERVED, "prompt", "logprobs", "token_ids", "stop_token_ids", "sampling_params")
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        api: Literal["generate", "completions"] = "generate",
+        stop_ids: Sequence[int] | frozenset[int] = (),
+        max_new_tokens: int = 1024,
+        extra: Mapping[str, Any] | None = None,
+        concurrency: int = 256,
+        retries: int = 4,
+        timeout: float = 600.0,
+        deadline: float = 1800.0,
+    ):
+        if api not in ("generate", "completions"):
+            raise ValueError(f"api={api!r}: expected 'generate' or 'completions'.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected at least 1.")
+        self.api: Literal["generate", "completions"] = api
+        self.stop_ids = sorted(stop_ids)
+        self.max_new_tokens = max_new_tokens
+        Endpoint.__init__(
+            self,
+            model,
+            base_url,
+            api_key,
+            extra=dict(extra or {}),
+            concurrency=concurrency,
+            retries=retries,
+            timeout=timeout,
+            deadline=deadline,
+        )
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """What a request may set: OpenAI's and vLLM's sampling settings; a response format with ``"completions"``."""
+        names = {"temperature", "top_p", "top_k", "min_p", "seed"}
+        names |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+        return frozenset(names | ({"response_format"} if self.api == "completions" else set()))
+
+    async def sample(self, ask: Ask) -> Turn:
+        """See :class:`Engine`."""
+        most = self.max_new_tokens if ask.limit is None else min(ask.limit, self.max_new_tokens)
+        seed = {} if ask.seed is None else {"seed": ask.seed % 2**63}
+        settings = {"temperature": 1.0, **seed, **ask.settings, "max_tokens": most}
+        if ask.stop:
+            settings["stop"] = list(ask.stop)
+        ids = ask.ids.tolist()
+        if self.api == "generate":
+            extra = {name: value for name, value in self.extra.items() if name != "extra_headers"}
+            sampling = {**extra, **settings, "logprobs": 1, "stop_token_ids": self.stop_ids}
+            request: dict[str, Any] = {"model": self.model, "token_ids": ids, "sampling_params": sampling}
+        else:
+            own = {name: settings.pop(name) for name in [*settings] if name in _BEYOND_OPENAI}
+            body = {"return_token_ids": True, "stop_token_ids": self.stop_ids, **own}
+            request = self.request(prompt=ids, logprobs=1, **settings)
+            request["extra_body"] = {**request.get("extra_body", {}), **body}
+        reply = await self.ask(request, self.api, text=False)
+        if not reply.ids:
+            raise ValueError(
+                "the server returned no ids: it must know "
+                + ("/inference/v1/generate." if self.api == "generate" else "return_token_ids.")
+            )
+        scores = reply.log_probs
+        log_probs = torch.tensor(scores) if scores is not None and len(scores) == len(reply.ids) else None
+        return Turn(
+            torch.tensor(reply.ids, dtype=torch.int64), log_probs, None, reply.finish_reason, None, reply.versions
+        )
+
+
+_BEYOND_OPENAI = ("top_k", "min_p", "repetition_penalty", "response_format")

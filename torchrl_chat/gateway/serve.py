@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
+
+from tensordict import TensorDict
 
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.conversation import Limits, StopReason, Transcript
 from torchrl_chat.gateway.calls import Dialect
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.engines import Engine
+from torchrl_chat.gateway.finished import episodes
+from torchrl_chat.gateway.policies import engine_of
+from torchrl_chat.gateway.rewarding import Rewarder
 from torchrl_chat.gateway.sessions import Session, Settings
 from torchrl_chat.gateway.table import Table, report
 from torchrl_chat.gateway.templates import Templates
 from torchrl_chat.openenv.protocol import ServerLimits, is_loopback
+from torchrl_chat.policies.policy import Policy
 
 _KEPT = 10_000  # finished sessions that wait to be taken
 
@@ -57,6 +64,14 @@ class Served:
         """What there is to know, without any of its words."""
         return self._gateway.run(lambda: report(self._session))
 
+    def episodes(self) -> TensorDict:
+        """The finished episode as a row, batch size (1,): see :func:`~torchrl_chat.gateway.finished.episodes`.
+
+        Raises:
+            ValueError: the session is not finished.
+        """
+        return self._gateway.episodes([self])
+
     @property
     def transcript(self) -> Transcript | None:
         """The episode as one ledger, its other sequences as branches; ``None`` where nothing was sampled."""
@@ -76,11 +91,14 @@ class Served:
         """End the episode; a second time changes nothing.
 
         Args:
-            reward: what it is worth; ``None``: what the gateway's ``reward`` says of it, if it has one.
+            reward: what it is worth; ``None``: what the gateway's ``reward`` says of it, if it has one, and nothing failed.
             more: ``success``, ``parts``, ``failure``, ``stop``, as for
                 :meth:`Session.finish <torchrl_chat.gateway.sessions.Session.finish>`.
         """
-        self._gateway.run(lambda: self._gateway.table.finish(self._session, reward, **more))
+        ends = {"reward": reward, **more}
+        if reward is None and not more.get("failure") and not self._session.finished:
+            [ends] = self._gateway.graded([self._session]) or [ends]
+        self._gateway.run(lambda: self._gateway.table.finish(self._session, **{**ends, **more}))
 
 
 class Gateway:
@@ -89,12 +107,16 @@ class Gateway:
     It serves in a thread of its own, from ``with`` to its end; on this machine only, unless ``host`` says otherwise.
 
     Args:
-        engine: what samples: an :class:`~torchrl_chat.gateway.engines.Engine`.
-        tokenizer: the model's tokenizer.
+        engine: what samples: a policy of this package (:class:`~torchrl_chat.TransformersPolicy` ...), or an
+            :class:`~torchrl_chat.gateway.engines.Engine`.
+        tokenizer: the model's tokenizer; the policy's own if ``None``.
 
     Keyword Args:
         settings: what sessions decide, unless one brings its own.
         limits: the same as ``settings.limits``.
+        reward: what episodes are worth that are finished without a reward: a verifier, or whatever
+            :class:`~torchrl_chat.gateway.rewarding.Rewarder` takes, or one of those.
+        reference_key: the column of the row that a verifier compares answers with.
         template: options of :class:`~torchrl_chat.ChatTemplate`: ``{"enable_thinking": False}``.
         model: the name that ``/v1/models`` tells, and that answers have where a request names none.
         dialects: what is spoken.
@@ -114,11 +136,13 @@ class Gateway:
 
     def __init__(
         self,
-        engine: Engine,
-        tokenizer: Any,
+        engine: Engine | Policy,
+        tokenizer: Any = None,
         *,
         settings: Settings | None = None,
         limits: Limits | None = None,
+        reward: Any = None,
+        reference_key: str | list[str] = "answer",
         template: Mapping[str, Any] | None = None,
         model: str = "policy",
         dialects: Sequence[Dialect] = DIALECTS,
@@ -134,7 +158,16 @@ class Gateway:
         settings = settings or Settings()
         if limits is not None:
             settings = dataclasses.replace(settings, limits=limits)
+        if tokenizer is None:
+            tokenizer = getattr(engine, "tokenizer", None) or getattr(
+                getattr(engine, "policy", None), "tokenizer", None
+            )
+            if tokenizer is None:
+                raise ValueError(f"a {type(engine).__name__} has no tokenizer: give the model's.")
+        engine = engine_of(engine)
         self.engine, self.settings, self.model = engine, settings, model
+        known = reward is None or isinstance(reward, Rewarder)
+        self.rewarder = reward if known else Rewarder(reward, reference_key=reference_key)
         self.templates = Templates(tokenizer, **dict(template or {}))
         self.token = secrets.token_urlsafe(24) if token is None else token
         self.host, self.port = host, port
@@ -176,7 +209,13 @@ class Gateway:
 
         if self._loop is not None:
             raise RuntimeError("the gateway is running already.")
-        app = create_app(self.table, dialects=self._dialects, model=self.model, loopback=is_loopback(self.host))
+        app = create_app(
+            self.table,
+            dialects=self._dialects,
+            model=self.model,
+            loopback=is_loopback(self.host),
+            finisher=self._finisher,
+        )
         config = uvicorn.Config(
             app,
             host=self.host,
@@ -228,6 +267,8 @@ class Gateway:
         finally:
             loop.run(self.engine.aclose())
             loop.close()
+            if self.rewarder is not None:
+                self.rewarder.close()
 
     def run(self, function: Callable[[], Any]) -> Any:
         """What a function returns, called in the gateway's thread while that runs."""
@@ -268,6 +309,28 @@ class Gateway:
             return self.table.create(name, row=row, group=group, seed=seed, settings=settings)
 
         return Served(self, self.run(make))
+
+    def episodes(self, sessions: Sequence[Served | Session], data_key: str = "query") -> TensorDict:
+        """Finished sessions as finished episodes: see :func:`~torchrl_chat.gateway.finished.episodes`.
+
+        Args:
+            sessions: the sessions, one a row.
+            data_key: the column that holds what an episode was asked.
+        """
+        plain = [each.session if isinstance(each, Served) else each for each in sessions]
+        return self.run(lambda: episodes(plain, data_key))
+
+    def graded(self, sessions: Sequence[Session], groups: Sequence[Hashable] | None = None) -> list[dict[str, Any]]:
+        """What each session ends with, as the gateway's ``reward`` says; nothing without one."""
+        return [] if self.rewarder is None else self.rewarder.grade(sessions, groups)
+
+    async def _finisher(self, session: Session, body: Mapping[str, Any]) -> None:
+        """End a session as a driver's body says; a reward that it leaves out is graded."""
+        ends = dict(body)
+        if ends.get("reward") is None and not ends.get("failure") and not session.finished:
+            graded = await asyncio.to_thread(self.graded, [session])
+            ends |= graded[0] if graded else {}
+        self.table.finish(session, **ends)
 
     def take(self) -> list[Session]:
         """The sessions that were finished since this was asked last, whoever made them; the latest 10,000 of them."""

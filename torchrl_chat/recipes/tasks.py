@@ -16,6 +16,7 @@ from torchrl_chat.learner.adapters import is_adapted, merged_state, whole, with_
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.learner.sharding import shard
+from torchrl_chat.named import named
 from torchrl_chat.pretrained import load_model, load_tokenizer, with_template
 from torchrl_chat.recipes.settings import RunConfig, rate_for
 from torchrl_chat.training.losses import masked_mean
@@ -25,6 +26,7 @@ from torchrl_chat.training.view import training_view
 
 if TYPE_CHECKING:
     from torchrl_chat.envs import DatasetChatEnv
+    from torchrl_chat.gateway.agents import AgentEnv
 
 _HINT = 0.06  # the share of demonstrations with the operation that was asked for, beyond chance
 
@@ -80,14 +82,26 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def make_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
-    """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end.
+def make_env(
+    config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int
+) -> DatasetChatEnv | AgentEnv:
+    """The environment of ``--dataset``, its batch made of whole groups, each conversation graded at its end; played by ``--agent``,
+    if there is one.
 
     Of n processes each has every n-th question, so that together they play what one would.
 
     Raises:
-        ValueError: there is no such dataset, or it takes no ``--data``.
+        ValueError: there is no such dataset, it takes no ``--data``, or there is no such agent.
     """
+    env = _dataset_env(config, tokenizer, prompts, group_size, seed)
+    if config.agent is None:
+        return env
+    from torchrl_chat.gateway.agents import AgentEnv
+
+    return AgentEnv(env, named(config.agent))
+
+
+def _dataset_env(config: RunConfig, tokenizer: Any, prompts: int, group_size: int, seed: int) -> DatasetChatEnv:
     own, count = ranks.own(), ranks.count()
     parted: dict[str, Any] = {} if count == 1 else {"shard": (own, count)}
     return gallery.make_env(
@@ -143,7 +157,7 @@ def make_optimizer(config: RunConfig, module: torch.nn.Module) -> torch.optim.Op
     return torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def ask(env: DatasetChatEnv, policy: Any, config: RunConfig) -> TensorDictBase:
+def ask(env: DatasetChatEnv | AgentEnv, policy: Any, config: RunConfig) -> TensorDictBase:
     """The same questions each time, and the conversations about them, finished."""
     from torchrl_chat.playing import play
 
@@ -206,7 +220,7 @@ def warm_start(
         raise ValueError(
             f"--warm_steps is {config.warm_steps}, and {config.dataset} has no demonstrations: only python-tool."
         )
-    env = make_env(config, tokenizer, count, 1, config.seed)
+    env = _dataset_env(config, tokenizer, count, 1, config.seed)
     try:
         view = demonstrations(env, config.seed)
     finally:

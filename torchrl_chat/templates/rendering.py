@@ -114,6 +114,11 @@ class Renderer:
         self.controls = {s for s in codec.plain_added if len(s) > 2 and not s.isalnum() and s in self.source}
 
     @property
+    def variables(self) -> dict[str, Any]:
+        """What conversations are rendered with, but for their tools: the template's source as ``chat_template``, and its variables."""
+        return {key: value for key, value in self._kwargs.items() if key != "tools"}
+
+    @property
     def key(self) -> Any:
         """Equal for renderers that write the same texts, but for the time that they tell (proofs look at two times)."""
         variables = sorted((key, repr(value)) for key, value in self._kwargs.items())

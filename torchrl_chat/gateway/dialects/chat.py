@@ -215,6 +215,8 @@ def _message(message: Any, where: str) -> Message:
             f"{where} is {named(message)}: expected an object with 'role' and 'content'.", param="messages"
         )
     role, content = message.get("role"), message.get("content")
+    if len(message) == 2 and type(content) is str and role in ("user", "system") and content.isascii():
+        return message
     if role not in _ROLES:
         shown = repr(role)[:40] if isinstance(role, str) else named(role)
         raise Refusal(f"{where}.role is {shown}: expected one of {', '.join(_ROLES)}.", param="messages")

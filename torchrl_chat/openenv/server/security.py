@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import time
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torchrl_chat.openenv.protocol import is_loopback
 
 
+@functools.lru_cache(256)
 def names_loopback(host: str) -> bool:
     """Whether a ``Host`` header (RFC 9110, section 7.2) names this machine as only this machine can: ``localhost:8000``."""
     try:

@@ -1,0 +1,236 @@
+"""Agents played to the end: functions and commands, what goes wrong with them, and the same episodes as an environment's."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+from agents import Recorder, templates_of
+from openai import AsyncOpenAI, OpenAI, PermissionDeniedError
+
+from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+from torchrl_chat.cli.gateway import make_gateway
+from torchrl_chat.cli.main import make_parser
+from torchrl_chat.conversation import Limits, StopReason
+from torchrl_chat.gateway import AgentEnv, Gateway, play_agents
+from torchrl_chat.rewards import NumberVerifier, grades
+from torchrl_chat.rollouts import episodes as lines
+from torchrl_chat.rollouts import read_rollouts
+from torchrl_chat.tiny import last_digit_rows, tiny_model, tiny_tokenizer
+from torchrl_chat.transforms import Budget, RewardTransform
+
+ROWS = [{"query": f"q{i}", "answer": str(i)} for i in range(3)]
+
+
+def gateway_of(script, **more) -> Gateway:
+    templates = templates_of()
+    return Gateway(
+        Recorder(templates, script),
+        templates.plain.tokenizer,
+        template={"chat_template": templates.plain.renderer.source},
+        **more,
+    )
+
+
+async def asking(row, session):
+    client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0)
+    ask = [{"role": "user", "content": row["query"]}]
+    return (await client.chat.completions.create(model="m", messages=ask)).choices[0].message.content
+
+
+async def told(row, session):
+    await asking(row, session)
+
+
+def said(ask) -> str:
+    return ask.messages[-1]["content"].removeprefix("q")
+
+
+def test_every_row_is_played_as_often_as_asked():
+    flying, most = [0], [0]
+
+    async def agent(row, session):
+        flying[0] += 1
+        most[0] = max(most[0], flying[0])
+        await told(row, session)
+        await asyncio.sleep(0.01)
+        flying[0] -= 1
+
+    with gateway_of(said, reward=NumberVerifier()) as gateway:
+        td = play_agents(agent, ROWS, gateway, repeats=4, concurrency=5, seed=3)
+        engine = gateway.engine
+    assert most[0] == 5
+    assert td["query"] == [row["query"] for row in ROWS for _ in range(4)]
+    assert td["reward"].flatten().tolist() == [1.0] * 12
+    assert td["episode_place"].tolist() == [0, 1, 2, 3] * 3
+    assert len(set(td["episode_seed"].tolist())) == 12
+    assert {each.seed for each in engine.asked} == set(td["episode_seed"].tolist())
+    assert training_view(td)["group"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [line["group"] for line in lines(td)] == ["0.0"] * 4 + ["0.1"] * 4 + ["0.2"] * 4
+
+
+def test_agents_may_be_plain_functions_and_say_their_rewards():
+    def agent(row, session):
+        client = OpenAI(base_url=session.base_url, api_key=session.api_key)
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": row["query"]}])
+        row["query"] = "changed"
+        return {"q0": 0.5, "q1": {"reward": 0.25, "parts": {"a": 1}}}.get(session.session.row["query"])
+
+    with gateway_of(said, reward=NumberVerifier()) as gateway:
+        td = play_agents(agent, ROWS, gateway)
+    assert td["reward"].flatten().tolist() == [0.5, 0.25, 1.0]
+    assert td["reward_parts", "a"].flatten().tolist() == [0.0, 1.0, 0.0]
+
+
+COMMAND = """
+import json, os, subprocess, sys, time, urllib.request
+row = json.load(sys.stdin)
+url, key = os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"]
+assert os.environ["ANTHROPIC_BASE_URL"] + "/v1" == url
+body = json.dumps({"model": "m", "messages": [{"role": "user", "content": row["query"]}]}).encode()
+request = urllib.request.Request(url + "/chat/completions", body, {"authorization": "Bearer " + key})
+urllib.request.urlopen(request).read()
+if row["query"] == "q1":
+    sys.exit("it broke " + key)
+if row["query"] == "q2":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=sys.stderr)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("on_error", ["fail", pytest.param("score", marks=pytest.mark.full)])
+def test_a_command_is_an_agent_and_ends_in_time(on_error):
+    with gateway_of(said, reward=NumberVerifier()) as gateway:
+        td = play_agents([sys.executable, "-c", COMMAND], ROWS, gateway, seconds=10, on_error=on_error)
+        keys = [session.key for session in gateway.take()]
+    if on_error == "score":
+        assert td["reward"].flatten().tolist() == [1.0] * 3
+        assert td["env_failure"] == [""] * 3
+    else:
+        assert td["reward"].flatten().tolist() == [1.0, 0.0, 0.0]
+        assert "it broke [hidden]" in td["env_failure"][1]
+        assert "more than 10 s" in td["env_failure"][2]
+        assert training_view(td)["group"].tolist() == [0, -1, -1]
+    assert not any(key in str(td["env_failure"]) for key in keys)
+
+
+def test_a_budget_that_stops_an_agent_is_no_failure_and_an_engine_that_fails_is():
+    async def endless(row, session):
+        while True:
+            await asking(row, session)
+
+    with gateway_of(said, limits=Limits(max_turns=3)) as gateway:
+        td = play_agents(endless, ROWS[:1], gateway, on_error="fail")
+    assert (td["stop_reason"].item(), td["env_failure"]) == (StopReason.MAX_TURNS, [""])
+    with gateway_of(lambda ask: ValueError("down") if "q1" in str(ask.messages) else said(ask)) as gateway:
+        td = play_agents(told, ROWS[:2], gateway)
+    assert td["env_failure"][0] == ""
+    assert "the engine failed" in td["env_failure"][1]
+
+
+def test_a_verifier_of_groups_sees_whole_groups():
+    seen = []
+
+    @grades("group")
+    def longest(group):
+        seen.append(len(group))
+        return [float(len(episode.response)) for episode in group]
+
+    with gateway_of(said, reward=longest) as gateway:
+        play_agents(told, ROWS, gateway, repeats=2)
+    assert seen == [2, 2, 2]
+
+
+def test_options_that_cannot_be_are_refused():
+    with gateway_of(said) as gateway:
+        with pytest.raises(ValueError, match="repeats=0"):
+            play_agents(told, ROWS, gateway, repeats=0)
+        with pytest.raises(ValueError, match="on_error='skip'"):
+            play_agents(told, ROWS, gateway, on_error="skip")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        AgentEnv(DatasetChatEnv(dataset=ROWS, input_mode="history"), told)
+
+
+def test_an_agent_plays_what_the_environment_plays():
+    """The same rows, seeds, tokens, log-probs, grades and columns."""
+    tokenizer = tiny_tokenizer()
+    policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4, seeded=True)
+
+    def make():
+        env = DatasetChatEnv(
+            dataset=last_digit_rows(6), tokenizer=tokenizer, input_mode="tokens", num_envs=3, repeats=2,
+            group_repeats=True, seed=5, shuffle=True,
+        )  # fmt: skip
+        return env.append_transform(RewardTransform(NumberVerifier())).append_transform(Budget(max_turns=2))
+
+    plain, env = play(make(), policy), AgentEnv(make(), told)
+    found = play(env, policy)
+    assert set(plain.keys()) - {"text", "tokens_left"} == set(found.keys())
+    for key in ("query", "answer", "env_failure", "grade_failure"):
+        assert list(plain[key]) == list(found[key]), key
+    for key in ("reward", "success", "graded", "done", "episode_seed", "episode_row", "episode_place"):
+        assert torch.equal(plain[key], found[key]), key
+        assert plain[key].dtype == found[key].dtype
+    for one, other in zip(plain["transcript"], found["transcript"], strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert torch.allclose(one.log_probs, other.log_probs, atol=1e-5)
+    again = play(env, policy)
+    assert list(again["query"]) != list(found["query"])
+    env.load_state_dict(make().state_dict())
+    env.reset_dataloader()
+    assert list(play(env, policy)["query"]) == list(found["query"])
+    assert env._gateway.engine.batches
+    env.close()
+
+
+def test_agents_of_one_gateway_do_not_meet():
+    async def agent(row, session):
+        client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
+        messages = [{"role": "user", "content": row["query"]}]
+        for turn in range(4):
+            reply = await client.chat.completions.create(model="m", messages=messages)
+            messages += [reply.choices[0].message, {"role": "user", "content": f"{row['query']} {turn}"}]
+
+    with gateway_of(said) as gateway:
+        td = play_agents(agent, ROWS * 4, gateway)
+        sessions = gateway.take()
+    for row, transcript in zip(ROWS * 4, td["transcript"], strict=True):
+        assert len(transcript.sequences) == 1
+        words = " ".join(message["content"] for message in transcript.messages if message["role"] == "user")
+        assert set(words.replace(row["query"], "").split()) <= set("0123")
+    assert len(sessions) == 12
+
+
+# ---------------------------------------------------------------------- the command line
+def test_the_command_serves_a_model_and_keeps_what_it_sampled(tmp_path):
+    path = tmp_path / "runs" / "agents.jsonl"
+    words = ["gateway", "--port", "0", "--max-new-tokens", "5", "--max-turns", "1", "--rollouts", str(path)]
+    arguments = make_parser().parse_args([*words, "--implicit", "--allow", "temperature"])
+    with make_gateway(arguments) as gateway:
+        client = OpenAI(base_url=f"{gateway.url}/s/mine/v1", api_key="k")
+        assert client.models.list().data[0].id == "tiny"
+        reply = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+        assert reply.usage.completion_tokens <= 5
+        with pytest.raises(PermissionDeniedError, match="max_turns"):
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "more"}])
+        assert gateway.settings.allow == {"temperature", "max_tokens", "stop"}
+    [line] = read_rollouts(path)
+    assert (line["id"], line["stop"], line["turns"]) == ("mine", "error", 1)
+    assert line["sequences"][0]["sampled"]
+
+
+@pytest.mark.full
+def test_the_command_ends_when_it_is_told_to():
+    command = [sys.executable, "-m", "torchrl_chat.cli.main", "gateway", "--port", "0", "--token", "t"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline()
+        assert "http://127.0.0.1:" in address
+        url = address.split()[1].split("/s/")[0]
+        assert httpx.get(f"{url}/sessions", headers={"authorization": "Bearer t"}).json() == {"sessions": []}
+        process.terminate()
+        assert process.wait(60) == 0
+        assert process.stdout.read() == ""

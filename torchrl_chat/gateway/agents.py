@@ -1,0 +1,330 @@
+"""Agents played to the end of their episodes, many at once: functions, or commands of whatever language.
+
+An agent is an async function or a plain one, ``agent(row, session)``, or a command. It is given an address and a key, and does what it does;
+when it is done its session is finished and graded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import shlex
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDict
+
+from torchrl_chat import columns
+from torchrl_chat._loop import LoopThread
+from torchrl_chat.gateway.policies import PolicyEngine
+from torchrl_chat.gateway.rewarding import Rewarder
+from torchrl_chat.gateway.serve import Gateway, Served
+from torchrl_chat.gateway.sessions import Settings
+from torchrl_chat.openenv.protocol import ServerLimits
+from torchrl_chat.policies.policy import Policy
+from torchrl_chat.seeds import EPOCH, PLACE, ROW, SEED, episode_seed
+from torchrl_chat.transforms.budgets import Budget
+from torchrl_chat.transforms.reward import RewardTransform
+
+Agent = Callable[[Mapping[str, Any], Served], Any] | str | Sequence[str]
+"""``agent(row, session)``, or a command: a line of words, or a list of them."""
+
+_SHOWN = 2000  # characters of a command's last words
+
+
+class AgentError(RuntimeError):
+    """An agent ended before it was done; the text says how."""
+
+
+def play_agents(
+    agent: Agent,
+    rows: Sequence[Mapping[str, Any]],
+    gateway: Gateway,
+    *,
+    repeats: int = 1,
+    concurrency: int = 32,
+    seconds: float | None = None,
+    seed: int | None = None,
+    on_error: Literal["score", "fail"] = "score",
+    data_key: str = "query",
+) -> TensorDict:
+    """Play an agent once for each row and repeat, to the end.
+
+    A function returns nothing, the episode's reward (a number), or a dict of what
+    :meth:`Session.finish <torchrl_chat.gateway.sessions.Session.finish>` takes; what it does not say is graded by the gateway's ``reward``. A
+    command is run as given, without a shell, in the environment of this process with ``OPENAI_BASE_URL``, ``OPENAI_API_KEY``,
+    ``ANTHROPIC_BASE_URL`` and ``ANTHROPIC_API_KEY``; the row stands on its standard input as JSON, and it is killed, with what it has started,
+    when its time is up.
+
+    Args:
+        agent: the agent.
+        rows: dataset rows, as dicts; the agent gets a copy.
+        gateway: a running gateway.
+
+    Keyword Args:
+        repeats: how many episodes each row is played in, the group of GRPO.
+        concurrency: how many agents run at once.
+        seconds: how long one may take; ``None`` for no limit.
+        seed: of what is sampled, as that of a :class:`~torchrl_chat.DatasetChatEnv`: each episode's own seed is made of it. Rows that have
+            an ``"episode_seed"`` keep theirs.
+        on_error: what becomes of the episode of an agent that raises, fails, or takes too long: ``"score"`` grades what there is, so that no
+            policy escapes a grade by breaking its agent; ``"fail"`` leaves it out of training. An episode whose *engine* failed is always left
+            out, and an agent that a used-up budget has stopped has not failed.
+        data_key: see :func:`~torchrl_chat.gateway.finished.episodes`.
+
+    Returns:
+        the episodes, batch size (len(rows) * repeats,), those of a row one behind the other.
+
+    Raises:
+        ValueError: an option has no such value.
+
+    Example:
+        >>> async def agent(row, session):
+        ...     client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
+        ...     ask = [{"role": "user", "content": row["query"]}]
+        ...     await client.chat.completions.create(model="policy", messages=ask)
+        >>> finished = play_agents(agent, rows, gateway, repeats=8)
+    """
+    if repeats < 1 or concurrency < 1:
+        raise ValueError(f"repeats={repeats}, concurrency={concurrency}: expected at least 1 of each.")
+    if on_error not in ("score", "fail"):
+        raise ValueError(f"on_error={on_error!r}: expected 'score' or 'fail'.")
+    told = []
+    for number, row in enumerate(rows):
+        for place in range(repeats):
+            own = dict(row)
+            if SEED not in own and seed is not None:
+                own |= {ROW: number, EPOCH: 0, PLACE: place, SEED: episode_seed(seed, number, 0, place)}
+            told.append(own)
+    sessions = [gateway.session(row=row, seed=row.get(SEED)) for row in told]
+    pool = ThreadPoolExecutor(concurrency, "torchrl_chat.agent")
+    loop = LoopThread("torchrl_chat.agents", quick=True)
+    try:
+        ends = loop.run(_play_all(agent, told, sessions, pool, concurrency, seconds))
+    finally:
+        loop.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+    _finish(gateway, sessions, ends, on_error, [number // repeats for number in range(len(told))])
+    return gateway.episodes(sessions, data_key)
+
+
+def _finish(
+    gateway: Gateway,
+    sessions: Sequence[Served],
+    ends: Sequence[Mapping[str, Any] | Exception],
+    on_error: str,
+    groups: Sequence[int],
+) -> None:
+    found: list[dict[str, Any]] = []
+    for served, end in zip(sessions, ends, strict=True):
+        session = served.session
+        given = {} if isinstance(end, Exception) else dict(end)
+        failed = isinstance(end, Exception) and not session.stop
+        if failed and (on_error == "fail" or session.report["engine errors"]):
+            given["failure"] = f"{type(end).__name__}: {end}"[:400]
+        found.append(given)
+    # All at once: a verifier of groups sees whole groups.
+    wanted = [i for i, end in enumerate(found) if end.get("reward") is None and not end.get("failure")]
+    graded = gateway.graded([sessions[i].session for i in wanted], [groups[i] for i in wanted])
+    for i, end in zip(wanted, graded, strict=False):
+        found[i] = {**end, **{key: value for key, value in found[i].items() if value is not None}}
+    for served, end in zip(sessions, found, strict=True):
+        gateway.run(functools.partial(gateway.table.finish, served.session, **end))
+
+
+async def _play_all(
+    agent: Agent,
+    rows: Sequence[Mapping[str, Any]],
+    sessions: Sequence[Served],
+    pool: ThreadPoolExecutor,
+    concurrency: int,
+    seconds: float | None,
+) -> list[Any]:
+    slots = asyncio.Semaphore(concurrency)
+
+    async def one(row: Mapping[str, Any], session: Served) -> Mapping[str, Any]:
+        async with slots, asyncio.timeout(seconds):
+            return await _played(agent, row, session, pool)
+
+    results = await asyncio.gather(*map(one, rows, sessions), return_exceptions=True)
+    return [
+        TimeoutError(f"the agent took more than {seconds:g} s")
+        if isinstance(result, TimeoutError) and seconds
+        else result
+        for result in results
+    ]
+
+
+async def _played(
+    agent: Agent, row: Mapping[str, Any], session: Served, pool: ThreadPoolExecutor
+) -> Mapping[str, Any]:
+    if not callable(agent):
+        await _command(agent, row, session)
+        return {}
+    if inspect.iscoroutinefunction(agent) or inspect.iscoroutinefunction(getattr(agent, "__call__", None)):  # noqa: B004
+        said = await agent(dict(row), session)
+    else:
+        said = await asyncio.get_running_loop().run_in_executor(pool, agent, dict(row), session)
+        if inspect.isawaitable(said):
+            said = await said
+    if said is None:
+        return {}
+    if isinstance(said, Mapping):
+        return said
+    return {"reward": float(said)}
+
+
+async def _command(agent: str | Sequence[str], row: Mapping[str, Any], session: Served) -> None:
+    words = shlex.split(agent) if isinstance(agent, str) else list(agent)
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **session.environment()},
+        start_new_session=True,
+    )
+    try:
+        _, errors = await process.communicate(json.dumps(row, default=str).encode())
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started goes with it
+        if process.returncode is None:
+            await process.wait()
+    if process.returncode:
+        last = errors.decode(errors="replace").strip()[-_SHOWN:].replace(session.api_key, "[hidden]")
+        raise AgentError(f"the command ended with the code {process.returncode}: {last}")
+
+
+class AgentEnv:
+    """The episodes of a dataset environment, played by an agent: the same rows, seeds, limits, grades and columns.
+
+    Of the environment come the rows and their order, the limits of its :class:`~torchrl_chat.Budget`, the verifier of its
+    :class:`~torchrl_chat.RewardTransform`, the tokenizer and the chat template; the agent brings its own prompts and tools.
+    :func:`~torchrl_chat.playing.play` plays one as it plays an environment, so that recipes train with either.
+
+    Args:
+        env: a :class:`~torchrl_chat.DatasetChatEnv` with a tokenizer.
+        agent: see :func:`play_agents`.
+
+    Keyword Args:
+        reward: another verifier than the environment's.
+        settings: of the sessions; the limits are the environment's, unless it has none.
+        concurrency, seconds, on_error: as for :func:`play_agents`.
+        gateway: options of :class:`~torchrl_chat.gateway.Gateway`.
+
+    Raises:
+        ValueError: the environment has no tokenizer.
+
+    Example:
+        >>> env = AgentEnv(GSM8KEnv(tokenizer=tokenizer, num_envs=8, repeats=4, group_repeats=True), agent)
+        >>> finished = play(env, policy)
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        agent: Agent,
+        *,
+        reward: Any = None,
+        settings: Settings | None = None,
+        concurrency: int = 32,
+        seconds: float | None = None,
+        on_error: Literal["score", "fail"] = "score",
+        gateway: Mapping[str, Any] | None = None,
+    ):
+        base = env.base_env
+        if getattr(base, "template", None) is None:
+            raise ValueError("the environment has no tokenizer: its episodes have no tokens.")
+        self.env, self.agent = env, agent
+        self.batch_size = env.batch_size
+        settings = settings or Settings()
+        for transform in _transforms(env):
+            if isinstance(transform, Budget):
+                settings = dataclasses.replace(settings, limits=transform.limits)
+            if isinstance(transform, RewardTransform) and reward is None:
+                reward = Rewarder(
+                    transform.grader, reference_key=transform.reference_key, on_failure=transform.on_failure
+                )
+        server = ServerLimits(max_sessions=max(1024, env.batch_size.numel()), max_sessions_per_address=None)
+        options = {"template": base.template.renderer.variables, "server": server, **dict(gateway or {})}
+        self._options: dict[str, Any] = {**options, "settings": settings, "reward": reward}
+        self._playing: dict[str, Any] = {
+            "concurrency": concurrency,
+            "seconds": seconds,
+            "on_error": on_error,
+            "data_key": base.data_key,
+        }
+        self._gateway: Gateway | None = None
+        self._policy: Policy | None = None
+
+    def play_episodes(self, policy: Policy, tensordict: Any = None) -> TensorDict:
+        """The next episodes of the environment, finished: see :func:`~torchrl_chat.playing.play`.
+
+        Args:
+            policy: what samples; a policy of this package.
+            tensordict: what ``reset`` returned; ``None`` resets here.
+        """
+        td = self.env.reset() if tensordict is None else tensordict
+        rows = _rows(td, self.env)
+        return play_agents(self.agent, rows, self._serving(policy), **self._playing)
+
+    def reset(self) -> Any:
+        """The first rows of the next episodes."""
+        return self.env.reset()
+
+    def _serving(self, policy: Policy) -> Gateway:
+        if self._gateway is None or self._policy is not policy:
+            self.close_gateway()
+            self._policy = policy
+            self._gateway = Gateway(PolicyEngine(policy), self.env.base_env.tokenizer, **self._options)
+            self._gateway.start()
+        return self._gateway
+
+    def close_gateway(self) -> None:
+        """Stop serving; it begins anew with the next episodes."""
+        if self._gateway is not None:
+            self._gateway.close()
+            self._gateway = None
+
+    def close(self) -> None:
+        """Stop serving, and close the environment."""
+        self.close_gateway()
+        self.env.close()
+
+    def __getattr__(self, name: str) -> Any:
+        # Where it is in its dataset, its state, its seeds: those of the environment.
+        if name.startswith("__") or name == "env":
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+
+def _transforms(env: Any) -> list[Any]:
+    """All transforms of an environment, its inner ones first."""
+    held = getattr(env, "transform", None)
+    return [] if held is None else list(getattr(held, "transforms", [held]))
+
+
+def _rows(td: Any, env: Any) -> list[dict[str, Any]]:
+    """The dataset's columns of a reset, a dict a row."""
+    names = [str(name) for name in env.primer.primers.keys()]
+    count = td.batch_size.numel()
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name in names:
+        column = td.get(name)
+        values = (
+            column.reshape(count, *column.shape[td.ndim :]).tolist()
+            if isinstance(column, torch.Tensor)
+            else columns.read_objects(column, td.batch_size)
+        )
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
+    return rows
