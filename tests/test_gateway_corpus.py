@@ -40,7 +40,7 @@ def session_of(name: str, tools: tuple) -> Session:
     return Session("corpus", engine, templates, Settings())
 
 
-@pytest.mark.parametrize("name", of_the_day(*NAMES, share=5))
+@pytest.mark.parametrize("name", of_the_day(*NAMES, share=10))
 @pytest.mark.parametrize("compacted", [False, True], ids=["plain", "compacted"])
 def test_an_agent_on_a_real_template_makes_one_sequence(name, compacted):
     session = session_of(name, TOOLS)

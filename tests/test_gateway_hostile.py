@@ -9,8 +9,7 @@ import threading
 import time
 
 import pytest
-from agents import Recorder, check_law, templates_of
-from openai import OpenAI
+from agents import Recorder, check_law, client_of, templates_of
 
 from torchrl_chat.gateway import Gateway, Settings
 
@@ -64,12 +63,12 @@ async def hang_up(gateway, session, number: int, draw: random.Random) -> None:
         writer.close()
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.full)])
 def test_clients_that_hang_up_leave_nothing_behind(count):
     draw = random.Random(0)
     with gateway_of(slow) as gateway:
         session, other = gateway.session(), gateway.session()
-        client = OpenAI(base_url=other.base_url, api_key=other.api_key)
+        client = client_of(other)
         messages: list = [{"role": "user", "content": "hi"}]
         tasks = gateway.run(lambda: len(asyncio.all_tasks()))
         for start in range(0, count, 20):
@@ -106,7 +105,7 @@ def test_what_was_cut_off_is_answered_again_and_trained_once():
                     await hang_up(gateway, session, number, random.Random(number))
 
         asyncio.run(lose_all())
-        client = OpenAI(base_url=session.base_url, api_key=session.api_key)
+        client = client_of(session)
         for number in range(1, 12):
             ask = [{"role": "user", "content": f"question {number}"}]
             reply = client.chat.completions.create(model="m", messages=ask)
@@ -124,10 +123,7 @@ def test_an_engine_that_dies_is_told_to_its_agents_alone():
 
     with gateway_of(script) as gateway:
         sessions = {name: gateway.session() for name in "ab"}
-        clients = {
-            name: OpenAI(base_url=each.base_url, api_key=each.api_key, max_retries=0)
-            for name, each in sessions.items()
-        }
+        clients = {name: client_of(each, max_retries=0) for name, each in sessions.items()}
         for name, client in clients.items():
             client.chat.completions.create(model="m", messages=[{"role": "user", "content": name}])
         dead[0] = True
@@ -145,7 +141,7 @@ def test_a_gateway_that_closes_ends_what_is_on_its_way():
     gateway = gateway_of(never)
     gateway.start()
     session = gateway.session()
-    client = OpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0)
+    client = client_of(session, max_retries=0)
     failed: list = []
 
     def agent() -> None:

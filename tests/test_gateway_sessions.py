@@ -299,13 +299,14 @@ async def test_an_answer_that_nobody_got_is_not_trained():
 @run
 async def test_an_engine_that_fails_costs_its_request_alone():
     lines = iter(["one", ValueError("out of memory"), "two"])
-    session = session_of(lambda ask: next(lines))
+    session = session_of(lambda ask: next(lines), seed=3)
     history = await talk(session, [user("hi")], 1)
     with pytest.raises(Refusal, match="out of memory") as refused:
         await ask(session, [*history, user("go on")], b"body")
     assert refused.value.status == 500
     await ask(session, [*history, user("go on")], b"body", retry=1)
     assert check_law(session) == 1
+    assert [each.seed for each in session.engine.asked] == [3, 3, 3]
 
 
 # ---------------------------------------------------------------------- what the session decides
