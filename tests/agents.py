@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from conftest import CALLS_TEMPLATE, bpe_tokenizer, while_of_one_template
 from law_turns import vocab_of
+from openai import DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 
 from torchrl_chat.conversation import Turn
 from torchrl_chat.gateway.calls import Asked, Call, Reply
@@ -98,6 +99,12 @@ async def ask(session: Session, messages: list[dict], body: bytes | None = None,
     reply = await exchange.reply()
     exchange.deliver()
     return reply
+
+
+def client_of(session: Any, kind: Any = OpenAI, **more: Any) -> Any:
+    """A client of the openai library for a session; without certificates, which take longer to load than an agent to talk."""
+    http = DefaultHttpxClient if kind is OpenAI else DefaultAsyncHttpxClient
+    return kind(base_url=session.base_url, api_key=session.api_key, http_client=http(verify=False), **more)
 
 
 def user(text: str) -> dict:

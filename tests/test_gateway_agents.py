@@ -9,7 +9,7 @@ import sys
 import httpx
 import pytest
 import torch
-from agents import Recorder, templates_of
+from agents import Recorder, client_of, templates_of
 from openai import AsyncOpenAI, OpenAI, PermissionDeniedError
 
 from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
@@ -37,7 +37,7 @@ def gateway_of(script, **more) -> Gateway:
 
 
 async def asking(row, session):
-    client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0)
+    client = client_of(session, AsyncOpenAI, max_retries=0)
     ask = [{"role": "user", "content": row["query"]}]
     return (await client.chat.completions.create(model="m", messages=ask)).choices[0].message.content
 
@@ -75,7 +75,7 @@ def test_every_row_is_played_as_often_as_asked():
 
 def test_agents_may_be_plain_functions_and_say_their_rewards():
     def agent(row, session):
-        client = OpenAI(base_url=session.base_url, api_key=session.api_key)
+        client = client_of(session)
         client.chat.completions.create(model="m", messages=[{"role": "user", "content": row["query"]}])
         row["query"] = "changed"
         return {"q0": 0.5, "q1": {"reward": 0.25, "parts": {"a": 1}}}.get(session.session.row["query"])
@@ -189,7 +189,7 @@ def test_an_agent_plays_what_the_environment_plays():
 
 def test_agents_of_one_gateway_do_not_meet():
     async def agent(row, session):
-        client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
+        client = client_of(session, AsyncOpenAI)
         messages = [{"role": "user", "content": row["query"]}]
         for turn in range(4):
             reply = await client.chat.completions.create(model="m", messages=messages)

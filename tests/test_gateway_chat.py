@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from agents import TOOLS, Recorder, calling, check_law, templates_of
+from agents import TOOLS, Recorder, calling, check_law, client_of, templates_of
 from openai import BadRequestError, OpenAI, PermissionDeniedError
 
 from torchrl_chat.conversation import Limits
@@ -53,10 +53,6 @@ def session(gateway):
     gateway.engine.sampled.clear()
     with gateway.session() as session:
         yield session
-
-
-def client_of(session) -> OpenAI:
-    return OpenAI(base_url=session.base_url, api_key=session.api_key)
 
 
 def says(*lines):

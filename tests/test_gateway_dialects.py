@@ -8,6 +8,7 @@ import math
 import httpx
 import orjson
 import pytest
+from agents import calling, check_law
 from conftest import DAY
 from dialects import (
     Script,
@@ -405,6 +406,57 @@ def test_what_dialects_write_can_be_written_whatever_it_repeats():
             )
             assert reply.status_code == 200, reply.text
             assert str(huge) in reply.text
+
+
+HALF = '{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": {"a": "\\ud83d"}}]}'
+
+
+@pytest.mark.parametrize("number", [1, 10**30])
+def test_half_a_character_is_refused_wherever_it_stands(number):
+    raw = f'{{"messages": [{HALF}, {{"role": "user", "content": "hi"}}], "x": {number}}}'
+    with pytest.raises(Refusal, match="surrogate"):
+        loads(raw.encode())
+    assert loads(raw.replace("\\ud83d", "\\ud83d\\ude00").encode())["x"] == number
+
+
+def test_one_session_may_be_asked_in_several_dialects():
+    script = Script()
+    script.says(calling("a", "b"), "<think>\nhm\n</think>\n\ntwo", calling("c"), "four")
+    with served(script) as gateway, gateway.session() as session, httpx.Client() as client:
+
+        def post(path, body):
+            reply = client.post(
+                f"{session.base_url}{path}",
+                content=orjson.dumps(body),
+                headers={"authorization": f"Bearer {session.api_key}"},
+            )
+            assert reply.status_code == 200, reply.text
+            return reply.json()
+
+        function = {"name": "look", "parameters": SCHEMA}
+        chat: dict = {"messages": [USER], "tools": [{"type": "function", "function": function}]}
+        message = post("/chat/completions", chat)["choices"][0]["message"]
+        calls = message["tool_calls"]
+        blocks: list[dict] = [
+            {
+                "type": "tool_use",
+                "id": call["id"],
+                "name": "look",
+                "input": json.loads(call["function"]["arguments"]),
+            }
+            for call in calls
+        ]
+        results = [{"type": "tool_result", "tool_use_id": call["id"], "content": "7"} for call in calls]
+        history = [USER, {"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
+        tools = [{"name": "look", "input_schema": SCHEMA}]
+        message = post("/messages", {"messages": history, "tools": tools})
+        named = {"previous_response_id": f"resp_{message['id'].removeprefix('msg_')}"}
+        items: dict = {"tools": [{"type": "function", **function}]}
+        answer = post("/responses", {**items, **named, "input": "go on"})
+        output = {"type": "function_call_output", "call_id": answer["output"][0]["call_id"], "output": "8"}
+        post("/responses", {**items, "previous_response_id": answer["id"], "input": [output]})
+        assert check_law(session.session) == 1
+        assert session.report["counts"] == {"begins": 1}
 
 
 def test_each_dialect_has_paths_of_its_own():

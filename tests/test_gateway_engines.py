@@ -9,9 +9,8 @@ import threading
 import httpx
 import pytest
 import torch
-from agents import Recorder, calling, check_law, templates_of
+from agents import Recorder, calling, check_law, client_of, templates_of
 from endpoint_server import serving
-from openai import OpenAI
 
 from torchrl_chat import TransformersPolicy, training_view
 from torchrl_chat.conversation import Limits, StopReason, Turn
@@ -25,7 +24,7 @@ from torchrl_chat.training import sequence_log_probs
 
 
 def chat(session, messages: list[dict], **more) -> dict:
-    client = OpenAI(base_url=session.base_url, api_key=session.api_key)
+    client = client_of(session)
     return (
         client.chat.completions.create(model="m", messages=messages, **more)
         .choices[0]

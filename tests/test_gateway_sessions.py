@@ -214,6 +214,19 @@ async def test_equal_requests_are_two_samples_and_choices_are_siblings():
     assert check_law(session) == 5
 
 
+@run
+async def test_of_equal_answers_the_one_is_meant_that_the_history_goes_on_from():
+    """However it is spelled: what was sampled behind one of them tells which."""
+    session = session_of(lambda ask: f"answer {len(ask.messages)}")
+    histories = [[user("hi")], [user("hi")]]
+    for turn in range(3):
+        for history in histories:
+            message = (await ask(session, [{**each, "name": f"x{turn}"} for each in history])).choices[0].message
+            history += [message, user("go on")]
+    assert check_law(session) == 2
+    assert kinds(session) == {"begins": 1, "restarts": 1}
+
+
 @pytest.mark.parametrize("how", ["header", "key", "lost"])
 @run
 async def test_a_retry_gets_the_answer_of_the_first_try(how):
@@ -286,13 +299,14 @@ async def test_an_answer_that_nobody_got_is_not_trained():
 @run
 async def test_an_engine_that_fails_costs_its_request_alone():
     lines = iter(["one", ValueError("out of memory"), "two"])
-    session = session_of(lambda ask: next(lines))
+    session = session_of(lambda ask: next(lines), seed=3)
     history = await talk(session, [user("hi")], 1)
     with pytest.raises(Refusal, match="out of memory") as refused:
         await ask(session, [*history, user("go on")], b"body")
     assert refused.value.status == 500
     await ask(session, [*history, user("go on")], b"body", retry=1)
     assert check_law(session) == 1
+    assert [each.seed for each in session.engine.asked] == [3, 3, 3]
 
 
 # ---------------------------------------------------------------------- what the session decides

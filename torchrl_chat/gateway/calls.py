@@ -315,6 +315,8 @@ def loads(raw: bytes, max_depth: int = 64) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else _where(error)
         raise Refusal(f"the body is not JSON: {reason}.") from None
+    if (b"\\ud" in raw or b"\\uD" in raw) and half_character(json.dumps(value, ensure_ascii=False)) is not None:
+        raise Refusal("the body has half a surrogate pair: no text that can be encoded.")
     if raw.count(b"[") + raw.count(b"{") > max_depth and _deeper(value, max_depth):
         raise Refusal(f"the body is nested deeper than {max_depth} levels.")
     return value

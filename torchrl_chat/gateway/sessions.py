@@ -20,7 +20,7 @@ import re
 import secrets
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from torchrl_chat.gateway.tree import Answer, CallName, Match, Tree
 from torchrl_chat.messages import Message, MessageError
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
+from torchrl_chat.templates.kinds import AnswerKind
 
 _log = logging.getLogger("torchrl_chat.gateway")
 _COUNTED = re.compile(r"call[0-9]{5,}")  # the ids that the parser makes up, where a format writes none
@@ -329,7 +330,8 @@ class Session:
         try:
             prompt, match, template, key = await self._prompt(call)
             place = match.place
-            asks, limits = self._asks(exchange, call, prompt, place.asked, template)
+            before = place.asked
+            asks, limits = self._asks(exchange, call, prompt, before, template)
             place.asked += len(asks)
         except BaseException as error:
             if not exchange.prompt.done():
@@ -343,7 +345,16 @@ class Session:
             self.report[match.kind] += 1
             self._note(f"answer {self.turns}: {match.kind}: {match.reason}.")
         exchange.prompt.set_result(Usage(len(prompt), 0, _kept(match)))
-        turns = await self._sampled(asks)
+        try:
+            turns = await self._sampled(asks)
+        except BaseException:
+            if place.asked == before + len(asks):  # the next try samples from the same seed
+                place.asked = before
+            raise
+        # The first answer in such a conversation has the template's ends of turns proved; entered is what comes of the second call.
+        await self._proving(
+            (key, "answer", prompt.course.shape), answer, [prompt], [dataclasses.replace(turns[0])], template, {}
+        )
         return self._entered(exchange, call, prompt, match, template, key, turns, limits)
 
     async def _prompt(self, call: Call) -> tuple[Transcript, Match, ChatTemplate, bytes]:
@@ -372,8 +383,20 @@ class Session:
         else:
             template = self.templates.of(key)  # type: ignore[arg-type]
         match = self.tree.match(key, call.messages, previous, call.instructions)
-        prompt = self._written(match, template)
+        prompt = await self._proving((key, "prompt", *_turn_of(match)), self._written, match, template)
         return prompt, match, template, key  # type: ignore[return-value]
+
+    async def _proving(self, kind: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns; in a thread, where it may have to prove something about the template first.
+
+        That is done once for each kind of turn, and takes a second or more with a large vocabulary: other sessions go on meanwhile.
+        """
+        known = self.templates.proved
+        if kind in known:
+            return function(*arguments)
+        result = await asyncio.to_thread(function, *arguments)
+        known.add(kind)
+        return result
 
     def _template(self, key: Any, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
         try:
@@ -619,6 +642,15 @@ class Session:
 def _kept(match: Match) -> int:
     """How many tokens of a prompt an earlier answer had in its sequence."""
     return 0 if match.answer is None else len(match.answer.transcript)
+
+
+def _turn_of(match: Match) -> tuple[Hashable, ...]:
+    """What a prompt's kind is: the conversation's, the answer's that is continued, and that of what follows it."""
+    if match.answer is None:
+        return ("begins",)
+    transcript = match.answer.transcript
+    roles = tuple(message["role"] for message in match.messages[match.start :])
+    return transcript.course.shape, AnswerKind.of(transcript.messages[-1]), transcript.stop is None, roles
 
 
 def _for_ledger(messages: Sequence[Message], calls: Mapping[str, CallName]) -> list[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -31,6 +31,8 @@ class Templates:
         self._tokenizer, self._options = tokenizer, options
         self._made: OrderedDict[bytes, ChatTemplate] = OrderedDict()
         self._lock = threading.Lock()
+        self.proved: set[Hashable] = set()
+        """Kinds of turn that were written before, and so cost their own tokens only."""
         self.plain = self.of(b"")
 
     @staticmethod

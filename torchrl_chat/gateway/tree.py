@@ -200,7 +200,7 @@ class Tree:
         for at in range(first, len(messages)):
             message = messages[at]
             if message["role"] == POLICY:
-                found, why = _recorded(place, message)
+                found, why = _recorded(place, message, messages[at + 1 :])
                 if found is not None:
                     if found.calls:
                         calls.update(_renamed(message, found))
@@ -280,29 +280,61 @@ class Tree:
         )
 
 
-def _recorded(place: Place, message: Message) -> tuple[Answer | None, str]:
-    """The answer of a place that a message is; or why it is none of them."""
+def _recorded(place: Place, message: Message, rest: Sequence[Message]) -> tuple[Answer | None, str]:
+    """The answer of a place that a message is; or why it is none of them.
+
+    Args:
+        place: where it was sampled.
+        message: the message.
+        rest: what stands behind it.
+    """
     answers = place.answers
     if len(answers) == 1 and answers[0].spelled == message:
         return answers[0], ""
     if not answers:
         return None, "nothing was sampled behind this prompt"
-    sent = said(message)
-    fits = [answer for answer in answers if answer.said.key == sent.key and difference(sent, answer.said) is None]
+    fits = _fits(place, message)
     if not fits:
-        return None, difference(sent, answers[-1].said) or "it is the answer to another prompt"
-    # Ids are the surest sign, then the reasoning; of answers that are the same, one that nobody has gone on from.
-    best = max(
-        fits,
-        key=lambda answer: (
-            bool(sent.ids) and sent.ids == answer.said.ids,
-            bool(sent.reasoning) and sent.reasoning == answer.said.reasoning,
-            not answer.place.children and not answer.place.answers,
-            answer.delivered,
-        ),
-    )
+        return None, difference(said(message), answers[-1].said) or "it is the answer to another prompt"
+    best = fits[0]
+    if len(fits) > 1:
+        sent = said(message)
+        # Ids are the surest sign, then the reasoning; of answers that are the same, the one that the rest has gone on from.
+        best = max(
+            fits,
+            key=lambda answer: (
+                bool(sent.ids) and sent.ids == answer.said.ids,
+                bool(sent.reasoning) and sent.reasoning == answer.said.reasoning,
+                _leads_on(answer.place, rest),
+                answer.delivered,
+            ),
+        )
     best.spelled, best.delivered = message, True  # who sends it back has got it
     return best, ""
+
+
+def _fits(place: Place, message: Message) -> list[Answer]:
+    """The answers of a place that a message may be."""
+    sent = said(message)
+    return [
+        answer for answer in place.answers if answer.said.key == sent.key and difference(sent, answer.said) is None
+    ]
+
+
+def _leads_on(place: Place, rest: Sequence[Message]) -> tuple[int, bool]:
+    """How many of the answers behind a place are known there, and whether nobody has gone on from the last of them."""
+    at = place
+    for number, message in enumerate(rest):
+        if message["role"] == POLICY:
+            further = [_leads_on(answer.place, rest[number + 1 :]) for answer in _fits(at, message)]
+            if further:
+                count, fresh = max(further)
+                return 1 + count, fresh
+            break
+        if (following := at.children.get(said(message).key)) is None:
+            break
+        at = following
+    return 0, not place.children and not place.answers
 
 
 def _renamed(message: Message, answer: Answer) -> dict[str, CallName]:
