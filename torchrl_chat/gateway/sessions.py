@@ -351,10 +351,11 @@ class Session:
             if place.asked == before + len(asks):  # the next try samples from the same seed
                 place.asked = before
             raise
-        # The first answer in such a conversation has the template's ends of turns proved; entered is what comes of the second call.
-        await self._proving(
-            (key, "answer", prompt.course.shape), answer, [prompt], [dataclasses.replace(turns[0])], template, {}
-        )
+        kind = (key, "answer", prompt.course.shape)
+        if (
+            kind not in self.templates.proved
+        ):  # entered is what comes of a second call, which costs its own tokens only
+            await self._proving(kind, answer, [prompt], [dataclasses.replace(turns[0])], template, {})
         return self._entered(exchange, call, prompt, match, template, key, turns, limits)
 
     async def _prompt(self, call: Call) -> tuple[Transcript, Match, ChatTemplate, bytes]:
