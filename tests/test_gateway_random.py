@@ -197,7 +197,7 @@ def test_random_agents_and_random_templates(data, f):
 
 
 @pytest.mark.full
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(data=st.data(), f=usual())
 def test_many_random_agents_and_random_templates(data, f):
     play(data, f, 12)

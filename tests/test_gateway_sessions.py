@@ -280,7 +280,6 @@ async def test_nobody_waits_and_nothing_is_sampled():
     assert not session.flying
     assert session.transcript() is None
     assert not session._exchanges
-    assert not session._by_body
 
 
 @run
