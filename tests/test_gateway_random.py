@@ -28,6 +28,7 @@ USUAL = {
     "tools": ("plain", "grouped", "json"),
     "calls": ("json", "xml", "list"),
     "system": ("own", "own", "default", "into_first"),
+    "count": (("", 0), ("index", 0), ("reminder", 3), ("every", 3)),  # not one that quotes earlier words
     "generation": ("", "", "<think>\n\n</think>\n\n"),  # reasoning that the prompt opens, the talker does not close
 }
 
