@@ -27,7 +27,8 @@ from starlette.types import Receive, Scope, Send
 
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
 from torchrl_chat.gateway.dialects import DIALECTS
-from torchrl_chat.gateway.sessions import Exchange, Session
+from torchrl_chat.gateway.exchanges import Exchange
+from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
 from torchrl_chat.openenv.server.security import Guard, OwnNames
 

@@ -16,10 +16,9 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,18 +27,17 @@ from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn, answ
 from torchrl_chat.conversation.limits import NO_LIMIT
 from torchrl_chat.gateway.calls import Call, Choice, Finish, Kind, Refusal, Reply, ToolCall, Usage
 from torchrl_chat.gateway.engines import Ask, Engine
-from torchrl_chat.gateway.matching import POLICY, said
-from torchrl_chat.gateway.streaming import Progress, Teller
+from torchrl_chat.gateway.exchanges import Exchange, Exchanges
+from torchrl_chat.gateway.matching import said
+from torchrl_chat.gateway.streaming import Teller
 from torchrl_chat.gateway.templates import Templates
 from torchrl_chat.gateway.tree import Answer, CallName, Match, Tree
-from torchrl_chat.messages import Message, MessageError
+from torchrl_chat.gateway.wording import for_ledger, stopped, turn_kind
+from torchrl_chat.messages import MessageError
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
-from torchrl_chat.templates.kinds import AnswerKind
 
 _log = logging.getLogger("torchrl_chat.gateway")
-_COUNTED = re.compile(r"call[0-9]{5,}")  # the ids that the parser makes up, where a format writes none
-_REMEMBERED = 256  # replies that a session keeps for retries
 
 AGENTS = frozenset({"max_tokens", "stop"})
 """What an agent may set unless the session says otherwise: where its answers end, not how they are sampled."""
@@ -82,56 +80,6 @@ class Settings:
             raise ValueError(f"history={self.history!r}: expected 'keep' or 'template'.")
         if self.max_choices < 1:
             raise ValueError(f"max_choices is {self.max_choices}: expected at least 1.")
-
-
-class Exchange:
-    """A request and its answer, on its way or there.
-
-    Attributes:
-        name: the name of the reply.
-        created: seconds since 1970.
-        prompt: set when the prompt stands, with its tokens, or is refused; what is refused is refused before anything is streamed.
-        task: it has the reply.
-        answers: what was sampled.
-        waiting: how many clients wait for it.
-        progress: what can be told of it already.
-    """
-
-    def __init__(self, name: str, created: int, digest: bytes):
-        loop = asyncio.get_running_loop()
-        self.name, self.created, self.digest = name, created, digest
-        self.prompt: asyncio.Future[Usage] = loop.create_future()
-        self.task: asyncio.Task[Reply] | None = None
-        self.answers: list[Answer] = []
-        self.waiting = 0
-        self.claimed = 0  # retries that have got it
-        self.progress = Progress()
-        self._delivered = False
-
-    @property
-    def done(self) -> bool:
-        """Whether the answer is there."""
-        return self.task is not None and self.task.done()
-
-    @property
-    def delivered(self) -> bool:
-        """Whether a client has got it whole."""
-        return self._delivered
-
-    def deliver(self) -> None:
-        """Say that a client has got it whole."""
-        self._delivered = True
-        for given in self.answers:
-            given.delivered = True
-
-    async def reply(self) -> Reply:
-        """The answer.
-
-        Raises:
-            Refusal: there is none.
-        """
-        assert self.task is not None
-        return await asyncio.shield(self.task)
 
 
 class Session:
@@ -184,9 +132,7 @@ class Session:
         self.used = self.begun
         self.sampled, self.turns, self.calls = 0, 0, 0
         self._names = names or Names()
-        self._exchanges: OrderedDict[str, Exchange] = OrderedDict()
-        self._by_body: dict[bytes, list[Exchange]] = {}
-        self._by_key: dict[str, Exchange] = {}
+        self._exchanges = Exchanges()
 
     def __repr__(self) -> str:
         state = self.stop.word if self.finished or self.stop else "running"
@@ -196,7 +142,7 @@ class Session:
     @property
     def flying(self) -> int:
         """How many requests are on their way."""
-        return sum(not exchange.done for exchange in self._exchanges.values())
+        return self._exchanges.flying
 
     def open(self, call: Call, body: bytes) -> Exchange:
         """The exchange of a request: a new one, or that of the request that it tries again (``B2``).
@@ -210,35 +156,16 @@ class Session:
         """
         self.used = time.monotonic()
         digest = hashlib.blake2b(body, digest_size=16).digest()
-        known = self._tried(call, digest)
+        known = self._exchanges.tried(call, digest)
         if known is not None:
             self.report["retries"] += 1
             return known
         self._check(call)
         exchange = Exchange(self._names(), int(time.time()), digest)
-        self._exchanges[exchange.name] = exchange
-        self._by_body.setdefault(digest, []).append(exchange)
-        if call.key is not None:
-            self._by_key[call.key] = exchange
+        self._exchanges.add(exchange, call.key)
         exchange.task = asyncio.get_running_loop().create_task(self._answered(exchange, call))
-        exchange.task.add_done_callback(lambda _: self._settled(exchange, call))
+        exchange.task.add_done_callback(lambda _: self._exchanges.settled(exchange))
         return exchange
-
-    def _tried(self, call: Call, digest: bytes) -> Exchange | None:
-        """The exchange that a request tries again."""
-        if call.key is not None and (known := self._by_key.get(call.key)) is not None:
-            if known.digest != digest:
-                raise Refusal("this idempotency key was used for another request.", Kind.CONFLICT)
-            return known
-        same = self._by_body.get(digest, [])
-        # One that nobody waits for, and nobody got: its client has gone, whatever the headers say.
-        lost = [exchange for exchange in same if not exchange.delivered and not exchange.waiting]
-        found = lost or (same if call.retry else [])
-        if not found:
-            return None
-        known = min(found, key=lambda exchange: (exchange.claimed, exchange.delivered))
-        known.claimed += 1
-        return known
 
     def _check(self, call: Call) -> None:
         limits = self.settings.limits
@@ -270,32 +197,6 @@ class Session:
         value = getattr(self.settings.limits, {"max_time": "max_seconds"}.get(stop.word, stop.word), None)
         return "of the session" if value is None else f"{value:g}"
 
-    def _settled(self, exchange: Exchange, call: Call) -> None:
-        """Forget what failed: the next try is a new request; and, of what did not, the oldest."""
-        assert exchange.task is not None
-        failed = exchange.task.cancelled() or exchange.task.exception() is not None
-        if not exchange.prompt.done():
-            exchange.prompt.cancel()
-        if failed:
-            self._forget(exchange.name)
-        while len(self._exchanges) > _REMEMBERED:
-            oldest = next((name for name, known in self._exchanges.items() if known.done), None)
-            if oldest is None:
-                break
-            self._forget(oldest)
-
-    def _forget(self, name: str) -> None:
-        exchange = self._exchanges.pop(name, None)
-        if exchange is None:
-            return
-        same = self._by_body.get(exchange.digest, [])
-        if exchange in same:
-            same.remove(exchange)
-        if not same:
-            self._by_body.pop(exchange.digest, None)
-        for key in [key for key, known in self._by_key.items() if known is exchange]:
-            del self._by_key[key]
-
     def left(self, exchange: Exchange) -> None:
         """Say that a client has stopped waiting: without any, sampling goes on for :attr:`Settings.patience` seconds."""
         exchange.waiting -= 1
@@ -312,7 +213,7 @@ class Session:
 
     def close(self) -> None:
         """Cancel what is on its way."""
-        for exchange in list(self._exchanges.values()):
+        for exchange in self._exchanges.values():
             if exchange.task is not None and not exchange.task.done():
                 exchange.task.cancel()
 
@@ -351,10 +252,11 @@ class Session:
             if place.asked == before + len(asks):  # the next try samples from the same seed
                 place.asked = before
             raise
-        # The first answer in such a conversation has the template's ends of turns proved; entered is what comes of the second call.
-        await self._proving(
-            (key, "answer", prompt.course.shape), answer, [prompt], [dataclasses.replace(turns[0])], template, {}
-        )
+        kind = (key, "answer", prompt.course.shape)
+        if (
+            kind not in self.templates.proved
+        ):  # entered is what comes of a second call, which costs its own tokens only
+            await self._proving(kind, answer, [prompt], [dataclasses.replace(turns[0])], template, {})
         return self._entered(exchange, call, prompt, match, template, key, turns, limits)
 
     async def _prompt(self, call: Call) -> tuple[Transcript, Match, ChatTemplate, bytes]:
@@ -383,7 +285,7 @@ class Session:
         else:
             template = self.templates.of(key)  # type: ignore[arg-type]
         match = self.tree.match(key, call.messages, previous, call.instructions)
-        prompt = await self._proving((key, "prompt", *_turn_of(match)), self._written, match, template)
+        prompt = await self._proving((key, "prompt", *turn_kind(match)), self._written, match, template)
         return prompt, match, template, key  # type: ignore[return-value]
 
     async def _proving(self, kind: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -409,7 +311,7 @@ class Session:
         try:
             if match.answer is not None:
                 before = match.answer.transcript
-                rest = _for_ledger(match.messages[match.start :], match.calls)
+                rest = for_ledger(match.messages[match.start :], match.calls)
                 try:
                     [prompt] = append([before], [rest], template, self.settings.history)
                 except ChatTemplateError as error:
@@ -422,7 +324,7 @@ class Session:
                         match.reason = "the template writes the past anew"
                         prompt = dataclasses.replace(prompt, branches=())
                     return prompt
-            messages = _for_ledger(match.messages, match.calls)
+            messages = for_ledger(match.messages, match.calls)
             [rendered] = template.render_batch([messages])
         except (ChatTemplateError, MessageError) as error:
             raise Refusal(f"the model's chat template refuses these messages: {error}", param="messages") from None
@@ -502,7 +404,7 @@ class Session:
                 limit = min(limit, self.settings.limits.max_tokens - self.sampled)
             if limit <= 0:
                 continue
-            stop, turn = _stopped(turn, call.asked.stop if "stop" in self.settings.allow else (), template)
+            stop, turn = stopped(turn, call.asked.stop if "stop" in self.settings.allow else (), template)
             if limit < NO_LIMIT:
                 turn = dataclasses.replace(turn, limit=limit)
             try:
@@ -638,99 +540,6 @@ class Session:
         return self.tree.ledger()
 
 
-# ---------------------------------------------------------------------- values
 def _kept(match: Match) -> int:
     """How many tokens of a prompt an earlier answer had in its sequence."""
     return 0 if match.answer is None else len(match.answer.transcript)
-
-
-def _turn_of(match: Match) -> tuple[Hashable, ...]:
-    """What a prompt's kind is: the conversation's, the answer's that is continued, and that of what follows it."""
-    if match.answer is None:
-        return ("begins",)
-    transcript = match.answer.transcript
-    roles = tuple(message["role"] for message in match.messages[match.start :])
-    return transcript.course.shape, AnswerKind.of(transcript.messages[-1]), transcript.stop is None, roles
-
-
-def _for_ledger(messages: Sequence[Message], calls: Mapping[str, CallName]) -> list[Message]:
-    """Messages as templates take them: arguments as values, results with their call's id and name in the ledger.
-
-    Args:
-        messages: what follows a ledger, or a whole conversation; in that, calls are numbered as the parser numbers those that
-            it reads, so that a prompt does not depend on ids that somebody drew.
-        calls: the calls that were sampled, by the ids that the messages have for them.
-    """
-    known, count, found = dict(calls), 0, []
-    for message in messages:
-        role = message["role"]
-        if role == POLICY:
-            plain: Message = {"role": role, "content": message.get("content") or ""}
-            for field_name in ("reasoning_content", "reasoning"):
-                if message.get(field_name):
-                    plain["reasoning_content"] = message[field_name]
-                    break
-            made = []
-            for call in message.get("tool_calls") or ():
-                own = known.get(call.get("id"))
-                counted = own is None or _COUNTED.fullmatch(own.id)
-                own = CallName(f"call{count:05d}" if counted else own.id, call["function"]["name"])  # type: ignore[union-attr]
-                if call.get("id"):
-                    known[call["id"]] = own
-                count += 1
-                made.append(
-                    {"id": own.id, "type": "function", "function": {"name": own.name, "arguments": _value(call)}}
-                )
-            if made:
-                plain["tool_calls"] = made
-            found.append(plain)
-        elif role == "tool":
-            own = known.get(message.get("tool_call_id") or "")
-            plain = {"role": role, "content": message.get("content") or ""}
-            if own is not None:
-                plain |= {"tool_call_id": own.id, "name": own.name}
-            elif message.get("tool_call_id"):
-                plain["tool_call_id"] = message["tool_call_id"]
-            found.append(plain)
-        else:
-            found.append(
-                {"role": "system" if role == "developer" else role, "content": message.get("content") or ""}
-            )
-    return found
-
-
-def _value(call: Mapping[str, Any]) -> Any:
-    arguments = call["function"].get("arguments")
-    if not isinstance(arguments, str):
-        return arguments or {}
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
-
-
-def _stopped(turn: Turn, stops: Sequence[str], template: ChatTemplate) -> tuple[str | None, Turn]:
-    """The stop string that comes first in a turn, and the turn up to the token that completes it.
-
-    A sampler that watches for the string would have ended there: what is beyond was sampled for nobody. The string stays in the ledger,
-    and is left out of what is said.
-    """
-    if not stops or turn.ids is None:
-        return None, turn
-    ids = turn.ids.tolist()
-    [text] = template.codec.decode([ids])
-    found = [(text.find(stop) + len(stop), stop) for stop in stops if stop and stop in text]
-    if not found:
-        return None, turn
-    _, stop = min(found)
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if stop in template.codec.decode([ids[:middle]])[0]:
-            high = middle
-        else:
-            low = middle + 1
-    log_probs = None if turn.log_probs is None else turn.log_probs[:low]
-    versions = tuple(span for span in turn.versions if span[0] < low)
-    return stop, Turn(turn.ids[:low], log_probs, None, "stop", turn.limit, versions)
