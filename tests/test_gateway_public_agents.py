@@ -43,7 +43,18 @@ class Case:
 CASES = [
     Case("openai_sdk", "chat", "PermissionDeniedError", full=False),
     Case("openai_agents_sdk", "chat", "PermissionDeniedError"),
+    Case("openai_sdk", "responses", "PermissionDeniedError", full=False),
+    Case("openai_sdk", "named", "PermissionDeniedError"),
+    Case("anthropic_sdk", "messages", "PermissionDeniedError"),
+    Case("anthropic_sdk", "runner", "PermissionDeniedError"),
+    Case("openai_agents_sdk", "responses", "PermissionDeniedError"),
+    Case("openai_agents_sdk", "named", "PermissionDeniedError"),
     Case("pydantic_ai_agent", "chat", "ModelAuthenticationError"),
+    Case("pydantic_ai_agent", "responses", "ModelAuthenticationError"),
+    Case("pydantic_ai_agent", "messages", "ModelAuthenticationError"),
+    Case("langgraph_agent", "responses", "OpenAIPermissionDeniedError"),
+    Case("langgraph_agent", "messages", "AnthropicPermissionDeniedError"),
+    Case("litellm_loop", "messages", "PermissionDeniedError"),
     Case("langgraph_agent", "chat", "OpenAIPermissionDeniedError"),
     Case("litellm_loop", "chat", "APIError"),
 ]
