@@ -41,7 +41,9 @@ def drive(program: str, how: str, variables: dict[str, str], tasks: Sequence[str
         python: see :func:`python_of`.
         cwd: a folder of its own: what it writes stays there.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.endswith(("_API_KEY", "_BASE_URL", "_API_BASE"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.endswith(("_API_KEY", "_BASE_URL", "_API_BASE"))
+    }
     home = {"HOME": str(cwd), "MSWEA_GLOBAL_CONFIG_DIR": str(cwd), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     # -P: the folder of the programs is not looked in for what they import.
     run = subprocess.run(

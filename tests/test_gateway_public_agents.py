@@ -60,10 +60,10 @@ CASES = [
 ]
 
 
-def parametrized(cases):
+def parametrized(cases, full=False):
     marks = [pytest.mark.services]
     return [
-        pytest.param(case, id=str(case), marks=marks + ([pytest.mark.full] if case.full else [])) for case in cases
+        pytest.param(case, id=str(case), marks=marks + [pytest.mark.full] * (full or case.full)) for case in cases
     ]
 
 
@@ -201,7 +201,7 @@ def test_mini_swe_agent_works_in_a_folder(refused, tmp_path):
         assert any("(B1)" in finding for finding in session.report["findings"]) == refused
 
 
-@pytest.mark.parametrize("case", parametrized(CASES))
+@pytest.mark.parametrize("case", parametrized(CASES, full=True))
 def test_what_the_tiny_model_samples_for_an_agent_is_one_sequence(case, tmp_path):
     """Noise: texts that cannot be encoded alike again, blanks at their ends."""
     python = python_of(case.program, sys.executable)

@@ -92,7 +92,9 @@ def test_where_sequences_part_is_told(trace):
 
 
 BROKEN = {
-    "no_prompt_ids": lambda turn: turn.update(prompt_token_ids=[], loss_mask=[1] * len(turn["completion_token_ids"])),
+    "no_prompt_ids": lambda turn: turn.update(
+        prompt_token_ids=[], loss_mask=[1] * len(turn["completion_token_ids"])
+    ),
     "invalid_token_id": lambda turn: turn["prompt_token_ids"].append(-1),
     "no_logprobs": lambda turn: turn.update(per_token_logps=None),
     "invalid_logprob": lambda turn: turn["per_token_logps"].__setitem__(0, math.nan),
@@ -139,11 +141,17 @@ def test_a_call_is_trained_once(session, trace):
 
 
 def test_what_is_no_trace_is_refused_and_an_empty_one_is_an_episode_that_failed(trace):
-    for wrong, said in (({"turns": "x"}, "'turns'"), ([1], "turn 0"), ({"schema_version": 2, "turns": []}, "version")):
+    for wrong, said in (
+        ({"turns": "x"}, "'turns'"),
+        ([1], "turn 0"),
+        ({"schema_version": 2, "turns": []}, "version"),
+    ):
         with pytest.raises(ValueError, match=said):
             read_trace(wrong)
     empty = read_trace({"turns": []})
-    assert [str(finding) for finding in empty.findings] == ["[FATAL] no_turns: no turn of the trace can be trained on."]
+    assert [str(finding) for finding in empty.findings] == [
+        "[FATAL] no_turns: no turn of the trace can be trained on."
+    ]
     td = episodes([empty, read_trace(trace)])
     assert [bool(text) for text in td["env_failure"]] == [True, False]
 
@@ -152,7 +160,9 @@ def test_answers_without_log_probs_are_not_exported(session):
     other = asyncio.run(played())
     answer = other.tree.answers[0]
     answer.transcript = answer.transcript._replace(scored=False)
-    with pytest.raises(ValueError, match="answer 1 of session 'test' has no log-probs"):  # behind the one that was left out
+    with pytest.raises(
+        ValueError, match="answer 1 of session 'test' has no log-probs"
+    ):  # behind the one that was left out
         training_trace(other)
 
 

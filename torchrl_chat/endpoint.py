@@ -329,7 +329,9 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             return found
         given = self.base_url if self.base_url is not None else os.environ.get("OPENAI_BASE_URL")
         if not given:
-            raise ValueError(f"{type(self).__name__}(model={self.model!r}) has no base_url: the route for ids is no API of OpenAI's.")
+            raise ValueError(
+                f"{type(self).__name__}(model={self.model!r}) has no base_url: the route for ids is no API of OpenAI's."
+            )
         url, login = without_login(given)
         url = url.rstrip("/").removesuffix("/v1") + "/inference/v1/generate"
         if goes_through_proxy(url):

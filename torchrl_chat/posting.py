@@ -18,14 +18,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 try:
-    from orjson import dumps, loads
+    import orjson
 except ImportError:
-    loads = json.loads
-
-    def dumps(value: Any) -> bytes:  # type: ignore[misc]
-        """The value as JSON."""
-        return json.dumps(value).encode()
-
+    orjson = None  # type: ignore[assignment]
 
 _AGAIN = frozenset({408, 409, 429})  # and whatever is an error of the server
 _IDLE = 30.0  # seconds for which a connection is kept; servers close theirs, uvicorn after 5 by default
@@ -105,7 +100,7 @@ class Poster:
             OSError: it cannot be reached; ``TimeoutError`` among them.
             ValueError: what it answers is no JSON.
         """
-        raw = dumps(body)
+        raw = json.dumps(body).encode() if orjson is None else orjson.dumps(body)
         message = self._head + b"%d\r\n\r\n" % len(raw) + raw
         for tried in range(self._retries + 1):
             wait: float | None = None
@@ -113,10 +108,12 @@ class Poster:
                 async with asyncio.timeout(self._timeout):
                     status, head, answer = await self._exchange(message)
             except (OSError, EOFError) as error:  # a timeout is one
-                failure: Exception = error if isinstance(error, OSError) else ConnectionError("the connection was lost")
+                failure: Exception = (
+                    error if isinstance(error, OSError) else ConnectionError("the connection was lost")
+                )
             else:
                 if status < 300:
-                    return loads(answer)
+                    return json.loads(answer) if orjson is None else orjson.loads(answer)
                 failure = PostError(status, answer[:400].decode(errors="replace"))
                 if status not in _AGAIN and status < 500:
                     raise failure

@@ -7,7 +7,11 @@ import sys
 from anthropic import Anthropic, beta_tool
 
 client = Anthropic()
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+    "required": ["a", "b"],
+}
 TOOL = {"name": "add", "description": "Add two numbers.", "input_schema": SCHEMA}
 ASKED = {"model": "policy", "max_tokens": 512, "system": "Be exact."}
 

@@ -8,8 +8,15 @@ import litellm
 
 litellm.telemetry = False
 MODEL = {"chat": "openai/policy", "messages": "anthropic/policy"}[sys.argv[1]]
-PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}
-TOOL = {"type": "function", "function": {"name": "add", "description": "Add two numbers.", "parameters": PARAMETERS}}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+    "required": ["a", "b"],
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Add two numbers.", "parameters": PARAMETERS},
+}
 
 
 def play(history, task, stream):

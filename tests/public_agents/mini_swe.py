@@ -15,7 +15,9 @@ from minisweagent.models.litellm_model import LitellmModel
 config = yaml.safe_load((builtin_config_dir / "mini.yaml").read_text())
 answers, error = [], None
 for task in json.loads(os.environ["AGENT_TASKS"]):
-    model = LitellmModel(model_name="openai/policy", **{k: v for k, v in config["model"].items() if k != "model_name"})
+    model = LitellmModel(
+        model_name="openai/policy", **{k: v for k, v in config["model"].items() if k != "model_name"}
+    )
     known = {key: value for key, value in config["agent"].items() if key not in ("mode", "confirm_exit")}
     agent = DefaultAgent(model, LocalEnvironment(cwd=os.getcwd()), **known)
     try:

@@ -12,7 +12,11 @@ import sys
 from openai import OpenAI
 
 client = OpenAI()
-PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+    "required": ["a", "b"],
+}
 FUNCTION = {"name": "add", "description": "Add two numbers.", "parameters": PARAMETERS}
 
 
@@ -44,7 +48,11 @@ def chat(history, task, stream):
 
 def responses(history, task, stream, named=False):
     history.append({"role": "user", "content": task})
-    asked = {"model": "policy", "instructions": "Be exact.", "tools": [{"type": "function", **FUNCTION, "strict": False}]}
+    asked = {
+        "model": "policy",
+        "instructions": "Be exact.",
+        "tools": [{"type": "function", **FUNCTION, "strict": False}],
+    }
     while True:
         if named:
             asked["previous_response_id"] = LAST[0]

@@ -157,7 +157,7 @@ class Recorded:
 
 @dataclass
 class _Sequence:
-    """A sequence that grows: its ledger, and which of its tokens are sampled but masked out."""
+    """A sequence that grows."""
 
     ledger: Transcript
     last: int
@@ -264,11 +264,11 @@ def _check(turn: Mapping[str, Any], index: int, known: dict[str, int]) -> list[F
         elif not all(mask[len(prompt) :]):
             out = mask[len(prompt) :].count(0)
             tell("INFO", "masked_tokens", f"{out} of {len(sampled)} sampled tokens are masked out.")
-    name = turn.get("node_id") or (turn.get("metadata") or {}).get("node_id")
-    if isinstance(name, str) and name in known:
-        tell("FATAL", "duplicate_node", f"it has the node_id of turn {known[name]}: no call is trained twice.")
-    elif isinstance(name, str):
-        known[name] = index
+    node = turn.get("node_id") or (turn.get("metadata") or {}).get("node_id")
+    if isinstance(node, str) and node in known:
+        tell("FATAL", "duplicate_node", f"it has the node_id of turn {known[node]}: no call is trained twice.")
+    elif isinstance(node, str):
+        known[node] = index
     if _choice(turn).get("finish_reason") == "length":
         tell("WARN", "truncated_turn", "it was cut off by a limit; its tokens are as they were sampled.")
     return found
@@ -279,16 +279,16 @@ def _choice(turn: Mapping[str, Any]) -> Mapping[str, Any]:
     return choices[0] if isinstance(choices[0], Mapping) else {}
 
 
-def _enter(
-    turn: Mapping[str, Any], index: int, sequences: list[_Sequence], findings: list[Finding]
-) -> None:
+def _enter(turn: Mapping[str, Any], index: int, sequences: list[_Sequence], findings: list[Finding]) -> None:
     """Put a turn behind the sequence that it extends, or begin one."""
     prompt = np.asarray(turn["prompt_token_ids"], dtype=np.int64)
     request = [dict(message) for message in (turn.get("request") or {}).get("messages") or () if "role" in message]
     best: _Sequence | None = None
     for sequence in sequences:
         held = sequence.ledger
-        whole = held.length <= len(prompt) and bool((held.tape.arrays[0][: held.length] == prompt[: held.length]).all())
+        whole = held.length <= len(prompt) and bool(
+            (held.tape.arrays[0][: held.length] == prompt[: held.length]).all()
+        )
         if whole and (best is None or held.length > best.ledger.length):
             best = sequence
     if best is None:
@@ -302,8 +302,8 @@ def _enter(
         best.ledger = best.ledger.appended(prompt[best.ledger.length :].tolist(), [_told(m) for m in more])
     sequences.append(best)  # the sequence of the last turn stands last
     choice = _choice(turn)
-    said = choice.get("message") if isinstance(choice.get("message"), Mapping) else {}
-    message = _told({"role": "assistant", **said})
+    said = choice.get("message")
+    message = _told({"role": "assistant", **(said if isinstance(said, Mapping) else {})})
     sampled = torch.tensor(turn["completion_token_ids"], dtype=torch.int64)
     scores = torch.tensor(turn["per_token_logps"], dtype=torch.float32)
     start = best.ledger.length
