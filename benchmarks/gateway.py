@@ -94,7 +94,7 @@ asyncio.run(main())
 """
 
 OURS = """
-import cProfile, os, signal, sys, threading
+import cProfile, gc, os, signal, sys
 from transformers import AutoTokenizer
 from torchrl_chat.gateway import Gateway, RemoteEngine
 from torchrl_chat.openenv.protocol import ServerLimits
@@ -108,6 +108,7 @@ if profile:
     signal.signal(signal.SIGTERM, lambda *_: (gateway.run(kept.disable), kept.dump_stats(profile), os._exit(0)))
 else:
     gateway.start()
+gc.collect(), gc.freeze(), gc.set_threshold(20_000, 20, 20)  # as torchrl-chat gateway does
 while True:
     signal.pause()
 """
