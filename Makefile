@@ -24,9 +24,10 @@ test: environment  ## what a change needs: lint and every part below, less what 
 	$(MAKE) -j2 types change
 	$(MAKE) vllm
 
-test-all: environment  ## everything: all seeds, all kills, vLLM's learning; for releases
-	$(ENVIRONMENT) --background openenv-010 openenv-03 vllm
+test-all: environment  ## everything: all seeds, all kills, vLLM's learning, agents of other houses; for releases
+	$(ENVIRONMENT) --background openenv-010 openenv-03 agents trl vllm
 	$(MAKE) lint peers
+	$(ENVIRONMENT) agents trl
 	TORCHRL_CHAT_EXAMPLES=all $(PYTEST) -m "not vllm"
 	$(ENVIRONMENT) vllm
 	$(VLLM) -m vllm
@@ -79,4 +80,4 @@ peers: .openenv/repo
 
 # The packages themselves stay in the cache (see scripts/environment.py), which may be deleted at any time.
 clean:  ## remove what the commands above made in this folder
-	rm -rf .venv .venv-vllm .openenv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .openenv .agents .trl build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,46 +60,11 @@ TEMPLATES = (
 )
 EPISODES = ("0 %", "2 %", "10 %", "thinking", "calls", "compaction")
 TURNS = 8
-WORDS = [
-    "the",
-    "answer",
-    "of",
-    "this",
-    "question",
-    "is",
-    "found",
-    "by",
-    "adding",
-    "all",
-    "numbers",
-    "that",
-    "we",
-    "know",
-    "so",
-    "far",
-    "and",
-    "then",
-    "dividing",
-    "them",
-    "because",
-    "every",
-    "person",
-    "gets",
-    "an",
-    "equal",
-    "share",
-    "of",
-    "whatever",
-    "was",
-    "bought",
-    "yesterday",
-    "afternoon",
-    "before",
-    "everybody",
-    "finally",
-    "travelled",
-    "northwards",
-]
+TEXT = (
+    "the answer of this question is found by adding all numbers that we know so far and then dividing them because every "
+    "person gets an equal share of whatever was bought yesterday afternoon before everybody finally travelled northwards"
+)
+WORDS = TEXT.split()
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},

@@ -108,7 +108,7 @@ ENVIRONMENTS = {
         constraints="constraints-agents.txt",
     ),
     # TRL, which trains on what the gateway has recorded.
-    "trl": Environment(".trl", ("trl==1.16.0", "openenv==0.10.0"), constraints="constraints.txt", torch=True),
+    "trl": Environment(".trl", ("trl==1.16.0", "openenv==0.10.0"), constraints="constraints-trl.txt", torch=True),
 }  # fmt: skip
 
 

@@ -43,16 +43,27 @@ class Case:
 CASES = [
     Case("openai_sdk", "chat", "PermissionDeniedError", full=False),
     Case("openai_agents_sdk", "chat", "PermissionDeniedError"),
+    Case("openai_sdk", "responses", "PermissionDeniedError", full=False),
+    Case("openai_sdk", "named", "PermissionDeniedError"),
+    Case("anthropic_sdk", "messages", "PermissionDeniedError"),
+    Case("anthropic_sdk", "runner", "PermissionDeniedError"),
+    Case("openai_agents_sdk", "responses", "PermissionDeniedError"),
+    Case("openai_agents_sdk", "named", "PermissionDeniedError"),
     Case("pydantic_ai_agent", "chat", "ModelAuthenticationError"),
+    Case("pydantic_ai_agent", "responses", "ModelAuthenticationError"),
+    Case("pydantic_ai_agent", "messages", "ModelAuthenticationError"),
+    Case("langgraph_agent", "responses", "OpenAIPermissionDeniedError"),
+    Case("langgraph_agent", "messages", "AnthropicPermissionDeniedError"),
+    Case("litellm_loop", "messages", "PermissionDeniedError"),
     Case("langgraph_agent", "chat", "OpenAIPermissionDeniedError"),
     Case("litellm_loop", "chat", "APIError"),
 ]
 
 
-def parametrized(cases):
+def parametrized(cases, full=False):
     marks = [pytest.mark.services]
     return [
-        pytest.param(case, id=str(case), marks=marks + ([pytest.mark.full] if case.full else [])) for case in cases
+        pytest.param(case, id=str(case), marks=marks + [pytest.mark.full] * (full or case.full)) for case in cases
     ]
 
 
@@ -190,7 +201,7 @@ def test_mini_swe_agent_works_in_a_folder(refused, tmp_path):
         assert any("(B1)" in finding for finding in session.report["findings"]) == refused
 
 
-@pytest.mark.parametrize("case", parametrized(CASES))
+@pytest.mark.parametrize("case", parametrized(CASES, full=True))
 def test_what_the_tiny_model_samples_for_an_agent_is_one_sequence(case, tmp_path):
     """Noise: texts that cannot be encoded alike again, blanks at their ends."""
     python = python_of(case.program, sys.executable)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
+from torchrl_chat.posting import Poster, goes_through_proxy
+
 RESERVED = ("model", "messages", "temperature", "max_tokens", "n", "stream", "timeout")
 """Arguments of a request that options of their own set, or that are not supported."""
 
@@ -223,7 +225,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     """What options must be at least."""
     hides: ClassVar[bool] = False
     """Whether a reply that repeats a secret is taken, without it, instead of refused."""
-    _own: ClassVar[Sequence[str]] = ("usage", "_lock", "_loops")  # what _begin makes, for this process
+    _own: ClassVar[Sequence[str]] = ("usage", "_lock", "_loops", "_posters")  # what _begin makes, for this process
 
     model: str
     base_url: str | None = None
@@ -252,6 +254,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         self.usage = Usage()
         self._lock = threading.Lock()
         self._loops: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore]] = {}
+        self._posters: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore]] = {}
 
     def __repr__(self) -> str:
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
@@ -316,12 +319,43 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                 self._loops[loop] = self.connect(), asyncio.Semaphore(self.concurrency)
             return self._loops[loop]
 
+    def _beside(self) -> tuple[Any, asyncio.Semaphore]:
+        """What posts to vLLM's route for ids, which stands beside ``/v1`` and not below it, and the slots of the running event loop.
+
+        The library is left out: its requests cost more than all that a gateway does. Where a proxy stands between, it is not.
+        """
+        loop = asyncio.get_running_loop()
+        if (found := self._posters.get(loop)) is not None:
+            return found
+        given = self.base_url if self.base_url is not None else os.environ.get("OPENAI_BASE_URL")
+        if not given:
+            raise ValueError(
+                f"{type(self).__name__}(model={self.model!r}) has no base_url: the route for ids is no API of OpenAI's."
+            )
+        url, login = without_login(given)
+        url = url.rstrip("/").removesuffix("/v1") + "/inference/v1/generate"
+        if goes_through_proxy(url):
+            client, slots = self.here()
+            poster: Any = _ByLibrary(client, url)
+        else:
+            key = self.api_key if self.api_key is not None else os.environ.get("OPENAI_API_KEY") or "none"
+            headers = {"Authorization": login or f"Bearer {key}", **self.extra.get("extra_headers", {})}
+            poster = Poster(url, headers, retries=self.retries, timeout=self.timeout)
+            slots = asyncio.Semaphore(self.concurrency)
+        with self._lock:
+            for old in [old for old in self._posters if old.is_closed()]:
+                del self._posters[old]
+            return self._posters.setdefault(loop, (poster, slots))
+
     async def aclose(self) -> None:
         """Close the connections of the running event loop; they are made anew if it is asked again."""
         with self._lock:
             here = self._loops.pop(asyncio.get_running_loop(), None)
+            posted = self._posters.pop(asyncio.get_running_loop(), None)
         if here is not None:
             await here[0].close()
+        if posted is not None:
+            await posted[0].aclose()
 
     def request(self, **given: Any) -> dict[str, Any]:
         """The arguments of a request: ``extra`` (but for its headers, which are the client's), and what is given, if not ``None``."""
@@ -344,19 +378,18 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         Raises:
             TimeoutError: no reply came in time.
             ValueError: there is no choice, or no text, or it repeats a key or a password.
-            openai.OpenAIError: the endpoint refuses, or cannot be reached.
+            openai.OpenAIError: the endpoint refuses, or cannot be reached; of the route for ids,
+                :class:`~torchrl_chat.posting.PostError` or ``OSError``.
             RuntimeError: the same, where the error repeats the key: it is hidden.
         """
-        client, slots = self.here()
+        client, slots = self._beside() if api == "generate" else self.here()
         secrets = self.secrets
         async with slots:
             self.count(calls=1)
             try:
                 async with asyncio.timeout(self.deadline) as limit:
                     if api == "generate":
-                        reply = self._generated(
-                            await client.post(_beside(client), cast_to=object, body=dict(request))
-                        )
+                        reply = self._generated(await client.post(dict(request)))
                     else:
                         endpoint = client.chat.completions if api == "chat" else client.completions
                         reply = self._received(await endpoint.create(**request), secrets, text)
@@ -417,9 +450,17 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         raise ValueError("the endpoint's answer repeats a key or a password; it is left out")
 
 
-def _beside(client: Any) -> str:
-    """The address of vLLM's route for ids: it stands beside ``/v1``, not below it."""
-    return str(client.base_url).rstrip("/").removesuffix("/v1") + "/inference/v1/generate"
+class _ByLibrary:
+    """Posts as :class:`~torchrl_chat.posting.Poster` does, by the library, which knows proxies."""
+
+    def __init__(self, client: Any, url: str):
+        self._client, self._url = client, url
+
+    async def post(self, body: Any) -> Any:
+        return await self._client.post(self._url, cast_to=object, body=body)
+
+    async def aclose(self) -> None:
+        """The client is closed by whoever made it."""
 
 
 def _parsed(call: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -112,6 +113,10 @@ def run(arguments: argparse.Namespace) -> int:
     for number_ in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number_, lambda *_: ended.set())
     with gateway:
+        # What the libraries consist of is not looked at by every collection of garbage, nor the ledgers all the time.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
         print(f"agents: {gateway.url}/s/NAME/v1 (OpenAI), drivers: {gateway.url}/sessions", flush=True)
         if arguments.token is None:
             print(f"token: {gateway.token}", flush=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchrl_chat.gateway.rewarding import Rewarder
     from torchrl_chat.gateway.serve import Gateway, Served
     from torchrl_chat.gateway.sessions import Session, Settings
+    from torchrl_chat.gateway.traces import Finding, Recorded, read_trace, training_trace
 
 _HOMES = {
     "agents": "AgentEnv play_agents",
@@ -29,6 +30,7 @@ _HOMES = {
     "rewarding": "Rewarder",
     "serve": "Gateway Served",
     "sessions": "Session Settings",
+    "traces": "Finding Recorded read_trace training_trace",
 }
 
 __all__ = [
@@ -37,8 +39,10 @@ __all__ = [
     "Call",
     "Dialect",
     "Engine",
+    "Finding",
     "Gateway",
     "PolicyEngine",
+    "Recorded",
     "Refusal",
     "RemoteEngine",
     "Reply",
@@ -49,6 +53,8 @@ __all__ = [
     "Settings",
     "episodes",
     "play_agents",
+    "read_trace",
+    "training_trace",
 ]
 
 __getattr__, __dir__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names.split()})

@@ -12,14 +12,15 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 from torchrl_chat import columns
 from torchrl_chat.conversation import StopReason, Transcript
 from torchrl_chat.gateway.sessions import Session
+from torchrl_chat.gateway.traces import Recorded
 from torchrl_chat.seeds import EPISODE_KEYS, SEED
 
 
-def episodes(sessions: Sequence[Session], data_key: str = "query") -> TensorDict:
+def episodes(sessions: Sequence[Session | Recorded], data_key: str = "query") -> TensorDict:
     """Finished sessions as finished episodes, for :func:`~torchrl_chat.training_view`, rollout files and losses.
 
     Args:
-        sessions: the sessions, one a row.
+        sessions: the sessions, one a row; or episodes that somebody else recorded (:func:`~torchrl_chat.gateway.read_trace`).
         data_key: the column that holds what an episode was asked: that of the dataset row, else its first words of a user.
 
     Returns:
@@ -95,10 +96,12 @@ def _asked(ledger: Transcript) -> str:
     return next((message["content"] for message in ledger.messages if message["role"] == "user"), "")
 
 
-def _nothing(session: Session, data_key: str) -> Transcript:
+def _nothing(session: Session | Recorded, data_key: str) -> Transcript:
     """A ledger for a session that sampled nothing: a prompt that nobody answered."""
     asked: Any = session.row.get(data_key, "")
     messages = [{"role": "user", "content": asked if isinstance(asked, str) else ""}]
+    if isinstance(session, Recorded):
+        return Transcript.start([0], messages)
     template = session.templates.plain
     try:
         ids = template.render(messages)

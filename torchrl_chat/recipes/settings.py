@@ -282,9 +282,7 @@ def parse(
             self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser: Any = Parser(
-        cast(Any, kind), prog=prog, description=description, epilog=guide(), formatter_class=_Help
-    )
+    parser: Any = Parser(cast(Any, kind), prog=prog, description=description, epilog=guide(), formatter_class=_Help)
     show_one_spelling(parser)
     plain = [word for word in words if word not in ("-h", "--help")]
     asked, _ = parser.parse_known_args(plain)

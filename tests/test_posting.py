@@ -1,0 +1,145 @@
+"""JSON posted over connections that are kept: what goes wrong on the way, and what is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+
+from torchrl_chat.posting import Poster, PostError
+
+
+@contextlib.asynccontextmanager
+async def serving(answer):
+    """A server that answers each request with the bytes that a function makes of its body and number; ``None`` hangs up."""
+    seen = {"requests": 0, "connections": 0, "heads": []}
+
+    async def connected(reader, writer):
+        seen["connections"] += 1
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length:")[2].split()[0])
+                body = json.loads(await reader.readexactly(length))
+                seen["requests"] += 1
+                seen["heads"].append(head)
+                out = answer(body, seen["requests"])
+                if asyncio.iscoroutine(out):
+                    out = await out
+                if out is None:
+                    break
+                writer.write(out)
+                if b"onnection: close" in out:
+                    break
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    seen["url"] = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/ids?a=1"
+    try:
+        yield seen
+    finally:
+        server.close()
+
+
+def plain(value, status=200, *headers):
+    raw = json.dumps(value).encode()
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(raw)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + raw
+
+
+def run(test):
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_many_at_once_get_their_own_answers_over_connections_that_are_kept():
+    async def all_of_it():
+        async with serving(lambda body, number: plain({"twice": 2 * body["n"]})) as server:
+            poster = Poster(server["url"], {"X-Key": "k"})
+            for _ in range(3):
+                found = await asyncio.gather(*(poster.post({"n": n}) for n in range(20)))
+                assert found == [{"twice": 2 * n} for n in range(20)]
+            assert server["connections"] <= 20
+            assert server["heads"][0].startswith(b"POST /ids?a=1 HTTP/1.1\r\nHost: 127.0.0.1:")
+            assert b"\r\nX-Key: k\r\n" in server["heads"][0]
+            await poster.aclose()
+            assert await poster.post({"n": 4}) == {"twice": 8}
+
+    run(all_of_it)
+
+
+CHUNKED = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\n{"a\r\n4\r\n": 1\r\n1\r\n}\r\n0\r\nTrails: 1\r\n\r\n'
+FORMS = {
+    "chunks": CHUNKED,
+    "until the end": b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"a": 1}',
+    "continue": b"HTTP/1.1 100 Continue\r\n\r\n" + plain({"a": 1}),
+    "old": b'HTTP/1.0 200 OK\r\nconnection: close\r\nCONTENT-LENGTH:8\r\n\r\n{"a": 1}',
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_of_every_form_are_read(form):
+    async def all_of_it():
+        async with serving(lambda body, number: FORMS[form]) as server:
+            poster = Poster(server["url"], retries=0)
+            assert [await poster.post({}) for _ in range(3)] == [{"a": 1}] * 3
+
+    run(all_of_it)
+
+
+@pytest.mark.parametrize("first", [plain({}, 500), plain({}, 429, "Retry-After: 0.01"), None, b"no HTTP\r\n\r\n"])
+def test_what_may_pass_is_tried_again(first):
+    async def all_of_it():
+        async with serving(lambda body, number: first if number < 3 else plain(number)) as server:
+            assert await Poster(server["url"], pause=0.01).post({}) == 3
+        async with serving(lambda body, number: first) as server:
+            with pytest.raises((PostError, ConnectionError)):
+                await Poster(server["url"], pause=0.01, retries=2).post({})
+            assert server["requests"] == 3
+
+    run(all_of_it)
+
+
+def test_a_refusal_is_told_at_once():
+    async def all_of_it():
+        async with serving(lambda body, number: plain({"error": "no such model"}, 404)) as server:
+            with pytest.raises(PostError, match="the server answered 404: .*no such model") as refused:
+                await Poster(server["url"]).post({})
+            assert (refused.value.status, server["requests"]) == (404, 1)
+
+    run(all_of_it)
+
+
+def test_a_request_that_is_given_up_leaves_its_connection_to_nobody():
+    async def all_of_it():
+        async def slow(body, number):
+            await asyncio.sleep(body["wait"])
+            return plain(body["wait"])
+
+        async with serving(slow) as server:
+            poster = Poster(server["url"], retries=0, timeout=5)
+            await poster.post({"wait": 0})
+            given_up = asyncio.ensure_future(poster.post({"wait": 0.2}))
+            await asyncio.sleep(0.1)
+            given_up.cancel()
+            assert await poster.post({"wait": 0}) == 0
+            with pytest.raises(TimeoutError):
+                await Poster(server["url"], retries=0, timeout=0.05).post({"wait": 5})
+
+    run(all_of_it)
+
+
+def test_a_connection_that_the_server_closed_meanwhile_is_made_anew():
+    async def all_of_it():
+        async with serving(lambda body, number: None if number == 2 else plain(number)) as server:
+            poster = Poster(server["url"], retries=0)
+            assert [await poster.post({}), await poster.post({})] == [1, 3]
+
+    run(all_of_it)
+
+
+def test_what_is_no_address_is_refused():
+    for url, headers in (("ftp://x", {}), ("http://", {}), ("http://x/", {"A": "b\r\nC: d"})):
+        with pytest.raises(ValueError, match="address"):
+            Poster(url, headers)
