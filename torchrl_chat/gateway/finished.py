@@ -27,7 +27,7 @@ def episodes(sessions: Sequence[Session | Recorded], data_key: str = "query") ->
         batch size (B,), the columns of a :class:`~torchrl_chat.DatasetChatEnv`'s finished rows: ``"transcript"`` (its
         branches are the session's other sequences), ``("tokens", "prompt")``, ``("masks", "all_assistant_mask")`` and
         ``("log_probs", "prompt")`` of the last one; ``"reward"`` float32 (B, 1, 1), ``"success"`` and ``"graded"`` bool (B, 1, 1),
-        ``"reward_parts"``, ``"grade_failure"``, ``"env_failure"``; ``"done"``, ``"terminated"``, ``"truncated"`` bool (B, 1), ``"stop_reason"``
+        ``"reward_parts"``, ``"grade_failure"``, ``"extracted"``, ``"env_failure"``; ``"done"``, ``"terminated"``, ``"truncated"`` bool (B, 1), ``"stop_reason"``
         int64 (B, 1), ``"finish_reason"``; and every column of the dataset rows. Sessions that were made with a ``group`` have it in
         ``"session_group"``. A session in which nothing was sampled failed, and no token of it is trained.
 
@@ -85,6 +85,7 @@ def episodes(sessions: Sequence[Session | Recorded], data_key: str = "query") ->
         }
         td.set("reward_parts", TensorDict(held, batch_size=batch))
     td.set("grade_failure", columns.objects([session.grade_failure for session in sessions], batch, None))
+    td.set("extracted", columns.objects([session.extracted for session in sessions], batch, None))
     td.set("env_failure", columns.objects(failures, batch, None))
     reasons = ["length" if ledger.ended is False else "stop" for ledger in shown]
     td.set("finish_reason", columns.objects(reasons, batch, None))

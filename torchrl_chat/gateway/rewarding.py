@@ -84,6 +84,7 @@ class Rewarder:
             "success": verdict.correct,
             "parts": dict(verdict.parts),
             "grade_failure": verdict.failure or "",
+            "extracted": str(verdict.answer or ""),
         }
 
     def _episode(self, session: Session) -> Episode:

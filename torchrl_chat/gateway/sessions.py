@@ -124,7 +124,7 @@ class Session:
         self.reward: float | None = None
         self.success: bool | None = None
         self.reward_parts: dict[str, float] = {}
-        self.failure, self.grade_failure = "", ""
+        self.failure, self.grade_failure, self.extracted = "", "", ""
         self.report: Counter[str] = Counter()
         self.findings: list[str] = []
         """Where a sequence began or forked, and why; and what was asked for and left out."""
@@ -506,6 +506,7 @@ class Session:
         parts: Mapping[str, float] | None = None,
         failure: str = "",
         grade_failure: str = "",
+        extracted: str = "",
         stop: StopReason = StopReason.ANSWERED,
     ) -> None:
         """End the episode; a second time changes nothing.
@@ -518,6 +519,7 @@ class Session:
             parts: the components of the reward.
             failure: why the episode is not to be learned from, if it is not.
             grade_failure: why there is no grade, if none came.
+            extracted: the final answer that a verifier found.
             stop: why it ended, unless a limit has ended it.
 
         Raises:
@@ -533,7 +535,7 @@ class Session:
         self.reward = None if reward is None else float(reward)
         self.success = success if success is not None or reward is None else float(reward) > 0
         self.reward_parts = {name: float(value) for name, value in (parts or {}).items()}
-        self.failure, self.grade_failure = failure, grade_failure
+        self.failure, self.grade_failure, self.extracted = failure, grade_failure, extracted
 
     def transcript(self) -> Transcript | None:
         """The episode as one ledger: its sequences are its branches; ``None`` where nothing was sampled and delivered."""

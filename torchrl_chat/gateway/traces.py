@@ -143,6 +143,7 @@ class Recorded:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     failure: str = ""
     grade_failure: str = ""
+    extracted: str = ""
     stop: StopReason = StopReason.ANSWERED
     finished: bool = True
 
