@@ -153,8 +153,20 @@ def test_its_gradient_needs_no_second_time_at_the_head(monkeypatch):
     model = zoo.make("llama")
     scores = sequence_log_probs(model, a_view(3), chunk=5, loss=lambda scores, _at: scores.log_probs.sum())
     monkeypatch.delattr(Head, "apart")
-    scores.loss.backward()
+    scores.loss.backward(retain_graph=True)
     assert all(weight.grad is not None for weight in model.parameters())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # it is scaled where it lies
+        scores.loss.backward()
+
+
+def test_where_nothing_is_learned_nothing_is_done_for_it(monkeypatch):
+    model, view = zoo.make("llama"), a_view(3)
+    sequence_log_probs(model, view)  # its proof
+    monkeypatch.delattr(Head, "gradient")
+    with torch.no_grad():
+        assert not sequence_log_probs(
+            model, view, loss=lambda scores, _at: scores.log_probs.sum()
+        ).loss.requires_grad
 
 
 @pytest.mark.parametrize("name", ["llama", "soft caps", "frozen head", "adapter on the head"])

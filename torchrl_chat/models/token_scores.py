@@ -70,7 +70,9 @@ def token_scores(
         float32 (K,) each. Gradients go to the states and to the head's weights, also through what is shared with them.
     """
     how = _How(temperature, vocab_size, entropy, divergence, chunk, None if head is None else loss)
-    weights = [] if head is None else head.weights
+    weights = [] if head is None or not torch.is_grad_enabled() else head.weights
+    if not torch.is_grad_enabled():  # what requires a gradient elsewhere is asked for none here
+        states = states.detach()
     found, total = _Scored.apply(head, states, targets, how, *weights)
     scores = how.named(found)
     if loss is None:
