@@ -119,8 +119,9 @@ class Policy:
 
     settings: frozenset[str] = frozenset()
 
-    def __init__(self, template: Any, share: float, seed: int):
+    def __init__(self, template: Any, share: float, seed: str):
         self.template, self.share, self.draw = template, share, random.Random(seed)
+        self.stop = stop_of(template)
         self.tokenizer = template.tokenizer
         self.vocab = self.tokenizer.get_vocab()
         self.special = set(self.tokenizer.all_special_ids)
@@ -134,7 +135,7 @@ class Policy:
         for token in canonical:
             ids += self.split(token) if self.draw.random() < self.share else [token]
         assert self.template.codec.decode([ids]) == self.template.codec.decode([canonical])
-        ids += sorted(self.template.stop_ids)[:1]
+        ids += self.stop
         self.sampled.append((ask.ids.tolist(), ids))
         return Turn(torch.tensor(ids), torch.full((len(ids),), -0.5), None, "stop")
 
@@ -149,6 +150,16 @@ class Policy:
 
     async def aclose(self) -> None:
         """Nothing is held."""
+
+
+def stop_of(template: Any) -> list[int]:
+    """The token with which a model ends an answer: the one that the template writes behind it, if it is one that ends."""
+    asked, mark = {"role": "user", "content": "Q"}, "MARKQ7"
+    messages = [asked, {"role": "assistant", "content": mark}, asked]
+    text = template.tokenizer.apply_chat_template(messages, tokenize=False)
+    [behind] = template.codec.encode([text[text.index(mark) + len(mark) :]])
+    stops = [int(token) for token in behind[:2] if int(token) in template.stop_ids]
+    return stops[:1] or sorted(template.stop_ids)[:1]
 
 
 def words(draw: random.Random, count: int) -> str:
@@ -185,7 +196,7 @@ async def play(name: str, tokenizer: Any, templates: Templates, kind: str, seed:
     draw, tools = random.Random(f"{name} {kind} {seed}"), ([TOOL] if kind == "calls" else [])
     template = templates.of(templates.key(tools), tools)
     share = float(kind.removesuffix(" %")) / 100 if kind.endswith("%") else 0.0
-    policy = Policy(template, share, seed)
+    policy = Policy(template, share, f"{name} {kind} {seed}")
     pairs = [] if template.parser is None else template.parser.pairs
     if kind == "thinking" and not pairs:
         return None

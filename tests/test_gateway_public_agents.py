@@ -210,6 +210,12 @@ def test_what_the_tiny_model_samples_for_an_agent_is_one_sequence(case, tmp_path
     with served(engine, templates) as gateway, gateway.session() as session:
         told = drive(case.program, case.how, session.environment(), TASKS * 2, python, tmp_path)
         assert (len(told["answers"]), told["error"]) == (6, None)
-        assert session.report["counts"] == {"begins": 1}, session.report["findings"]
-        assert check_law(session.session, log_prob=None) == 1
+        sequences, findings = check_law(session.session, log_prob=None), session.report["findings"]
+        if (case.program, case.how) == ("pydantic_ai_agent", "messages") and sequences > 1:
+            # To an empty answer it says "return text" in its system prompt, which this dialect has beside the messages: an edit.
+            assert any(answer.empty for answer in session.session.tree.answers)
+            assert all("message 0 (system)" in finding for finding in findings[1:])
+        else:
+            assert session.report["counts"] == {"begins": 1}, findings
+            assert sequences == 1
         check_scores(session.session)
