@@ -82,11 +82,10 @@ def right_answers(finished: TensorDictBase, config: ExpertIterationConfig) -> Te
 _LEARNED = ("tokens", "masks", "log_probs", "position_ids", "episode", "episode_sequence")
 
 
-def loss_of(model: Any, part: TensorDictBase, counts: Counts, streams: Streams) -> Any:
+def loss_of(model: Any, part: TensorDictBase, counts: Counts, streams: Streams, **scoring: Any) -> Any:
     """Supervised fine-tuning on what was sampled: the loss of some sequences, as their share of a minibatch, and what to log."""
-    scores = sequence_log_probs(
-        model, part, entropy=True, loss=lambda scores, _at: -scores.log_probs.sum() / counts.tokens
-    )
+    loss = lambda scores, _at: -scores.log_probs.sum() / counts.tokens  # noqa: E731
+    scores = sequence_log_probs(model, part, entropy=True, loss=loss, **scoring)
     streams.add(part, scores, counts)
     return scores.loss, {"entropy": masked_mean(scores.entropy, scores.mask)}
 
@@ -98,8 +97,8 @@ def main() -> None:
     model, tokenizer = make_model(config)
     env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
-    policy, sync = make_policy(config, model, tokenizer)
     optimizer = make_optimizer(config, model)
+    policy, sync = make_policy(config, model, tokenizer)
     run = Run(
         config,
         "expert-iteration",
@@ -135,7 +134,13 @@ def main() -> None:
                 metrics |= learn(
                     optimizer,
                     view.to(model.device).select(*_LEARNED),
-                    functools.partial(loss_of, model, streams=streams),
+                    functools.partial(
+                        loss_of,
+                        model,
+                        streams=streams,
+                        temperature=config.temperature,
+                        vocab_size=policy.codec.vocab_size,
+                    ),
                     model=model,
                     **config.learning,
                 )

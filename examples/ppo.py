@@ -157,8 +157,8 @@ def main() -> None:
     model = actor_critic.model
     env = make_env(config, tokenizer, config.prompts, config.group_size, seed=config.seed)
     judge = make_env(config, tokenizer, config.eval, 1, seed=config.seed + 10_000)
-    policy, sync = make_policy(config, model, tokenizer)
     optimizer = make_optimizer(config, actor_critic)
+    policy, sync = make_policy(config, model, tokenizer)
     run = Run(
         config,
         "ppo",

@@ -24,6 +24,7 @@ from torchrl_chat import (
     UserSimulator,
     columns,
 )
+from torchrl_chat.envs.loading import load_rows
 from torchrl_chat.tiny import last_digit_rows
 
 ROWS = [{"query": f"question {i}", "answer": str(i), "level": i} for i in range(10)]
@@ -296,6 +297,11 @@ class TestBadInput:
     def test_split(self):
         with pytest.raises(DatasetError, match="no split 'val': it has train"):
             make(dataset=DatasetDict(train=Dataset.from_list(ROWS)), split="val")
+
+    def test_the_first_split_that_there_is(self):
+        splits = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1]))
+        assert len(load_rows(splits, split=("test",))) == 1
+        assert len(load_rows(splits, split=("val",))) == len(ROWS)
 
     def test_suffix(self, tmp_path):
         (tmp_path / "rows.xyz").write_text("")

@@ -123,3 +123,11 @@ def test_what_a_teacher_has_learned_is_learned_from_it(tmp_path):
     [*_, teacher] = sorted((tmp_path / "teacher" / "checkpoints").iterdir())
     words = ["--variant", "distillation", "--teacher", str(teacher), "--steps", "40", "--lr", "2e-3"]
     assert learn(tmp_path / "student", "grpo", "transformers", 1, *words)["after"] > 0.9
+
+
+def test_several_processes_refuse_what_they_would_not_keep_in_step(capsys, monkeypatch):
+    """Before they know each other."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["--variant", "distillation", "--teacher", "somewhere"], "train")
+    assert "several take --divergence sampled" in capsys.readouterr().err

@@ -34,7 +34,7 @@ from torchrl_chat.cli.eval_stats import (
 )
 from torchrl_chat.cli.eval_summary import summed_up
 from torchrl_chat.cli.main import main
-from torchrl_chat.rollouts import read_rollouts
+from torchrl_chat.rollouts import extracted, read_rollouts
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.services
@@ -60,6 +60,19 @@ class TestFigures:
     def test_pass_at_k_that_cannot_be(self, samples, correct, k):
         with pytest.raises(ValueError, match=f"pass@{k}"):
             pass_at_k(samples, correct, k)
+
+    def test_a_majority_is_told_only_where_every_answer_was(self):
+        told = {"row": 0, "success": False, "error": None, "reward": 0.0, "reward_parts": {}, "sampled_tokens": 1, "turns": 1,
+                "cut": False, "stop": "answered", "grade_failure": None, "extracted": "7"}  # fmt: skip
+        older = {key: value for key, value in told.items() if key != "extracted"}
+        assert Figures.of([told, told]).summary()["maj_at_k"]
+        assert Figures.of([told, told, older]).summary()["maj_at_k"] == {}
+
+    def test_long_answers_are_told_apart(self):
+        texts = ["a" * 5000, "a" * 4999 + "b", "a" * 4999, "", "a" * 1000]
+        assert len({extracted(text) for text in texts}) == 5
+        assert extracted("") is None
+        assert extracted(texts[-1]) == texts[-1]
 
     @given(st.integers(1, 500), st.data())
     def test_wilson_is_that_of_grade(self, total, data):

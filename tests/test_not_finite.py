@@ -187,13 +187,13 @@ def break_scores(monkeypatch, broken) -> list[int]:
     score, calls, hit = scoring._score, [0], []
 
     def scored(*arguments):
-        log_probs, *others = score(*arguments)
+        told = score(*arguments)
         if torch.is_grad_enabled():
             calls[0] += 1
             if broken(calls[0]):
                 hit.append(calls[0])
-                return log_probs * NAN, *others
-        return log_probs, *others
+                return told | {key: told[key] * NAN for key in ("log_probs", "loss") if told[key] is not None}
+        return told
 
     monkeypatch.setattr(scoring, "_score", scored)
     return hit

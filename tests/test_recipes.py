@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import of_the_day
 from recipe_runs import QUICK, RECIPES, jsonl, run_killed, same_run, script
+from tensordict import TensorDict
 
 from torchrl_chat.recipes import checkpoints as saving
+from torchrl_chat.recipes.grpo import GRPOConfig, needed
 from torchrl_chat.recipes.run import Run, episodes
 from torchrl_chat.recipes.settings import FULL, RunConfig, parse
 from torchrl_chat.recipes.tasks import ask, demonstrations, make_env, make_model, make_policy, warm_start
@@ -709,3 +711,10 @@ def test_kill_and_resume_with_sandboxes(tmp_path):
         any(m["role"] == "tool" for m in e["messages"]) for e in read_rollouts(tmp_path / "whole/rollouts.jsonl")
     ]
     assert sum(used) > len(used) // 4
+
+
+def test_a_process_without_a_trained_group_needs_nothing():
+    """Of several, as dynamic sampling leaves them."""
+    view = TensorDict(advantage=torch.tensor([[[0.0]], [[1.0]]]), batch_size=2)
+    assert needed(view, GRPOConfig()).tolist() == [False, True]
+    assert needed(view[:0], GRPOConfig()).tolist() == []

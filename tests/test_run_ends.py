@@ -395,8 +395,8 @@ class TestProgress:
             for step in range(3):
                 progress.add({"reward": step / 4})
         first, last = capsys.readouterr().err.splitlines()
-        assert first.startswith("grpo: step 2 of 4, reward 0.000; 0:00:00 so far, 0:00:0")
-        assert last.startswith("grpo: step 4 of 4, reward 0.500; ")
+        assert first.startswith("grpo: step 2 of 4, reward 0; 0:00:00 so far, 0:00:0")
+        assert last.startswith("grpo: step 4 of 4, reward 0.5; ")
         assert last.endswith("0:00:00 to go")
 
     def test_a_bar_where_there_is_one(self, capsys, monkeypatch):

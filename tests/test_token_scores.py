@@ -159,6 +159,16 @@ def test_its_gradient_needs_no_second_time_at_the_head(monkeypatch):
         scores.loss.backward()
 
 
+@pytest.mark.parametrize("loss", [lambda scores, _at: 5 * scores.entropy.sum(), None])
+def test_what_is_impossible_has_no_part_in_an_entropy(loss):
+    model, view = zoo.make("llama"), a_view(2)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
+    model.lm_head.bias.data[:5] = -torch.inf
+    scores = sequence_log_probs(model, view, entropy=True, loss=loss)
+    (scores.loss if loss else 5 * scores.entropy.sum()).backward()
+    assert all(bool(weight.grad.isfinite().all()) for weight in model.parameters())
+
+
 def test_where_nothing_is_learned_nothing_is_done_for_it(monkeypatch):
     model, view = zoo.make("llama"), a_view(3)
     sequence_log_probs(model, view)  # its proof

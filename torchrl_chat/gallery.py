@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def make_env(
     name: str,
     *,
     data: str | None = None,
-    split: str | None = None,
+    split: str | Sequence[str] | None = None,
     size: int | None = None,
     reward: str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -204,7 +204,7 @@ def make_env(
     Args:
         name: one of :data:`NAMES`.
         data: a local copy of its rows.
-        split: the split; by default the first of :data:`SPLITS`.
+        split: the split, or several of which the first is taken that there is; by default the first of :data:`SPLITS`.
         size: how many rows are made, where rows are made.
         reward: what grades, instead of the task's own verifier or for rows that have none: the name of a function or a class of
             verifiers (``"file.py:function"``, ``"module:Class"``), or of a verifier in :data:`~torchrl_chat.rewards.tasks.TASKS`.
@@ -250,7 +250,7 @@ def make_env(
 
 def _made(
     name: str,
-    split: str | None,
+    split: str | Sequence[str] | None,
     size: int | None,
     reward: str | None,
     own: dict[str, Any],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -135,3 +136,12 @@ def show_one_spelling(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if len(action.option_strings) > 1 and "_" in action.option_strings[0]:
             action.option_strings = [name for name in action.option_strings if "_" not in name]
+
+
+def quiet_others() -> None:
+    """Leave out what other libraries log while they are imported, for commands.
+
+    transformers imports torchao wherever it is installed, which tells of each of its kernels that this machine has not.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,6 +8,7 @@ an object that JSON does not know is spelled as text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -119,7 +120,7 @@ def episodes(
             "success": of["success"],
             "reward_parts": {name: values[i] for name, values in parts.items()},
             "grade_failure": of["grade_failure"] or None,
-            "extracted": _short(of["extracted"]),
+            "extracted": extracted(of["extracted"]),
             "stop": (StopReason.ERROR if of["policy_error"] else stop).word,
             "finish_reason": of["finish_reason"],
             "cut": transcript.ended is False,
@@ -269,9 +270,20 @@ def _read(line: bytes) -> dict[str, Any]:
     return episode
 
 
-def _short(answer: Any) -> str | None:
-    """An extracted answer; what is a whole response (code, or a verifier that extracts nothing) is in the messages."""
-    return answer if isinstance(answer, str) and 0 < len(answer) <= _ANSWER else None
+def extracted(answer: Any) -> str | None:
+    """An extracted answer as rollouts have it: ``None`` where there is none; a long one (code, or the whole response of a verifier that
+    extracts nothing, which is in the messages) is told from others by its beginning and a digest.
+
+    Example:
+        >>> extracted("x" * 5000)[-40:]
+        '... (5000 characters, 77831c42f099d1a1)'
+    """
+    if not isinstance(answer, str) or not answer:
+        return None
+    if len(answer) <= _ANSWER:
+        return answer
+    digest = hashlib.blake2b(answer.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{answer[:60]}... ({len(answer)} characters, {digest})"
 
 
 # ---------------------------------------------------------------------- one episode

@@ -98,7 +98,7 @@ def add_run_arguments(parser: Any, folder: str) -> None:
         metavar="PATH",
         help="a local copy: a folder, or a JSONL, Parquet or CSV file; of several datasets NAME=PATH each",
     )
-    task.add_argument("--split", metavar="NAME", help="default: test, where there is one")
+    task.add_argument("--split", metavar="NAME", help="default: test, where there is one; else train")
     task.add_argument("--reward", metavar="NAME", help="what grades, instead of the task's own verifier; see below")
     task.add_argument(
         "--option",
@@ -174,6 +174,8 @@ def run(arguments: argparse.Namespace) -> int:
         _settle(one)
         check_name(one.dataset, one.data, one.reward, named_values(one.option))
         _compare(one.out, one)
+    if len(runs) > 1 and (folder / "rollouts.jsonl").exists():
+        raise ValueError(f"{folder} holds one run, and these are {len(runs)}: give another --out.")
     with _policies() as policy_of:
         if len(runs) == 1:
             code, summary = _played(runs[0], policy_of)

@@ -182,6 +182,8 @@ def _batches(source: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _graded_again(row: Mapping[str, Any], verdict: Any) -> dict[str, Any]:
+    from torchrl_chat.rollouts import extracted
+
     failed = (
         None if row.get("error") else verdict.failure
     )  # a request that failed has no answer, and no grade that failed
@@ -191,7 +193,7 @@ def _graded_again(row: Mapping[str, Any], verdict: Any) -> dict[str, Any]:
         "success": verdict.correct,
         "reward_parts": dict(verdict.parts),
         "grade_failure": failed,
-        "extracted": verdict.answer,
+        "extracted": extracted(verdict.answer),
     }
 
 

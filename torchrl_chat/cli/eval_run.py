@@ -18,6 +18,8 @@ from torchrl_chat.playing import play
 from torchrl_chat.rollouts import as_line, episodes, plain, read_rollouts, write_lines
 
 _SLICE = 200  # characters of a value that is written with an episode
+# What the episode holds already, under these names or others.
+_NO_SLICES = frozenset({"query", "question", "problem", "prompt", "reference", "answer", "solution"})
 
 
 class DatasetRun:
@@ -142,11 +144,10 @@ class _Chosen:
 
 def _with_columns(episode: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """The episode with the columns that a comparison may go by: an id, a subject, a level; neither the question nor long texts."""
-    known = [episode["query"], episode["reference"]]
     columns = {
         key: value
         for key, value in row.items()
-        if isinstance(value, (bool, int, float, str)) and len(str(value)) <= _SLICE and value not in known
+        if key not in _NO_SLICES and isinstance(value, (bool, int, float, str)) and len(str(value)) <= _SLICE
     }
     last: dict[str, Any] = {
         key: episode.pop(key) for key in ("sequences", "metadata") if key in episode

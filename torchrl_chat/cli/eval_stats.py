@@ -261,7 +261,7 @@ class Figures:
             "interval": list(share_interval(successes)),
             "standard_error": None if math.isnan(error) else error,
             "pass_at_k": self._at_k(lambda row, k: _passed(self.successes[row], k)),
-            "maj_at_k": self._at_k(self._majority) if len(self.votes) == len(successes) else {},
+            "maj_at_k": self._at_k(self._majority) if self._all_voted() else {},
             "mean_reward": sum(map(sum, rewards)) / self.episodes,
             "reward_standard_error": None if math.isnan(reward_error) else reward_error,
             "reward_parts": {name: value / self.episodes for name, value in sorted(self.parts.items())},
@@ -284,6 +284,12 @@ class Figures:
             "grade_failures": dict(self.failures.most_common()),
             "errors": dict(self.errors.most_common()),
         }
+
+    def _all_voted(self) -> bool:
+        """Whether every answer was told; those of an older file, which others were added to, were not."""
+        return all(
+            sum(of) + self.votes.get(row, Counter()).total() == len(of) for row, of in self.successes.items()
+        )
 
     def _majority(self, row: int, k: int) -> float:
         right, votes = int(sum(self.successes[row])), self.votes[row]

@@ -20,7 +20,7 @@ def make_env(arguments: argparse.Namespace, policy: Any, count: int) -> DatasetC
     return gallery.make_env(
         arguments.dataset,
         data=arguments.data,
-        split=arguments.split or gallery.SPLITS.get(arguments.dataset, (None,))[-1],
+        split=arguments.split or (gallery.SPLITS.get(arguments.dataset) or (("test",),))[-1],
         size=arguments.limit or _GENERATED,
         reward=arguments.reward,
         settings=named_values(arguments.option),

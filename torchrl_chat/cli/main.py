@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from torchrl_chat.cli import audit, eval, gateway, grade, play, serve, train, view
-from torchrl_chat.options import both_spellings
+from torchrl_chat.options import both_spellings, quiet_others
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
@@ -42,6 +42,7 @@ _EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments and run the command; the result is the exit code."""
     command = ""
+    quiet_others()
     try:
         parser = make_parser()
         arguments, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

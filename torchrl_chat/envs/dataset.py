@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -90,7 +90,7 @@ class DatasetChatEnv(TransformedChatEnv):
         dataset: Any,
         shuffle: bool = True,
         name: str | None = None,
-        split: str | None = None,
+        split: str | Sequence[str] | None = None,
         num_envs: int = 1,
         batch_size_dl: int = 1,
         apply_template: bool | None = None,

@@ -30,7 +30,7 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "p
 _UTF8 = ("utf-8", "utf8", "utf-8-sig")
 
 
-def load_rows(dataset: Any, name: str | None = None, split: str | None = None) -> Rows:
+def load_rows(dataset: Any, name: str | None = None, split: str | Sequence[str] | None = None) -> Rows:
     """The rows of a dataset, their values as the source has them.
 
     JSON is read here, row by row from the file (:class:`~torchrl_chat.envs.jsonl.JSONRows`), also that of folders and of hub
@@ -42,7 +42,8 @@ def load_rows(dataset: Any, name: str | None = None, split: str | None = None) -
             files, or one written by ``save_to_disk``), a JSON, JSONL (also ``.gz``, ``.bz2``, ``.xz``), Parquet or CSV file,
             a list of such files of one kind, a ``datasets.Dataset`` or ``DatasetDict``, or a list of dicts.
         name: the configuration, for datasets that have several.
-        split: ``"train"``, ``"test"``, ...; the default is ``"train"`` where there is one.
+        split: ``"train"``, ``"test"``, ...; the default is ``"train"`` where there is one. Of several names the first that there
+            is, or that default.
 
     Raises:
         DatasetError: it does not exist, cannot be reached or read, or lacks the split.
@@ -78,7 +79,7 @@ def load_rows(dataset: Any, name: str | None = None, split: str | None = None) -
     return rows
 
 
-def _opened(dataset: str | os.PathLike[str], name: str | None, split: str | None) -> Rows:
+def _opened(dataset: str | os.PathLike[str], name: str | None, split: str | Sequence[str] | None) -> Rows:
     """The rows behind a path or a hub name."""
     from datasets import get_dataset_config_names, load_from_disk
 
@@ -129,7 +130,7 @@ def _of_files(paths: Sequence[Path]) -> Rows:
         raise DatasetError(f"{', '.join(files)} cannot be read ({type(error).__name__}: {error}).") from error
 
 
-def _built(source: str, config: str | None, split: str | None) -> Rows:
+def _built(source: str, config: str | None, split: str | Sequence[str] | None) -> Rows:
     """The rows of a folder or a hub dataset; ``datasets`` finds its files, and reads those that are no JSON."""
     from datasets import load_dataset, load_dataset_builder
 
@@ -171,10 +172,12 @@ def _local(builder: Any, files: Sequence[str]) -> list[str]:
     return list(map(str, manager.download_and_extract(list(files))))
 
 
-def _of_split(loaded: Any, split: str | None, of: str) -> Any:
+def _of_split(loaded: Any, split: str | Sequence[str] | None, of: str) -> Any:
     """One split of several, or all there is."""
     if not isinstance(loaded, Mapping):
         return loaded
+    if split is not None and not isinstance(split, str):
+        split = next((name for name in split if name in loaded), None)
     if split is None:
         split = "train" if "train" in loaded else str(next(iter(loaded)))
     if split not in loaded:
@@ -192,7 +195,7 @@ def _kind(path: Path) -> str | None:
 def dataset_episodes(
     dataset: Any,
     name: str | None = None,
-    split: str | None = None,
+    split: str | Sequence[str] | None = None,
     *,
     collate_fn: Callable[[Any], Any] | None = None,
     **settings: Any,

@@ -81,7 +81,7 @@ class TaskEnv(GradedEnv):
         *,
         dataset: Any = None,
         name: str | None = None,
-        split: str | None = "train",
+        split: str | Sequence[str] | None = "train",
         collate_fn: Callable[[Any], Any] | None = None,
         verifier: Any = None,
         **kwargs: Any,

@@ -12,7 +12,7 @@ import torch
 
 from torchrl_chat import ranks
 from torchrl_chat.learner.sharding import gathered, is_sharded
-from torchrl_chat.models.passes import unwrapped
+from torchrl_chat.models.passes import ModelError, unwrapped
 from torchrl_chat.models.small import plain_class
 
 
@@ -115,6 +115,11 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     base = model.get_base_model()
     layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     if not all(type(layer) is Linear for layer in layers.values()):
+        if any(hasattr(weight, "to_local") for weight in model.parameters()):
+            raise ModelError(
+                "an adapter of other layers than linear ones cannot be merged while it lies in parts on several processes: choose "
+                "--lora-targets among the linear layers, or train in one process."
+            )
         yield from _plain_weights(whole(model))
         return
     for name, tensor in _plain_weights(base):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat import columns
+from torchrl_chat import columns, ranks
 from torchrl_chat.learner.minibatches import Counts
 from torchrl_chat.training.scoring import Scores
 
@@ -85,10 +85,12 @@ class Streams:
         return {name: values[chosen].tolist() for name, values in told.items()}
 
     def mismatch(self) -> dict[str, float]:
-        """How far the learner's log-probs are from the sampler's under the same weights: ``"mismatch"``, the mean of the absolute
-        differences, and ``"mismatch_max"``. Nothing where nothing was learned, or no weights were the sampler's.
+        """How far the learner's log-probs are from the sampler's under the same weights, of all processes, which call this together:
+        ``"mismatch"``, the mean of the absolute differences, and ``"mismatch_max"``. Nothing where nothing was learned, or no
+        weights were the sampler's.
         """
-        if not self._before:
-            return {}
-        sums, most, counts = (torch.stack(each) for each in zip(*self._before, strict=True))
-        return {"mismatch": float(sums.sum() / counts.sum().clamp(min=1)), "mismatch_max": float(most.max())}
+        apart = sum(float(total) for total, _, _ in self._before)
+        tokens = sum(float(count) for _, _, count in self._before)
+        apart, tokens = ranks.total(torch.tensor([apart, tokens], dtype=torch.float64)).tolist()
+        most = ranks.most(max((float(most) for _, most, _ in self._before), default=0.0))
+        return {"mismatch": apart / tokens, "mismatch_max": most} if tokens else {}

@@ -25,6 +25,9 @@ from torchrl_chat.models.head import Head
 CHUNK_ON_CPU, CHUNK = 1 << 24, 1 << 26
 
 
+_LEAST = -1e30  # the log-prob of what is impossible, which may be multiplied and stays a number
+
+
 class TokenScores(NamedTuple):
     """What a model says of some tokens."""
 
@@ -146,7 +149,7 @@ class _Chunk:
         self.ratio: Any = None
         if how.count > 1:
             # What is impossible (a logit of -inf) has no part in sums over p log p.
-            self.log_probs.clamp_(min=torch.finfo(torch.float32).min)
+            self.log_probs.clamp_(min=_LEAST)
             self.probs = self.log_probs.exp()
         if how.entropy:
             numbers.append(-dot(self.probs, self.log_probs))

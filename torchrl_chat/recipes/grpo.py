@@ -141,7 +141,7 @@ class GRPOConfig(RunConfig):
             return (
                 "--overlong makes rewards negative, and --normalize mean divides by their mean: give one of them."
             )
-        if self.divergence != "sampled" and ranks.count() > 1:
+        if self.divergence != "sampled" and ranks.asked() > 1:
             return f"--divergence {self.divergence} is computed by one process only; several take --divergence sampled."
         if self.teacher is None and (self.variant == "distillation" or not self.reward_weight):
             return f"--variant {self.variant} --reward-weight {self.reward_weight} learns from a teacher: give --teacher."
@@ -333,7 +333,7 @@ def terms(
 def needed(view: TensorDictBase, config: GRPOConfig) -> torch.Tensor | None:
     """The sequences that something is to be learned from, bool (N,): all, if a term beside the advantage asks for it."""
     every = config.kl or config.entropy or (config.teacher and config.divergence != "sampled")
-    return None if every else (view["advantage"].reshape(len(view), -1) != 0).any(-1)
+    return None if every else (view["advantage"] != 0).flatten(1).any(-1)
 
 
 def average(batches: list[TensorDictBase], key: str) -> float:
@@ -417,8 +417,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             with gathered(teacher), torch.no_grad():
                 view["taught"] = sequence_log_probs(teacher, view, **scoring).log_probs
             token = distillation_advantages(view["taught"], view["log_probs"].full, mask)
-            if len(view):
-                metrics["kl_teacher"] = float(-masked_mean(token, mask))
+            apart, tokens = ranks.total(torch.stack((-token[mask].sum(), mask.sum())).double().cpu()).tolist()
+            metrics["kl_teacher"] = apart / max(1.0, tokens)
             view["advantage"] = view["advantage"] + config.distill * token
 
         # 4. Learn, and give what samples the new weights.

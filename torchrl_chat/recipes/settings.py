@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 from torchrl_chat import ranks
 from torchrl_chat.gallery import MADE_HERE, check_name, guide
 from torchrl_chat.learner.memory import MOST
-from torchrl_chat.options import TEMPLATE_HELP, device, named_values, show_one_spelling
+from torchrl_chat.options import TEMPLATE_HELP, device, named_values, quiet_others, show_one_spelling
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -281,6 +281,7 @@ def parse(
         def error(self, message: str) -> Any:  # the usage would be sixty lines in front of the one that counts
             self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
 
+    quiet_others()
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser: Any = Parser(cast(Any, kind), prog=prog, description=description, epilog=guide(), formatter_class=_Help)
     show_one_spelling(parser)

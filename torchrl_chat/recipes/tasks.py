@@ -298,7 +298,9 @@ def warm_start(
     set_rate(optimizer, 2e-3)
     for _ in range(config.warm_steps):
         scores = sequence_log_probs(model, view[torch.randint(len(view), (batch,))])
-        loss = -masked_mean(scores.log_probs, scores.mask) / ranks.count()  # all processes have the same rows
+        loss = (
+            -masked_mean(scores.log_probs, scores.mask) / ranks.count()
+        )  # gradients are summed over the processes, which have rows of their own
         optimizer.zero_grad()
         loss.backward()
         take_step(optimizer, loss)

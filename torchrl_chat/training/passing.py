@@ -185,6 +185,11 @@ def _laid_out(model: Any, prover: Prover, dense: Dense) -> Passing:
     longest = int(dense.position_ids[dense.attention].max()) + 1 if bounded else 0  # asks the device
     prover.check_length(longest)
     if change is not None and longest > change.length:
+        if hasattr(model, "as_one_pass") and torch.is_grad_enabled():
+            raise ModelError(
+                f"{prover.proof.name} computes rows of more than {change.length} tokens in passes of their own, in which several processes "
+                "would not keep in step: train it in one, or on shorter rows."
+            )
         if not change.once and bool((dense.scored & (dense.position_ids > change.length)).any()):
             raise change.refused(prover.proof.name, longest)
         if prover.scoring() != "padded":
