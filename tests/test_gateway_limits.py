@@ -211,6 +211,17 @@ async def test_what_a_template_refuses_is_told_and_costs_nothing():
 
 
 @run
+async def test_kinds_of_turns_are_forgotten_before_they_are_too_many(monkeypatch):
+    monkeypatch.setattr("torchrl_chat.gateway.templates._PROVED", 3)
+    session = session_of(["one"] * 9)
+    session.templates._proved.clear()  # of other tests: they share the template
+    for number in range(9):
+        await ask(session, [user("hi")] * (number + 1))
+        assert len(session.templates._proved) <= 3
+    assert check_law(session) == 9
+
+
+@run
 async def test_ids_of_calls_are_unique_over_sessions():
     names, seen = Names(), set()
     for _ in range(2):
