@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import random
 from collections import Counter
@@ -99,6 +100,35 @@ async def ask(session: Session, messages: list[dict], body: bytes | None = None,
     reply = await exchange.reply()
     exchange.deliver()
     return reply
+
+
+def run(test):
+    """Run a test that is a coroutine."""
+
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        async def all_of_it():
+            await asyncio.wait_for(test(*args, **kwargs), 60)
+
+        asyncio.run(all_of_it())
+
+    return wrapped
+
+
+def kinds(session: Session) -> dict[str, int]:
+    return {kind: session.report[kind] for kind in ("begins", "forks", "restarts") if session.report[kind]}
+
+
+async def talk(session: Session, messages: list[dict], turns: int) -> list[dict]:
+    """The history after some turns of a plain agent, which answers calls with a number."""
+    messages = list(messages)
+    for turn in range(turns):
+        message = (await ask(session, messages)).choices[0].message
+        messages.append(message)
+        if turn < turns - 1:
+            texts = [f"{turn}.{i}" for i in range(len(message.get("tool_calls", ())))]
+            messages += result(message, *texts) if texts else [user(f"go on {turn}")]
+    return messages
 
 
 def client_of(session: Any, kind: Any = OpenAI, **more: Any) -> Any:

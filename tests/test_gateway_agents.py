@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
+import time
 
 import httpx
 import pytest
@@ -17,6 +19,8 @@ from torchrl_chat.cli.gateway import make_gateway
 from torchrl_chat.cli.main import make_parser
 from torchrl_chat.conversation import Limits, StopReason
 from torchrl_chat.gateway import AgentEnv, Gateway, play_agents
+from torchrl_chat.gateway.calls import Refusal
+from torchrl_chat.openenv.protocol import ServerLimits
 from torchrl_chat.rewards import NumberVerifier, grades
 from torchrl_chat.rollouts import episodes as lines
 from torchrl_chat.rollouts import read_rollouts
@@ -104,9 +108,10 @@ if row["query"] == "q2":
 
 @pytest.mark.parametrize("on_error", ["fail", pytest.param("score", marks=pytest.mark.full)])
 def test_a_command_is_an_agent_and_ends_in_time(on_error):
-    with gateway_of(said, reward=NumberVerifier()) as gateway:
+    ended: list = []
+    with gateway_of(said, reward=NumberVerifier(), ended=ended.append) as gateway:
         td = play_agents([sys.executable, "-c", COMMAND], ROWS, gateway, seconds=10, on_error=on_error)
-        keys = [session.key for session in gateway.take()]
+        assert not gateway.take()  # they are the episodes
     if on_error == "score":
         assert td["reward"].flatten().tolist() == [1.0] * 3
         assert td["env_failure"] == [""] * 3
@@ -115,7 +120,8 @@ def test_a_command_is_an_agent_and_ends_in_time(on_error):
         assert "it broke [hidden]" in td["env_failure"][1]
         assert "more than 10 s" in td["env_failure"][2]
         assert training_view(td)["group"].tolist() == [0, -1, -1]
-    assert not any(key in str(td["env_failure"]) for key in keys)
+    assert len(ended) == 3
+    assert not any(session.key in str(td["env_failure"]) for session in ended)
 
 
 def test_a_budget_that_stops_an_agent_is_no_failure_and_an_engine_that_fails_is():
@@ -129,6 +135,138 @@ def test_a_budget_that_stops_an_agent_is_no_failure_and_an_engine_that_fails_is(
     with gateway_of(lambda ask: ValueError("down") if "q1" in str(ask.messages) else said(ask)) as gateway:
         td = play_agents(told, ROWS[:2], gateway)
     assert td["env_failure"][0] == ""
+    assert "the engine failed" in td["env_failure"][1]
+
+
+def _exits(row, session):
+    raise SystemExit(3)
+
+
+async def _exits_in_a_task(row, session):
+    async def part():
+        raise SystemExit(3)
+
+    await asyncio.create_task(part())
+
+
+async def _is_cancelled(row, session):
+    raise asyncio.CancelledError
+
+
+async def _interrupts(row, session):
+    raise KeyboardInterrupt
+
+
+BAD = {
+    "a thread that exits": (_exits, "SystemExit"),
+    "a task that exits": (_exits_in_a_task, "SystemExit"),
+    "an interrupt": (_interrupts, "KeyboardInterrupt"),
+    "a cancellation": (_is_cancelled, "CancelledError"),
+    "an iterator's end": (lambda row, session: next(iter(())), "StopIteration"),
+    "another key": (lambda row, session: {"score": 1}, "'score'"),
+    "no number": (lambda row, session: float("nan"), "finite"),
+    "parts of words": (lambda row, session: {"reward": 1, "parts": {"a": "x"}}, "parts"),
+    "a list": (lambda row, session: [1, 2], "finite"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_whatever_an_agent_does_costs_its_own_episode(what, caplog):
+    bad, words = BAD[what]
+    ended: list = []
+
+    async def agent(row, session):
+        await asking(row, session)
+        if row["query"] == "q1":
+            if asyncio.iscoroutinefunction(bad):
+                return await bad(row, session)
+            return bad(row, session)
+        return None
+
+    def plain(row, session):
+        return asyncio.run(told(row, session)) if row["query"] != "q1" else bad(row, session)
+
+    played = plain if what in ("a thread that exits", "an iterator's end") else agent
+    with gateway_of(said, reward=NumberVerifier(), ended=ended.append) as gateway:
+        td = play_agents(played, ROWS, gateway, on_error="fail")
+        assert not gateway.table.open
+    assert td["reward"].flatten().tolist() == [1.0, 0.0, 1.0]
+    assert words in td["env_failure"][1]
+    assert words in caplog.text
+    assert [bool(session.findings and "its agent failed" in session.findings[-1]) for session in ended] == [
+        False, True, False,
+    ]  # fmt: skip
+
+
+def test_sessions_begin_when_their_agents_do_and_are_held_meanwhile():
+    """More episodes than there are places, and a reaper that passes by."""
+    most = [0]
+
+    async def agent(row, session):
+        most[0] = max(most[0], len(gateway.table.open))
+        session.session.used -= 1000
+        await asyncio.sleep(0.05)  # the reaper comes by
+        await told(row, session)
+
+    limits = ServerLimits(max_sessions=2, idle_seconds=0.04)
+    with gateway_of(said, reward=NumberVerifier(), server=limits) as gateway:
+        td = play_agents(agent, ROWS * 3, gateway, concurrency=9)
+        assert not gateway.table.open
+    assert most[0] <= 2
+    assert td["reward"].flatten().tolist() == [1.0] * 9
+    assert set(td["env_failure"]) == {""}
+
+
+def test_a_play_that_breaks_off_leaves_no_session_open():
+    ended: list = []
+    with gateway_of(said, reward=NumberVerifier(), ended=ended.append) as gateway:
+        with pytest.raises(KeyError, match="no 'answer'"):
+            play_agents(told, [{"query": "q1"}] * 2, gateway)
+        with pytest.raises(KeyError, match="no 'answer'"):
+            gateway.session().finish()
+        gateway.table.limits = ServerLimits(max_sessions=1)
+        with pytest.raises(Refusal, match="as many as there may be"):
+            play_agents(told, ROWS, gateway)
+        assert len(gateway.table.open) == 1
+    assert [session.failure for session in ended] == ["the play was broken off: KeyError"] * 2 + [
+        "the gateway was closed"
+    ]
+
+
+def test_an_agent_out_of_time_samples_no_more():
+    late, over = [], threading.Event()
+
+    def agent(row, session):
+        over.wait(20)
+        ask = [{"role": "user", "content": row["query"]}]
+        try:
+            client_of(session, max_retries=0).chat.completions.create(model="m", messages=ask)
+        except Exception as error:
+            late.append(error)
+
+    with gateway_of(said) as gateway:
+        td = play_agents(agent, ROWS[:1], gateway, seconds=0.05, on_error="fail")
+        over.set()
+        waited = time.monotonic()
+        while not late and time.monotonic() - waited < 20:
+            time.sleep(0.01)
+        assert isinstance(late[0], PermissionDeniedError)
+        assert not gateway.engine.asked
+    assert "more than 0.05 s" in td["env_failure"][0]
+
+
+def test_an_engine_failure_that_its_agent_hides_leaves_the_episode_out():
+    tries = iter([ValueError("down"), "0", ValueError("down"), "1"])
+
+    async def agent(row, session):
+        try:
+            await asking(row, session)
+        except Exception:
+            await asking(row if row["query"] == "q0" else {"query": "something else"}, session)
+
+    with gateway_of(lambda ask: next(tries), reward=NumberVerifier()) as gateway:
+        td = play_agents(agent, ROWS[:2], gateway, concurrency=1)
+    assert td["env_failure"][0] == ""  # the same was asked once more, and answered
     assert "the engine failed" in td["env_failure"][1]
 
 
@@ -195,9 +333,9 @@ def test_agents_of_one_gateway_do_not_meet():
             reply = await client.chat.completions.create(model="m", messages=messages)
             messages += [reply.choices[0].message, {"role": "user", "content": f"{row['query']} {turn}"}]
 
-    with gateway_of(said) as gateway:
+    sessions: list = []
+    with gateway_of(said, ended=sessions.append) as gateway:
         td = play_agents(agent, ROWS * 4, gateway)
-        sessions = gateway.take()
     for row, transcript in zip(ROWS * 4, td["transcript"], strict=True):
         assert len(transcript.sequences) == 1
         words = " ".join(message["content"] for message in transcript.messages if message["role"] == "user")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import time
@@ -162,6 +163,22 @@ def test_an_engine_that_tells_its_tokens_is_streamed(gateway, session):
     assert any(piece for when, piece in seen[:-2])
 
 
+def test_a_stream_says_nothing_beyond_a_stop_string(gateway, session):
+    """Though the engine samples on, and tells it."""
+    text = "word " * 20 + "STOP" + " more" * 40
+
+    async def on(ask):
+        ids = gateway.engine.spelled(text)
+        for end in range(1, len(ids)):
+            ask.told(ids[:end])
+            await asyncio.sleep(0)
+        return text
+
+    SCRIPT.lines = on
+    stream = client_of(session).chat.completions.create(model="m", messages=[USER], stream=True, stop="STOP")
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "word " * 20
+
+
 def test_developers_parts_and_unknown_keys_are_taken(session):
     body = {
         "model": "m",
@@ -293,6 +310,7 @@ RAW = {
     "very deep": (b"[" * 50_000, 400),
     "infinity": (b'{"temperature": Infinity}', 400),
     "a long number": (b'{"n": 123456789012345678901234567890}', 400),
+    "a very long number": (b'{"messages": [{"role": "user", "content": "hi"}], "n": ' + b"9" * 400 + b"}", 400),
     "too large": (b'{"model": "' + b"x" * 100_001 + b'"}', 413),
 }
 
@@ -352,6 +370,10 @@ def test_a_driver_over_http(gateway):
     assert (shown["answers"], shown["stop"]) == (1, "running")
     bad = httpx.post(f"{gateway.url}/s/{made['name']}/finish", json={"rewards": 1}, headers=headers)
     assert bad.status_code == 400
+    for end in ({"parts": {"a": "x"}}, {"failure": {"a": 1}}, {"reward": 10**400}):
+        assert httpx.post(f"{gateway.url}/s/{made['name']}/finish", json=end, headers=headers).status_code == 400
+    huge = httpx.post(f"{gateway.url}/sessions", json={"seed": 10**30}, headers=headers)
+    assert huge.status_code == 400
     done = httpx.post(f"{gateway.url}/s/{made['name']}/finish", json={"reward": 0.5}, headers=headers).json()
     assert (done["reward"], done["stop"], done["success"]) == (0.5, "answered", True)
     [session] = [each for each in gateway.take() if each.name == made["name"]]
@@ -391,6 +413,12 @@ def test_implicit_sessions_take_the_key_that_they_are_begun_with():
             headers = {"authorization": f"Bearer {key}"} if key else {}
             return httpx.post(f"{gateway.url}{path}/chat/completions", json=asked, headers=headers).status_code
 
+        headers = {"authorization": "Bearer k"}
+        assert httpx.get(f"{gateway.url}/s/mine/v1/models", headers=headers).status_code == 200
+        for raw in (b"{", b"[]", b'{"messages": 3}'):
+            bad = httpx.post(f"{gateway.url}/s/mine/v1/chat/completions", content=raw, headers=headers)
+            assert bad.status_code == 400
+        assert not gateway.table.open
         assert [post("/s/mine/v1", "k"), post("/s/mine/v1", "k"), post("/s/mine/v1", "other")] == [200, 200, 401]
         assert [post("/v1", "own"), post("/v1", "own"), post("/v1")] == [200, 200, 200]
         assert sorted(gateway.table.open) == sorted({"mine", "default", *gateway.table.open})
@@ -398,6 +426,10 @@ def test_implicit_sessions_take_the_key_that_they_are_begun_with():
         assert post("/s/more/v1", "k") == 429
         names = list(gateway.table.open)
     assert {session.name for session in gateway.take()} == set(names)
+    for public in (False, True):
+        given = {"implicit": True, "public": public, "host": "0.0.0.0"}
+        with contextlib.nullcontext() if public else pytest.raises(ValueError, match="public=True"):
+            Gateway(Recorder(templates, SCRIPT), templates.plain.tokenizer, **given)
 
 
 def test_an_agent_over_its_budget_is_told_so(gateway):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 
 import httpx
@@ -98,6 +99,62 @@ def test_weights_change_between_batches_and_spans_tell_which():
         assert branch.token_versions[branch.mask].tolist() == [1, 1, 2, 2]
         view = training_view(session.episodes(), layout="padded")
         assert view["weight_versions", "full"][0][branch.mask].tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_weights_do_not_change_while_anything_is_sampled(continuous):
+    policy = Batches(tiny_tokenizer())
+    engine = PolicyEngine(policy, gather=0.0, version=1, continuous=continuous)
+    changed = threading.Event()
+
+    def change():
+        with engine.updating():
+            changed.set()
+
+    async def all_of_it():
+        policy.hold.clear()
+        first = asyncio.ensure_future(engine.sample(Ask(torch.tensor([9]))))
+        while not engine._sampling:
+            await asyncio.sleep(0.001)
+        thread = threading.Thread(target=change)
+        thread.start()
+        while not engine._changing:
+            await asyncio.sleep(0.001)
+        second = asyncio.ensure_future(engine.sample(Ask(torch.tensor([8]))))
+        await asyncio.sleep(0.01)
+        assert not changed.is_set()
+        policy.hold.set()
+        found = await asyncio.gather(first, second)
+        await asyncio.to_thread(thread.join)
+        await engine.aclose()
+        return found
+
+    assert [turn.versions for turn in asyncio.run(all_of_it())] == [((0, 1),), ((0, 2),)]
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda prompts: None, "NoneType"),
+        (lambda prompts: [], "0 turns for 1 prompts"),
+        (lambda prompts: [None], "a NoneType: expected a Turn"),
+        (lambda prompts: sys.exit(1), "SystemExit"),
+    ],
+)
+def test_a_policy_that_returns_no_turns_fails_its_requests_and_nothing_hangs(returned, words, continuous):
+    policy = Batches(tiny_tokenizer())
+    sample, policy.sample = policy.sample, lambda prompts, errors: returned(prompts)
+    engine = PolicyEngine(policy, gather=0.0, version=1, continuous=continuous)
+
+    async def all_of_it():
+        with pytest.raises(Exception, match=words):
+            await asyncio.wait_for(engine.sample(Ask(torch.tensor([9]))), 20)
+        policy.sample = sample
+        assert (await asyncio.wait_for(engine.sample(Ask(torch.tensor([9]))), 20)).text == "x"
+        await engine.aclose()
+
+    asyncio.run(all_of_it())
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +358,16 @@ def test_verifiers_grade_the_final_answer_or_the_whole_session():
         assert td["reward"].item() == score
         assert td["graded"].item() == (not isinstance(reward, Rewarder))
     assert "no grade" in td["grade_failure"][0]
-    with scripted(["7"], reward=NumberVerifier()) as gateway, pytest.raises(KeyError, match="has no 'answer'"):
-        gateway.session(row={"query": "q"}).finish()
+    with scripted(["7"], reward=NumberVerifier()) as gateway:
+        session, url = gateway.session(row={"query": "q"}), gateway.url
+        with pytest.raises(KeyError, match="has no 'answer'"):
+            session.finish()
+        headers = {"authorization": f"Bearer {gateway.token}"}
+        told = httpx.post(f"{url}/s/{session.name}/finish", headers=headers, timeout=30)
+        assert told.status_code == 400
+        assert "has no 'answer'" in told.json()["error"]["message"]
+        told = httpx.post(f"{url}/s/{session.name}/finish", json={"reward": 1}, headers=headers, timeout=30)
+        assert told.json()["reward"] == 1.0
 
 
 def test_a_session_that_is_left_is_finished_as_failed():
@@ -321,6 +386,20 @@ def test_a_session_that_is_left_is_finished_as_failed():
     td = episodes([session.session, open_one.session])
     assert td["stop_reason"].flatten().tolist() == [StopReason.ERROR] * 2
     assert (training_view(td)["group"] == -1).all()
+
+
+def test_an_end_that_is_told_may_fail_and_what_is_told_is_not_kept():
+    told = []
+
+    def ended(session):
+        told.append(session.name)
+        raise RuntimeError("the disk is full")
+
+    with scripted(["7"], ended=ended) as gateway:
+        names = [gateway.session().name for _ in range(3)]
+        gateway.run(lambda: gateway.table.finish(gateway.table.open[names[0]]))
+        assert not gateway.take()
+    assert told == names
 
 
 def test_an_engine_needs_a_tokenizer():

@@ -3,44 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
+import copy
 
 import pytest
-from agents import TOOLS, ask, asked, calling, check_law, result, session_of, system, user
+from agents import THINKING, TOOLS, ask, calling, check_law, kinds, result, run, session_of, system, talk, user
 
-from torchrl_chat.conversation import Limits, StopReason
 from torchrl_chat.gateway.calls import Call, Kind, Refusal
-from torchrl_chat.gateway.sessions import Names, Session, Settings
-
-
-def run(test):
-    """Run a test that is a coroutine."""
-
-    @functools.wraps(test)
-    def wrapped(*args, **kwargs):
-        async def all_of_it():
-            await asyncio.wait_for(test(*args, **kwargs), 60)
-
-        asyncio.run(all_of_it())
-
-    return wrapped
-
-
-def kinds(session: Session) -> dict[str, int]:
-    return {kind: session.report[kind] for kind in ("begins", "forks", "restarts") if session.report[kind]}
-
-
-async def talk(session: Session, messages: list[dict], turns: int) -> list[dict]:
-    """The history after some turns of a plain agent, which answers calls with a number."""
-    messages = list(messages)
-    for turn in range(turns):
-        message = (await ask(session, messages)).choices[0].message
-        messages.append(message)
-        if turn < turns - 1:
-            texts = [f"{turn}.{i}" for i in range(len(message.get("tool_calls", ())))]
-            messages += result(message, *texts) if texts else [user(f"go on {turn}")]
-    return messages
-
 
 LINES = ["one", calling("a"), "two", calling("b", "c", said="both:"), "three", "four", "five", "six"]
 
@@ -207,6 +175,61 @@ async def test_words_of_the_model_that_it_did_not_say_begin_a_sequence():
     assert "never" not in " ".join(session.findings)
 
 
+def _handed_over(history):
+    call = {"id": "t1", "type": "function", "function": {"name": "transfer", "arguments": "{}"}}
+    moved = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    return [*history, *moved, {"role": "tool", "tool_call_id": "t1", "content": "you are b"}, user("go on")]
+
+
+STRANGE = {
+    "an edit": lambda history: [history[0], {**history[1], "content": "I said that"}, *history[2:], user("go on")],
+    "a compaction": lambda history: [user("a summary"), *history[-3:], user("go on")],
+    "a handoff": _handed_over,
+    "an example": lambda history: [user("like this"), {"role": "assistant", "content": "so"}, user("hi")],
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+@run
+async def test_words_that_were_not_sampled_begin_one_sequence_and_not_one_a_turn(what):
+    session = session_of([f"answer {number}" for number in range(9)])
+    history = await talk(session, [user("hi")], 3)
+    again = await talk(session, STRANGE[what](history), 3)
+    assert check_law(session) == 2
+    assert kinds(session) == {"begins": 1, "restarts": 1}
+    again = copy.deepcopy(again)
+    for n, call in enumerate(each for message in again for each in message.get("tool_calls", ())):
+        call["id"] = f"renamed{n}"  # as some frameworks do from one request to the next
+        next(each for each in again if each["role"] == "tool")["tool_call_id"] = call["id"]
+    await ask(session, [*again, user("more")])
+    assert check_law(session) == 2
+
+
+@run
+async def test_words_that_were_not_sampled_are_told_apart_by_all_that_they_say():
+    """By blanks, by reasoning, by which of two calls a result belongs to: who went on behind them saw just these."""
+
+    def spoken(content="", ids=(), **more):
+        calls = [{"id": i, "function": {"name": n, "arguments": "{}"}} for n, i in zip("fg", ids, strict=False)]
+        return {"role": "assistant", "content": content, **({"tool_calls": calls} if ids else {}), **more}
+
+    told = {"role": "tool", "tool_call_id": "a", "content": "7"}
+    other = {"role": "tool", "tool_call_id": "b", "content": "8"}
+    pairs = [
+        ([spoken("so")], [spoken("so  ")]),
+        ([spoken("so", reasoning_content="one")], [spoken("so", reasoning_content="two")]),
+        ([spoken(ids="ab"), told, other], [spoken(ids="ba"), told, other]),
+    ]
+    for pair in pairs:
+        session = session_of(lambda ask: "fine", THINKING)
+        histories = [[user("hi"), *words, user("on")] for words in pair]
+        for history in (*histories, *histories[::-1]):
+            history += [(await ask(session, history)).choices[0].message, user("on")]
+        assert check_law(session) == 2
+        shown = [each.transcript.messages[: len(pair[0]) + 2] for each in session.tree.answers]
+        assert shown[0] == shown[3] != shown[1] == shown[2]
+
+
 # ---------------------------------------------------------------------- the same again
 @run
 async def test_equal_requests_are_two_samples_and_choices_are_siblings():
@@ -236,6 +259,17 @@ async def test_of_equal_answers_the_one_is_meant_that_the_history_goes_on_from()
     assert kinds(session) == {"begins": 1, "restarts": 1}
 
 
+@run
+async def test_of_equal_answers_a_remembered_request_may_have_meant_another():
+    session = session_of(["same", "same", "one", "two", "three", "four"])
+    histories = [[user("hi")], [user("hi")]]
+    for _ in range(3):
+        for history in histories:
+            history += [(await ask(session, history)).choices[0].message, user("go on")]
+    assert check_law(session) == 2
+    assert kinds(session) == {"begins": 1, "restarts": 1}
+
+
 @pytest.mark.parametrize("how", ["header", "key", "lost"])
 @run
 async def test_a_retry_gets_the_answer_of_the_first_try(how):
@@ -257,6 +291,37 @@ async def test_a_retry_gets_the_answer_of_the_first_try(how):
     elif how == "lost":
         other = await session.open(call, b"body").reply()
         assert other.choices[0].content == "two"
+
+
+@run
+async def test_a_retry_of_a_try_that_failed_is_a_sample_of_its_own():
+    """Its sibling with an equal body, of a parallel sub-agent say, keeps its answer for itself."""
+    lines = iter(["one", ValueError("down"), "two"])
+    session = session_of(lambda ask: next(lines))
+    call = Call(messages=(user("hi"),))
+    exchange = session.open(call, b"body")
+    first = await exchange.reply()
+    exchange.deliver()
+    with pytest.raises(Refusal, match="down"):
+        await session.open(call, b"body").reply()
+    assert session.engine_failure
+    again = session.open(Call(messages=(user("hi"),), retry=1), b"body")
+    assert (await again.reply()).choices[0].content == "two"
+    assert not session.engine_failure
+    again.deliver()
+    assert await session.open(Call(messages=(user("hi"),), retry=1), b"body").reply() is first
+    assert check_law(session) == 2
+
+
+@run
+async def test_a_new_key_that_joins_a_lost_answer_is_its_key():
+    session = session_of(["one", "two"])
+    lost = session.open(Call(messages=(user("hi"),)), b"body")
+    await lost.reply()
+    for _ in range(2):
+        again = session.open(Call(messages=(user("hi"),), key="k"), b"body")
+        assert again is lost
+        again.deliver()
 
 
 @run
@@ -315,126 +380,3 @@ async def test_an_engine_that_fails_costs_its_request_alone():
     await ask(session, [*history, user("go on")], b"body", retry=1)
     assert check_law(session) == 1
     assert [each.seed for each in session.engine.asked] == [3, 3, 3]
-
-
-# ---------------------------------------------------------------------- what the session decides
-@run
-async def test_settings_of_the_agent_are_not_looked_at_unless_they_are_allowed():
-    session = session_of(["one two three"] * 3, sampling={"temperature": 0.7})
-    values = asked(temperature=0.1, seed=3, max_tokens=4)
-    reply = await ask(session, [user("hi")], asked=values)
-    assert session.engine.asked[0].settings == {"temperature": 0.7}
-    assert session.engine.asked[0].limit == 4
-    assert reply.choices[0].finish == "length"
-    assert any("seed, temperature" in finding for finding in session.findings)
-    free = session_of(["one"], sampling={"temperature": 0.7}, allow=frozenset({"temperature"}))
-    await ask(free, [user("hi")], asked=values)
-    assert free.engine.asked[0].settings == {"temperature": 0.1}
-    assert free.engine.asked[0].limit is None
-    with pytest.raises(ValueError, match=r"sampling has \['top_k'\]"):
-        session_of([], sampling={"top_k": 3})
-
-
-@run
-async def test_a_stop_string_ends_an_answer_and_stays_in_the_ledger():
-    session = session_of(["Thought.\nObservation: I made this up", "done"])
-    reply = await ask(session, [user("hi")], asked=asked(stop=("Observation:", "never")))
-    choice = reply.choices[0]
-    assert (choice.content, choice.finish, choice.stopped_by) == ("Thought.\n", "stop", "Observation:")
-    text = session.templates.plain.codec.decode([session.transcript().tokens.tolist()])[0]
-    assert "Observation:" in text
-    assert "made" not in text
-    session.engine.sampled[0] = (session.engine.sampled[0][0], session.tree.answers[0].transcript.tokens.tolist())
-    await ask(session, [user("hi"), choice.message, user("Observation: 7")])
-    assert len(session.transcript().sequences) == 1
-
-
-@pytest.mark.parametrize(
-    ("limits", "stop", "answers"),
-    [
-        (Limits(max_turns=2), StopReason.MAX_TURNS, 2),
-        (Limits(max_tokens=30), StopReason.MAX_TOKENS, None),
-        (Limits(max_tool_calls=1), StopReason.MAX_TOOL_CALLS, 3),
-        (Limits(max_turn_tokens=3, end_on_cut=True), StopReason.MAX_TURN_TOKENS, 1),
-    ],
-    ids=["turns", "tokens", "calls", "cut"],
-)
-@run
-async def test_a_budget_ends_the_session(limits, stop, answers):
-    lines = {StopReason.MAX_TOOL_CALLS: [calling("a"), "b", calling("c"), "d"]}.get(stop, ["one word"] * 9)
-    session = session_of(lines, limits=limits)
-    messages: list[dict] = [user("hi")]
-    with pytest.raises(Refusal) as refused:
-        await talk(session, messages, 9)
-    assert (refused.value.kind, refused.value.code) == (Kind.BUDGET, stop.word)
-    assert session.stop is stop
-    if answers is not None:
-        assert session.turns == answers
-    else:
-        assert session.sampled == limits.max_tokens
-    assert check_law(session) == 1
-
-
-@run
-async def test_parallel_requests_share_one_budget():
-    session = session_of(["a long answer of many words"] * 4, limits=Limits(max_tokens=20))
-    replies = await asyncio.gather(*(ask(session, [user(f"task {i}")]) for i in range(4)), return_exceptions=True)
-    assert session.sampled == 20
-    assert any(isinstance(reply, Refusal) for reply in replies)
-
-
-@run
-async def test_a_full_context_ends_its_sequence_and_not_the_session():
-    session = session_of(["one", "two", "three"], limits=Limits(max_context=300))
-    history = await talk(session, [user("hi")], 1)
-    with pytest.raises(Refusal, match="no answer fits") as refused:
-        await ask(session, [*history, user("many words " * 200)])
-    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
-    await ask(session, [user("a summary")])
-    assert check_law(session) == 2
-
-
-@run
-async def test_a_finished_session_takes_nothing():
-    session = session_of(["one", "two"])
-    history = await talk(session, [user("hi")], 1)
-    session.finish(1.0, parts={"exact": 1})
-    session.finish(0.0)
-    assert (session.reward, session.success, session.reward_parts) == (1.0, True, {"exact": 1.0})
-    assert session.stop is StopReason.ANSWERED
-    with pytest.raises(Refusal, match="finished"):
-        await ask(session, [*history, user("go on")])
-    with pytest.raises(ValueError, match="finite"):
-        session_of([]).finish(float("nan"))
-
-
-@run
-async def test_what_a_template_refuses_is_told_and_costs_nothing():
-    session = session_of(["one"], source="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(Refusal, match="roles must alternate") as refused:
-        await ask(session, [user("hi")])
-    assert refused.value.status == 400
-    assert not session._exchanges
-
-
-@run
-async def test_ids_of_calls_are_unique_over_sessions():
-    names, seen = Names(), set()
-    for _ in range(2):
-        session = session_of([calling("a", "b")] * 2)
-        session._names = names  # as those of one gateway
-        for _ in range(2):
-            message = (await ask(session, [user("hi")])).choices[0].message
-            seen |= {call["id"] for call in message["tool_calls"]}
-    assert len(seen) == 8
-
-
-@run
-async def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="history='drop'"):
-        Settings(history="drop")
-    session = session_of(["x"] * 20, max_choices=2)
-    with pytest.raises(Refusal, match="'n' is 3"):
-        await ask(session, [user("hi")], n=3)
-    with pytest.raises(Refusal, match="response_format"):
-        await ask(session, [user("hi")], asked=asked(response_format={"type": "json_object"}))

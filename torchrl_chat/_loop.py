@@ -281,7 +281,12 @@ def _quick_loop() -> asyncio.AbstractEventLoop:
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     try:
-        loop.run_forever()
+        while True:
+            try:
+                loop.run_forever()
+                break
+            except (SystemExit, KeyboardInterrupt):  # a task's own, which has it; the others go on
+                continue
         late = asyncio.all_tasks(loop)  # begun while it was winding down
         for task in late:
             task.cancel()

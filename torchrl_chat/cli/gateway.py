@@ -91,6 +91,11 @@ def add_parser(commands: Any) -> None:
         help="of drivers (default $TORCHRL_CHAT_TOKEN, else a random one)",
     )
     server.add_argument("--implicit", action="store_true", help="a request to a session that is not there makes it")
+    server.add_argument(
+        "--public",
+        action="store_true",
+        help="with --implicit beyond this machine: whoever reaches it makes sessions",
+    )
     server.add_argument("--max-sessions", type=whole(1), default=1024, metavar="N", help="at a time (default 1024)")
     server.add_argument(
         "--idle-seconds",
@@ -151,6 +156,7 @@ def make_gateway(arguments: argparse.Namespace) -> Any:
         port=arguments.port,
         token=arguments.token,
         implicit=arguments.implicit,
+        public=arguments.public,
         server=ServerLimits(max_sessions=arguments.max_sessions, idle_seconds=arguments.idle_seconds),
         ended=None if arguments.rollouts is None else _writer(arguments.rollouts, tokenizer),
     )

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import os
 import shlex
 import signal
@@ -24,6 +25,7 @@ from tensordict import TensorDict
 
 from torchrl_chat import columns
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.gateway.ends import checked_end
 from torchrl_chat.gateway.policies import PolicyEngine
 from torchrl_chat.gateway.rewarding import Rewarder
 from torchrl_chat.gateway.serve import Gateway, Served
@@ -38,6 +40,8 @@ Agent = Callable[[Mapping[str, Any], Served], Any] | str | Sequence[str]
 """``agent(row, session)``, or a command: a line of words, or a list of them."""
 
 _SHOWN = 2000  # characters of a command's last words
+_ENDS = frozenset({"reward", "success", "parts", "failure", "grade_failure", "extracted", "stop"})
+_log = logging.getLogger("torchrl_chat.agents")
 
 
 class AgentError(RuntimeError):
@@ -64,6 +68,9 @@ def play_agents(
     ``ANTHROPIC_BASE_URL`` and ``ANTHROPIC_API_KEY``; the row stands on its standard input as JSON, and it is killed, with what it has started,
     when its time is up.
 
+    A session begins when its agent does, takes no more requests once the agent is done or out of time, and is finished when all are done. What
+    an agent raised is logged by ``torchrl_chat.agents``, key hidden; the session's findings name its type.
+
     Args:
         agent: the agent.
         rows: dataset rows, as dicts; the agent gets a copy.
@@ -71,13 +78,14 @@ def play_agents(
 
     Keyword Args:
         repeats: how many episodes each row is played in, the group of GRPO.
-        concurrency: how many agents run at once.
+        concurrency: how many agents run at once; at most as many as the gateway has places for sessions.
         seconds: how long one may take; ``None`` for no limit.
         seed: of what is sampled, as that of a :class:`~torchrl_chat.DatasetChatEnv`: each episode's own seed is made of it. Rows that have
             an ``"episode_seed"`` keep theirs.
         on_error: what becomes of the episode of an agent that raises, fails, or takes too long: ``"score"`` grades what there is, so that no
-            policy escapes a grade by breaking its agent; ``"fail"`` leaves it out of training. An episode whose *engine* failed is always left
-            out, and an agent that a used-up budget has stopped has not failed.
+            policy escapes a grade by breaking its agent; ``"fail"`` leaves it out of training. An agent that returns what is no end of an
+            episode has failed. An episode whose *engine* failed at a request that it did not answer later is always left out, whatever its
+            agent made of it; and an agent that a used-up budget has stopped has not failed.
         data_key: see :func:`~torchrl_chat.gateway.finished.episodes`.
 
     Returns:
@@ -104,16 +112,31 @@ def play_agents(
             if SEED not in own and seed is not None:
                 own |= {ROW: number, EPOCH: 0, PLACE: place, SEED: episode_seed(seed, number, 0, place)}
             told.append(own)
-    sessions = [gateway.session(row=row, seed=row.get(SEED)) for row in told]
-    pool = ThreadPoolExecutor(concurrency, "torchrl_chat.agent")
+    sessions: dict[int, Served] = {}
+    # A thread an agent; one that its agent keeps after its time is up is not waited for.
+    pool = ThreadPoolExecutor(len(told) or 1, "torchrl_chat.agent")
     loop = LoopThread("torchrl_chat.agents", quick=True)
     try:
-        ends = loop.run(_play_all(agent, told, sessions, pool, concurrency, seconds))
-    finally:
-        loop.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-    _finish(gateway, sessions, ends, on_error, [number // repeats for number in range(len(told))])
-    return gateway.episodes(sessions, data_key)
+        try:
+            ends = loop.run(_play_all(agent, told, gateway, sessions, pool, concurrency, seconds))
+        finally:
+            loop.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+        played = [sessions[number] for number in range(len(told))]
+        _finish(gateway, played, ends, on_error, [number // repeats for number in range(len(told))])
+    except BaseException as error:
+        why = f"the play was broken off: {type(error).__name__}"
+        for served in sessions.values():  # a second end changes nothing
+            gateway.run(functools.partial(_end, gateway, served, {"failure": why}))
+        raise
+    return gateway.episodes(played, data_key)
+
+
+def _end(gateway: Gateway, served: Served, end: Mapping[str, Any], found: str = "") -> None:
+    if found:
+        served.session.findings.append(found)
+    gateway.table.retire(served.session)
+    gateway.table.finish(served.session, **end)
 
 
 def _finish(
@@ -124,43 +147,92 @@ def _finish(
     groups: Sequence[int],
 ) -> None:
     found: list[dict[str, Any]] = []
+    notes: list[str] = []
     for served, end in zip(sessions, ends, strict=True):
         session = served.session
         given = {} if isinstance(end, Exception) else dict(end)
         failed = isinstance(end, Exception) and not session.stop
-        if failed and (on_error == "fail" or session.report["engine errors"]):
-            given["failure"] = f"{type(end).__name__}: {end}"[:400]
+        if failed:
+            text = f"{type(end).__name__}: {end}".replace(served.api_key, "[hidden]")[:_SHOWN]
+            _log.warning("an agent failed: %s", text, extra={"session": served.name})
+            if on_error == "fail" or session.engine_failure:
+                given["failure"] = text[:400]
+        elif session.engine_failure and not given.get("failure"):
+            given["failure"] = session.engine_failure
         found.append(given)
+        notes.append(f"its agent failed: {type(end).__name__}." if failed else "")
     # All at once: a verifier of groups sees whole groups.
     wanted = [i for i, end in enumerate(found) if end.get("reward") is None and not end.get("failure")]
     graded = gateway.graded([sessions[i].session for i in wanted], [groups[i] for i in wanted])
     for i, end in zip(wanted, graded, strict=False):
         found[i] = {**end, **{key: value for key, value in found[i].items() if value is not None}}
-    for served, end in zip(sessions, found, strict=True):
-        gateway.run(functools.partial(gateway.table.finish, served.session, **end))
+    for served, end, note in zip(sessions, found, notes, strict=True):
+        gateway.run(functools.partial(_end, gateway, served, end, note))
 
 
 async def _play_all(
     agent: Agent,
     rows: Sequence[Mapping[str, Any]],
-    sessions: Sequence[Served],
+    gateway: Gateway,
+    sessions: dict[int, Served],
     pool: ThreadPoolExecutor,
     concurrency: int,
     seconds: float | None,
-) -> list[Any]:
-    slots = asyncio.Semaphore(concurrency)
+) -> list[Mapping[str, Any] | Exception]:
+    slots = asyncio.Semaphore(min(concurrency, gateway.table.limits.max_sessions))
 
-    async def one(row: Mapping[str, Any], session: Served) -> Mapping[str, Any]:
-        async with slots, asyncio.timeout(seconds):
-            return await _played(agent, row, session, pool)
+    async def one(number: int, row: Mapping[str, Any]) -> Mapping[str, Any] | Exception:
+        async with slots:
+            served = sessions[number] = gateway.session(row=row, seed=row.get(SEED))
+            served.session.held = True
+            try:
+                return await _ended(agent, row, served, pool, seconds)
+            finally:
+                gateway.run(functools.partial(gateway.table.retire, served.session))
 
-    results = await asyncio.gather(*map(one, rows, sessions), return_exceptions=True)
-    return [
-        TimeoutError(f"the agent took more than {seconds:g} s")
-        if isinstance(result, TimeoutError) and seconds
-        else result
-        for result in results
-    ]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(number, row)) for number, row in enumerate(rows)]
+    except ExceptionGroup as errors:  # no agent's: a session that there cannot be
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _ended(
+    agent: Agent, row: Mapping[str, Any], session: Served, pool: ThreadPoolExecutor, seconds: float | None
+) -> Mapping[str, Any] | Exception:
+    """What an agent ends its episode with, or how it failed: whatever it does costs its own episode."""
+    clock = asyncio.timeout(seconds)
+    task = asyncio.current_task()
+    try:
+        async with clock:
+            end = await _played(agent, row, session, pool)
+            return _checked(end)
+    except BaseException as error:
+        if clock.expired():
+            return TimeoutError(f"the agent took more than {seconds:g} s")
+        if task is not None and task.cancelling():  # the play ends, and not the agent
+            raise
+        return (
+            error
+            if isinstance(error, Exception)
+            else AgentError(f"the agent raised {type(error).__name__}: {error}")
+        )
+
+
+def _checked(end: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an agent returned, if an episode can end with it.
+
+    Raises:
+        AgentError: it cannot.
+    """
+    if unknown := [key for key in end if key not in _ENDS]:
+        raise AgentError(f"the agent returned {unknown[0]!r}: an episode ends with {', '.join(sorted(_ENDS))}.")
+    try:
+        checked_end(**end)
+    except (TypeError, ValueError) as error:
+        raise AgentError(f"the agent returned what no episode can end with: {error}") from None
+    return end
 
 
 async def _played(
@@ -172,14 +244,24 @@ async def _played(
     if inspect.iscoroutinefunction(agent) or inspect.iscoroutinefunction(getattr(agent, "__call__", None)):  # noqa: B004
         said = await agent(dict(row), session)
     else:
-        said = await asyncio.get_running_loop().run_in_executor(pool, agent, dict(row), session)
+        said, error = await asyncio.get_running_loop().run_in_executor(pool, _called, agent, dict(row), session)
+        if error is not None:
+            raise error
         if inspect.isawaitable(said):
             said = await said
     if said is None:
         return {}
-    if isinstance(said, Mapping):
-        return said
-    return {"reward": float(said)}
+    return said if isinstance(said, Mapping) else {"reward": said}
+
+
+def _called(agent: Callable[..., Any], row: Mapping[str, Any], session: Served) -> tuple[Any, Exception | None]:
+    """What a plain function returns or raises; a thread that is told to end (``sys.exit()``) ends no play."""
+    try:
+        return agent(row, session), None
+    except Exception as error:
+        return None, error
+    except BaseException as error:
+        return None, AgentError(f"the agent raised {type(error).__name__}: {error}")
 
 
 async def _command(agent: str | Sequence[str], row: Mapping[str, Any], session: Served) -> None:

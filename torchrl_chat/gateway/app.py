@@ -3,7 +3,7 @@
     POST /s/NAME/v1/chat/completions     an agent's request; /v1/chat/completions where its key names the session
     GET  /s/NAME/v1/models               the model
     POST /sessions                       a driver makes a session: {"name", "row", "group", "seed"}, all of them optional
-    GET  /sessions, GET /s/NAME          what there is to know, without any of its words
+    GET  /sessions, GET /s/NAME/         what there is to know, without any of its words
     POST /s/NAME/finish                  a driver ends it: {"reward", "success", "parts", "failure"}
     GET  /health
 
@@ -104,13 +104,14 @@ class Front:
     # ------------------------------------------------------------------ agents
     async def _agent(self, request: Request, send: Send, dialect: Dialect, name: str | None, counts: bool) -> None:
         raw = await self._raw(request)
-        session = self.table.find(name, _key(request))
+        self.table.known(name, _key(request))
         body = loads(raw, self.table.limits.max_depth)
         if not isinstance(body, dict):
             raise Refusal("the body is no JSON object.")
         call = dialect.parse(body, _Headers(request))
         if not call.model:
             call = _with_model(call, self.model)
+        session = self.table.find(name, _key(request))  # what cannot be read makes none
         if counts:
             await _send(send, 200, dialect.count(await session.count(call)))
             return
@@ -174,7 +175,7 @@ class Front:
         if inner == "/models" or inner.startswith("/models/"):
             self._method(request, "GET")
             if not _is_driver(self.table, request):
-                self.table.find(name, _key(request))
+                self.table.known(name, _key(request))
             model = {"id": self.model, "object": "model", "created": 0, "owned_by": "torchrl_chat"}
             return model if inner.startswith("/models/") else {"object": "list", "data": [model]}
         if inner == "/sessions" and name is None:
@@ -204,6 +205,8 @@ class Front:
         for key, kind in kinds.items():
             if body.get(key) is not None and not isinstance(body[key], kind):
                 raise Refusal(f"{key!r} is no {kind.__name__}.", param=key)
+        if not -(2**63) <= (body.get("seed") or 0) < 2**63:
+            raise Refusal("'seed' is beyond 64 bits.", param="seed")
         session = self.table.create(
             body.get("name"), row=body.get("row"), group=body.get("group"), seed=body.get("seed")
         )
@@ -220,8 +223,9 @@ class Front:
                 await self._finisher(session, body)
             else:
                 self.table.finish(session, **body)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise Refusal(f"the session cannot end like this: {error}") from None
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            words = error.args[0] if isinstance(error, KeyError) and error.args else error  # its text has quotes
+            raise Refusal(f"the session cannot end like this: {words}") from None
 
     # ------------------------------------------------------------------ bodies
     async def _raw(self, request: Request) -> bytes:

@@ -384,7 +384,7 @@ def number(body: Mapping[str, Any], key: str, least: float, most: float = float(
     value = given(body, key, int if whole else (int, float), "an integer" if whole else "a number")
     if value is not None and not least <= value <= most:
         bounds = f"from {least:g} to {most:g}" if most < float("inf") else f"of at least {least:g}"
-        raise Refusal(f"{key!r} is {value:.6g}: expected a number {bounds}.", param=key)
+        raise Refusal(f"{key!r} is {str(value)[:20]}: expected a number {bounds}.", param=key)
     return value
 
 

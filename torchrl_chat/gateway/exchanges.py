@@ -73,6 +73,9 @@ class Exchanges:
         self._named: OrderedDict[str, Exchange] = OrderedDict()
         self._by_body: dict[bytes, list[Exchange]] = {}
         self._by_key: dict[str, Exchange] = {}
+        self._failed: OrderedDict[bytes, int] = (
+            OrderedDict()
+        )  # tries that came to nothing, and were not tried again
 
     def __len__(self) -> int:
         return len(self._named)
@@ -107,6 +110,11 @@ class Exchanges:
             if known.digest != digest:
                 raise Refusal("this idempotency key was used for another request.", Kind.CONFLICT)
             return known
+        if call.retry and digest in self._failed:  # it tries that one again, and none of those that were answered
+            self._failed[digest] -= 1
+            if not self._failed[digest]:
+                del self._failed[digest]
+            return None
         same = self._by_body.get(digest, [])
         # One that nobody waits for, and nobody got: its client has gone, whatever the headers say.
         lost = [exchange for exchange in same if not exchange.delivered and not exchange.waiting]
@@ -115,6 +123,8 @@ class Exchanges:
             return None
         known = min(found, key=lambda exchange: (exchange.claimed, exchange.delivered))
         known.claimed += 1
+        if call.key is not None:
+            self._by_key[call.key] = known
         return known
 
     def settled(self, exchange: Exchange) -> None:
@@ -125,6 +135,9 @@ class Exchanges:
             exchange.prompt.cancel()
         if failed:
             self._forget(exchange.name)
+            self._failed[exchange.digest] = self._failed.pop(exchange.digest, 0) + 1
+            while len(self._failed) > _REMEMBERED:
+                self._failed.popitem(last=False)
         while len(self._named) > _REMEMBERED:
             oldest = next((name for name, known in self._named.items() if known.done), None)
             if oldest is None:

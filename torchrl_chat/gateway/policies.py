@@ -1,6 +1,6 @@
 """``PolicyEngine``: a policy of this package as an engine, whatever waits sampled together.
 
-Law of this file: what goes wrong in one answer costs that answer; and no batch is sampled by two versions of the weights.
+Law of this file: what goes wrong in one answer costs that answer; and nothing is sampled by two versions of the weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PolicyEngine:
 
     Example:
         >>> engine = PolicyEngine(TransformersPolicy(model, tokenizer, max_new_tokens=64))
-        >>> with engine.updating():  # no batch is on its way in here
+        >>> with engine.updating():  # nothing is being sampled in here
         ...     optimizer.step()
     """
 
@@ -69,7 +69,8 @@ class PolicyEngine:
         """How many batches there were of each size."""
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._awake = threading.Condition()
-        self._weights = threading.Lock()
+        self._weights = threading.Condition()
+        self._sampling, self._changing = 0, False  # both belong to that condition
         self._thread: threading.Thread | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
@@ -93,17 +94,39 @@ class PolicyEngine:
 
     @contextlib.contextmanager
     def updating(self, version: int | None = None) -> Iterator[None]:
-        """Change the weights: batches that are on their way are waited for, and no other begins.
+        """Change the weights: whatever is being sampled is waited for, and nothing else begins. What waits is sampled behind it.
 
         Args:
             version: of the new weights; one more than that of the old if ``None``, where that is known.
         """
         with self._weights:
+            self._weights.wait_for(lambda: not self._changing)
+            self._changing = True
+        try:
+            with self._weights:
+                self._weights.wait_for(lambda: not self._sampling)
             yield
             if version is not None:
                 self.version = version
             elif self.version is not None:
                 self.version += 1
+        finally:
+            with self._weights:
+                self._changing = False
+                self._weights.notify_all()
+
+    @contextlib.contextmanager
+    def _fixed(self) -> Iterator[int | None]:
+        """The version of the weights, which stays while something is sampled in here."""
+        with self._weights:
+            self._weights.wait_for(lambda: not self._changing)
+            self._sampling += 1
+        try:
+            yield self.version
+        finally:
+            with self._weights:
+                self._sampling -= 1
+                self._weights.notify_all()
 
     async def aclose(self) -> None:
         """End the thread. What waits is cancelled; the policy itself stays as it is."""
@@ -147,29 +170,31 @@ class PolicyEngine:
                 loop.call_soon_threadsafe(_tell, results)
 
     def _alone(self, ask: Ask) -> Turn:
-        [result] = self._sampled([ask], exclusive=False)
+        [result] = self._sampled([ask])
         if isinstance(result, Exception):
             raise result
         return result
 
-    def _sampled(self, asks: list[Ask], exclusive: bool = True) -> list[Turn | Exception]:
+    def _sampled(self, asks: list[Ask]) -> list[Turn | Exception]:
         prompts = [Prompt(ask.ids, ask.messages, ask.limit, ask.seed) for ask in asks]
         errors: Errors = {}
         try:
-            with self._weights if exclusive else contextlib.nullcontext():
-                version = self.version
-                turns = self.policy.sample(prompts, errors)
+            with self._fixed() as version:
+                turns = list(self.policy.sample(prompts, errors))
+            if len(turns) != len(asks):
+                raise ValueError(f"the policy returned {len(turns)} turns for {len(asks)} prompts.")
         except Exception as error:  # of the whole batch
             return [error] * len(asks)
+        except BaseException as error:  # one that would end the thread, and leave all who wait without an answer
+            return [RuntimeError(f"the policy raised {type(error).__name__}: {error}")] * len(asks)
         self.batches[len(asks)] += 1
-        return [
-            errors[i]
-            if i in errors
-            else turn
-            if turn.versions or version is None
-            else dataclasses.replace(turn, versions=((0, version),))
-            for i, turn in enumerate(turns)
-        ]
+        return [errors[i] if i in errors else _of_version(turn, version) for i, turn in enumerate(turns)]
+
+
+def _of_version(turn: Any, version: int | None) -> Turn | Exception:
+    if not isinstance(turn, Turn):
+        return TypeError(f"the policy returned a {type(turn).__name__}: expected a Turn.")
+    return turn if turn.versions or version is None else dataclasses.replace(turn, versions=((0, version),))
 
 
 def _tell(results: list[tuple[asyncio.Future[Turn], Turn | Exception]]) -> None:

@@ -88,7 +88,7 @@ class Served:
         }
 
     def finish(self, reward: float | None = None, **more: Any) -> None:
-        """End the episode; a second time changes nothing.
+        """End the episode; a second time changes nothing. Its agent is refused from now on, also while it is graded.
 
         Args:
             reward: what it is worth; ``None``: what the gateway's ``reward`` says of it, if it has one, and nothing failed.
@@ -96,8 +96,10 @@ class Served:
                 :meth:`Session.finish <torchrl_chat.gateway.sessions.Session.finish>`.
         """
         ends = {"reward": reward, **more}
-        if reward is None and not more.get("failure") and not self._session.finished:
-            [ends] = self._gateway.graded([self._session]) or [ends]
+        wanted = reward is None and not more.get("failure")
+        if self._gateway.rewarder is not None and wanted and not self._session.finished:
+            self._gateway.run(self._session.seal)
+            [ends] = self._gateway.graded([self._session])
         self._gateway.run(lambda: self._gateway.table.finish(self._session, **{**ends, **more}))
 
 
@@ -123,8 +125,12 @@ class Gateway:
         host, port: where it listens; port 0 takes a free one.
         token: what drivers show over HTTP; a random one if ``None``.
         implicit: whether a request to a session that is not there makes it, with the key that it shows.
+        public: whether it may do so beyond this machine as well, where whoever reaches the port can make sessions then.
         server: limits of the server: sizes, sessions, idle time.
-        ended: called with each finished session, in the gateway's thread.
+        ended: called with each finished session, in the gateway's thread; they are not kept for :meth:`take` then.
+
+    Raises:
+        ValueError: there is no tokenizer, ``token`` is empty, or ``implicit`` without ``public`` beyond this machine.
 
     Example:
         >>> with Gateway(engine, tokenizer) as gateway:
@@ -150,11 +156,17 @@ class Gateway:
         port: int = 0,
         token: str | None = None,
         implicit: bool = False,
+        public: bool = False,
         server: ServerLimits | None = None,
         ended: Callable[[Session], None] | None = None,
     ):
         if token is not None and not token.strip():
             raise ValueError("token is empty: give a secret, or None for a random one.")
+        if implicit and not public and not is_loopback(host):
+            raise ValueError(
+                f"implicit sessions on {host}: whoever reaches it could make sessions without a token. Leave host or implicit "
+                "out, or say public=True."
+            )
         settings = settings or Settings()
         if limits is not None:
             settings = dataclasses.replace(settings, limits=limits)
@@ -327,13 +339,18 @@ class Gateway:
     async def _finisher(self, session: Session, body: Mapping[str, Any]) -> None:
         """End a session as a driver's body says; a reward that it leaves out is graded."""
         ends = dict(body)
-        if ends.get("reward") is None and not ends.get("failure") and not session.finished:
+        wanted = ends.get("reward") is None and not ends.get("failure")
+        if self.rewarder is not None and wanted and not session.finished:
+            session.seal()
             graded = await asyncio.to_thread(self.graded, [session])
             ends |= graded[0] if graded else {}
         self.table.finish(session, **ends)
 
     def take(self) -> list[Session]:
-        """The sessions that were finished since this was asked last, whoever made them; the latest 10,000 of them."""
+        """The sessions that were finished since this was asked last, the latest 10,000 of them.
+
+        Those that :func:`~torchrl_chat.gateway.play_agents` returned as episodes are not kept, nor any where ``ended`` is given.
+        """
 
         def taken() -> list[Session]:
             found = list(self._finished)
@@ -343,6 +360,7 @@ class Gateway:
         return self.run(taken)
 
     def _ended(self, session: Session) -> None:
-        self._finished.append(session)
         if self._told is not None:
             self._told(session)
+        elif not session.held:
+            self._finished.append(session)

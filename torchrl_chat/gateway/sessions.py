@@ -26,6 +26,7 @@ from typing import Any, Literal
 from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn, answer, append
 from torchrl_chat.conversation.limits import NO_LIMIT
 from torchrl_chat.gateway.calls import Call, Choice, Finish, Kind, Refusal, Reply, ToolCall, Usage
+from torchrl_chat.gateway.ends import checked_end
 from torchrl_chat.gateway.engines import Ask, Engine
 from torchrl_chat.gateway.exchanges import Exchange, Exchanges
 from torchrl_chat.gateway.matching import said
@@ -41,6 +42,9 @@ _log = logging.getLogger("torchrl_chat.gateway")
 
 AGENTS = frozenset({"max_tokens", "stop"})
 """What an agent may set unless the session says otherwise: where its answers end, not how they are sampled."""
+
+
+_USED_UP = (StopReason.MAX_TURNS, StopReason.MAX_TOKENS, StopReason.MAX_TOOL_CALLS)
 
 
 class Names:
@@ -121,6 +125,10 @@ class Session:
         self.tree = Tree()
         self.stop = StopReason.RUNNING
         self.finished = False
+        self.sealed = False
+        """Whether it takes no further requests: its agent is done, and what there is will be graded."""
+        self.held = False
+        """Whether somebody else sees to its end, however long nothing is asked in it."""
         self.reward: float | None = None
         self.success: bool | None = None
         self.reward_parts: dict[str, float] = {}
@@ -133,6 +141,7 @@ class Session:
         self.sampled, self.turns, self.calls = 0, 0, 0
         self._names = names or Names()
         self._exchanges = Exchanges()
+        self._broken: dict[bytes, str] = {}
 
     def __repr__(self) -> str:
         state = self.stop.word if self.finished or self.stop else "running"
@@ -155,6 +164,8 @@ class Session:
             Refusal: it is not to be answered.
         """
         self.used = time.monotonic()
+        if self.finished or self.sealed:
+            self._check(call)
         digest = hashlib.blake2b(body, digest_size=16).digest()
         known = self._exchanges.tried(call, digest)
         if known is not None:
@@ -169,7 +180,7 @@ class Session:
 
     def _check(self, call: Call) -> None:
         limits = self.settings.limits
-        if self.finished:
+        if self.finished or self.sealed:
             raise Refusal(
                 "this session is finished: its episode takes no further requests.", Kind.BUDGET, code="finished"
             )
@@ -217,6 +228,16 @@ class Session:
             if exchange.task is not None and not exchange.task.done():
                 exchange.task.cancel()
 
+    def seal(self) -> None:
+        """Take no further requests, and cancel what is on its way: what is graded does not change meanwhile."""
+        self.sealed = True
+        self.close()
+
+    @property
+    def engine_failure(self) -> str:
+        """What the engine said of a request that it failed at and that was not answered since; ``""`` where there is none."""
+        return next(iter(self._broken.values()), "")
+
     def answers_to(self, name: str) -> Answer | None:
         """The answer of a name."""
         return self.tree.names.get(name)
@@ -248,14 +269,16 @@ class Session:
         exchange.prompt.set_result(Usage(len(prompt), 0, _kept(match)))
         try:
             turns = await self._sampled(asks)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Refusal) and error.kind is Kind.ENGINE and len(self._broken) < 1000:
+                self._broken[exchange.digest] = error.message
             if place.asked == before + len(asks):  # the next try samples from the same seed
                 place.asked = before
             raise
+        self._broken.pop(exchange.digest, None)
         kind = (key, "answer", prompt.course.shape)
-        if (
-            kind not in self.templates.proved
-        ):  # entered is what comes of a second call, which costs its own tokens only
+        # Entered is what comes of a second call, which costs its own tokens only.
+        if not self.templates.proved(kind):
             await self._proving(kind, answer, [prompt], [dataclasses.replace(turns[0])], template, {})
         return self._entered(exchange, call, prompt, match, template, key, turns, limits)
 
@@ -271,33 +294,28 @@ class Session:
                     param="previous_response_id",
                 )
         tools = call.tools
-        if tools is None:
-            key = b"" if previous is None else previous.tools
-            known = self.templates.has(key)  # type: ignore[arg-type]
-            if not known:
+        had: Any = b"" if previous is None else previous.tools
+        key = had if tools is None else self.templates.key(tools)
+        template = self.templates.get(key)
+        if template is None:
+            if tools is None:
                 raise Refusal(
                     "the tools of the answer that the request goes on from are not known any more.", param="tools"
                 )
-        else:
-            key = self.templates.key(tools)
-        if not self.templates.has(key):  # type: ignore[arg-type]
-            template = await asyncio.to_thread(self._template, key, tools or ())
-        else:
-            template = self.templates.of(key)  # type: ignore[arg-type]
+            template = await asyncio.to_thread(self._template, key, tools)
         match = self.tree.match(key, call.messages, previous, call.instructions)
         prompt = await self._proving((key, "prompt", *turn_kind(match)), self._written, match, template)
-        return prompt, match, template, key  # type: ignore[return-value]
+        return prompt, match, template, key
 
     async def _proving(self, kind: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function returns; in a thread, where it may have to prove something about the template first.
 
         That is done once for each kind of turn, and takes a second or more with a large vocabulary: other sessions go on meanwhile.
         """
-        known = self.templates.proved
-        if kind in known:
+        if self.templates.proved(kind):
             return function(*arguments)
         result = await asyncio.to_thread(function, *arguments)
-        known.add(kind)
+        self.templates.prove(kind)
         return result
 
     def _template(self, key: Any, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
@@ -316,7 +334,7 @@ class Session:
                     [prompt] = append([before], [rest], template, self.settings.history)
                 except ChatTemplateError as error:
                     # The template does not go on like this; a sequence of its own may still say it.
-                    match.reason = f"the template cannot go on from the history ({error})"
+                    match.reason = f"the template cannot go on from the history ({type(error).__name__})"
                     match.answer, match.start, match.kind = None, 0, "restarts"
                 else:
                     if prompt.branches:
@@ -335,6 +353,7 @@ class Session:
     ) -> tuple[list[Ask], list[int]]:
         """What the engine is asked, once for each choice, and how many tokens each may have."""
         settings, values = self.settings, call.asked.values
+        self._check(call)  # once more: others may have used up the budget while the prompt was written
         left = settings.limits.tokens_left(prompt, template, self.sampled)
         if left <= 0:
             self.report["context full"] += 1
@@ -396,11 +415,13 @@ class Session:
         limits: Sequence[int],
     ) -> Reply:
         """Enter what was sampled, and tell it."""
-        if self.finished:
+        if self.finished or self.sealed:
             raise Refusal("this session was finished meanwhile.", Kind.BUDGET, code="finished")
         choices, completion = [], 0
         for turn, limit in zip(turns, limits, strict=True):
-            if self.settings.limits.max_tokens is not None:  # others may have sampled meanwhile
+            if self.stop in _USED_UP:  # others may have sampled meanwhile, or the choice before
+                break
+            if self.settings.limits.max_tokens is not None:
                 limit = min(limit, self.settings.limits.max_tokens - self.sampled)
             if limit <= 0:
                 continue
@@ -451,6 +472,9 @@ class Session:
             sampled=self.sampled,
             turns=self.turns,
         )
+        most = self.settings.limits.max_turns
+        if stop is StopReason.CONTEXT_FULL and most is not None and self.turns >= most:
+            stop = StopReason.MAX_TURNS  # there is no further sequence to make room in
         if stop not in (StopReason.RUNNING, StopReason.CONTEXT_FULL) and not self.stop:
             self.stop = stop
 
@@ -469,8 +493,9 @@ class Session:
                 arguments = json.dumps(arguments, ensure_ascii=False)
             calls.append(ToolCall(own, function["name"], arguments))
         content = message.get("content") or ""
-        if stop is not None and stop in content:
-            content = content[: content.index(stop)]
+        reasoning = message.get("reasoning_content")
+        if stop is not None:  # it stands at the end of what was sampled, wherever that is
+            content, reasoning = content.partition(stop)[0], reasoning and reasoning.partition(stop)[0]
         finish: Finish = "tool_calls" if calls else "stop" if after.ended or stop is not None else "length"
         ids: tuple[int, ...] = ()
         pieces: tuple[str, ...] = ()
@@ -483,7 +508,7 @@ class Session:
                 log_probs = tuple(after.log_probs[last.start : last.end].tolist())
         told = Choice(
             None if calls and not content.strip() else content,
-            message.get("reasoning_content"),
+            reasoning,
             tuple(calls),
             finish,
             stop,
@@ -523,19 +548,25 @@ class Session:
             stop: why it ended, unless a limit has ended it.
 
         Raises:
-            ValueError: the reward is no finite number.
+            ValueError: a value that it cannot be; the session stays as it was.
         """
-        if reward is not None and not abs(float(reward)) < float("inf"):
-            raise ValueError(f"reward is {reward!r}: expected a finite number.")
+        end = checked_end(
+            reward,
+            success=success,
+            parts=parts,
+            failure=failure,
+            grade_failure=grade_failure,
+            extracted=extracted,
+            stop=stop,
+        )
         if self.finished:
             return
         self.finished = True
-        self.close()
-        self.stop = self.stop or (StopReason.ERROR if failure else stop)
-        self.reward = None if reward is None else float(reward)
-        self.success = success if success is not None or reward is None else float(reward) > 0
-        self.reward_parts = {name: float(value) for name, value in (parts or {}).items()}
-        self.failure, self.grade_failure, self.extracted = failure, grade_failure, extracted
+        self.seal()
+        vars(self).update(end, stop=self.stop or end["stop"])
+        # Of the requests nothing is needed any more: what they said and got stands in the tree.
+        self._exchanges = Exchanges()
+        self.tree.forget()
 
     def transcript(self) -> Transcript | None:
         """The episode as one ledger: its sequences are its branches; ``None`` where nothing was sampled and delivered."""

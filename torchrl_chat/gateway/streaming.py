@@ -78,6 +78,7 @@ class Teller:
     ):
         self._progress, self._choice, self._template = progress, choice, template
         self._course, self._prompt = prompt.course, prompt_end(prompt)
+        self._stops = [stop for stop in stops if stop]
         self._held = max([_HELD, *map(len, stops)])
         self._next = _LEAST
 
@@ -89,6 +90,8 @@ class Teller:
         [parsed] = self._template.parse_batch([list(ids)], [self._course], ["length"], [self._prompt])
         message, tell = parsed.message, self._progress.grow
         content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
+        if any(stop in content or stop in reasoning for stop in self._stops):
+            return  # what is behind it will be cut off: the whole answer tells the rest
         if content.strip():
             tell(self._choice, "reasoning", reasoning)
             if not message.get("tool_calls") and not message.get("invalid_tool_calls"):

@@ -115,7 +115,18 @@ class Table:
 
     # ------------------------------------------------------------------ finding
     def find(self, name: str | None, key: str) -> Session:
-        """The session of a request.
+        """The session of a request: that of :meth:`known`, or a new one.
+
+        Raises:
+            Refusal: there is no such session, it has another key, or there are too many.
+        """
+        session = self.known(name, key)
+        if session is not None:
+            return session
+        return self.create(name if name is not None else None if key else NAMELESS, key=key)
+
+    def known(self, name: str | None, key: str) -> Session | None:
+        """The session of a request; ``None`` where that would make it.
 
         Args:
             name: the name in its address; ``None`` where that has none: then the key tells.
@@ -133,14 +144,14 @@ class Table:
                     "this key is no session's: send the session's own key, or use its address (/s/NAME/v1).",
                     Kind.UNAUTHORIZED,
                 )
-            return self.create(None if key else NAMELESS, key=key)
+            return None
         session = self.open.get(name)
         if session is None:
             if name in self._done:
                 raise Refusal("this session is finished: its episode is over.", Kind.BUDGET, code="finished")
             if not self.implicit:
                 raise Refusal("there is no session of this name: its driver makes it first.", Kind.MISSING)
-            return self.create(name, key=key)
+            return None
         if not _same(session.key, key) and not _same(self.token, key):
             raise Refusal("this is not the session's key.", Kind.UNAUTHORIZED)
         return session
@@ -182,17 +193,30 @@ class Table:
         if session.finished:
             return
         session.finish(reward, **more)
-        if self.open.get(session.name) is session:
-            del self.open[session.name]
-            self._keys = {key: other for key, other in self._keys.items() if other is not session}
-            self._done[session.name] = None
-            while len(self._done) > _ENDED:
-                self._done.popitem(last=False)
+        self.retire(session)
         _log.info(
             "a session is finished",
             extra={"session": session.name, "stop": session.stop.word, "answers": session.turns},
         )
-        self._ended(session)
+        try:
+            self._ended(session)
+        except Exception as error:  # theirs: the session is finished, and the others go on
+            _log.error(
+                "'ended' failed",
+                extra={"session": session.name, "failure": type(error).__name__},
+                exc_info=_log.isEnabledFor(10),
+            )
+
+    def retire(self, session: Session) -> None:
+        """Seal a session and give its place away: whoever did this finishes it later, when it is graded."""
+        session.seal()
+        if self.open.get(session.name) is session:
+            del self.open[session.name]
+            if self._keys.get(session.key) is session:
+                del self._keys[session.key]
+            self._done[session.name] = None
+            while len(self._done) > _ENDED:
+                self._done.popitem(last=False)
 
     async def reap(self) -> None:
         """End sessions that nobody uses, for ever."""
@@ -201,7 +225,7 @@ class Table:
             await asyncio.sleep(min(idle / 4, 30.0))
             now = time.monotonic()
             for session in list(self.open.values()):
-                if now - session.used > idle and not session.flying:
+                if now - session.used > idle and not session.flying and not session.held:
                     self.finish(session, failure="nobody used the session any more", stop=StopReason.MAX_TIME)
 
     def shut(self) -> None:

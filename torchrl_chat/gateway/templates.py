@@ -12,6 +12,7 @@ import orjson
 
 from torchrl_chat.templates import ChatTemplate
 
+_PROVED = 10_000  # kinds of turn that are remembered; one that is not is written in a thread once more
 _MOST = 64  # sets of tools that are remembered; one that is not is made anew, and its proofs are kept elsewhere
 
 
@@ -31,8 +32,7 @@ class Templates:
         self._tokenizer, self._options = tokenizer, options
         self._made: OrderedDict[bytes, ChatTemplate] = OrderedDict()
         self._lock = threading.Lock()
-        self.proved: set[Hashable] = set()
-        """Kinds of turn that were written before, and so cost their own tokens only."""
+        self._proved: set[Hashable] = set()
         self.plain = self.of(b"")
 
     @staticmethod
@@ -45,9 +45,23 @@ class Templates:
         except TypeError:  # integers of more than 64 bits
             return json.dumps(list(tools), sort_keys=True).encode()
 
-    def has(self, key: bytes) -> bool:
-        """Whether the template of these tools is made already."""
-        return key in self._made
+    def proved(self, kind: Hashable) -> bool:
+        """Whether such a turn was written before, and so costs its own tokens only."""
+        return kind in self._proved
+
+    def prove(self, kind: Hashable) -> None:
+        """Remember that such a turn was written."""
+        if len(self._proved) >= _PROVED:  # agents choose tools and the order of roles, and so the kinds
+            self._proved.clear()
+        self._proved.add(kind)
+
+    def get(self, key: bytes) -> ChatTemplate | None:
+        """The template of a set of tools, if it is made already."""
+        with self._lock:
+            template = self._made.get(key)
+            if template is not None:
+                self._made.move_to_end(key)
+            return template
 
     def of(self, key: bytes, tools: Sequence[Mapping[str, Any]] = ()) -> ChatTemplate:
         """The template of a set of tools.
@@ -59,11 +73,8 @@ class Templates:
         Raises:
             ChatTemplateError: there is no chat template.
         """
-        with self._lock:
-            template = self._made.get(key)
-            if template is not None:
-                self._made.move_to_end(key)
-                return template
+        if (template := self.get(key)) is not None:
+            return template
         template = ChatTemplate(self._tokenizer, tools=list(tools) or None, **self._options)
         with self._lock:
             if self._made.get(key) is None:

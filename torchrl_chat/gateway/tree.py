@@ -38,7 +38,8 @@ class Place:
     """A point in a conversation."""
 
     children: dict[Hashable, Place] = field(default_factory=dict)
-    """What others said next, by :attr:`~torchrl_chat.gateway.matching.Said.key`."""
+    """What others said next, by :attr:`~torchrl_chat.gateway.matching.Said.key`; and words of the model that it did not sample here,
+    by all that they say, reasoning and blanks included: whoever goes on behind them has a prompt that shows them."""
     answers: list[Answer] = field(default_factory=list)
     """What was sampled here."""
     asked: int = 0
@@ -147,11 +148,13 @@ class Tree:
             self.roots[tools] = Place()
         messages = tuple(messages)
         known = None if edited else self._known(tools, messages)
-        if known is None:
-            match = self._walk(self.roots[tools], messages, 0, None, edited)
-        else:
+        match = None
+        if known is not None:
             match = self._walk(known.place, messages, len(known.messages), known.answer, None, known)
-        match.system = system or None
+            if match.kind == "restarts":  # of answers that say the same, that request may have meant another
+                known = match = None
+        if match is None:
+            match = self._walk(self.roots[tools], messages, 0, None, edited)
         self._recent[tools, len(messages), match.place] = match
         if known is not None:
             self._recent.pop((tools, len(known.messages), known.place), None)
@@ -197,27 +200,35 @@ class Tree:
         start = first if known is None else known.start
         calls = dict(known.calls if known is not None else answer.calls if answer is not None else {})
         strange = False  # whether words of the model stand behind the last answer that it did not sample
+        own: dict[str, str] = {}  # the calls of such words, by their ids: what results are known by (A8)
         for at in range(first, len(messages)):
             message = messages[at]
+            key: Hashable
             if message["role"] == POLICY:
                 found, why = _recorded(place, message, messages[at + 1 :])
                 if found is not None:
                     if found.calls:
                         calls.update(_renamed(message, found))
-                    if not strange:
-                        answer, start, place = found, at + 1, found.place
-                        continue
+                        own = {name: number for name, number in own.items() if name not in calls}
+                    if strange:  # the way to it is exact, strange words included: its prompt shows all of them
+                        edited = None
+                    answer, start, place, strange = found, at + 1, found.place, False
+                    continue
                 strange = True
                 edited = edited or f"message {at} (assistant) is not what was sampled there: {why}"
-                key = said(message).key
+                key = "words", _words(message)
+                own.update((name, f"{at} {number}") for number, name in enumerate(said(message).ids) if name)
             else:
                 told = said(message)
-                if told.answers is not None and told.answers in calls:
+                if told.answers is not None:
                     # A result is known by its call, whatever the call's id is in this request (A8).
-                    told = told._replace(answers=calls[told.answers].id)
+                    if told.answers in own:
+                        told = told._replace(answers=own[told.answers])
+                    elif told.answers in calls:
+                        told = told._replace(answers=calls[told.answers].id)
                 key = told.key
-                if key not in place.children and (empty := _left_out(place)) is not None and not strange:
-                    answer, start, place = empty, at, empty.place
+                if key not in place.children and (empty := _left_out(place)) is not None:
+                    answer, start, place, strange = empty, at, empty.place, False
             following = place.children.get(key)
             if following is None:
                 if place.children or place.answers:
@@ -234,6 +245,10 @@ class Tree:
         again = "the same prompt is answered once more" if place.answers else "its history is known"
         forks = answer.extended or bool(place.answers)
         return Match(place, answer, messages, start, calls, "forks" if forks else "continues", edited or again)
+
+    def forget(self) -> None:
+        """Let go of the requests that are remembered: no more will come."""
+        self._recent.clear()
 
     # ------------------------------------------------------------------ growing
     def enter(self, place: Place, answer: Answer) -> None:
@@ -330,11 +345,16 @@ def _leads_on(place: Place, rest: Sequence[Message]) -> tuple[int, bool]:
             if further:
                 count, fresh = max(further)
                 return 1 + count, fresh
-            break
-        if (following := at.children.get(said(message).key)) is None:
+        key = ("words", _words(message)) if message["role"] == POLICY else said(message).key
+        if (following := at.children.get(key)) is None:
             break
         at = following
     return 0, not place.children and not place.answers
+
+
+def _words(message: Message) -> Said:
+    """All that words of the model say, but for the ids of their calls."""
+    return said(message)._replace(ids=())
 
 
 def _renamed(message: Message, answer: Answer) -> dict[str, CallName]:
