@@ -84,7 +84,10 @@ _LEARNED = ("tokens", "masks", "log_probs", "position_ids", "episode", "episode_
 
 def loss_of(model: Any, part: TensorDictBase, counts: Counts, streams: Streams, **scoring: Any) -> Any:
     """Supervised fine-tuning on what was sampled: the loss of some sequences, as their share of a minibatch, and what to log."""
-    loss = lambda scores, _at: -scores.log_probs.sum() / counts.tokens  # noqa: E731
+
+    def loss(scores: Any, _at: torch.Tensor) -> torch.Tensor:
+        return -scores.log_probs.sum() / counts.tokens
+
     scores = sequence_log_probs(model, part, entropy=True, loss=loss, **scoring)
     streams.add(part, scores, counts)
     return scores.loss, {"entropy": masked_mean(scores.entropy, scores.mask)}

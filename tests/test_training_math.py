@@ -186,6 +186,7 @@ class TestGAE:
         advantages, _ = gae(rewards, torch.zeros(1, 6), mask, lam=1.0)
         assert advantages.tolist() == [[0, 11.0, 11.0, 0, 10.0, 0]]
         assert token_rewards(torch.tensor([[[3.0]]]), mask).tolist() == [[0, 0, 0, 0, 3.0, 0]]
+        assert token_rewards(torch.zeros(0, 1, 1), mask[:0]).shape == (0, 6)  # a process without an episode
 
     def test_bad_input(self):
         mask = torch.tensor([[False, True, False, True]])

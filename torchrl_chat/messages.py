@@ -106,6 +106,27 @@ def _check_part(part: Mapping[str, Any], which: str) -> None:
     _check_text(part["text"], which)
 
 
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether a JSON value has lists and objects in more than so many levels.
+
+    Example:
+        >>> is_deeper([{"a": []}], 3), is_deeper([{"a": []}], 2)
+        (False, True)
+    """
+    level = [value] if isinstance(value, (list, dict)) else []
+    while level:
+        if depth <= 0:
+            return True
+        depth -= 1
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if type(inner) is list or type(inner) is dict
+        ]
+    return False
+
+
 def half_character(text: str) -> int | None:
     """The position of the first half of a surrogate pair: Python keeps it in a string, and no tokenizer can read it.
 

@@ -241,7 +241,7 @@ async def _played(
     if not callable(agent):
         await _command(agent, row, session)
         return {}
-    if inspect.iscoroutinefunction(agent) or inspect.iscoroutinefunction(getattr(agent, "__call__", None)):  # noqa: B004
+    if inspect.iscoroutinefunction(agent) or inspect.iscoroutinefunction(getattr(agent, "__call__", None)):  # noqa: B004  # of an object, its class says what calling it gives
         said = await agent(dict(row), session)
     else:
         said, error = await asyncio.get_running_loop().run_in_executor(pool, _called, agent, dict(row), session)
@@ -258,7 +258,7 @@ def _called(agent: Callable[..., Any], row: Mapping[str, Any], session: Served) 
     """What a plain function returns or raises; a thread that is told to end (``sys.exit()``) ends no play."""
     try:
         return agent(row, session), None
-    except Exception as error:
+    except Exception as error:  # an agent is anybody's: what it raises ends its own episode
         return None, error
     except BaseException as error:
         return None, AgentError(f"the agent raised {type(error).__name__}: {error}")

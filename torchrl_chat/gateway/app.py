@@ -84,7 +84,7 @@ class Front:
             return
         except asyncio.CancelledError:
             raise
-        except Exception as error:
+        except Exception as error:  # a fault of ours is one request's, and its client is told so
             _log.error("a request failed", extra={"failure": type(error).__name__}, exc_info=_log.isEnabledFor(10))
             await self._refuse(send, dialect, Refusal("the gateway failed; its log names the error.", Kind.ENGINE))
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import orjson
 
-from torchrl_chat.messages import Message, half_character
+from torchrl_chat.messages import Message, half_character, is_deeper
 
 # ---------------------------------------------------------------------- what is asked
 
@@ -317,7 +317,7 @@ def loads(raw: bytes, max_depth: int = 64) -> Any:
         raise Refusal(f"the body is not JSON: {reason}.") from None
     if (b"\\ud" in raw or b"\\uD" in raw) and half_character(json.dumps(value, ensure_ascii=False)) is not None:
         raise Refusal("the body has half a surrogate pair: no text that can be encoded.")
-    if raw.count(b"[") + raw.count(b"{") > max_depth and _deeper(value, max_depth):
+    if raw.count(b"[") + raw.count(b"{") > max_depth and is_deeper(value, max_depth):
         raise Refusal(f"the body is nested deeper than {max_depth} levels.")
     return value
 
@@ -341,21 +341,6 @@ def _where(error: Exception) -> str:
     line, column = getattr(error, "lineno", None), getattr(error, "colno", None)
     said = str(getattr(error, "msg", error))[:100]
     return said if line is None else f"{said.partition(':')[0]}, line {line}, column {column}"
-
-
-def _deeper(value: Any, depth: int) -> bool:
-    level = [value] if isinstance(value, (list, dict)) else []
-    while level:
-        if depth <= 0:
-            return True
-        depth -= 1
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if type(inner) is list or type(inner) is dict
-        ]
-    return False
 
 
 def given(body: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], expected: str) -> Any:

@@ -398,7 +398,7 @@ class Session:
             return await self.engine.sample(ask)
         except Refusal:
             raise
-        except Exception as error:
+        except Exception as error:  # an engine is anybody's: what it raises is this request's affair
             self.report["engine errors"] += 1
             _log.warning("the engine failed", extra={"session": self.name, "failure": type(error).__name__})
             raise Refusal(f"the engine failed: {type(error).__name__}: {error}"[:400], Kind.ENGINE) from error

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import orjson
 from pydantic import BaseModel, ValidationError
 
+from torchrl_chat.messages import is_deeper
+
 M = TypeVar("M", bound=BaseModel)
 FRAME_TYPES = ("reset", "step", "state", "mcp", "close")
 _KEYS = frozenset({"type", "data"})
@@ -154,26 +156,11 @@ def loads(raw: bytes | str, limits: ServerLimits) -> Any:
     brackets = (
         ("[", "{") if isinstance(raw, str) else (b"[", b"{")
     )  # counting them costs less than looking at every value
-    if sum(map(raw.count, brackets)) > limits.max_depth and _too_deep(value, limits.max_depth):  # type: ignore[arg-type]
+    if sum(map(raw.count, brackets)) > limits.max_depth and is_deeper(value, limits.max_depth):  # type: ignore[arg-type]
         raise ProtocolError(
             ErrorCode.VALIDATION_ERROR, f"the JSON is nested deeper than {limits.max_depth} levels."
         )
     return value
-
-
-def _too_deep(value: Any, depth: int) -> bool:
-    level = [value] if isinstance(value, (list, dict)) else []
-    while level:
-        if depth <= 0:
-            return True
-        depth -= 1
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if type(inner) is list or type(inner) is dict
-        ]
-    return False
 
 
 def parse_frame(raw: bytes | str, limits: ServerLimits) -> Frame:

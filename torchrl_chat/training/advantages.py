@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -155,7 +156,7 @@ def token_rewards(reward: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         >>> token_rewards(torch.tensor([2.0]), torch.tensor([[False, True, True, False]]))
         tensor([[0., 0., 2., 0.]])
     """
-    rewards = reward.reshape(len(reward), -1).float()
+    rewards = reward.reshape(len(reward), math.prod(reward.shape[1:])).float()  # of no rows, -1 would be anything
     if len(rewards) != len(mask):
         raise ValueError(f"rewards of {len(rewards)} rows, and a mask of {len(mask)}.")
     ends = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
