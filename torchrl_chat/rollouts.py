@@ -275,7 +275,7 @@ def extracted(answer: Any) -> str | None:
     extracts nothing, which is in the messages) is told from others by its beginning and a digest.
 
     Example:
-        >>> extracted("x" * 5000)[-40:]
+        >>> extracted("x" * 5000)[-39:]
         '... (5000 characters, 77831c42f099d1a1)'
     """
     if not isinstance(answer, str) or not answer:
