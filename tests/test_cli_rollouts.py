@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from torchrl_chat.cli.eval_stats import Figures
-from torchrl_chat.cli.eval_summary import as_table
 from torchrl_chat.cli.main import main
+from torchrl_chat.evaluation.figures import Figures
+from torchrl_chat.evaluation.summary import as_table
 from torchrl_chat.rewards.tasks import TASKS
 
 BARE = {"response": "it is 42", "answer": "42"}

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from torchrl_chat import Budget, DatasetChatEnv, GSM8KEnv, NumberVerifier, RewardTransform, UserSimulator, columns
 from torchrl_chat.cli import grade
-from torchrl_chat.cli.eval_run import DatasetRun, finished
-from torchrl_chat.cli.eval_stats import (
+from torchrl_chat.cli.main import main
+from torchrl_chat.evaluation.figures import (
     Figures,
     bootstrap_interval,
     clustered_error,
@@ -32,8 +32,8 @@ from torchrl_chat.cli.eval_stats import (
     share_interval,
     wilson,
 )
-from torchrl_chat.cli.eval_summary import summed_up
-from torchrl_chat.cli.main import main
+from torchrl_chat.evaluation.playing import DatasetRun, finished
+from torchrl_chat.evaluation.summary import summed_up
 from torchrl_chat.rollouts import extracted, read_rollouts
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 
@@ -468,8 +468,9 @@ def test_ctrl_c_sums_up_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     "module",
     [
-        f"cli.eval{name}"
-        for name in ("_summary", "_page", "_pairing", "_pairs", "_plan", "_report", "_rescore", "_stats")
+        *(f"evaluation{name}" for name in ("", ".figures", ".page", ".pairs", ".report", ".runs", ".summary")),
+        "cli.eval_plan",
+        "cli.eval_rescore",
     ],
 )
 def test_docstring_examples(module):

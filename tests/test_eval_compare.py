@@ -11,9 +11,9 @@ from eval_runs import answers, episode, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_chat.cli.eval_pairing import paired, read_runs
-from torchrl_chat.cli.eval_report import report
 from torchrl_chat.cli.main import main
+from torchrl_chat.evaluation.report import report
+from torchrl_chat.evaluation.runs import paired, read_runs
 from torchrl_chat.rollouts import read_rollouts
 
 HOSTILE = "<script>document.title='hit'</script> & \ud83d"

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from torchrl_chat.cli.eval_pairs import answers_needed, compared, detectable, mcnemar, questions_needed
-from torchrl_chat.cli.eval_stats import bootstrap_interval, majority_at_k, wilson
+from torchrl_chat.evaluation.figures import bootstrap_interval, majority_at_k, wilson
+from torchrl_chat.evaluation.pairs import answers_needed, compared, detectable, mcnemar, questions_needed
 
 COUNT = st.integers(0, 60)
 

@@ -630,7 +630,7 @@ class TestCommandLine:
         assert main(command) == 2
 
     def test_eval_goes_on_with_generated_rows(self, tmp_path):
-        from torchrl_chat.cli.eval_run import DatasetRun
+        from torchrl_chat.evaluation.playing import DatasetRun
 
         made = iter(range(100))
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from torchrl_chat.cli import eval_compare, eval_curve, eval_rescore
 from torchrl_chat.cli.eval_plan import single_runs
-from torchrl_chat.cli.eval_summary import as_table, summed_up
 from torchrl_chat.cli.eval_tasks import make_env, make_policy
 from torchrl_chat.endpoint import HIDDEN, shown_url
+from torchrl_chat.evaluation.summary import as_table, summed_up
 from torchrl_chat.files import plain_name, replacing
 from torchrl_chat.gallery import check_name, guide
 from torchrl_chat.options import TEMPLATE_HELP, both_spellings, device, named_values, number, whole
@@ -232,7 +232,7 @@ def _policies() -> Iterator[Any]:
 
 def _played(arguments: argparse.Namespace, policy_of: Any) -> tuple[int, dict[str, Any] | None]:
     """Play one dataset with one model; the exit code, and the summary if there is an answer."""
-    from torchrl_chat.cli.eval_run import DatasetRun
+    from torchrl_chat.evaluation.playing import DatasetRun
     from torchrl_chat.recipes.progress import Progress
 
     folder = arguments.out

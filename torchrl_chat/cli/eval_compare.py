@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchrl_chat.cli.eval_pairing import Run, read_runs
-from torchrl_chat.cli.eval_report import as_text, report
+from torchrl_chat.evaluation.report import as_text, report
+from torchrl_chat.evaluation.runs import Run, read_runs
 from torchrl_chat.files import replacing
 from torchrl_chat.options import whole
 
@@ -79,7 +79,7 @@ def show_runs(
     """Print what some runs come to, and write the page where one is asked for.
 
     Args:
-        paths: as for :func:`~torchrl_chat.cli.eval_pairing.read_runs`.
+        paths: as for :func:`~torchrl_chat.evaluation.runs.read_runs`.
         arguments: with ``html``, ``examples`` and ``json``.
 
     Keyword Args:
@@ -99,7 +99,7 @@ def _show(
 ) -> None:
     made = report(runs, examples=arguments.examples, **options)
     if arguments.html is not None:
-        from torchrl_chat.cli.eval_page import as_page
+        from torchrl_chat.evaluation.page import as_page
 
         arguments.html.parent.mkdir(parents=True, exist_ok=True)
         with replacing(arguments.html) as file:

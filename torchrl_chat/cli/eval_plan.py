@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchrl_chat.cli.eval_pairing import tails
 from torchrl_chat.endpoint import shown_url
+from torchrl_chat.evaluation.runs import tails
 
 
 def single_runs(arguments: argparse.Namespace, folder: Path) -> list[argparse.Namespace]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_chat import rewards
-from torchrl_chat.cli.eval_pairing import settings_beside, shown
-from torchrl_chat.cli.eval_stats import Figures
-from torchrl_chat.cli.eval_summary import as_table
 from torchrl_chat.cli.grade import answer_of, verifier_of
+from torchrl_chat.evaluation.figures import Figures
+from torchrl_chat.evaluation.runs import settings_beside, shown
+from torchrl_chat.evaluation.summary import as_table
 from torchrl_chat.files import replacing
 from torchrl_chat.named import is_name, named
 from torchrl_chat.options import named_values, number, whole

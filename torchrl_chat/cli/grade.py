@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from torchrl_chat.cli.eval_stats import wilson
+from torchrl_chat.evaluation.figures import wilson
 from torchrl_chat.options import named_values, number, whole
 from torchrl_chat.rewards.tasks import TASKS, Task
 

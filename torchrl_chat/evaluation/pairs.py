@@ -2,7 +2,7 @@
 
 Paired: a question that is hard for one model is mostly hard for the other, so what counts is where they differ, question by
 question; two intervals of two accuracies know nothing of that, and decide later. Answers to one question are a cluster
-(as in :mod:`torchrl_chat.cli.eval_stats`). Numbers in, numbers out: no files here, and no torch.
+(as in :mod:`torchrl_chat.evaluation.figures`). Numbers in, numbers out: no files here, and no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torchrl_chat.cli.eval_stats import bootstrap_interval
+from torchrl_chat.evaluation.figures import bootstrap_interval
 
 ALPHA = 0.05
 """How often a difference may be found where there is none."""

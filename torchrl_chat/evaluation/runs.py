@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchrl_chat.cli.eval_stats import Figures
+from torchrl_chat.evaluation.figures import Figures
 
 IDS = ("id", "ID", "task_id", "unique_id", "question_id", "problem_id", "Record ID")
 """Columns that name a question, where each question has another value there."""

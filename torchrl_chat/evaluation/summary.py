@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchrl_chat.cli.eval_stats import Figures
+from torchrl_chat.evaluation.figures import Figures
 
 
 def summed_up(path: Path, limit: int | None = None, samples: int | None = None) -> dict[str, Any]:

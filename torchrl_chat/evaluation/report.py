@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torchrl_chat.cli.eval_pairing import Question, Run, paired, shown
-from torchrl_chat.cli.eval_pairs import compared
+from torchrl_chat.evaluation.pairs import compared
+from torchrl_chat.evaluation.runs import Question, Run, paired, shown
 
 VERSION = 1
 """Of the object; it changes when a key changes its meaning."""
@@ -22,7 +22,7 @@ def report(
     """Compare runs with the first of them, task by task.
 
     Args:
-        runs: what :func:`~torchrl_chat.cli.eval_pairing.read_runs` found.
+        runs: what :func:`~torchrl_chat.evaluation.runs.read_runs` found.
 
     Keyword Args:
         metric: what their values are.
@@ -31,7 +31,7 @@ def report(
 
     Returns:
         ``"runs"``: of each its name, its path and the summary of each task; ``"comparisons"``: of each run with the first, in each
-        task and in all of them together (``"task": None``), what :class:`~torchrl_chat.cli.eval_pairs.Paired` has, and
+        task and in all of them together (``"task": None``), what :class:`~torchrl_chat.evaluation.pairs.Paired` has, and
         ``"slices"``, ``"only_first"``, ``"only_second"``, ``"reworded"``, ``"other_reference"``, ``"repeated"``, on how many questions it
         is ``"ahead"`` and ``"behind"``, with ``"examples"``; ``"steps"``: where the
         models are checkpoints of one training run, their steps; ``"notes"``: what a reader has to know.

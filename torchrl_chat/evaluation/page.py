@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from torchrl_chat.cli.eval_report import interval_text, p_of, power, verdict
+from torchrl_chat.evaluation.report import interval_text, p_of, power, verdict
 
 
 def as_page(report: Mapping[str, Any]) -> str:
     """The page of a report.
 
     Args:
-        report: what :func:`~torchrl_chat.cli.eval_report.report` returned.
+        report: what :func:`~torchrl_chat.evaluation.report.report` returned.
 
     Example:
         >>> page = as_page({"runs": [], "comparisons": [], "steps": None, "notes": ["<none>"], "metric": "success"})
