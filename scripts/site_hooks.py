@@ -79,7 +79,9 @@ def of_action(action: argparse.Action) -> tuple[str, str] | None:
     """An option as it is written, and its help; ``None`` where the help does not show it."""
     if action.help == argparse.SUPPRESS or isinstance(action, argparse._SubParsersAction | argparse._HelpAction):
         return None
-    written = ", ".join(f"`{option} {value}`" if (value := value_of(action)) else f"`{option}`" for option in action.option_strings)
+    written = ", ".join(
+        f"`{option} {value}`" if (value := value_of(action)) else f"`{option}`" for option in action.option_strings
+    )
     text = " ".join((action.help or "").split()).replace("%%", "%")
     default = action.default
     if "default" not in text and default not in (None, argparse.SUPPRESS, [], "") and not isinstance(default, bool):

@@ -18,6 +18,8 @@ import re
 import runpy
 import shlex
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,10 @@ from typing import NamedTuple
 import pytest
 
 import torchrl_chat
+from torchrl_chat import ChatTemplate
+from torchrl_chat.openenv import ChatEnvironment, create_app
+from torchrl_chat.openenv.server import make_server
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -58,7 +64,9 @@ def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text()
     for found in FENCE.finditer(text):
         inside = re.sub(rf"^{found[1]}", "", found[4], flags=re.MULTILINE)
-        yield Block(found[2], set(re.findall(r"\.([\w-]+)", found[3])), inside, text[: found.start()].count("\n") + 1)
+        yield Block(
+            found[2], set(re.findall(r"\.([\w-]+)", found[3])), inside, text[: found.start()].count("\n") + 1
+        )
 
 
 def python_pages() -> Iterator:
@@ -80,7 +88,9 @@ def test_the_python_of_a_page_runs(page, code, tmp_path, monkeypatch):
         exec(compile("\n" * block.line + block.text, name_of(page), "exec"), scope)
 
 
-@pytest.mark.parametrize("block", [b for b in blocks(README) if b.language == "python"], ids=lambda b: f"line{b.line}")
+@pytest.mark.parametrize(
+    "block", [b for b in blocks(README) if b.language == "python"], ids=lambda b: f"line{b.line}"
+)
 def test_the_python_of_the_readme_runs(block, tmp_path, monkeypatch):
     """Each block by itself: it is what people copy first."""
     monkeypatch.chdir(tmp_path)
@@ -210,13 +220,19 @@ def test_what_is_no_command_is_found(words):
 
 
 # ---------------------------------------------------------------------- docstrings
-ELSEWHERE = {"torchrl_chat.policies.vllm_worker": "vllm"}
-"""Modules that cannot be imported without a package that this environment does not have."""
+NOT_HERE = {
+    "torchrl_chat.distributed.collector": "starts a cluster; docs/train/scaling.md runs it in make test-all",
+    "torchrl_chat.policies.vllm": "vLLM has an environment of its own, and tests/test_vllm.py",
+    "torchrl_chat.policies.vllm_worker": "imports vLLM",
+    "torchrl_chat.policies.wrappers": "one of its classes is vLLM's",
+    "torchrl_chat.smollm2": "downloads a model",
+}
+"""Modules with an example that is not run here, and why."""
 
 
 def modules() -> Iterator[str]:
     for found in pkgutil.walk_packages(torchrl_chat.__path__, "torchrl_chat."):
-        if not found.name.endswith("__main__") and found.name not in ELSEWHERE:
+        if not found.name.endswith(("__main__", "vllm_worker")):
             yield found.name
 
 
@@ -234,8 +250,22 @@ def own_names(module) -> dict:
 ROOMS = sorted({name.split(".")[1] for name in modules()})
 
 
+@pytest.fixture(scope="module")
+def url():
+    """A chat server, for the examples of clients."""
+    app = create_app(functools.partial(ChatEnvironment, ChatTemplate(tiny_tokenizer(TEXT_ALPHABET))), loopback=True)
+    server = make_server(app, port=0, grace_seconds=2)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+
+
 @pytest.mark.parametrize("room", ROOMS)
-def test_docstring_examples_run(room, tmp_path, monkeypatch):
+def test_docstring_examples_run(room, tmp_path, monkeypatch, request):
     """Each by itself: it has what its module defines, and what it imports."""
     monkeypatch.chdir(tmp_path)
     finder, wrong = doctest.DocTestFinder(exclude_empty=True), []
@@ -247,6 +277,10 @@ def test_docstring_examples_run(room, tmp_path, monkeypatch):
             if not example.examples:
                 continue
             example.globs = {**own_names(module), "__name__": name}
+            if room == "openenv":
+                example.globs["url"] = request.getfixturevalue("url")
+            if any(doctest.SKIP in part.options for part in example.examples):
+                assert name in NOT_HERE, f"{example.name} is not run: why?"
             runner, said = doctest.DocTestRunner(verbose=False), io.StringIO()
             if runner.run(example, out=said.write).failed:
                 wrong.append(said.getvalue())

@@ -24,6 +24,7 @@ def setting(default: Any, text: str) -> Any:
     """A field with a default and a line for ``--help``.
 
     Example:
+        >>> from dataclasses import dataclass
         >>> @dataclass
         ... class Config(RunConfig):
         ...     clip: float = setting(0.2, "how far the ratio may go")
