@@ -10,6 +10,7 @@ import ast
 import contextlib
 import doctest
 import functools
+import html.parser
 import importlib.util
 import io
 import json
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 import torchrl_chat
 from torchrl_chat import ChatTemplate
@@ -38,7 +41,6 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FILES = "https://github.com/torchrl-chat/torchrl_chat/blob/main/"
 IMAGES = "https://raw.githubusercontent.com/torchrl-chat/torchrl_chat/main/"
-SITE = "https://torchrl-chat.github.io/torchrl_chat/"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -121,7 +123,7 @@ def commands_of(text: str) -> Iterator[list[str]]:
 
 
 def shell_blocks() -> Iterator:
-    for page in [*PAGES, README, *sorted(ROOT.glob("*.md"))]:
+    for page in [*PAGES, *sorted(ROOT.glob("*.md"))]:
         for block in blocks(page):
             if block.language in ("bash", "sh", "console", "shell"):
                 yield pytest.param(block.text, id=f"{name_of(page)}, line {block.line}")
@@ -139,7 +141,8 @@ def refuse(parser: argparse.ArgumentParser, words: list[str]) -> None:
         with contextlib.redirect_stderr(said):
             _, left = parser.parse_known_args(words)
     except SystemExit as ended:
-        assert not ended.code, f"{' '.join(words)}: {said.getvalue()}"  # --help ends, too
+        if ended.code:  # --help ends without one
+            pytest.fail(f"{' '.join(words)}: {said.getvalue()}")
         return
     assert not left, f"{' '.join(words)}: {left}"
 
@@ -285,3 +288,107 @@ def test_docstring_examples_run(room, tmp_path, monkeypatch, request):
             if runner.run(example, out=said.write).failed:
                 wrong.append(said.getvalue())
     assert not wrong, "\n".join(wrong)
+
+
+# ---------------------------------------------------------------------- the site
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built as ``make docs`` builds it: every warning (a link to nowhere, a page in no menu) is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("NO_MKDOCS_2_WARNING", "1")
+        config = load_config("mkdocs.yml", site_dir=str(folder), strict=True)
+        build(config)
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """The ids of a page, its links, and what it loads."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids.add(given.get("id") or "")
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        elif tag in ("script", "img", "source", "iframe"):
+            self.loaded.append(given.get("src") or "")
+        elif tag == "link" and given.get("rel") in ("stylesheet", "icon", "preload"):
+            self.loaded.append(given.get("href") or "")
+
+
+def test_the_site_is_whole(site):
+    pages = {path: Page(path.read_text()) for path in site.rglob("index.html")}
+    assert len(pages) == len(PAGES)
+    for path, page in pages.items():
+        for target in page.loaded:
+            assert "://" not in target, f"{path}: {target} is loaded from elsewhere"
+            assert not target or target.startswith("data:") or (path.parent / target).resolve().exists(), target
+        for link in page.links:
+            if "://" in link:
+                continue
+            file, _, anchor = link.partition("#")
+            there = (path.parent / file).resolve() if file else path
+            found = pages[there / "index.html" if there.is_dir() else there]
+            assert not anchor or anchor.startswith("__") or anchor in found.ids, f"{path}: {link}"
+    text = "".join(path.read_text() for path in pages)
+    assert "api.github.com" not in text
+
+    api = set().union(*(page.ids for path, page in pages.items() if "api" in path.parts))
+    for page in (ROOT / "docs" / "reference" / "api").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+            for public in getattr(importlib.import_module(name), "__all__", ()):
+                there = {f"{name}.{public}", f"{name}.{public.lower()}"}
+                home = getattr(getattr(importlib.import_module(name), public), "__module__", None)
+                assert api & {*there, f"{home}.{public}"}, f"the API pages lack {name}.{public}"
+
+    commands = (site / "reference" / "cli" / "index.html").read_text()
+    assert all(f">{name}<" in commands for name in parsers())
+
+
+# ---------------------------------------------------------------------- what points out of a page
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=name_of)
+def test_links_into_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        for prefix in (FILES, IMAGES):
+            if target.startswith(prefix):
+                assert (ROOT / target.removeprefix(prefix).partition("#")[0]).exists(), target
+        if "://" not in target and page.parent == ROOT:
+            assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_the_readme_stands_alone_on_a_package_index():
+    text = README.read_text()
+    assert text.count("\n") < 130
+    assert "`make train`" in text
+    assert "`make test`" in text
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        assert target.startswith("https://"), target  # a relative link leads nowhere there
+
+
+def test_every_environment_variable_is_told():
+    told = (ROOT / "docs" / "reference" / "environment-variables.md").read_text()
+    read = set()
+    for path in (
+        *(ROOT / "torchrl_chat").rglob("*.py"),
+        *(ROOT / "tests").glob("*.py"),
+        ROOT / "scripts" / "environment.py",
+    ):
+        found = re.findall(
+            r"environ(?:\.get\(|\.setdefault\(|\[)\s*f?[\"'](\w+)|getenv\([\"'](\w+)", path.read_text()
+        )
+        names = {a or b for a, b in found}
+        read |= (
+            names
+            if "torchrl_chat" in path.parts[-3:] or path.is_relative_to(ROOT / "torchrl_chat")
+            else {name for name in names if name.startswith("TORCHRL_CHAT_")}
+        )
+    read -= {"PATH"}  # everybody's
+    assert not {name for name in read if name not in told}

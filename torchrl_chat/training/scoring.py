@@ -210,7 +210,7 @@ def of_columns(
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
         >>> view = training_view(play(env, policy), layout="padded")
-        >>> view["advantage"] = torch.ones(len(view))
+        >>> view["advantage"] = torch.ones_like(view["log_probs"].full)
         >>> own = {"advantage": view["advantage"], "share": token_shares(scored(view))}
         >>> loss = of_columns(lambda scores, own, mask: -(scores.log_probs * own["advantage"] * own["share"]).sum(), own)
         >>> sequence_log_probs(model, view, loss=loss).loss.backward()
