@@ -6,7 +6,7 @@ ENVIRONMENT := $(PYTHON) scripts/environment.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py
 
-.PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm environment peers clean
+.PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm docs environment peers clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do printf 'make %-10s %s\n' "$$name" "$$does"; done
@@ -64,6 +64,9 @@ vllm:  ## vLLM on the CPU, in an environment of its own
 	$(ENVIRONMENT) vllm
 	$(VLLM) -m "vllm and not full"
 
+docs: environment  ## the documentation as a site, in site/; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 environment:
 	@$(ENVIRONMENT) main
 
@@ -80,4 +83,4 @@ peers: .openenv/repo
 
 # The packages themselves stay in the cache (see scripts/environment.py), which may be deleted at any time.
 clean:  ## remove what the commands above made in this folder
-	rm -rf .venv .venv-vllm .openenv .agents .trl build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .openenv .agents .trl site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,6 +60,6 @@ def jsonl(path: Path) -> list[dict]:
 
 def documented_metrics() -> tuple[set[str], set[str]]:
     """The names of the table of metrics in the docs, and those of them that the line of a run tells."""
-    text = (ROOT / "docs" / "recipes.md").read_text().split("## Metrics")[1].split("\n## ")[0]
+    text = (ROOT / "docs" / "reference" / "runs.md").read_text().split("## Metrics")[1].split("\n## ")[0]
     cells = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith(("| `", "| **`")))
     return set(re.findall(r"`(\w+)`", cells)), set(re.findall(r"\*\*`(\w+)`\*\*", cells))

@@ -111,7 +111,7 @@ def test_what_arrives_is_what_one_environment_plays(gate, mode):
 
 
 def test_first_episodes_are_dropped_by_the_collector(gate):
-    """torchrl's collectors reset once to see what comes, and play from another reset: documented in scaling.md."""
+    """torchrl's collectors reset once to see what comes, and play from another reset: documented in docs/train/scaling.md."""
     gate.open.set()
     collector = collect(gate, "tokens", turns=ENVS)
     first = list(collector)

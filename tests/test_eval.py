@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import itertools
 import json
 import os
@@ -473,18 +471,3 @@ def test_ctrl_c_sums_up_what_there_is(tmp_path):
     assert "not played" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["episodes"] == len(episodes_of(tmp_path)) == 400 - summary["missing"]
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        *(f"evaluation{name}" for name in ("", ".figures", ".page", ".pairs", ".report", ".runs", ".summary")),
-        "cli.eval_plan",
-        "cli.eval_rescore",
-    ],
-)
-def test_docstring_examples(module):
-    found = importlib.import_module(f"torchrl_chat.{module}")
-    outcome = doctest.testmod(found)
-    assert outcome.attempted > 0
-    assert outcome.failed == 0

@@ -293,10 +293,14 @@ def test_what_is_not_to_be_had_is_refused_in_a_sentence(session, what):
 
 
 def test_every_refused_key_stands_in_the_documentation():
-    text = (Path(__file__).parent.parent / "docs" / "gateway.md").read_text().partition("## Refusals")[2]
+    text = (
+        (Path(__file__).parent.parent / "docs" / "refused.md")
+        .read_text()
+        .partition("## Agents and their requests")[2]
+    )
     for key in [*_REFUSED, "tool_choice", "response_format", "top_logprobs", "modalities", "messages", "tools"]:
         assert f"`{key}`" in text, key
-    matching = (Path(__file__).parent.parent / "docs" / "gateway.md").read_text()
+    matching = (Path(__file__).parent.parent / "docs" / "agent" / "index.md").read_text()
     assert all(f"| {name} |" in matching for name in RULES if name.startswith("A"))
 
 

@@ -346,16 +346,6 @@ def test_other_parts_are_described():
     assert _text_of(CallToolResult(content=[], structured_content={"a": 1})) == '{"a": 1}'
 
 
-def test_docstring_example():
-    import doctest
-
-    import torchrl_chat.tools.mcp as module
-
-    result = doctest.testmod(module)
-    assert result.attempted
-    assert not result.failed
-
-
 def test_calls_that_wait_for_a_dead_server_fail_together(make, tmp_path):
     gone = tmp_path / "gone"
     script = f"import os, sys, time\nif os.path.exists({str(gone)!r}): time.sleep(60)\n"

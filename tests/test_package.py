@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 import subprocess
@@ -80,28 +79,6 @@ def printed(*commands: tuple[str, ...]) -> list[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split("\f")
-
-
-def test_readme_example_runs(tmp_path):
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    files = [tmp_path / f"block_{k}.py" for k in range(len(blocks))]
-    for file, block in zip(files, blocks, strict=True):
-        file.write_text(block)
-    assert len(printed(*((str(file),) for file in files))) == len(blocks)
-
-
-@pytest.mark.parametrize(
-    "module", ["messages", "rewards.numbers", "rewards.gsm8k", "conversation.transcript", "named"]
-)
-def test_docstring_examples(module):
-    import torch
-
-    loaded = __import__(f"torchrl_chat.{module}", fromlist=["x"])
-    result = doctest.testmod(loaded, extraglobs={"torch": torch})
-    assert result.attempted
-    assert not result.failed
 
 
 class TestMessages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import doctest
 import json
 import logging
 import pickle
@@ -13,7 +12,6 @@ import pytest
 from tensordict import TensorDict
 
 from torchrl_chat import ChatEnv, DatasetChatEnv, Grader, UserSimulator, columns, play
-from torchrl_chat import endpoint as endpoint_module
 from torchrl_chat.endpoint import HIDDEN, Secrets, shown_url, without_login
 from torchrl_chat.policies.endpoint import EndpointPolicy
 from torchrl_chat.rewards import Episode, LLMJudge
@@ -235,9 +233,3 @@ class TestShown:
         assert main(["eval", "--resume", str(out), "--endpoint", url]) == 0
         shown = capsys.readouterr()
         assert not secret(shown.out + shown.err)
-
-
-def test_docstring_examples():
-    result = doctest.testmod(endpoint_module)
-    assert result.attempted
-    assert not result.failed

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
-import doctest
 import enum
-import importlib
 import json
 import pickle
 import subprocess
@@ -784,21 +782,3 @@ def test_the_room_knows_no_torch():
     code = "import sys; from torchrl_chat.tools import *; print({'torch', 'torchrl', 'transformers', 'mcp'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "_loop",
-        "tools.arguments",
-        "tools.function",
-        "tools.results",
-        "tools.shapes",
-        "tools.threads",
-        "tools.toolbox",
-    ],
-)
-def test_docstring_examples(module):
-    result = doctest.testmod(importlib.import_module(f"torchrl_chat.{module}"))
-    assert result.attempted
-    assert not result.failed

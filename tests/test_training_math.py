@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
 
 from torchrl_chat.training import (
     gae,
@@ -382,14 +381,3 @@ class TestKLEstimate:
             kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
         with pytest.raises(ValueError, match=r"\(2,\)"):
             kl_estimate(torch.zeros(1), torch.zeros(2))
-
-
-@pytest.mark.parametrize("module", ["advantages", "losses", "totals"])
-def test_docstring_examples(module):
-    import doctest
-
-    loaded = __import__(f"torchrl_chat.training.{module}", fromlist=["x"])
-    names = {"torch": torch, "TensorDict": TensorDict}
-    result = doctest.testmod(loaded, extraglobs=names)
-    assert result.attempted
-    assert not result.failed

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import doctest
-import importlib
 import pickle
 import threading
 import time
@@ -304,13 +302,3 @@ class TestEndpointUser:
         monkeypatch.setitem(__import__("sys").modules, "openai", None)
         with pytest.raises(ImportError, match=r"torchrl_chat\[openai\]"):
             EndpointUser("m", "http://127.0.0.1:1/v1")
-
-
-@pytest.mark.parametrize("module", ["user", "user_models"])
-def test_docstring_examples(module):
-    pytest.importorskip("openai")
-    loaded = importlib.import_module(f"torchrl_chat.transforms.{module}")
-    known = {"tokenizer": bpe_tokenizer(), "DatasetChatEnv": DatasetChatEnv}
-    result = doctest.testmod(loaded, extraglobs=known)
-    assert result.attempted
-    assert not result.failed

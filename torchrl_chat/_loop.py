@@ -105,6 +105,7 @@ class LoopThread:
         quick: whether ``uvloop`` runs it, where that is installed: for loops with many sockets.
 
     Example:
+        >>> import asyncio
         >>> loop = LoopThread()
         >>> loop.run(asyncio.sleep(0, "done"))
         'done'

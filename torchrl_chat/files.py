@@ -20,6 +20,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         path: the file; where there is one already, its mode is kept.
 
     Example:
+        >>> from pathlib import Path
         >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "numbers"
         >>> with replacing(target) as file:

@@ -219,6 +219,7 @@ def make_env(
         DatasetError: there are no rows; the text says what to give.
 
     Example:
+        >>> from torchrl_chat import tiny
         >>> env = make_env("digits", tokenizer=tiny.tiny_tokenizer(), input_mode="tokens", num_envs=2)
         >>> env.batch_size
         torch.Size([2])

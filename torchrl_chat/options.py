@@ -111,6 +111,7 @@ def both_spellings(parser: argparse.ArgumentParser) -> None:
     """Take every option with underscores in the place of its hyphens, too; the help shows one spelling.
 
     Example:
+        >>> import argparse
         >>> parser = argparse.ArgumentParser()
         >>> _ = parser.add_argument("--max-new-tokens", type=int)
         >>> both_spellings(parser)
@@ -127,6 +128,7 @@ def show_one_spelling(parser: argparse.ArgumentParser) -> None:
     """Of options that are taken in two spellings, show the one with hyphens in the help.
 
     Example:
+        >>> import argparse
         >>> parser = argparse.ArgumentParser()
         >>> _ = parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int)
         >>> show_one_spelling(parser)

@@ -37,6 +37,8 @@ class TokenPieces:
         tokenizer: a Hugging Face tokenizer or processor.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> pieces = TokenPieces(tokenizer)(tokenizer.encode("12 + 30"))
         >>> "".join(pieces.texts)
         '12 + 30'

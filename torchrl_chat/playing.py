@@ -49,6 +49,11 @@ def play(
         ValueError: ``max_turns`` is not positive, or the rewards of two turns have different shapes.
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> finished = play(env, policy)
         >>> [transcript.messages[-1]["role"] for transcript in finished["transcript"]]
         ['assistant']

@@ -64,7 +64,8 @@ class Poster:
 
     Example:
         >>> poster = Poster("http://localhost:8000/inference/v1/generate", {"Authorization": "Bearer k"})
-        >>> await poster.post({"token_ids": [1, 2, 3]})
+        >>> reply = poster.post({"token_ids": [1, 2, 3]})  # await it
+        >>> reply.close()
     """
 
     def __init__(

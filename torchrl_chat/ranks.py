@@ -104,6 +104,7 @@ def backend_of(device: torch.device) -> str:
     """What processes with such devices talk through; plain data goes between CPUs.
 
     Example:
+        >>> import torch
         >>> backend_of(torch.device("cuda", 1))
         'cpu:gloo,cuda:nccl'
     """

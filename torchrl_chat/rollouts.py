@@ -1,6 +1,6 @@
 """The rollout file: JSONL, a finished episode a line, written by training and evaluation, read by whoever looks at them.
 
-The format is documented in ``docs/rollouts.md``. A line is written as a whole, so a process that is killed leaves at most
+The format is documented in ``docs/reference/rollouts.md``. A line is written as a whole, so a process that is killed leaves at most
 one broken line, the last; readers drop it, and the next writer cuts it off. Nothing in an episode can make a line
 that is not JSON: numbers that JSON lacks (NaN, infinities) become ``null``, half a surrogate pair is escaped, and
 an object that JSON does not know is spelled as text.
@@ -72,7 +72,12 @@ def episodes(
         ValueError: there are not as many ``ids`` as episodes, or a stream has not as many numbers as a sequence sampled tokens.
 
     Example:
-        >>> [episode] = episodes(env.rollout(1, policy)[..., -1], tokenizer)
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> [episode] = episodes(play(env, policy), tokenizer)
         >>> episode["version"], episode["stop"]
         (1, 'running')
     """
@@ -166,7 +171,12 @@ def write_rollouts(
         OSError: the file cannot be written.
 
     Example:
-        >>> write_rollouts(folder / "rollouts.jsonl", play(env, policy), tokenizer, metadata={"step": 3})
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> write_rollouts("rollouts.jsonl", play(env, policy), tokenizer, metadata={"step": 3})
         1
     """
     lines = [as_line(episode) for episode in episodes(td_next, tokenizer, **options)]
@@ -232,8 +242,14 @@ def read_rollouts(
         OSError: there is no such file.
 
     Example:
-        >>> [episode["success"] for episode in read_rollouts("rollouts.jsonl")]  # doctest: +SKIP
-        [True, False]
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, write_rollouts
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> _ = write_rollouts("read.jsonl", play(env, policy), tokenizer)
+        >>> [episode["success"] for episode in read_rollouts("read.jsonl")]
+        [None]
     """
     if on_error not in ("warn", "raise"):
         raise ValueError(f"on_error={on_error!r}: expected 'warn' or 'raise'.")
@@ -323,6 +339,7 @@ def runs(mask: torch.Tensor) -> list[list[int]]:
     """The stretches where a mask is true, as ``[start, end)``.
 
     Example:
+        >>> import torch
         >>> runs(torch.tensor([False, True, True, False, True]))
         [[1, 3], [4, 5]]
     """

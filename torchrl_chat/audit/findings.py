@@ -89,11 +89,13 @@ def audit(
         BrokenTemplateError: it is no valid Jinja.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> report = audit(tokenizer)
         >>> report["user_turns"].status
         <Status.PROVED: 'proved'>
-        >>> [token.text for token in report["user_turns"].tail][:3]
-        ['<|im_end|>', '\\n', '<|im_start|>']
+        >>> [token.text for token in report["user_turns"].tail][:2]
+        ['<|end|>', '<|user|>']
     """
     options = {"chat_template": chat_template, "parse_tool_calls": True, **template_kwargs}
     tools = list(tools or [TOOL])

@@ -120,10 +120,14 @@ class Report:
     """All that an audit found; :meth:`as_dict` is its JSON form.
 
     Example:
+        >>> import json
+        >>> from torchrl_chat.audit import audit
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> report = audit(tokenizer)
         >>> report.proved, report["user_turns"].mode
         (True, 'compiled')
-        >>> json.dumps(report.as_dict())
+        >>> text = json.dumps(report.as_dict())
     """
 
     schema: int

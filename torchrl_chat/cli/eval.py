@@ -39,7 +39,7 @@ Play every row of a dataset, grade the answers as in training, and sum up: accur
   torchrl-chat eval curve TRAINING_RUN    # all checkpoints of a training run
 
 Written to the output folder: config.json, dataset.json (what tells the rows from others; generated ones themselves),
-rollouts.jsonl (an episode a line, see docs/rollouts.md) and summary.json; of several models or tasks, a folder MODEL/TASK each.
+rollouts.jsonl (an episode a line, see docs/reference/rollouts.md) and summary.json; of several models or tasks, a folder MODEL/TASK each.
 Every episode is in the file as soon as its batch is graded. A run that was ended, by Ctrl-C or by kill -9, goes on
 where it was: give the same --out again, or --resume FOLDER without anything else. Requests to an endpoint that failed
 are made again then. --limit and --samples may be raised, and --batch changed; anything else is another evaluation.

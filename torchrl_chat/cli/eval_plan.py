@@ -23,6 +23,8 @@ def single_runs(arguments: argparse.Namespace, folder: Path) -> list[argparse.Na
         ValueError: the lists do not fit one another.
 
     Example:
+        >>> import argparse
+        >>> from pathlib import Path
         >>> given = argparse.Namespace(dataset=["digits", "sums"], model=["a/x", "a/y"], data=None, endpoint=None)
         >>> [(one.dataset, one.model, str(one.out)) for one in single_runs(given, Path("runs"))][:2]
         [('digits', 'a/x', 'runs/x/digits'), ('sums', 'a/x', 'runs/x/sums')]

@@ -31,7 +31,7 @@ Then, with the token that it says (or your own, --token or TORCHRL_CHAT_TOKEN):
 
 or with --implicit, where every address /s/NAME/v1 is a session from its first request on, and whoever comes first chooses its key.
 Settings of sampling are this command's, not the agents': their temperature is not looked at unless --allow says so. What is not
-supported is refused in a sentence; docs/gateway.md lists it all.
+supported is refused in a sentence; docs/refused.md lists it all.
 
 It listens on this machine only unless --host says otherwise. Ctrl-C and SIGTERM finish the open sessions and write them."""
 

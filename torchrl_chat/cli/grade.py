@@ -197,7 +197,7 @@ def _task_of(rows: list[Any]) -> str:
 
 
 def _is_rollout(row: Any) -> bool:
-    """Whether a row is an episode of a rollout file (see ``docs/rollouts.md``)."""
+    """Whether a row is an episode of a rollout file (see ``docs/reference/rollouts.md``)."""
     return isinstance(row, dict) and isinstance(row.get("messages"), list) and {"version", "stop"} <= row.keys()
 
 

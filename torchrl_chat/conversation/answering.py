@@ -42,6 +42,14 @@ def answer(
         ChatTemplateError: without ``errors``: the answer cannot be read.
 
     Example:
+        >>> import torch
+        >>> from torchrl_chat import ChatTemplate
+        >>> from torchrl_chat.conversation import Transcript, Turn
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> template = ChatTemplate(tokenizer)
+        >>> messages = [{"role": "user", "content": "2 + 2?"}]
+        >>> transcript = Transcript.start(template.render(messages), messages)
         >>> [transcript] = answer([transcript], [Turn(ids=torch.tensor([19, 2]))], template)
     """
     found: Errors = {} if errors is None else errors

@@ -21,6 +21,12 @@ class Limits:
         ValueError: a limit is not positive.
 
     Example:
+        >>> from torchrl_chat import ChatTemplate, Transcript
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> template = ChatTemplate(tokenizer)
+        >>> messages = [{"role": "user", "content": "2 + 2?"}]
+        >>> transcript = Transcript.start(template.render(messages), messages)
         >>> Limits(max_turn_tokens=64).tokens_left(transcript, template)
         64
     """

@@ -156,6 +156,7 @@ class Transcript:
     """The ledger of one conversation. Build one with :meth:`start`; a transcript never changes.
 
     Example:
+        >>> import torch
         >>> t = Transcript.start([1, 2, 3], ({"role": "user", "content": "Hi"},))
         >>> answer = {"role": "assistant", "content": "Hello"}
         >>> t = t.sampled(torch.tensor([7, 8]), torch.tensor([-0.5, -0.1]), answer, ended=True)

@@ -25,6 +25,7 @@ class Turn:
     """What the policy did in one row: the ids that it sampled, or a text that is tokenized when it enters the ledger.
 
     Example:
+        >>> import torch
         >>> turn = Turn(ids=torch.tensor([19, 2]), log_probs=torch.tensor([-0.5, -0.1]), finish_reason="stop")
     """
 
@@ -158,6 +159,7 @@ def bad_log_probs(
         for each row the reason, or ``None`` where nothing is wrong.
 
     Example:
+        >>> import torch
         >>> bad_log_probs([torch.tensor([-0.5]), torch.tensor([float("nan")])], [torch.tensor([7])] * 2)[0] is None
         True
     """

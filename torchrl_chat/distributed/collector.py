@@ -73,8 +73,9 @@ class RayEpisodeCollector:
         ValueError: a setting is out of range.
 
     Example:
-        >>> make_env = functools.partial(GSM8KEnv, tokenizer=tokenizer, num_envs=8, repeats=8, seed=0)
-        >>> collector = RayEpisodeCollector(make_env, make_policy, workers=4, batches=100)
+        >>> import functools  # doctest: +SKIP
+        >>> make_env = functools.partial(GSM8KEnv, tokenizer=tokenizer, num_envs=8, repeats=8, seed=0)  # doctest: +SKIP
+        >>> collector = RayEpisodeCollector(make_env, make_policy, workers=4, batches=100)  # doctest: +SKIP
         >>> for batch in collector:  # doctest: +SKIP
         ...     train(training_view(batch))
         ...     collector.update_policy_weights_(model)

@@ -117,19 +117,16 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         ChatTemplateError: the tokenizer has no chat template.
 
     Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = ChatEnv(input_mode="text", tokenizer=tokenizer, batch_size=(2,))
         >>> td = env.reset(TensorDict(query=["2 + 2?", "3 + 3?"], batch_size=(2,)))
-        >>> td["text"].response = ["4<|im_end|>", "6<|im_end|>"]
+        >>> td["text"].response = ["4<|end|>", "6<|end|>"]
         >>> td = env.step_mdp(env.step(td))
         >>> td = env.append_messages(td, ["Are you sure?", None])  # the second row is left alone
         >>> print(td["text"][0].prompt)
-        <|im_start|>user
-        2 + 2?<|im_end|>
-        <|im_start|>assistant
-        4<|im_end|>
-        <|im_start|>user
-        Are you sure?<|im_end|>
-        <|im_start|>assistant
+        <|user|>2 + 2?<|end|><|assistant|>4<|end|><|user|>Are you sure?<|end|><|assistant|>
     """
 
     text_key = ("text", "prompt")
@@ -231,6 +228,9 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
             transform: a transform, or a function from TensorDicts to TensorDicts.
 
         Example:
+            >>> from torchrl_chat import Budget
+            >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
             >>> env = ChatEnv(tokenizer=tokenizer, batch_size=(1,))
             >>> env = env.append_transform(Budget(max_turns=2))
         """

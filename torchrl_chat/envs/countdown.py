@@ -35,6 +35,8 @@ class CountdownEnv(TaskEnv):
     The others are as for :class:`TaskEnv`.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = CountdownEnv(size=100, seed=0, tokenizer=tokenizer, num_envs=4)
         >>> sorted(env.reset()["answer"][0])
         ['nums', 'target']

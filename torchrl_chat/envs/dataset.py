@@ -75,11 +75,13 @@ class DatasetChatEnv(TransformedChatEnv):
         ValueError: an option has no such value, or a column has the name of an entry of the environment.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> rows = [{"query": "2 + 2?", "answer": "4"}, {"query": "3 + 3?", "answer": "6"}]
         >>> env = DatasetChatEnv(dataset=rows, tokenizer=tokenizer, input_mode="text", num_envs=4, repeats=2)
         >>> td = env.reset()
-        >>> td["query"], td["answer"]  # doctest: +SKIP
-        (['3 + 3?', '3 + 3?', '2 + 2?', '2 + 2?'], ['6', '6', '4', '4'])
+        >>> sorted(td["query"])
+        ['2 + 2?', '2 + 2?', '3 + 3?', '3 + 3?']
     """
 
     SYSTEM_PROMPT: str | None = None

@@ -35,6 +35,8 @@ class AIMEEnv(LocalTaskEnv):
     Rows have ``problem`` (or ``question``) and ``answer``. Reward 1 if the last marked number is the answer.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> rows = [{"id": "made-up-1", "problem": "How many divisors has 72?", "answer": "012"}]
         >>> env = AIMEEnv(dataset=rows, tokenizer=tokenizer)
         >>> env.score(["It is \\\\boxed{12}."])[0].correct
@@ -51,6 +53,8 @@ class MATH500Env(LocalTaskEnv):
     Rows have ``problem`` and ``answer``, and ``subject``, ``level`` and ``unique_id`` to compare by. Needs the extra ``math``.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> rows = [{"problem": "What is 1/2 + 1/3?", "answer": "\\\\frac{5}{6}", "subject": "Prealgebra"}]
         >>> env = MATH500Env(dataset=rows, tokenizer=tokenizer)
         >>> env.TASK.name
@@ -81,6 +85,8 @@ class GPQAEnv(LocalTaskEnv):
     The others are as for :class:`~torchrl_chat.envs.TaskEnv`.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> row = {"Question": "Which is prime?", "Correct Answer": "23", "Incorrect Answer 1": "21", "Incorrect Answer 2": "25"}
         >>> env = GPQAEnv(dataset=[row], tokenizer=tokenizer, seed=0)
         >>> reference = env.reset()["answer"][0]
@@ -118,6 +124,8 @@ class MMLUProEnv(GPQAEnv):
     """Questions in the manner of MMLU-Pro (Wang et al. 2024, arXiv:2406.01574), choices in the order of the file; see :class:`GPQAEnv`.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> row = {"question": "1 + 1?", "options": ["1", "2"], "answer": "B", "answer_index": 1, "category": "math"}
         >>> env = MMLUProEnv(dataset=[row], tokenizer=tokenizer)
         >>> env.reset()["answer"][0]
@@ -141,6 +149,8 @@ class HumanEvalEnv(LocalTaskEnv):
     The others are as for :class:`~torchrl_chat.envs.TaskEnv`.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> test = "def check(candidate):\\n    assert candidate(2) == 4\\n"
         >>> row = {"task_id": "made-up/0", "prompt": "def square(x):\\n", "test": test, "entry_point": "square"}
         >>> env = HumanEvalEnv(dataset=[row], tokenizer=tokenizer)

@@ -67,8 +67,10 @@ class JSONRows(Rows):
         DatasetError: a file cannot be read, or has lines that are no JSON objects: all are counted, the first are named.
 
     Example:
-        >>> rows = JSONRows(["train.jsonl"])  # doctest: +SKIP
-        >>> rows[41]["answer"]  # doctest: +SKIP
+        >>> from pathlib import Path
+        >>> _ = Path("train.jsonl").write_text('{"answer": "007"}')
+        >>> rows = JSONRows(["train.jsonl"])
+        >>> rows[0]["answer"]
         '007'
     """
 

@@ -172,6 +172,9 @@ class MessageChatEnv(DatasetChatEnv):
         TypeError: ``env`` makes no :class:`~torchrl_chat.conversation.MessageEnv`, or a tool of it cannot be told to a model.
 
     Example:
+        >>> from torchrl_chat import MessageEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> class Echo(MessageEnv):
         ...     def reset(self, row):
         ...         return "Say something."

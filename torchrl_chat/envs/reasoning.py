@@ -35,7 +35,9 @@ class ReasoningGymEnv(GradedEnv):
     The others are as for :class:`DatasetChatEnv`.
 
     Example:
-        >>> env = ReasoningGymEnv(task="chain_sum", tokenizer=tokenizer, num_envs=4)  # doctest: +SKIP
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> env = ReasoningGymEnv(task="chain_sum", tokenizer=tokenizer, num_envs=4)
     """
 
     SYSTEM_PROMPT = "Solve the task. Put your final answer inside <answer></answer>."

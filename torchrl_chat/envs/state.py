@@ -30,10 +30,17 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         state: what ``torch.save`` takes: state dicts, numbers, and TensorDicts that will be stepped.
 
     Example:
-        >>> save_state("run.pt", {"env": env.state_dict(), "td": td})  # doctest: +SKIP
-        >>> state = load_state("run.pt")  # doctest: +SKIP
-        >>> env.load_state_dict(state["env"])  # doctest: +SKIP
-        >>> td = env.step(policy(state["td"]))  # doctest: +SKIP
+        >>> from torchrl_chat import DatasetChatEnv
+        >>> from torchrl_chat import TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> td = env.reset()
+        >>> save_state("run.pt", {"env": env.state_dict(), "td": td})
+        >>> state = load_state("run.pt")
+        >>> env.load_state_dict(state["env"])
+        >>> td = env.step(policy(state["td"]))
     """
     with replacing(path) as file:
         torch.save({key: _compact(value) for key, value in state.items()}, file)

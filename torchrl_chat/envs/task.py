@@ -148,7 +148,11 @@ class TaskEnv(GradedEnv):
             ValueError: there are not as many predictions as references.
 
         Example:
-            >>> env.score(["#### 4"], ["#### 4"])[0].correct  # doctest: +SKIP
+            >>> from torchrl_chat import GSM8KEnv
+            >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+            >>> env = GSM8KEnv(dataset=[{"question": "2 + 2?", "answer": "#### 4"}], tokenizer=tokenizer)
+            >>> env.score(["#### 4"], ["#### 4"])[0].correct
             True
         """
         if references is None:
@@ -172,8 +176,13 @@ class GSM8KEnv(TaskEnv):
     The others are as for :class:`TaskEnv`.
 
     Example:
-        >>> env = GSM8KEnv(dataset="gsm8k/train.jsonl", tokenizer=tokenizer, num_envs=8, repeats=4)
-        >>> rollout = env.rollout(1, policy)  # doctest: +SKIP
+        >>> from torchrl_chat import TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> rows = [{"question": "How much is 6 * 7?", "answer": "#### 42"}]
+        >>> env = GSM8KEnv(dataset=rows, tokenizer=tokenizer, num_envs=8, repeats=4)
+        >>> rollout = env.rollout(1, policy)
     """
 
     TASK = TASKS["gsm8k"]
@@ -199,6 +208,8 @@ class MATHEnv(TaskEnv):
     The others are those of the verifier and of :class:`TaskEnv`.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> rows = [{"problem": "What is $\\\\frac{1}{2} + \\\\frac{1}{3}$?", "answer": "\\\\frac{5}{6}"}]
         >>> env = MATHEnv(dataset=rows, tokenizer=tokenizer, num_envs=8, group_repeats=True, repeats=4)
     """
@@ -222,6 +233,8 @@ class IFEvalEnv(TaskEnv):
     The others are as for :class:`TaskEnv`.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> rows = [{"prompt": "Greet me. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}]
         >>> env = IFEvalEnv(dataset=rows, tokenizer=tokenizer, score="instruction_strict")
     """
@@ -247,6 +260,8 @@ class RowsEnv(TaskEnv):
         TypeError: there is no verifier.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> def short(response, reference):
         ...     return float(len(response) < 100)
         >>> env = RowsEnv(dataset=[{"prompt": "Be brief."}], verifier=short, tokenizer=tokenizer, input_mode="tokens")

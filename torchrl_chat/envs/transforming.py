@@ -100,6 +100,9 @@ class TransformedChatEnv(Appending, FreshRows, FlatStepping, TransformedEnv):
             ValueError: the order of the transforms cannot work; the text has the right one.
 
         Example:
+            >>> from torchrl_chat import Budget, DatasetChatEnv
+            >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
             >>> env = DatasetChatEnv(dataset=[{"query": "Hi"}], tokenizer=tokenizer, input_mode="text")
             >>> longer = env.append_transform(Budget(max_turns=2))
             >>> longer is env, longer.base_env is env.base_env

@@ -1,7 +1,7 @@
 """The gateway: any agent, in the dialect that it speaks, becomes token-exact episodes.
 
 An agent is given a base URL and a key, and asks a model as it always does. Behind the address is a session: a tree of what the agent
-really saw and what the policy really sampled, in token ids. See ``docs/gateway.md``.
+really saw and what the policy really sampled, in token ids. See ``docs/agent/index.md``.
 """
 
 from __future__ import annotations

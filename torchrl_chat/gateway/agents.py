@@ -95,11 +95,21 @@ def play_agents(
         ValueError: an option has no such value.
 
     Example:
+        >>> from openai import AsyncOpenAI
+        >>> from torchrl_chat.gateway import Gateway
+        >>> from torchrl_chat import TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> rows = [{"query": "2 + 2?"}]
         >>> async def agent(row, session):
         ...     client = AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
         ...     ask = [{"role": "user", "content": row["query"]}]
         ...     await client.chat.completions.create(model="policy", messages=ask)
-        >>> finished = play_agents(agent, rows, gateway, repeats=8)
+        >>> with Gateway(policy) as gateway:
+        ...     finished = play_agents(agent, rows, gateway, repeats=2)
+        >>> finished.batch_size
+        torch.Size([2])
     """
     if repeats < 1 or concurrency < 1:
         raise ValueError(f"repeats={repeats}, concurrency={concurrency}: expected at least 1 of each.")
@@ -307,8 +317,17 @@ class AgentEnv:
         ValueError: the environment has no tokenizer.
 
     Example:
-        >>> env = AgentEnv(GSM8KEnv(tokenizer=tokenizer, num_envs=8, repeats=4, group_repeats=True), agent)
-        >>> finished = play(env, policy)
+        >>> from openai import OpenAI
+        >>> from torchrl_chat import GSM8KEnv, TransformersPolicy, play
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> rows = [{"question": "How much is 6 * 7?", "answer": "#### 42"}]
+        >>> def agent(row, session):
+        ...     client = OpenAI(base_url=session.base_url, api_key=session.api_key)
+        ...     client.chat.completions.create(model="policy", messages=[{"role": "user", "content": row["query"]}])
+        >>> env = GSM8KEnv(dataset=rows, tokenizer=tokenizer, num_envs=4, repeats=4, group_repeats=True)
+        >>> finished = play(AgentEnv(env, agent), policy)
     """
 
     def __init__(

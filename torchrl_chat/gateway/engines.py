@@ -71,6 +71,10 @@ class ScriptedEngine:
         log_prob: the log-prob of every id; ``None`` for none.
 
     Example:
+        >>> from torchrl_chat import ChatTemplate
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> template = ChatTemplate(tokenizer)
         >>> engine = ScriptedEngine(lambda ask: f"You said {ask.messages[-1]['content']!r}.", template)
     """
 
@@ -141,6 +145,10 @@ class RemoteEngine(Endpoint):
         ValueError: an option has no such value.
 
     Example:
+        >>> from torchrl_chat import ChatTemplate
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> template = ChatTemplate(tokenizer)
         >>> engine = RemoteEngine("Qwen/Qwen3-8B", "http://localhost:8000/v1", stop_ids=template.stop_ids)
     """
 

@@ -35,7 +35,18 @@ def episodes(sessions: Sequence[Session | Recorded], data_key: str = "query") ->
         ValueError: there is no session, or one is not finished.
 
     Example:
-        >>> view = training_view(episodes(gateway.take()))
+        >>> from torchrl_chat import training_view
+        >>> from torchrl_chat.gateway import Gateway
+        >>> from torchrl_chat import TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> with Gateway(policy) as gateway:
+        ...     session = gateway.session(row={"query": "2 + 2?"})
+        ...     session.finish(reward=0.0)  # its agent has asked nothing
+        ...     view = training_view(episodes(gateway.take()))
+        >>> view["group"].tolist()  # nothing was sampled: it is nobody's
+        [-1]
     """
     if not sessions:
         raise ValueError("there is no session to make an episode of.")

@@ -41,9 +41,13 @@ class PolicyEngine:
         version: of the policy's weights, put down beside what it samples where the policy itself says nothing.
 
     Example:
+        >>> from torchrl_chat import TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
         >>> engine = PolicyEngine(TransformersPolicy(model, tokenizer, max_new_tokens=64))
         >>> with engine.updating():  # nothing is being sampled in here
-        ...     optimizer.step()
+        ...     pass  # an optimizer step
     """
 
     settings: frozenset[str] = frozenset()

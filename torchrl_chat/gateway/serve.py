@@ -133,9 +133,17 @@ class Gateway:
         ValueError: there is no tokenizer, ``token`` is empty, or ``implicit`` without ``public`` beyond this machine.
 
     Example:
-        >>> with Gateway(engine, tokenizer) as gateway:
+        >>> from openai import OpenAI
+        >>> from torchrl_chat import training_view
+        >>> from torchrl_chat import TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> with Gateway(policy) as gateway:
         ...     with gateway.session(row={"question": "2 + 2?"}) as session:
-        ...         run_agent(base_url=session.base_url, api_key=session.api_key)
+        ...         client = OpenAI(base_url=session.base_url, api_key=session.api_key)  # or any agent
+        ...         ask = [{"role": "user", "content": "2 + 2?"}]
+        ...         reply = client.chat.completions.create(model="policy", messages=ask)
         ...         session.finish(reward=1.0)
         ...     view = training_view(session.episodes())
     """

@@ -47,8 +47,20 @@ def training_trace(session: Session) -> dict[str, Any]:
         ValueError: an answer has no log-probs, or some above 0: such a trace cannot be trained on.
 
     Example:
-        >>> trace = training_trace(gateway.take()[0])
+        >>> from openai import OpenAI
+        >>> from torchrl_chat.gateway import Gateway
+        >>> from torchrl_chat import TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> with Gateway(policy) as gateway, gateway.session() as session:
+        ...     client = OpenAI(base_url=session.base_url, api_key=session.api_key)
+        ...     ask = [{"role": "user", "content": "2 + 2?"}]
+        ...     reply = client.chat.completions.create(model="policy", messages=ask)
+        ...     session.finish(reward=1.0)
+        ...     trace = training_trace(session.session)
         >>> [len(turn["completion_token_ids"]) for turn in trace["turns"]]
+        [4]
     """
     turns: list[dict[str, Any]] = []
     for sequence, (_, trained) in enumerate(session.tree.sequences()):
@@ -180,9 +192,12 @@ def read_trace(trace: Mapping[str, Any] | Sequence[Mapping[str, Any]], **about: 
         ValueError: it is no such trace.
 
     Example:
-        >>> recorded = read_trace(json.loads(text), reward=1.0)
-        >>> view = training_view(episodes([recorded]), group=None)
-        >>> print(*recorded.findings, sep="\\n")
+        >>> from torchrl_chat import training_view
+        >>> from torchrl_chat.gateway import episodes
+        >>> turn = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], "per_token_logps": [-0.1, -0.2]}
+        >>> recorded = read_trace({"turns": [turn]}, reward=1.0)
+        >>> training_view(episodes([recorded]), group=None, layout="padded")["tokens"].full.tolist()
+        [[1, 2, 3, 4]]
     """
     findings: list[Finding] = []
     sequences: list[_Sequence] = []

@@ -173,6 +173,15 @@ class Reference:
         """Inside, without gradients, the model that is scored with.
 
         Example:
+            >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+            >>> from torchrl_chat.training import sequence_log_probs
+            >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+            >>> model = tiny_model(len(tokenizer))
+            >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+            >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
+            >>> view = training_view(play(env, policy), layout="padded")
+            >>> reference = Reference(model)
             >>> with reference.scoring() as model:
             ...     view["reference"] = sequence_log_probs(model, view).log_probs
         """

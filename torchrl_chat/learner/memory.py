@@ -123,6 +123,7 @@ def free_memory(device: torch.device) -> int | None:
     available, within the limits of a container, divided by the processes that torchrun has started here. ``None`` if nobody says.
 
     Example:
+        >>> import torch
         >>> free_memory(torch.device("cpu")) > 0
         True
     """

@@ -77,10 +77,22 @@ def learn(
             sharded model.
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+        >>> from torchrl_chat.learner import make_adamw
+        >>> from torchrl_chat.training import masked_mean, sequence_log_probs
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
+        >>> view = training_view(play(env, policy), layout="padded")
         >>> def loss_of(part, counts):
         ...     scores = sequence_log_probs(model, part)
         ...     return -masked_mean(scores.log_probs, scores.mask, denominator=counts.tokens), {}
-        >>> learn(optimizer, view, loss_of, minibatch=64, max_tokens=16384)["loss"]  # doctest: +SKIP
+        >>> optimizer = make_adamw(model.parameters(), lr=1e-3)
+        >>> learned = learn(optimizer, view, loss_of, minibatch=64, max_tokens=16384)
+        >>> bool(learned["loss"] > 0)
+        True
     """
     if ranks.count() > 1 and not is_sharded(model):
         raise ValueError(f"{ranks.count()} processes learn together: give model=shard(model).")
@@ -171,6 +183,7 @@ def averaged(minibatches: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dic
         nothing where no minibatch had anything to train on.
 
     Example:
+        >>> import torch
         >>> averaged([[{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(2.0)}], [{"loss": torch.tensor(5.0)}]])
         {'loss': 4.0}
     """

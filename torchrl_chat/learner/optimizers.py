@@ -44,6 +44,7 @@ def make_adamw(
         ValueError: there is no such kind; or it is not for such weights.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = make_adamw([weight], lr=0.1)
         >>> weight.sum().backward()

@@ -30,6 +30,7 @@ def compute_in(model: Any, dtype: torch.dtype) -> Any:
         ValueError: it is another dtype, for which gradients would have to be scaled; or the weights are not float32.
 
     Example:
+        >>> import torch
         >>> from torchrl_chat.tiny import tiny_model
         >>> compute_in(tiny_model(64), torch.bfloat16)(torch.tensor([[3, 4]])).logits.dtype
         torch.bfloat16

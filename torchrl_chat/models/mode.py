@@ -21,6 +21,7 @@ def evaluating(model: Any) -> Iterator[None]:
         model: a module; anything else is left alone.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Dropout().train()
         >>> with evaluating(model):
         ...     model.training

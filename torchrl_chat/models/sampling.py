@@ -79,7 +79,9 @@ def generate(
     :mod:`~torchrl_chat.models.proof` found right for it.
 
     Example:
-        >>> ids, log_probs = generate(model, [torch.tensor([5, 6])], stop_ids={2}, most=[8])
+        >>> import torch
+        >>> from torchrl_chat.tiny import tiny_model
+        >>> ids, log_probs = generate(tiny_model(64), [torch.tensor([5, 6])], stop_ids={2}, most=[8])
     """
     with evaluating(model):
         # What is no model of transformers, a function say, is asked as one that takes rows of any length together.

@@ -22,12 +22,14 @@ class TokenRow(list[int]):
     shape (1, N), as models read it. Each such use makes the tensor anew.
 
     Example:
+        >>> from torchrl_chat.tiny import tiny_model
         >>> row = TokenRow([5, 6, 7])
         >>> row == [5, 6, 7], len(row), row.shape
         (True, 3, torch.Size([1, 3]))
         >>> row[:, -1], row.tensor.dtype
         (tensor([7]), torch.int64)
-        >>> model.generate(row)  # doctest: +SKIP
+        >>> tiny_model(64).generate(row, max_new_tokens=2).shape
+        torch.Size([1, 5])
     """
 
     __slots__ = ()

@@ -78,8 +78,9 @@ class EndpointPolicy(Endpoint, Policy):
         ImportError: the library ``openai`` is not installed.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> policy = EndpointPolicy("Qwen/Qwen3-8B", "http://localhost:8000/v1", tokenizer=tokenizer, temperature=0.6)
-        >>> finished = play(env, policy)  # doctest: +SKIP
     """
 
     reserved = (*RESERVED, "prompt", "tools", "logprobs")

@@ -31,6 +31,11 @@ class Prompt:
         ValueError: there are neither.
 
     Example:
+        >>> from torchrl_chat import ChatTemplate, Transcript
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> messages = [{"role": "user", "content": "2 + 2?"}]
+        >>> transcript = Transcript.start(ChatTemplate(tokenizer).render(messages), messages)
         >>> prompt = Prompt(ids=transcript.tokens, messages=transcript.messages, limit=64)
     """
 
@@ -94,8 +99,13 @@ class Policy(TensorDictModuleBase):
             ValueError: some prompts have a seed and others none.
 
         Example:
+            >>> from torchrl_chat import TransformersPolicy
+            >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+            >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
             >>> [turn] = policy.sample([[{"role": "user", "content": "2 + 2?"}]])
-            >>> turn.ids, turn.log_probs, turn.text, turn.finish_reason
+            >>> turn.ids.shape, turn.log_probs.shape, turn.finish_reason
+            (torch.Size([4]), torch.Size([4]), 'length')
         """
         rows = [Prompt.of(given) for given in prompts]
         if len({row.seed is None for row in rows}) > 1:

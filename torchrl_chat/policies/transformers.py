@@ -60,6 +60,11 @@ class TransformersPolicy(Policy):
             :class:`~torchrl_chat.models.sampling.GumbelNoise`. Rows of one seed and one prompt sample the same.
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=64)
         >>> rollout = env.rollout(1, policy)
     """

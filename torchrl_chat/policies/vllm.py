@@ -59,9 +59,9 @@ class VLLMPolicy(Policy):
             (``logprobs_mode``) than the one that it samples from.
 
     Example:
-        >>> policy = VLLMPolicy.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct", max_new_tokens=64)
-        >>> rollout = env.rollout(1, policy)
-        >>> policy.sync(model)  # after an optimizer step on the transformers model
+        >>> policy = VLLMPolicy.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct", max_new_tokens=64)  # doctest: +SKIP
+        >>> finished = play(env, policy)  # doctest: +SKIP
+        >>> policy.sync(model)  # doctest: +SKIP
     """
 
     def __init__(

@@ -280,6 +280,10 @@ class ExactTransformersWrapper(LedgerWrapper, TransformersWrapper):
         ValueError: an option is refused.
 
     Example:
+        >>> from torchrl.objectives.llm import GRPOLoss
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
         >>> policy = ExactTransformersWrapper(
         ...     model, tokenizer=tokenizer, generate_kwargs={"max_new_tokens": 64, "do_sample": True}
         ... )
@@ -364,7 +368,7 @@ class ExactVLLMWrapper(LedgerWrapper, vLLMWrapper):
             ``eos_token_id``.
 
     Example:
-        >>> policy = ExactVLLMWrapper(engine, tokenizer=tokenizer, generate_kwargs={"max_new_tokens": 64})
+        >>> policy = ExactVLLMWrapper(engine, tokenizer=tokenizer, generate_kwargs={"max_new_tokens": 64})  # doctest: +SKIP
     """
 
     def __init__(self, model: Any, **options: Any):

@@ -227,6 +227,7 @@ def longest_answers(mask: torch.Tensor) -> torch.Tensor:
     """How many tokens the longest answer of each sequence has, (N,); an answer is a run of sampled tokens.
 
     Example:
+        >>> import torch
         >>> longest_answers(torch.tensor([[True, True, False, True]]))
         tensor([2])
     """

@@ -80,7 +80,7 @@ class Run:
     - ``config.json``: the settings;
     - ``metrics.jsonl``: a line a step; ``evaluations.jsonl``: a line an evaluation;
     - ``trained.jsonl``: a line a step, ``{"step", "episodes": [[row, epoch, place], ...]}``, every trained episode;
-    - ``rollouts.jsonl``: conversations, see ``docs/rollouts.md``;
+    - ``rollouts.jsonl``: conversations, see ``docs/reference/rollouts.md``;
     - ``checkpoints/step-...``: model and tokenizer as transformers reads them, and the state;
     - ``merged``: with ``config.merge``, the model with its adapter merged, at the end;
     - ``curve.png``: the pass rates, where matplotlib is installed;
@@ -114,9 +114,15 @@ class Run:
         DamagedCheckpoint: the checkpoint cannot be read; the text names one that can.
 
     Example:
-        >>> run = Run(config, "grpo", model=model, tokenizer=tokenizer, state={"optimizer": optimizer, "env": env})
-        >>> for step in run.steps(evaluate):  # doctest: +SKIP
-        ...     run.log({"loss": learn(view)}, trained=view)
+        >>> from torchrl_chat.learner import make_adamw
+        >>> from torchrl_chat.recipes.settings import RunConfig
+        >>> from torchrl_chat.tiny import tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> model = tiny_model(len(tokenizer))
+        >>> state = {"optimizer": make_adamw(model.parameters(), lr=1e-3)}
+        >>> with Run(RunConfig(steps=2, out="run"), "mine", model=model, tokenizer=tokenizer, state=state) as run:
+        ...     for step in run.steps(lambda: 0.0):  # what evaluates
+        ...         run.log({"loss": 1.0})
     """
 
     def __init__(

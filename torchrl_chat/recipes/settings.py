@@ -24,6 +24,7 @@ def setting(default: Any, text: str) -> Any:
     """A field with a default and a line for ``--help``.
 
     Example:
+        >>> from dataclasses import dataclass
         >>> @dataclass
         ... class Config(RunConfig):
         ...     clip: float = setting(0.2, "how far the ratio may go")
@@ -251,6 +252,27 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     pass
 
 
+def make_parser(kind: type[RunConfig], description: str | None = None, prog: str | None = None) -> Any:
+    """The parser of a config's options: an argument a field, with the help and the choices that the field has.
+
+    Args:
+        kind, description, prog: see :func:`parse`.
+
+    Example:
+        >>> make_parser(RunConfig).parse_args(["--seed", "3"]).seed
+        3
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:  # the usage would be sixty lines in front of the one that counts
+            self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
+
+    parser: Any = Parser(cast(Any, kind), prog=prog, description=description, epilog=guide(), formatter_class=_Help)
+    show_one_spelling(parser)
+    return parser
+
+
 def parse(
     kind: type[C],
     description: str | None,
@@ -275,16 +297,9 @@ def parse(
         >>> parse(RunConfig, None, arguments=["--seed", "3"]).seed
         3
     """
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> Any:  # the usage would be sixty lines in front of the one that counts
-            self.exit(2, f"{self.prog}: error: {message} (--help says more)\n")
-
     quiet_others()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser: Any = Parser(cast(Any, kind), prog=prog, description=description, epilog=guide(), formatter_class=_Help)
-    show_one_spelling(parser)
+    parser = make_parser(kind, description, prog)
     plain = [word for word in words if word not in ("-h", "--help")]
     asked, _ = parser.parse_known_args(plain)
     asked.given = _given(parser, plain)

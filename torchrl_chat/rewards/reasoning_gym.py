@@ -82,7 +82,7 @@ class ReasoningGymVerifier:
 
     Example:
         >>> entry = {"question": "Will it halt?", "answer": "True", "metadata": {}}
-        >>> ReasoningGymVerifier("game_of_life_halting")("<answer>no</answer>", entry).score  # doctest: +SKIP
+        >>> ReasoningGymVerifier("game_of_life_halting")("<answer>no</answer>", entry).score
         0.0
     """
 

@@ -39,6 +39,7 @@ class LengthPenalty:
         ValueError: not ``0 <= free < full``, or a positive penalty.
 
     Example:
+        >>> from torchrl_chat import Episode
         >>> LengthPenalty(full=100)(Episode.of("...", length=25)).score
         -0.25
     """
@@ -83,6 +84,7 @@ class OverlongPenalty:
         ValueError: not ``0 < cache <= max_length``, or a negative weight.
 
     Example:
+        >>> from torchrl_chat import Episode
         >>> penalty = OverlongPenalty(max_length=20480, cache=4096)
         >>> [penalty(Episode.of("...", length=n)).score for n in (16384, 18432, 20480, 30000)]
         [0.0, -0.5, -1.0, -1.0]
@@ -136,6 +138,7 @@ class CosineLength:
         ValueError: ``max_length`` is not positive, or the verifier grades groups.
 
     Example:
+        >>> from torchrl_chat import Episode
         >>> from torchrl_chat.rewards.numbers import NumberVerifier
         >>> verify = CosineLength(NumberVerifier(), max_length=100)
         >>> [verify(Episode.of("it is 7", "7", length=n)).score for n in (0, 50, 100)]
@@ -227,6 +230,7 @@ class RepetitionPenalty:
         ValueError: ``size`` is below 1, or the penalty positive.
 
     Example:
+        >>> from torchrl_chat import Episode
         >>> penalty = RepetitionPenalty(size=2)
         >>> penalty(Episode.of("so it is so it is")).score  # 2 of 5 pairs were there before
         -0.4

@@ -61,8 +61,8 @@ class Sandbox:
 
     Example:
         >>> from torchrl_chat.sandbox import Sandbox
-        >>> with Sandbox(deadline=5) as box:  # doctest: +SKIP
-        ...     print(box.run("print(1 + 1)").stdout)
+        >>> with Sandbox(deadline=5) as box:
+        ...     print(box.run("print(1 + 1)").stdout, end="")
         2
     """
 

@@ -54,6 +54,8 @@ def named_template(name: str, tokenizer: Any) -> str:
         KeyError: there is no template of that name.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> named_template("plain", tokenizer).count("Assistant:")
         2
     """

@@ -122,6 +122,7 @@ class Tool(ToolBase):
         ValueError: a bad name, or a docstring that describes an argument that there is none of.
 
     Example:
+        >>> import typing
         >>> def weather(city: str, unit: typing.Literal["C", "F"] = "C") -> str:
         ...     '''The weather in a city.
         ...

@@ -53,6 +53,7 @@ def group_advantages(
         ValueError: the shapes disagree, a valid reward is not finite, or is negative with ``normalize="mean"``.
 
     Example:
+        >>> import torch
         >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([0, 0, 1, 1]), normalize=None)
         tensor([ 0.5000, -0.5000,  1.0000, -1.0000])
     """
@@ -153,6 +154,7 @@ def token_rewards(reward: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         ValueError: the shapes disagree, or a reward has no token to stand on.
 
     Example:
+        >>> import torch
         >>> token_rewards(torch.tensor([2.0]), torch.tensor([[False, True, True, False]]))
         tensor([[0., 0., 2., 0.]])
     """
@@ -205,6 +207,7 @@ def gae(
         ValueError: the shapes disagree, or a reward stands on a token that was not sampled.
 
     Example:
+        >>> import torch
         >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 9.0, 0.25]])
         >>> gae(rewards, values, torch.tensor([[True, False, True]]), lam=1.0)[0]
         tensor([[0.5000, 0.0000, 0.7500]])
@@ -253,6 +256,7 @@ def whitened(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> tor
         finite stays what it is, and has no part in the mean and the deviation of the others.
 
     Example:
+        >>> import torch
         >>> whitened(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[-0.7071,  0.7071,  0.0000]])
     """

@@ -54,6 +54,7 @@ def importance_weights(
         ValueError: the shapes disagree, or a setting is out of range.
 
     Example:
+        >>> import torch
         >>> learner, sampler = torch.tensor([[0.0, -1.0]]), torch.tensor([[-1.0, -1.0]])
         >>> importance_weights(learner, sampler, torch.ones(1, 2).bool())[0]
         tensor([[2., 1.]])

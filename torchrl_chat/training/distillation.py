@@ -29,6 +29,7 @@ def distillation_advantages(
         ValueError: the shapes disagree, ``least`` is not negative, or a log-prob under the mask is no number.
 
     Example:
+        >>> import torch
         >>> distillation_advantages(torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -2.0]]), torch.tensor([[True, True]]))
         tensor([[ 1., -1.]])
     """

@@ -25,6 +25,7 @@ def failed_rows(written: Any, count: int) -> list[bool]:
         count: N.
 
     Example:
+        >>> import torch
         >>> failed_rows({"graded": torch.tensor([[True], [False]]), "grade_failure": ["", "timeout"]}, 2)
         [False, True]
     """

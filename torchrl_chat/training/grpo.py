@@ -40,8 +40,8 @@ class ExactMCAdvantage(MCAdvantage):
         KeyError: when written to: there are no columns that tell the group.
 
     Example:
+        >>> from torchrl.data import LazyStackStorage, ReplayBuffer
         >>> buffer = ReplayBuffer(storage=LazyStackStorage(64), transform=ExactMCAdvantage(grpo_size=8))
-        >>> buffer.extend(batch)  # doctest: +SKIP
     """
 
     def __init__(
@@ -109,7 +109,12 @@ class ExactGRPOLoss(GRPOLoss):
     for one whose loss is 0, which makes the gradient of the others smaller. Everything else is torchrl's.
 
     Example:
-        >>> loss_module = ExactGRPOLoss(policy, masking_strategy="rlhf", aggregation="prompt_mean")  # doctest: +SKIP
+        >>> from torchrl_chat import ExactTransformersWrapper
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> policy = ExactTransformersWrapper(model, tokenizer=tokenizer, generate=False)
+        >>> loss_module = ExactGRPOLoss(policy, masking_strategy="rlhf", aggregation="prompt_mean")
     """
 
     def _aggregate_loss_value(

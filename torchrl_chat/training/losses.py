@@ -34,6 +34,7 @@ def kl_estimate(log_probs: torch.Tensor, reference_log_probs: torch.Tensor, kind
         the estimate of each token, of that shape.
 
     Example:
+        >>> import torch
         >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-3.0]), "k1")
         tensor([2.])
     """
@@ -108,6 +109,7 @@ def policy_loss(
         ValueError: the shapes disagree, or a setting is out of range.
 
     Example:
+        >>> import torch
         >>> loss, metrics = policy_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2).bool())
         >>> loss
         tensor(-1.)
@@ -162,6 +164,7 @@ def masked_mean(
     """A number for each token as one number, the way :func:`policy_loss` does it: for a KL or an entropy term.
 
     Example:
+        >>> import torch
         >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
         tensor(3.)
     """
@@ -186,6 +189,7 @@ def token_shares(
     :func:`~torchrl_chat.training.sequence_log_probs`).
 
     Example:
+        >>> import torch
         >>> token_shares(torch.tensor([[True, True], [True, False]]), "sequence")
         tensor([[0.2500, 0.2500],
                 [0.5000, 0.0000]])

@@ -105,7 +105,13 @@ def sequence_log_probs(
     rows, with a warning.
 
     Example:
-        >>> view = training_view(batch, layout="padded")
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
+        >>> view = training_view(play(env, policy), layout="padded")
         >>> scores = sequence_log_probs(model, view)
         >>> ratio = (scores.log_probs - view["log_probs"].full).exp()[scores.mask]
     """
@@ -156,8 +162,16 @@ def teacher_of(model: Any, view: TensorDictBase, *, max_tokens: int | None = Non
         ModelError: its output head cannot be shown some states at a time.
 
     Example:
-        >>> taught = teacher_of(teacher, part)
-        >>> divergence = sequence_log_probs(model, part, teacher=taught).divergence  # doctest: +SKIP
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
+        >>> view = training_view(play(env, policy), layout="padded")
+        >>> teacher = tiny_model(len(tokenizer))
+        >>> taught = teacher_of(teacher, view)
+        >>> divergence = sequence_log_probs(model, view, teacher=taught).divergence
     """
     asked, passes = _passes(model, view, max_tokens, None, False)
     width = model.get_output_embeddings().in_features
@@ -187,9 +201,19 @@ def of_columns(
         own: the columns, (N, T) each: old log-probs, advantages, :func:`~torchrl_chat.training.token_shares` ...
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+        >>> from torchrl_chat.training import token_shares
+        >>> import torch
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
+        >>> view = training_view(play(env, policy), layout="padded")
+        >>> view["advantage"] = torch.ones_like(view["log_probs"].full)
         >>> own = {"advantage": view["advantage"], "share": token_shares(scored(view))}
         >>> loss = of_columns(lambda scores, own, mask: -(scores.log_probs * own["advantage"] * own["share"]).sum(), own)
-        >>> sequence_log_probs(model, view, loss=loss).loss.backward()  # doctest: +SKIP
+        >>> sequence_log_probs(model, view, loss=loss).loss.backward()
     """
 
     def of_some(scores: TokenScores, at: torch.Tensor) -> torch.Tensor:
@@ -263,6 +287,16 @@ def microbatches(view: TensorDictBase, max_tokens: int, needed: torch.Tensor | N
         could not be graded, say) are in none, since they add nothing to any sum: the list may be empty.
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+        >>> from torchrl_chat.training import policy_loss
+        >>> import torch
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
+        >>> view = training_view(play(env, policy), layout="padded")
+        >>> old, advantage = view["log_probs"].full, torch.ones(len(view))
         >>> total = view["masks"].all_assistant_mask.sum()
         >>> for rows in microbatches(view, 16384):
         ...     scores = sequence_log_probs(model, view[rows])

@@ -35,6 +35,8 @@ def episode_totals(view: TensorDictBase, values: torch.Tensor) -> torch.Tensor:
         ValueError: the rows hold some of an episode's sequences only, by ``"episode_sequence"``.
 
     Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
         >>> view = TensorDict(episode=torch.tensor([0, 0]), episode_sequence=torch.tensor([[0, 2], [1, 2]]), batch_size=2)
         >>> episode_totals(view, torch.tensor([1.0, 4.0]))
         tensor([5., 5.])

@@ -62,6 +62,7 @@ def take_step(
         ValueError: ``patience`` or ``max_grad_norm`` is not positive.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
         >>> loss = (weight * torch.tensor([1.0, float("nan")])).sum()
@@ -106,6 +107,7 @@ def not_finite(tensors: Mapping[Any, Any]) -> str | None:
             there is (numbers, strings) is left alone.
 
     Example:
+        >>> import torch
         >>> not_finite({"head": torch.zeros(3), "body": {"weight": torch.tensor([1.0, float("inf")])}})
         'body.weight'
     """

@@ -24,8 +24,14 @@ class PolicyAndValue(nn.Module):
             model the copy has an adapter of its own, and that is what is trained of it.
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
         >>> actor_critic = PolicyAndValue(model)
-        >>> scores, values = actor_critic(training_view(finished, layout="padded"))
+        >>> scores, values = actor_critic(training_view(play(env, policy), layout="padded"))
     """
 
     def __init__(self, model: Any, trunk: Literal["shared", "separate"] = "shared"):

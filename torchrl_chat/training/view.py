@@ -103,10 +103,13 @@ def training_view(
             longer than ``max_tokens``; ``turns`` without steps; or a setting is unknown.
 
     Example:
-        >>> env = ChatEnv(tokenizer=tokenizer, input_mode="tokens")
-        >>> td = env.rollout(2, policy)[..., -1]["next"]
-        >>> training_view(td)["episode"].tolist()
-        [0]
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy, play
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=2)
+        >>> training_view(play(env, policy))["episode"].tolist()
+        [0, 1]
     """
     _check(layout, side, multiple_of, max_tokens)
     found = Episodes(data)

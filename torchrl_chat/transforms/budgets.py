@@ -54,6 +54,10 @@ class Budget(Transform):
             in tokens.
 
     Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl_chat import ChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = ChatEnv(tokenizer=tokenizer, input_mode="tokens", batch_size=(1,))
         >>> env = env.append_transform(Budget(max_turns=2, max_turn_tokens=64))
         >>> env.reset(TensorDict(query=["2 + 2?"], batch_size=(1,)))["tokens_left"].tolist()

@@ -24,6 +24,9 @@ class EndOfDialogue(StepCounter):
     :class:`~torchrl_chat.transforms.Budget`).
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = DatasetChatEnv(dataset=[{"query": "Hi"}], tokenizer=tokenizer, input_mode="text")
         >>> env = env.append_transform(EndOfDialogue())
     """

@@ -81,7 +81,13 @@ class RetrieveLogProb(Transform):
         ValueError: at the call: the reference has another vocabulary.
 
     Example:
-        >>> env = env.append_transform(RetrieveLogProb(reference_model))
+        >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
+        >>> env = env.append_transform(RetrieveLogProb(model))
         >>> ("next", "ref_log_probs", "full") in env.rollout(1, policy).keys(True)
         True
     """
@@ -291,7 +297,12 @@ class RetrieveKL(RetrieveLogProb):
             not all of an episode.
 
     Example:
-        >>> env = env.append_transform(RetrieveKL(reference_model, coeff=0.05))
+        >>> from torchrl_chat import DatasetChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> env = env.append_transform(RetrieveKL(model, coeff=0.05))
     """
 
     def __init__(
@@ -380,7 +391,12 @@ class KLRewardTransform(RetrieveKL):
         **options: as for :class:`RetrieveKL`.
 
     Example:
-        >>> env = env.append_transform(KLRewardTransform(reference_model, coef=0.1))
+        >>> from torchrl_chat import DatasetChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> model = tiny_model(len(tokenizer))
+        >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
+        >>> env = env.append_transform(KLRewardTransform(model, coef=0.1))
     """
 
     def __init__(self, ref_model: Any, *, coef: float = 1.0, add_to_reward: bool = True, **options: Any):

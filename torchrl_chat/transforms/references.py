@@ -54,6 +54,9 @@ class ModelReference(Reference):
         ValueError: a setting is out of range.
 
     Example:
+        >>> import torch
+        >>> from torchrl_chat.tiny import tiny_model
+        >>> model = tiny_model(64)
         >>> ModelReference(model).score([torch.tensor([5, 6, 7])], [torch.tensor([False, True, True])])[0].shape
         torch.Size([3])
     """
@@ -115,7 +118,9 @@ class AdapterReference(ModelReference):
         TypeError: the model has no adapter to switch off.
 
     Example:
-        >>> reference = AdapterReference(get_peft_model(model, LoraConfig()))
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torchrl_chat.tiny import tiny_model
+        >>> reference = AdapterReference(get_peft_model(tiny_model(64), LoraConfig(target_modules="all-linear")))
     """
 
     def __init__(self, model: Any, **options: Any):

@@ -78,6 +78,10 @@ class RewardTransform(Transform):
             :class:`~torchrl_chat.UserSimulator`.
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv, NumberVerifier
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> rows = [{"query": "2 + 2?", "answer": "4"}]
         >>> env = DatasetChatEnv(dataset=rows, tokenizer=tokenizer, num_envs=2)
         >>> env = env.append_transform(RewardTransform(NumberVerifier()))
     """

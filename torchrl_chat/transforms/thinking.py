@@ -55,6 +55,9 @@ class AddThinkingPrompt(Transform):
             stay as they are, and a warning says so.
 
     Example:
+        >>> from torchrl_chat import ChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = ChatEnv(tokenizer=tokenizer, input_mode="tokens", batch_size=(1,))
         >>> env = env.append_transform(AddThinkingPrompt(lambda row: True, role="user"))
     """

@@ -61,6 +61,9 @@ class ToolExecutor(Transform):
         fallback_role: the role of results that the template takes from no tool; ``None`` to end the row instead.
 
     Example:
+        >>> from torchrl_chat import ChatEnv, Toolbox
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> def add(a: int, b: int) -> int:
         ...     return a + b
         >>> tools = Toolbox([add])
@@ -353,8 +356,11 @@ class PythonInterpreter(ToolExecutor):
     The keys that it writes are those of :class:`ToolExecutor`.
 
     Example:
+        >>> from torchrl_chat import ChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = ChatEnv(tokenizer=tokenizer, batch_size=(4,), input_mode="text")
-        >>> env = env.append_transform(PythonInterpreter())  # doctest: +SKIP
+        >>> env = env.append_transform(PythonInterpreter())
     """
 
     def __init__(

@@ -92,6 +92,9 @@ class UserSimulator(Transform):
             at the reset of another one.
 
     Example:
+        >>> from torchrl_chat import DatasetChatEnv
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = DatasetChatEnv(dataset=[{"query": "Hi"}], tokenizer=tokenizer, input_mode="text")
         >>> env = env.append_transform(UserSimulator(["And why?", "Thanks."]))
     """

@@ -1,6 +1,6 @@
 """OpenAI chat completions: ``POST /v1/chat/completions``.
 
-Written from OpenAI's API reference, and from what nine agent frameworks send (``docs/gateway.md`` has the refusals). The extensions
+Written from OpenAI's API reference, and from what nine agent frameworks send (``docs/refused.md`` has the refusals). The extensions
 are those that servers of open models have: ``reasoning_content``, and ``return_token_ids`` with ``prompt_token_ids`` and
 ``token_ids`` as vLLM spells them.
 """

@@ -1,6 +1,6 @@
 """Anthropic Messages: ``POST /v1/messages``, and ``POST /v1/messages/count_tokens``.
 
-Written from Anthropic's API reference, from the SDK's types, and from what agent frameworks send (``docs/gateway.md`` has the refusals). An
+Written from Anthropic's API reference, from the SDK's types, and from what agent frameworks send (``docs/refused.md`` has the refusals). An
 answer is up to three kinds of blocks: ``thinking``, whose text is the model's own, with a signature that says nothing; ``text``, unless blanks
 are all that it says beside calls; and ``tool_use`` for each call. Prompts are not cached here: what a prefix cache could hold is told
 as read from it.

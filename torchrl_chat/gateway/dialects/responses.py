@@ -1,6 +1,6 @@
 """OpenAI Responses: ``POST /v1/responses``.
 
-Written from OpenAI's API reference, from the SDK's types, and from what agent frameworks send (``docs/gateway.md`` has the refusals). An
+Written from OpenAI's API reference, from the SDK's types, and from what agent frameworks send (``docs/refused.md`` has the refusals). An
 answer is up to three kinds of items: a ``reasoning`` item, whose text is the model's own; a ``message``, unless blanks are all that it says
 beside calls; and a ``function_call`` for each call. A request may send items back, or name the answer that it goes on from
 (``previous_response_id``): the session remembers every answer, whatever ``store`` says, which is only repeated.

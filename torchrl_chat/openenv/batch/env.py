@@ -116,8 +116,9 @@ class OpenEnvChatEnv(ChatEnv):
         ConnectFailed: at the reset: no row of the batch has a session, and none could be opened.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = OpenEnvChatEnv("http://localhost:8000", tokenizer=tokenizer, input_mode="tokens", batch_size=(64,))
-        >>> rollout = env.rollout(4, policy)  # doctest: +SKIP
     """
 
     def __init__(

@@ -57,6 +57,9 @@ class ChatEnvironment(Conversation):
         ChatTemplateError: the tokenizer has no chat template.
 
     Example:
+        >>> from torchrl_chat.openenv import ChatAction
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> env = ChatEnvironment(tokenizer, system_prompt="Be brief.", max_turns=1)
         >>> env.reset(seed=0).messages
         [{'role': 'system', 'content': 'Be brief.'}]

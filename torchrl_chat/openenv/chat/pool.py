@@ -42,6 +42,10 @@ class EnvPool:
         description: what it is, for ``/metadata``.
 
     Example:
+        >>> from torchrl_chat import CountdownEnv
+        >>> from torchrl_chat.openenv import create_app
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> pool = EnvPool(lambda split: CountdownEnv(tokenizer=tokenizer, input_mode="tokens", shuffle=False, split=split))
         >>> app = create_app(lambda: TorchRLEnvironment(pool), env_name="countdown")
     """

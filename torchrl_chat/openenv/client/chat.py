@@ -21,10 +21,11 @@ class ChatClient(GenericClient):
     Arguments and behaviour are those of :class:`GenericClient`; ``delta`` is on.
 
     Example:
-        >>> with ChatClient("http://localhost:8000") as client:  # doctest: +SKIP
-        ...     client.reset()
-        ...     action = client.message_to_action({"role": "user", "content": "Hello!"}, tokenizer)
+        >>> with ChatClient(url) as client:  # "http://localhost:8000", say
+        ...     result = client.reset()
+        ...     action = client.message_to_action({"role": "user", "content": "Hello!"})
         ...     print(client.step(action).observation.messages)
+        [{'role': 'user', 'content': 'Hello!'}]
     """
 
     def __init__(self, base_url: str, *, delta: bool = True, **options: Any):

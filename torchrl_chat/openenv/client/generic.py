@@ -70,10 +70,11 @@ class GenericClient:
         ValueError: ``base_url`` is no URL of a server.
 
     Example:
-        >>> with GenericClient("http://localhost:8000") as client:  # doctest: +SKIP
+        >>> with GenericClient(url) as client:  # "http://localhost:8000", say
         ...     result = client.reset(seed=1)
-        ...     result = client.step({"message": "Hi"})
-        ...     print(result.observation, result.reward, result.done)
+        ...     result = client.step({"text": "Hi"})
+        ...     print(result.observation["messages"], result.done)
+        [{'role': 'assistant', 'content': 'Hi'}] False
     """
 
     _awaits: bool | None = None  # whether calls return awaitables; None while nobody has said so

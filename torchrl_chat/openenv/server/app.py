@@ -66,6 +66,10 @@ def create_app(
         ValueError: the environment does not support several sessions, and more than one is allowed.
 
     Example:
+        >>> from torchrl_chat import ChatTemplate
+        >>> from torchrl_chat.openenv import ChatEnvironment
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> template = ChatTemplate(tokenizer)
         >>> app = create_app(lambda: ChatEnvironment(template, system_prompt="Be brief."))
     """

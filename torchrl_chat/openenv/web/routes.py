@@ -63,6 +63,11 @@ def web_routes(
         ValueError: there is no such folder or file.
 
     Example:
+        >>> from torchrl_chat import ChatTemplate
+        >>> from torchrl_chat.openenv import ChatEnvironment, create_app
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> template = ChatTemplate(tokenizer)
         >>> app = create_app(lambda: ChatEnvironment(template), extra_routes=web_routes(tokenizer))
     """
     return _Page(tokenizer, rollouts, policy, played=True).routes()

@@ -3,7 +3,7 @@
 import { textOf } from "./messages.js";
 
 const CHUNK = 8 << 20; // bytes read at once
-const VERSION = 1; // of the format that is understood: docs/rollouts.md
+const VERSION = 1; // of the format that is understood: docs/reference/rollouts.md
 const TITLE = 200;
 const FIELDS = "version id row group place query reference messages reward success stop error sampled_tokens metadata".split(" ");
 
