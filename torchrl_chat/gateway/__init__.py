@@ -13,6 +13,7 @@ from torchrl_chat._lazy import lazy
 if TYPE_CHECKING:
     from torchrl_chat.gateway.agents import AgentEnv, play_agents
     from torchrl_chat.gateway.calls import Call, Dialect, Refusal, Reply
+    from torchrl_chat.gateway.commands import SandboxedCommand
     from torchrl_chat.gateway.engines import Ask, Engine, RemoteEngine, ScriptedEngine
     from torchrl_chat.gateway.finished import episodes
     from torchrl_chat.gateway.policies import PolicyEngine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "agents": "AgentEnv play_agents",
     "calls": "Call Dialect Refusal Reply",
+    "commands": "SandboxedCommand",
     "engines": "Ask Engine RemoteEngine ScriptedEngine",
     "finished": "episodes",
     "policies": "PolicyEngine",
@@ -47,6 +49,7 @@ __all__ = [
     "RemoteEngine",
     "Reply",
     "Rewarder",
+    "SandboxedCommand",
     "ScriptedEngine",
     "Served",
     "Session",

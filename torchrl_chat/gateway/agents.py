@@ -32,6 +32,7 @@ from torchrl_chat.gateway.serve import Gateway, Served
 from torchrl_chat.gateway.sessions import Settings
 from torchrl_chat.openenv.protocol import ServerLimits
 from torchrl_chat.policies.policy import Policy
+from torchrl_chat.sandbox.settings import SandboxError
 from torchrl_chat.seeds import EPOCH, PLACE, ROW, SEED, episode_seed
 from torchrl_chat.transforms.budgets import Budget
 from torchrl_chat.transforms.reward import RewardTransform
@@ -85,7 +86,7 @@ def play_agents(
         on_error: what becomes of the episode of an agent that raises, fails, or takes too long: ``"score"`` grades what there is, so that no
             policy escapes a grade by breaking its agent; ``"fail"`` leaves it out of training. An agent that returns what is no end of an
             episode has failed. An episode whose *engine* failed at a request that it did not answer later is always left out, whatever its
-            agent made of it; and an agent that a used-up budget has stopped has not failed.
+            agent made of it, and so is one whose sandbox could not be built; an agent that a used-up budget has stopped has not failed.
         data_key: see :func:`~torchrl_chat.gateway.finished.episodes`.
 
     Returns:
@@ -115,6 +116,8 @@ def play_agents(
         raise ValueError(f"repeats={repeats}, concurrency={concurrency}: expected at least 1 of each.")
     if on_error not in ("score", "fail"):
         raise ValueError(f"on_error={on_error!r}: expected 'score' or 'fail'.")
+    if (prepare := getattr(agent, "prepare", None)) is not None:
+        prepare()  # an agent that can play nowhere says so before any session begins
     told = []
     for number, row in enumerate(rows):
         for place in range(repeats):
@@ -165,7 +168,7 @@ def _finish(
         if failed:
             text = f"{type(end).__name__}: {end}".replace(served.api_key, "[hidden]")[:_SHOWN]
             _log.warning("an agent failed: %s", text, extra={"session": served.name})
-            if on_error == "fail" or session.engine_failure:
+            if on_error == "fail" or session.engine_failure or isinstance(end, SandboxError):
                 given["failure"] = text[:400]
         elif session.engine_failure and not given.get("failure"):
             given["failure"] = session.engine_failure

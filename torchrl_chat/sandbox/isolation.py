@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torchrl_chat.sandbox.settings import Settings
 
+_DOOR = "a namespace with a loopback; TCP connections to one port of it, where the caller listens"
+
 
 @dataclass(frozen=True)
 class Isolation:
@@ -57,7 +59,7 @@ class Isolation:
                 "capabilities": "none, for good; no new privileges",
                 "files": f"a private root, read-only; {settings.scratch >> 20} MiB of scratch in /tmp{builder}",
                 "processes": f"a PID namespace; {settings.processes} at most",
-                "network": "a namespace without interfaces; no sockets",
+                "network": _DOOR if settings.door else "a namespace without interfaces; no sockets",
                 "shared memory": "an IPC namespace; System V and POSIX queues refused",
                 "hostname and cgroup": "namespaces",
                 "system calls": "seccomp: a list of what is allowed",

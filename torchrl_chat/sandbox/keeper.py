@@ -17,7 +17,7 @@ import socket
 import time
 from typing import Any, NoReturn
 
-from torchrl_chat.sandbox import jail, wire
+from torchrl_chat.sandbox import door, jail, wire
 from torchrl_chat.sandbox.confine import confine, limit
 from torchrl_chat.sandbox.gate import Gate
 from torchrl_chat.sandbox.meter import Clock, Memory, Processes
@@ -49,6 +49,11 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
             every = jail.new_sandbox(settings)
         elif isolated:
             every = jail.own_mounts(settings)  # bwrap's have no limit on files, and show more of the machine
+        if settings.door:
+            with door.listen() as listener:
+                socket.send_fds(
+                    status, [json.dumps({"door": [door.HOST, door.PORT]}).encode()], [listener.fileno()]
+                )
         start, there = socket.socketpair()
         pid = os.fork()
     except OSError as error:

@@ -130,8 +130,13 @@ def landlock_version() -> int:
         return 0
 
 
-def landlock(version: int, writable: list[str]) -> None:
+def landlock(version: int, writable: list[str], port: int | None = None) -> None:
     """Allow this process to read and run files anywhere, to write below ``writable`` only, and no network.
+
+    Args:
+        version: of the interface, see :func:`landlock_version`.
+        writable: files and folders.
+        port: the one TCP port that it may connect to; ``None`` for none.
 
     Raises:
         OSError: the kernel refused.
@@ -153,6 +158,8 @@ def landlock(version: int, writable: list[str]) -> None:
                 _syscall("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights, fd), 0)
             finally:
                 os.close(fd)
+        if port is not None and network:
+            _syscall("landlock_add_rule", ruleset, 2, struct.pack("=QQ", 0b10, port), 0)
         _syscall("landlock_restrict_self", ruleset, 0)
     finally:
         os.close(ruleset)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import socket
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.sandbox.calls import Call, drive, together
@@ -51,6 +54,10 @@ class Sandbox:
         allow_shell: whether there are a shell and programs: :meth:`shell`, ``os.system``, ``subprocess``.
         packages: folders of third-party packages that may be imported, such as ``site-packages``; read-only.
         preload: modules that are imported once, before any call, rather than in every call.
+        show: more files and folders of the machine to be seen, read-only, at their own paths: the virtual environment of a program, say (the
+            Python that it refers to is shown, too).
+        door: whether its network has a door: a port of its own loopback at which the caller listens, and nothing else; for
+            :meth:`command`. Off by default: no sockets then.
         workers: how many calls :meth:`run_many` runs at a time. Defaults to the cores that this process may use.
         spare: how many more it runs while some take long. Each may take ``memory``.
         ahead: how many sandboxes are made ahead of need, so that a call need not wait for one to be built.
@@ -80,12 +87,14 @@ class Sandbox:
         allow_shell: bool = False,
         packages: Sequence[str | os.PathLike[str]] = (),
         preload: Sequence[str] = (),
+        show: Sequence[str | os.PathLike[str]] = (),
+        door: bool = False,
         workers: int | None = None,
         spare: int = 32,
         ahead: int = 2,
     ):
-        if isinstance(packages, str) or isinstance(preload, str):
-            raise ValueError("packages and preload: expected lists of texts, not a text.")
+        if isinstance(packages, str) or isinstance(preload, str) or isinstance(show, str):
+            raise ValueError("packages, preload and show: expected lists of texts, not a text.")
         folders = tuple(os.path.realpath(path) for path in packages)
         for path in folders:
             if not os.path.isdir(path):
@@ -102,6 +111,8 @@ class Sandbox:
             allow_shell,
             folders,
             tuple(preload),
+            tuple(map(_shown, show)),
+            door,
         )
         if (workers is not None and workers < 1) or spare < 0 or ahead < 0:
             raise ValueError(f"workers={workers}, spare={spare}, ahead={ahead}: expected at least 1, 0 and 0.")
@@ -222,6 +233,39 @@ class Sandbox:
         if not self.settings.allow_shell:
             raise SandboxError("this sandbox has no shell: make it with Sandbox(..., allow_shell=True).")
 
+    def command(
+        self,
+        words: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        deadline: float | None = None,
+        opened: Callable[[socket.socket], None] | None = None,
+    ) -> Command:
+        """A program in a fresh sandbox, to be run: ``box.command(["ls", "-l"]).run()``.
+
+        Args:
+            words: the program and its arguments.
+
+        Keyword Args:
+            environment: environment variables besides ``PATH``, ``HOME``, ``TMPDIR`` and ``LANG``; none of this process's own are handed on.
+            stdin, deadline: as for :meth:`run`.
+            opened: called with the socket that listens at the sandbox's door (:mod:`torchrl_chat.sandbox.door`), before the program
+                starts; it is the function's to close. ``None``: nobody listens there.
+
+        Raises:
+            SandboxError: the sandbox has no shell, there is no door to be opened, or it could not be started.
+        """
+        self.need_shell()
+        if opened is not None and not self.settings.door:
+            raise SandboxError("this sandbox has no door: make it with Sandbox(..., door=True).")
+        told = {"words": list(words), "environment": dict(environment or {})}
+        texts = [*told["words"], *told["environment"], *dict(environment or {}).values()]
+        if not words or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"expected the words and variables of a command as texts, got {words!r:.60}.")
+        seconds = check_deadline(deadline, self.settings)
+        return Command(self.warden(), json.dumps(told), stdin, seconds, self.settings.output, opened)
+
     def session(self) -> Session:
         """A session, whose variables live on from call to call."""
         return Session(self)
@@ -253,6 +297,39 @@ class Sandbox:
         if failed is not None and all(call.began is None for call in calls):
             raise failed
         return results
+
+
+class Command:
+    """A program in a sandbox of its own, which was started for it; see :meth:`Sandbox.command`."""
+
+    def __init__(
+        self,
+        warden: Warden,
+        told: str,
+        stdin: str | None,
+        deadline: float,
+        output: int,
+        opened: Callable[[socket.socket], None] | None,
+    ):
+        self._warden = warden
+        self._process = warden.launch()
+        self._make = functools.partial(
+            Call, warden, self._process, "command", told, stdin, deadline, output, last=True, opened=opened
+        )
+
+    def run(self) -> Result:
+        """Run it to its end, or to its deadline; all that it has started ends with it.
+
+        Raises:
+            SandboxError: the sandbox could not be built, or was killed before it was.
+        """
+        call = self._make()
+        together([call])
+        return call.result()
+
+    def kill(self) -> None:
+        """End it, from any thread; :meth:`run` returns then. One that has ended stays as it is."""
+        self._warden.kill(self._process)
 
 
 class Session:
@@ -339,6 +416,27 @@ def check_deadline(deadline: float | None, settings: Settings) -> float:
     if not deadline > 0:
         raise ValueError(f"deadline={deadline}: expected a positive number of seconds.")
     return float(deadline)
+
+
+_OWN = ("/tmp", "/proc", "/dev", "/sys")  # what a sandbox has of its own, or not at all
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    """A path that can be shown in a sandbox.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    at = os.path.abspath(path)
+    if not os.path.exists(at):
+        raise ValueError(f"show: {at!r} does not exist.")
+    for place in {at, os.path.realpath(at)}:
+        if place in ("/", "/etc") or any(place == own or place.startswith(f"{own}/") for own in _OWN):
+            raise ValueError(
+                f"show: {at!r} cannot be shown: a sandbox has {', '.join(_OWN)} and /etc of its own. Show what is needed from "
+                "elsewhere."
+            )
+    return at
 
 
 def _cores() -> int:
