@@ -54,7 +54,7 @@ ATTACKS = {
     "connects one end of a pair": "a, b = socket.socketpair()\nattempt('pair', a.connect, ABSTRACT)\n"
     "c, d = socket.socketpair(type=socket.SOCK_DGRAM)\nattempt('sendto', c.sendto, b'x', ABSTRACT_UDP)",
     "DNS": "attempt('dns', socket.getaddrinfo, 'example.com', 80); attempt('name', socket.gethostbyname, 'example.com')",
-    "netlink, vsock and others": "for f in range(1, 46):\n    attempt(f, socket.socket, f, socket.SOCK_DGRAM if f == 16 else socket.SOCK_STREAM)\n"
+    "netlink, vsock and others": "for f in range(1, 46):\n    if DOOR and f == 2: continue  # there a TCP socket may be made\n    attempt(f, socket.socket, f, socket.SOCK_DGRAM if f == 16 else socket.SOCK_STREAM)\n"
     "    attempt(f, socket.socket, f, socket.SOCK_RAW)",
     # processes
     "a fork bomb": "n = 0\ntry:\n    while n < 5000:\n        if os.fork() == 0: time.sleep(30); os._exit(0)\n        n += 1\nexcept OSError: pass\n"

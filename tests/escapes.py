@@ -97,6 +97,7 @@ class World:
     def names(self) -> str:
         """What an attacker would have found out, as assignments."""
         values = {
+            "DOOR": False,
             "HOME": os.path.expanduser("~"),
             "SECRET_FILE": str(self.secret),
             "OUTSIDE": str(self.outside),

@@ -118,7 +118,7 @@ class Sandbox:
             raise ValueError(f"workers={workers}, spare={spare}, ahead={ahead}: expected at least 1, 0 and 0.")
         self.workers = workers or _cores()
         self.spare = spare
-        self.ahead = ahead
+        self.ahead = 0 if door else ahead  # a door is opened as its sandbox is made
         if isolation == "none":
             warnings.warn(
                 "isolation='none': code runs as this user, with all that this user may read, write and reach.",
