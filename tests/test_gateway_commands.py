@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from agents import Recorder, check_law, templates_of
@@ -170,6 +172,29 @@ def _below(agent: SandboxedCommand) -> list[int]:
     return descendants(agent.box.warden().process.pid)[1:]
 
 
+def test_what_an_agent_leaves_in_its_workspace_is_what_it_is_graded_by():
+    """Each episode has one of its own, filled with what its row needs."""
+
+    def checks(session):
+        return float((workspaces / session.name / "answer").read_text() == session.row["query"].upper())
+
+    checks.grades = "session"
+    code = "text = open('task').read()\nopen('answer', 'w').write(text.upper() if text != 'q2' else 'wrong')"
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        workspaces = Path(folder) / "work"
+        agent = SandboxedCommand(
+            ["python3", "-S", "-c", code],
+            workspaces=workspaces,
+            fill=lambda row, folder: (folder / "task").write_text(row["query"]),
+        )
+        ready(agent)
+        with gateway_of(said, reward=checks) as gateway:
+            td = play_agents(agent, ROWS, gateway, repeats=2)
+        agent.close()
+        assert td["reward"].flatten().tolist() == [1.0] * 4 + [0.0] * 2
+        assert len(os.listdir(workspaces)) == 6
+
+
 def test_no_episode_is_played_where_there_can_be_no_sandbox(monkeypatch):
     def refused(settings):
         raise SandboxError("isolation='namespaces' cannot be had: say why")
@@ -197,6 +222,8 @@ def test_what_makes_no_sense_is_said_at_once(tmp_path):
         SandboxedCommand("python agent.py", show=["/nowhere/venv"])
     with pytest.raises(ValueError, match="command is empty"):
         SandboxedCommand("")
+    with pytest.raises(ValueError, match="no workspaces to be filled"):
+        SandboxedCommand("true", fill=print)
     with pytest.raises(ValueError, match="isolation='none'"):
         SandboxedCommand("true", sandbox={"isolation": "none"})
     (tmp_path / "mine.py").write_text(

@@ -9,12 +9,15 @@ import shlex
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from torchrl_chat.gateway.agents import AgentError
 from torchrl_chat.gateway.serve import Served
 from torchrl_chat.sandbox import Result, Sandbox
 from torchrl_chat.sandbox.door import HOST, PORT
+from torchrl_chat.sandbox.sandbox import Command
+from torchrl_chat.sandbox.settings import NOBODY
 
 _SHOWN = 2000  # characters of a command's last words
 _KEY = "sandbox"  # any would do: the door knows whose it is
@@ -27,8 +30,8 @@ class SandboxedCommand:
     ``ANTHROPIC_BASE_URL``, ``ANTHROPIC_API_KEY``), and the row on its standard input as JSON. But it runs in a
     :class:`~torchrl_chat.sandbox.Sandbox` with a door (:mod:`torchrl_chat.sandbox.door`): the address is its session's, whatever
     name and key it asks with, and nothing else is to be reached, neither the machine's own network nor its files, processes and
-    environment. It may write to ``/tmp`` only, where it starts, and of which nothing is kept. It is killed, with what it has started, when it
-    takes too long or too much.
+    environment. It may write to ``/tmp``, of which nothing is kept, and to its workspace, if it has one. It is killed, with what it has
+    started, when it takes too long or too much.
 
     Args:
         command: a line of words, or a list of them. The program is looked for inside.
@@ -41,6 +44,10 @@ class SandboxedCommand:
         memory: bytes that its processes may take together.
         scratch: bytes of ``/tmp``, in memory.
         processes: how many processes and threads it may have.
+        workspaces: a folder in which each episode gets one of its session's name; the command starts in it, sees it as ``/workspace``, and
+            what it leaves there is kept, for rewards to look at. Nobody else made it: links in it may lead anywhere. How much it holds has no
+            limit but that of each file, ``scratch``.
+        fill: called with the row and the new folder, before the command starts.
         sandbox: other arguments of :class:`~torchrl_chat.sandbox.Sandbox`: ``{"isolation": "bubblewrap", "cpu": 60.0}``.
 
     Raises:
@@ -61,6 +68,8 @@ class SandboxedCommand:
         memory: int = 2 << 30,
         scratch: int = 256 << 20,
         processes: int = 64,
+        workspaces: str | os.PathLike[str] | None = None,
+        fill: Callable[[Mapping[str, Any], Path], object] | None = None,
         sandbox: Mapping[str, Any] | None = None,
     ):
         self.words = shlex.split(command) if isinstance(command, str) else list(command)
@@ -69,13 +78,19 @@ class SandboxedCommand:
         if os.path.dirname(self.words[0]):  # it does not start where this process is
             self.words[0] = os.path.abspath(self.words[0])
         self.environment = dict(environment or {})
+        self.workspaces, self.fill = None if workspaces is None else Path(workspaces).absolute(), fill
+        if self.workspaces is None and fill is not None:
+            raise ValueError("fill: there are no workspaces to be filled.")
+        if self.workspaces is not None:
+            self.workspaces.mkdir(parents=True, exist_ok=True)
         limits: dict[str, Any] = {
             "deadline": deadline,
             "memory": memory,
             "scratch": scratch,
             "processes": processes,
         }
-        self.box = Sandbox(**{**limits, **dict(sandbox or {}), "show": show, "allow_shell": True, "door": True})
+        own = {"show": show, "workspaces": self.workspaces, "allow_shell": True, "door": True}
+        self.box = Sandbox(**{**limits, **dict(sandbox or {}), **own})
 
     def prepare(self) -> None:
         """Build a sandbox, to see that it can be done.
@@ -101,13 +116,16 @@ class SandboxedCommand:
         def opened(listener: socket.socket) -> None:
             doors.append(session.open_door(listener))
 
-        command = await asyncio.to_thread(
-            self.box.command,
-            self.words,
-            environment={**addresses(), **self.environment},
-            stdin=json.dumps(dict(row), default=str),
-            opened=opened,
-        )
+        def start() -> Command:
+            return self.box.command(
+                self.words,
+                environment={**addresses(), **self.environment},
+                stdin=json.dumps(dict(row), default=str),
+                workspace=self._workspace(row, session.name),
+                opened=opened,
+            )
+
+        command = await asyncio.to_thread(start)
 
         def run() -> Result:
             try:
@@ -123,6 +141,20 @@ class SandboxedCommand:
         finally:
             command.kill()  # nobody waits for it any more, or it has ended
             thread.shutdown(wait=False)
+
+    def _workspace(self, row: Mapping[str, Any], name: str) -> str:
+        """Make the folder of an episode; its name, or none."""
+        if self.workspaces is None:
+            return ""
+        folder = self.workspaces / name
+        folder.mkdir()
+        if self.fill is not None:
+            self.fill(dict(row), folder)
+        if os.geteuid() == 0:  # who is nobody in there
+            for path, folders, files in os.walk(folder):
+                for each in [path, *(os.path.join(path, inner) for inner in folders + files)]:
+                    os.lchown(each, NOBODY, NOBODY)
+        return name
 
 
 def addresses() -> dict[str, str]:

@@ -16,7 +16,7 @@ import sys
 from typing import NoReturn
 
 from torchrl_chat.sandbox import jail
-from torchrl_chat.sandbox.settings import Missing, Settings
+from torchrl_chat.sandbox.settings import WORKSPACE, Missing, Settings
 
 _HINT = (
     "Install it (Debian and Ubuntu: apt install bubblewrap; Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap), "
@@ -136,6 +136,8 @@ def _arguments(settings: Settings, root: bool) -> list[str]:
     here = os.path.dirname(os.path.abspath(__file__))
     for name in ("__init__.py", "_lazy.py", "processes.py", "sandbox"):
         binds += ["--ro-bind", os.path.join(os.path.dirname(here), name), f"{_PACKAGE}/{name}"]
+    if settings.workspaces is not None:
+        binds += ["--perms", "0755", "--dir", WORKSPACE, "--bind", settings.workspaces, jail.WORKSPACES]
     for name, device in jail.DEVICES.items():
         binds += ["--dev-bind", f"/dev/{device}", f"/dev/{name}"]
     for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):

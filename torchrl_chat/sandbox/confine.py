@@ -10,7 +10,7 @@ import resource
 
 from torchrl_chat.sandbox import door, jail, kernel
 from torchrl_chat.sandbox.filters import sandbox_filter
-from torchrl_chat.sandbox.settings import Settings, step
+from torchrl_chat.sandbox.settings import WORKSPACE, Settings, step
 
 
 def confine(settings: Settings, root: bool, program: bytes) -> int:
@@ -47,7 +47,8 @@ def confine(settings: Settings, root: bool, program: bytes) -> int:
     if version:
         with step("Landlock", "The kernel has it but refuses it."):
             devices = [f"/dev/{name}" for name in jail.DEVICES]
-            kernel.landlock(version, ["/tmp", *devices], door.PORT if settings.door else None)
+            folders = ["/tmp"] if settings.workspaces is None else ["/tmp", WORKSPACE]
+            kernel.landlock(version, [*folders, *devices], door.PORT if settings.door else None)
     limit(settings)
     hint = "The kernel has to be built with CONFIG_SECCOMP_FILTER"
     hint += ", and nobody else may listen to its filters (a container's runtime, say)." if settings.door else "."

@@ -54,10 +54,14 @@ def serve(channel: socket.socket, settings: Settings) -> NoReturn:
             reply = {"status": "not_run", "exit": 1, "error": text, "value": None}
         else:
             if request["kind"] == "shell":
-                reply = _program(["/bin/sh", "-c", request["code"]], {}, settings.output, channel, begun)
+                told: dict[str, Any] = {
+                    "words": ["/bin/sh", "-c", request["code"]],
+                    "environment": {},
+                    "folder": None,
+                }
+                reply = _program(told, settings.output, channel, begun)
             elif request["kind"] == "command":
-                told = json.loads(request["code"])
-                reply = _program(told["words"], told["environment"], settings.output, channel, begun)
+                reply = _program(json.loads(request["code"]), settings.output, channel, begun)
             else:
                 channel.sendall(begun)
                 name = "main.py" if request["last"] else f"cell_{calls}.py"
@@ -185,12 +189,10 @@ def _describe(error: BaseException, name: str) -> str:
         return f"{type(error).__name__} (its traceback cannot be shown: {type(second).__name__})"
 
 
-def _program(
-    words: list[str], environment: dict[str, str], limit: int, channel: socket.socket, begun: bytes
-) -> _Reply:
+def _program(told: dict[str, Any], limit: int, channel: socket.socket, begun: bytes) -> _Reply:
     """Run a program, with the same standard streams."""
     try:
-        program = subprocess.Popen(words, env={**os.environ, **environment})
+        program = subprocess.Popen(told["words"], env={**os.environ, **told["environment"]}, cwd=told["folder"])
     except (OSError, ValueError) as error:
         text = wire.cut(f"{type(error).__name__}: {error}", limit)
         return {"status": "not_run", "exit": 127, "error": text, "value": None}

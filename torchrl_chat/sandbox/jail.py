@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterable
 
 from torchrl_chat.sandbox import kernel
-from torchrl_chat.sandbox.settings import Settings, step
+from torchrl_chat.sandbox.settings import NOBODY, WORKSPACE, Settings, step
 
-NOBODY = 65534  # who root becomes
 INSIDE = 1000  # who everybody is inside
+WORKSPACES = "/workspaces"  # all of them, while a sandbox is built
 # What stands in /dev, and the device that it is. The real zero can be mapped, to memory that no limit counts.
 DEVICES = {"null": "null", "zero": "full", "full": "full", "random": "random", "urandom": "urandom"}
 
@@ -136,6 +136,10 @@ def make_root(settings: Settings) -> None:
             kernel.mount(f"/.old/dev/{device}", f"/dev/{name}", None, kernel.MS_BIND)
         for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
             os.symlink(target, f"/dev/{name}")
+        if settings.workspaces is not None:
+            for folder in (WORKSPACES, WORKSPACE):
+                os.mkdir(folder, 0o755)
+            kernel.mount(f"/.old{settings.workspaces}", WORKSPACES, None, kernel.MS_BIND)
         os.symlink("/proc/self/fd/2", "/dev/stderr")
         os.symlink("/tmp", "/dev/shm")
         for path, text in own_files(settings).items():
@@ -148,6 +152,8 @@ def make_root(settings: Settings) -> None:
         kernel.unmount("/.old")
         os.rmdir("/.old")
         kernel.set_mount("/", kernel.ATTR_RDONLY | kernel.ATTR_NOSUID)
+        if settings.workspaces is not None:
+            kernel.set_mount(WORKSPACES, kernel.ATTR_NODEV, clear=kernel.ATTR_RDONLY)
 
 
 _QUIET = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
@@ -242,8 +248,8 @@ def _show_parents(path: str, bare: set[str]) -> None:
             bare.add(at)
 
 
-def new_sandbox(settings: Settings) -> int:
-    """In the first process of a new PID namespace: everything else of its own.
+def new_sandbox(settings: Settings, workspace: str = "") -> int:
+    """In the first process of a new PID namespace: everything else of its own; for the arguments see :func:`own_mounts`.
 
     Returns:
         a view of all its processes, see :func:`own_mounts`.
@@ -254,11 +260,15 @@ def new_sandbox(settings: Settings) -> int:
     with step("mount, network, IPC, UTS and cgroup namespaces", _USER_HINT):
         kernel.unshare(_SHARED)
         kernel.set_hostname(b"sandbox")
-    return own_mounts(settings)
+    return own_mounts(settings, workspace)
 
 
-def own_mounts(settings: Settings) -> int:
+def own_mounts(settings: Settings, workspace: str = "") -> int:
     """In the first process of a new PID namespace: a scratch folder, and a /proc with its processes and nothing else.
+
+    Args:
+        settings: the limits.
+        workspace: the name of its workspace; without one it has none.
 
     Returns:
         a descriptor of a second /proc, that stands nowhere: it shows every process. The one in the sandbox hides whatever
@@ -267,6 +277,11 @@ def own_mounts(settings: Settings) -> int:
     Raises:
         Missing: the kernel refused.
     """
+    if settings.workspaces is not None:
+        with step("a workspace of its own", _MOUNT_HINT):
+            if workspace:
+                kernel.mount(f"{WORKSPACES}/{workspace}", WORKSPACE, None, kernel.MS_BIND)
+            kernel.unmount(WORKSPACES)  # those of others are not to be seen
     with step("a scratch folder of limited size", _MOUNT_HINT):
         inodes = max(64, settings.scratch >> 12)
         flags = kernel.MS_NOSUID | kernel.MS_NODEV

@@ -45,10 +45,13 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
     status = socket.socket(fileno=4)
     every = -1
     try:
+        workspace = "" if settings.workspaces is None else status.recv(wire.NAME).decode().strip(wire.NOWHERE)
         if settings.isolation == "namespaces":
-            every = jail.new_sandbox(settings)
+            every = jail.new_sandbox(settings, workspace)
         elif isolated:
-            every = jail.own_mounts(settings)  # bwrap's have no limit on files, and show more of the machine
+            every = jail.own_mounts(
+                settings, workspace
+            )  # bwrap's have no limit on files, and show more of the machine
         if settings.door:
             with door.listen() as listener:
                 socket.send_fds(

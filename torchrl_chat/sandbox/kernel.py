@@ -63,9 +63,9 @@ def unmount(target: str) -> None:
     _checked(_libc.umount2(os.fsencode(target), MNT_DETACH), f"umount {target}")
 
 
-def set_mount(target: str, attributes: int, recursive: bool = True) -> None:
-    """Add attributes to the mount at ``target``, and to all below it."""
-    attr = struct.pack("=QQQQ", attributes, 0, 0, 0)
+def set_mount(target: str, attributes: int, recursive: bool = True, clear: int = 0) -> None:
+    """Add attributes to the mount at ``target``, and to all below it; ``clear`` others."""
+    attr = struct.pack("=QQQQ", attributes, clear, 0, 0)
     flags = _AT_RECURSIVE if recursive else 0
     _syscall("mount_setattr", _AT_FDCWD, os.fsencode(target), flags, attr, len(attr))
 

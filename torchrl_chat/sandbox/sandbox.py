@@ -16,7 +16,7 @@ from torchrl_chat.sandbox.calls import Call, drive, together
 from torchrl_chat.sandbox.isolation import Isolation
 from torchrl_chat.sandbox.launch import Process, Warden
 from torchrl_chat.sandbox.result import Result
-from torchrl_chat.sandbox.settings import SandboxError, Settings
+from torchrl_chat.sandbox.settings import NOBODY, WORKSPACE, SandboxError, Settings
 
 
 class Sandbox:
@@ -58,6 +58,8 @@ class Sandbox:
             Python that it refers to is shown, too).
         door: whether its network has a door: a port of its own loopback at which the caller listens, and nothing else; for
             :meth:`command`. Off by default: no sockets then.
+        workspaces: a folder with folders for :meth:`command`, in which what a program writes is kept. How much that is has no limit but that
+            of each file, ``scratch``.
         workers: how many calls :meth:`run_many` runs at a time. Defaults to the cores that this process may use.
         spare: how many more it runs while some take long. Each may take ``memory``.
         ahead: how many sandboxes are made ahead of need, so that a call need not wait for one to be built.
@@ -89,6 +91,7 @@ class Sandbox:
         preload: Sequence[str] = (),
         show: Sequence[str | os.PathLike[str]] = (),
         door: bool = False,
+        workspaces: str | os.PathLike[str] | None = None,
         workers: int | None = None,
         spare: int = 32,
         ahead: int = 2,
@@ -113,6 +116,7 @@ class Sandbox:
             tuple(preload),
             tuple(map(_shown, show)),
             door,
+            None if workspaces is None else _folder(workspaces),
         )
         if (workers is not None and workers < 1) or spare < 0 or ahead < 0:
             raise ValueError(f"workers={workers}, spare={spare}, ahead={ahead}: expected at least 1, 0 and 0.")
@@ -240,6 +244,7 @@ class Sandbox:
         environment: Mapping[str, str] | None = None,
         stdin: str | None = None,
         deadline: float | None = None,
+        workspace: str = "",
         opened: Callable[[socket.socket], None] | None = None,
     ) -> Command:
         """A program in a fresh sandbox, to be run: ``box.command(["ls", "-l"]).run()``.
@@ -250,21 +255,42 @@ class Sandbox:
         Keyword Args:
             environment: environment variables besides ``PATH``, ``HOME``, ``TMPDIR`` and ``LANG``; none of this process's own are handed on.
             stdin, deadline: as for :meth:`run`.
+            workspace: the name of a folder in ``workspaces``, which is there as ``/workspace``, to be written to, and where the program
+                starts; it has to be there, and to belong to nobody (65534) if root is the caller. Without one it starts in ``/tmp``.
             opened: called with the socket that listens at the sandbox's door (:mod:`torchrl_chat.sandbox.door`), before the program
                 starts; it is the function's to close. ``None``: nobody listens there.
 
         Raises:
-            SandboxError: the sandbox has no shell, there is no door to be opened, or it could not be started.
+            SandboxError: the sandbox has no shell, there is no door to be opened, or no such workspace, or it could not be started.
         """
         self.need_shell()
         if opened is not None and not self.settings.door:
             raise SandboxError("this sandbox has no door: make it with Sandbox(..., door=True).")
-        told = {"words": list(words), "environment": dict(environment or {})}
+        if workspace:
+            self._check_workspace(workspace)
+        told = {
+            "words": list(words),
+            "environment": dict(environment or {}),
+            "folder": WORKSPACE if workspace else "/tmp",
+        }
         texts = [*told["words"], *told["environment"], *dict(environment or {}).values()]
         if not words or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"expected the words and variables of a command as texts, got {words!r:.60}.")
         seconds = check_deadline(deadline, self.settings)
-        return Command(self.warden(), json.dumps(told), stdin, seconds, self.settings.output, opened)
+        return Command(self.warden(), workspace, json.dumps(told), stdin, seconds, self.settings.output, opened)
+
+    def _check_workspace(self, name: str) -> None:
+        parent = self.settings.workspaces
+        if parent is None:
+            raise SandboxError("this sandbox has no workspaces: make it with Sandbox(..., workspaces=FOLDER).")
+        path = os.path.join(parent, name)
+        if "/" in name or name in (".", "..") or os.path.islink(path) or not os.path.isdir(path):
+            raise SandboxError(f"workspace={name!r} is no folder in {parent}.")
+        if os.geteuid() == 0 and os.stat(path).st_uid != NOBODY:
+            raise SandboxError(
+                f"the workspace {path} belongs to another user: started by root, code runs as {NOBODY} (nobody); "
+                f"os.chown(folder, {NOBODY}, {NOBODY}) gives it the folder."
+            )
 
     def session(self) -> Session:
         """A session, whose variables live on from call to call."""
@@ -305,6 +331,7 @@ class Command:
     def __init__(
         self,
         warden: Warden,
+        workspace: str,
         told: str,
         stdin: str | None,
         deadline: float,
@@ -312,7 +339,7 @@ class Command:
         opened: Callable[[socket.socket], None] | None,
     ):
         self._warden = warden
-        self._process = warden.launch()
+        self._process = warden.launch(workspace)
         self._make = functools.partial(
             Call, warden, self._process, "command", told, stdin, deadline, output, last=True, opened=opened
         )
@@ -416,6 +443,13 @@ def check_deadline(deadline: float | None, settings: Settings) -> float:
     if not deadline > 0:
         raise ValueError(f"deadline={deadline}: expected a positive number of seconds.")
     return float(deadline)
+
+
+def _folder(path: str | os.PathLike[str]) -> str:
+    at = os.path.realpath(path)
+    if not os.path.isdir(at):
+        raise ValueError(f"workspaces: {at!r} is not a folder.")
+    return at
 
 
 _OWN = ("/tmp", "/proc", "/dev", "/sys")  # what a sandbox has of its own, or not at all

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LEVELS = ("namespaces", "bubblewrap", "none")
+NOBODY = 65534
+"""Who root becomes."""
+WORKSPACE = "/workspace"
+"""Where a sandbox has its workspace, if it has one."""
 
 
 class SandboxError(RuntimeError):
@@ -30,6 +34,7 @@ class Settings:
     preload: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
     door: bool = False
+    workspaces: str | None = None
 
     def __post_init__(self) -> None:
         if self.isolation not in LEVELS:
