@@ -25,7 +25,8 @@ from tensordict import TensorDict
 
 from torchrl_chat import columns
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.gateway.ends import checked_end
+from torchrl_chat.gateway.commands import SandboxedCommand
+from torchrl_chat.gateway.ends import AgentError, checked_end
 from torchrl_chat.gateway.policies import PolicyEngine
 from torchrl_chat.gateway.rewarding import Rewarder
 from torchrl_chat.gateway.serve import Gateway, Served
@@ -43,10 +44,6 @@ Agent = Callable[[Mapping[str, Any], Served], Any] | str | Sequence[str]
 _SHOWN = 2000  # characters of a command's last words
 _ENDS = frozenset({"reward", "success", "parts", "failure", "grade_failure", "extracted", "stop"})
 _log = logging.getLogger("torchrl_chat.agents")
-
-
-class AgentError(RuntimeError):
-    """An agent ended before it was done; the text says how."""
 
 
 def play_agents(
@@ -94,6 +91,7 @@ def play_agents(
 
     Raises:
         ValueError: an option has no such value.
+        SandboxError: the agent is a :class:`~torchrl_chat.gateway.SandboxedCommand`, and there can be no sandbox here.
 
     Example:
         >>> from openai import AsyncOpenAI
@@ -116,8 +114,8 @@ def play_agents(
         raise ValueError(f"repeats={repeats}, concurrency={concurrency}: expected at least 1 of each.")
     if on_error not in ("score", "fail"):
         raise ValueError(f"on_error={on_error!r}: expected 'score' or 'fail'.")
-    if (prepare := getattr(agent, "prepare", None)) is not None:
-        prepare()  # an agent that can play nowhere says so before any session begins
+    if isinstance(agent, SandboxedCommand):
+        agent.prepare()  # where there can be no sandbox no session begins
     told = []
     for number, row in enumerate(rows):
         for place in range(repeats):

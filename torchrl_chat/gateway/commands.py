@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torchrl_chat.gateway.agents import AgentError
+from torchrl_chat.gateway.ends import AgentError
 from torchrl_chat.gateway.serve import Served
 from torchrl_chat.sandbox import Result, Sandbox
 from torchrl_chat.sandbox.door import HOST, PORT
