@@ -230,6 +230,8 @@ def test_a_door_is_off_unless_it_is_asked_for():
     assert not Sandbox().settings.door
     with pytest.raises(SandboxError, match="no door: make it with"):
         Sandbox(allow_shell=True).command(["true"], opened=lambda listener: None)
+    with pytest.raises(SandboxError, match="is for commands"):
+        Sandbox(door=True).session()
     with pytest.raises(ValueError, match="no network to put a door into"):
         Sandbox("none", door=True)
     with pytest.raises(TypeError, match="as texts"):

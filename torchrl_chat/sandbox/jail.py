@@ -51,17 +51,17 @@ def privileged(network: bool = False) -> bool:
 def enter(network: bool = False) -> bool:
     """Move to namespaces of the warden's own; its next child will be the first process of one.
 
-        Root stays root here where it can, so that what follows is owned by root and not by the code in the sandbox, which
+    Root stays root here where it can, so that what follows is owned by root and not by the code in the sandbox, which
     becomes nobody later. A root without the needed capabilities becomes nobody at once.
 
     Args:
-            network: whether a network is to be set up.
+        network: whether a network is to be set up.
 
     Returns:
-            whether this process is real root.
+        whether this process is real root.
 
     Raises:
-            Missing: the kernel refused.
+        Missing: the kernel refused.
     """
     if not sys.platform.startswith("linux"):
         with step(

@@ -49,14 +49,12 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
         if settings.isolation == "namespaces":
             every = jail.new_sandbox(settings, workspace)
         elif isolated:
-            every = jail.own_mounts(
-                settings, workspace
-            )  # bwrap's have no limit on files, and show more of the machine
+            # bwrap's have no limit on files, and show more of the machine
+            every = jail.own_mounts(settings, workspace)
         if settings.door:
             with door.listen() as listener:
-                socket.send_fds(
-                    status, [json.dumps({"door": [door.HOST, door.PORT]}).encode()], [listener.fileno()]
-                )
+                told = json.dumps({"door": [door.HOST, door.PORT]})
+                socket.send_fds(status, [told.encode()], [listener.fileno()])
         start, there = socket.socketpair()
         pid = os.fork()
     except OSError as error:

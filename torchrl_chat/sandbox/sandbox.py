@@ -30,7 +30,7 @@ class Sandbox:
     Not covered: faults of the kernel itself and of the processor. The code can spoil its own result, and in a session later
     ones. Memory that the kernel keeps beside a process's own comes on top of ``memory`` and ``scratch``; with the limits below
     as they are, measured on Linux 6.18: watches of ``epoll`` 190 MiB (less with fewer ``processes`` and ``files``), files of
-    the scratch folder 16 MiB, stacks 11 MiB; by the sizes of the kernel's objects: full pipes 120 MiB, full sockets 52 MiB,
+    the scratch folder 16 MiB, stacks 11 MiB; by the sizes of the kernel's objects: full pipes 120 MiB, full sockets 52 MiB (80 with a door),
     locks 24 MiB. Page tables and mappings count to ``memory``.
 
     Locks can be had on files of the scratch folder only, and no timer sends a signal but ``SIGALRM`` and its kin.
@@ -293,7 +293,13 @@ class Sandbox:
             )
 
     def session(self) -> Session:
-        """A session, whose variables live on from call to call."""
+        """A session, whose variables live on from call to call.
+
+        Raises:
+            SandboxError: the sandbox has a door, which is for commands.
+        """
+        if self.settings.door:
+            raise SandboxError("a sandbox with a door is for commands: make one without for sessions.")
         return Session(self)
 
     def _run_all(
