@@ -15,8 +15,8 @@ from typing import Any
 from torchrl_chat.gateway.ends import AgentError
 from torchrl_chat.gateway.serve import Served
 from torchrl_chat.sandbox import Result, Sandbox
+from torchrl_chat.sandbox.commands import Command
 from torchrl_chat.sandbox.door import HOST, PORT
-from torchrl_chat.sandbox.sandbox import Command
 from torchrl_chat.sandbox.settings import NOBODY
 
 _SHOWN = 2000  # characters of a command's last words

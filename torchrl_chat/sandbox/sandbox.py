@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import socket
 import threading
@@ -13,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.sandbox.calls import Call, drive, together
+from torchrl_chat.sandbox.commands import Command, as_told, folder_of, shown
 from torchrl_chat.sandbox.isolation import Isolation
 from torchrl_chat.sandbox.launch import Process, Warden
 from torchrl_chat.sandbox.result import Result
-from torchrl_chat.sandbox.settings import NOBODY, WORKSPACE, SandboxError, Settings
+from torchrl_chat.sandbox.settings import SandboxError, Settings
 
 
 class Sandbox:
@@ -114,9 +113,9 @@ class Sandbox:
             allow_shell,
             folders,
             tuple(preload),
-            tuple(map(_shown, show)),
+            tuple(map(shown, show)),
             door,
-            None if workspaces is None else _folder(workspaces),
+            None if workspaces is None else folder_of(workspaces),
         )
         if (workers is not None and workers < 1) or spare < 0 or ahead < 0:
             raise ValueError(f"workers={workers}, spare={spare}, ahead={ahead}: expected at least 1, 0 and 0.")
@@ -266,31 +265,9 @@ class Sandbox:
         self.need_shell()
         if opened is not None and not self.settings.door:
             raise SandboxError("this sandbox has no door: make it with Sandbox(..., door=True).")
-        if workspace:
-            self._check_workspace(workspace)
-        told = {
-            "words": list(words),
-            "environment": dict(environment or {}),
-            "folder": WORKSPACE if workspace else "/tmp",
-        }
-        texts = [*told["words"], *told["environment"], *dict(environment or {}).values()]
-        if not words or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"expected the words and variables of a command as texts, got {words!r:.60}.")
+        told = as_told(words, environment or {}, self.settings.workspaces, workspace)
         seconds = check_deadline(deadline, self.settings)
-        return Command(self.warden(), workspace, json.dumps(told), stdin, seconds, self.settings.output, opened)
-
-    def _check_workspace(self, name: str) -> None:
-        parent = self.settings.workspaces
-        if parent is None:
-            raise SandboxError("this sandbox has no workspaces: make it with Sandbox(..., workspaces=FOLDER).")
-        path = os.path.join(parent, name)
-        if "/" in name or name in (".", "..") or os.path.islink(path) or not os.path.isdir(path):
-            raise SandboxError(f"workspace={name!r} is no folder in {parent}.")
-        if os.geteuid() == 0 and os.stat(path).st_uid != NOBODY:
-            raise SandboxError(
-                f"the workspace {path} belongs to another user: started by root, code runs as {NOBODY} (nobody); "
-                f"os.chown(folder, {NOBODY}, {NOBODY}) gives it the folder."
-            )
+        return Command(self.warden(), workspace, told, stdin, seconds, self.settings.output, opened)
 
     def session(self) -> Session:
         """A session, whose variables live on from call to call.
@@ -329,40 +306,6 @@ class Sandbox:
         if failed is not None and all(call.began is None for call in calls):
             raise failed
         return results
-
-
-class Command:
-    """A program in a sandbox of its own, which was started for it; see :meth:`Sandbox.command`."""
-
-    def __init__(
-        self,
-        warden: Warden,
-        workspace: str,
-        told: str,
-        stdin: str | None,
-        deadline: float,
-        output: int,
-        opened: Callable[[socket.socket], None] | None,
-    ):
-        self._warden = warden
-        self._process = warden.launch(workspace)
-        self._make = functools.partial(
-            Call, warden, self._process, "command", told, stdin, deadline, output, last=True, opened=opened
-        )
-
-    def run(self) -> Result:
-        """Run it to its end, or to its deadline; all that it has started ends with it.
-
-        Raises:
-            SandboxError: the sandbox could not be built, or was killed before it was.
-        """
-        call = self._make()
-        together([call])
-        return call.result()
-
-    def kill(self) -> None:
-        """End it, from any thread; :meth:`run` returns then. One that has ended stays as it is."""
-        self._warden.kill(self._process)
 
 
 class Session:
@@ -449,34 +392,6 @@ def check_deadline(deadline: float | None, settings: Settings) -> float:
     if not deadline > 0:
         raise ValueError(f"deadline={deadline}: expected a positive number of seconds.")
     return float(deadline)
-
-
-def _folder(path: str | os.PathLike[str]) -> str:
-    at = os.path.realpath(path)
-    if not os.path.isdir(at):
-        raise ValueError(f"workspaces: {at!r} is not a folder.")
-    return at
-
-
-_OWN = ("/tmp", "/proc", "/dev", "/sys")  # what a sandbox has of its own, or not at all
-
-
-def _shown(path: str | os.PathLike[str]) -> str:
-    """A path that can be shown in a sandbox.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    at = os.path.abspath(path)
-    if not os.path.exists(at):
-        raise ValueError(f"show: {at!r} does not exist.")
-    for place in {at, os.path.realpath(at)}:
-        if place in ("/", "/etc") or any(place == own or place.startswith(f"{own}/") for own in _OWN):
-            raise ValueError(
-                f"show: {at!r} cannot be shown: a sandbox has {', '.join(_OWN)} and /etc of its own. Show what is needed from "
-                "elsewhere."
-            )
-    return at
 
 
 def _cores() -> int:
