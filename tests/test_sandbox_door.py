@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from attacks import ATTACKS, ENDS
+from conftest import of_the_day
 from escapes import ARM, PRELUDE, SECRET, World, isolated
 
 from torchrl_chat.sandbox import Sandbox, SandboxError
@@ -68,7 +69,7 @@ def world():
         there.close()
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=of_the_day(*KINDS))
 def box(request):
     options = {"deadline": 30, "memory": 256 << 20, "scratch": 16 << 20, "allow_shell": True, "door": True}
     with isolated(request.param, **options) as box:
