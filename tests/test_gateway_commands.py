@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from agents import Recorder, check_law, templates_of
 from conftest import of_the_day, skip_without
-from escapes import PRELUDE, descendants
+from escapes import PRELUDE, descendants, run_as_nobody
 
 from torchrl_chat.gateway import Gateway, SandboxedCommand, play_agents
 from torchrl_chat.named import named
@@ -231,3 +231,10 @@ def test_what_makes_no_sense_is_said_at_once(tmp_path):
         "from torchrl_chat.gateway import SandboxedCommand\nagent = SandboxedCommand(['python3', 'agent.py'])\n"
     )
     assert named(f"{tmp_path / 'mine.py'}:agent").words == ["python3", "agent.py"]  # as --agent takes it
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="run by an ordinary user as it is")
+def test_all_of_it_as_an_ordinary_user():
+    said = run_as_nobody([__file__])
+    assert int(said.split(" passed")[0].split()[-1]) >= 7, said
