@@ -54,8 +54,22 @@ class SandboxedCommand:
         ValueError: an argument makes no sense; a path in ``show`` does not exist.
 
     Example:
-        >>> agent = SandboxedCommand([".venv/bin/python", "agent.py"], show=[".venv", "agent.py"])  # doctest: +SKIP
-        >>> finished = play_agents(agent, rows, gateway, repeats=8)  # doctest: +SKIP
+        >>> from torchrl_chat import ChatTemplate
+        >>> from torchrl_chat.gateway import Gateway, ScriptedEngine, play_agents
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
+        >>> program = '''
+        ... import json, os, sys, urllib.request
+        ... row = json.load(sys.stdin)
+        ... body = {"model": "policy", "messages": [{"role": "user", "content": row["query"]}]}
+        ... urllib.request.urlopen(os.environ["OPENAI_BASE_URL"] + "/chat/completions", json.dumps(body).encode())
+        ... '''
+        >>> agent = SandboxedCommand(["python3", "-c", program], deadline=60)
+        >>> with Gateway(ScriptedEngine(["Four."], ChatTemplate(tokenizer)), tokenizer) as gateway:
+        ...     finished = play_agents(agent, [{"query": "2 + 2?"}], gateway)
+        >>> agent.close()
+        >>> finished["transcript"][0].messages[-1]["content"]
+        'Four.'
     """
 
     def __init__(
