@@ -264,6 +264,8 @@ class Dialect(Protocol):
     """As docs and reports call it."""
     path: str
     """Where its requests go, below the base URL: ``"/chat/completions"``."""
+    # A dialect may have a `history`, too, the key under which a body's history stands: what was read of it is not read again, if `parse`
+    # asks `torchrl_chat.gateway.bodies.begun`.
     count_path: str | None
     """Where tokens are counted without sampling, if the dialect has that."""
 

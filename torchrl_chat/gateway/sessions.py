@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn, answer, append
 from torchrl_chat.conversation.limits import NO_LIMIT
+from torchrl_chat.gateway.bodies import Bodies
 from torchrl_chat.gateway.calls import Call, Choice, Finish, Kind, Refusal, Reply, ToolCall, Usage
 from torchrl_chat.gateway.ends import checked_end
 from torchrl_chat.gateway.engines import Ask, Engine
@@ -123,6 +124,7 @@ class Session:
             )
         self.row, self.group, self.seed = dict(row or {}), group, seed
         self.tree = Tree()
+        self.bodies = Bodies()
         self.stop = StopReason.RUNNING
         self.finished = False
         self.sealed = False
@@ -153,12 +155,13 @@ class Session:
         """How many requests are on their way."""
         return self._exchanges.flying
 
-    def open(self, call: Call, body: bytes) -> Exchange:
+    def open(self, call: Call, body: bytes = b"", digest: bytes | None = None) -> Exchange:
         """The exchange of a request: a new one, or that of the request that it tries again (``B2``).
 
         Args:
             call: the request.
             body: its bytes, or whatever is the same for a request that is tried again.
+            digest: the SHA-256 of that, where it is known.
 
         Raises:
             Refusal: it is not to be answered.
@@ -166,7 +169,8 @@ class Session:
         self.used = time.monotonic()
         if self.finished or self.sealed:
             self._check(call)
-        digest = hashlib.blake2b(body, digest_size=16).digest()
+        if digest is None:
+            digest = hashlib.sha256(body).digest()
         known = self._exchanges.tried(call, digest)
         if known is not None:
             self.report["retries"] += 1
@@ -567,6 +571,7 @@ class Session:
         # Of the requests nothing is needed any more: what they said and got stands in the tree.
         self._exchanges = Exchanges()
         self.tree.forget()
+        self.bodies.forget()
 
     def transcript(self) -> Transcript | None:
         """The episode as one ledger: its sequences are its branches; ``None`` where nothing was sampled and delivered."""

@@ -1,0 +1,64 @@
+"""Requests read by ``httptools``, with the limits that ``h11`` has of itself: for servers that are asked hundreds of times a second."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_MOST = 64 * 1024  # bytes of a request beside its body, as h11 has it: headers, and what frames the chunks of a body
+_FRAME = 16  # bytes beside the body that each part of it may have
+
+
+class QuickProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol over ``httptools``, with limits for the arrival of each request and for the size of its headers."""
+
+    request_seconds: float
+    _arrival: asyncio.TimerHandle | None = None
+    _beside = 0  # bytes of the present request that are no body
+    _whole = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection that says nothing ends, too."""
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is waited for any more."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, and wait for the rest if that is not the end."""
+        self._beside += len(data)
+        super().data_received(data)
+        if self._beside > _MOST and not self.transport.is_closing():
+            self.send_400_response("Invalid HTTP request received.")
+        elif self._whole and self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        else:
+            self._wait()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._whole = False
+        super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of its body."""
+        self._beside -= len(body) + _FRAME
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is here."""
+        self._whole, self._beside = True, 0
+        super().on_message_complete()
+
+    def _wait(self) -> None:
+        if self._arrival is None:
+            self._arrival = self.loop.call_later(self.request_seconds, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
