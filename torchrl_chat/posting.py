@@ -125,7 +125,7 @@ class Poster:
             await asyncio.sleep(wait or min(self._pause * 2**tried, 8.0) * (1 - random.random() / 4))
         raise AssertionError  # the loop returns, or raises
 
-    async def _exchange(self, message: bytes) -> tuple[int, bytes, bytes]:
+    async def _exchange(self, message: bytes) -> tuple[int, bytes, bytes | bytearray]:
         """One try; on a connection that the server has closed meanwhile, once more on a new one."""
         line = self._kept()
         if line is not None:
@@ -155,7 +155,7 @@ class Poster:
             line.close()
         return None
 
-    async def _sent(self, line: _Line, message: bytes, timeout: float) -> tuple[int, bytes, bytes]:
+    async def _sent(self, line: _Line, message: bytes, timeout: float) -> tuple[int, bytes, bytes | bytearray]:
         status, head, body = await line.ask(message, timeout)
         if not line.lost:
             self._idle.append((time.monotonic(), line))
@@ -178,7 +178,7 @@ class _Line(asyncio.Protocol):
     def __init__(self) -> None:
         self.lost = False
         self._transport: asyncio.Transport
-        self._answer: asyncio.Future[tuple[int, bytes, bytes]] | None = None
+        self._answer: asyncio.Future[tuple[int, bytes, bytes | bytearray]] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -187,7 +187,7 @@ class _Line(asyncio.Protocol):
         self._length: int | None = None  # of its body, where that is told before
         self._chunks: list[bytes] | None = None  # its body so far, where it comes in chunks
 
-    async def ask(self, message: bytes, timeout: float) -> tuple[int, bytes, bytes]:
+    async def ask(self, message: bytes, timeout: float) -> tuple[int, bytes, bytes | bytearray]:
         """Status, headers and body of the answer to a message.
 
         Raises:
@@ -221,7 +221,7 @@ class _Line(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
         if self._head and self._length is None and self._chunks is None and error is None:
-            self._tell(bytes(self._held))  # the end of the body is the connection's
+            self._tell(self._held)  # the end of the body is the connection's
         self._fail(error if isinstance(error, OSError) else ConnectionError("the connection was lost"))
 
     def data_received(self, data: bytes) -> None:
@@ -253,7 +253,8 @@ class _Line(asyncio.Protocol):
             elif length is not None:
                 self._length = _size(length, 10)
         if self._length is not None and len(self._held) >= self._length:
-            self._tell(bytes(self._held[: self._length]), len(self._held) > self._length)
+            more = len(self._held) > self._length
+            self._tell(self._held[: self._length] if more else self._held, more)
         elif self._chunks is not None:
             self._read_chunks(self._chunks)
 
@@ -270,7 +271,7 @@ class _Line(asyncio.Protocol):
             found.append(bytes(self._held[line + 2 : line + 2 + size]))
             del self._held[: line + 2 + size + 2]
 
-    def _tell(self, body: bytes, more: bool = False) -> None:
+    def _tell(self, body: bytes | bytearray, more: bool = False) -> None:
         head = self._head
         if more or (_header(head, b"connection") or b"").lower() == b"close" or head.startswith(b"HTTP/1.0"):
             self.close()

@@ -28,6 +28,7 @@ from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.exchanges import Exchange
 from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
+from torchrl_chat.openenv.server.connections import LOST
 from torchrl_chat.openenv.server.security import Guard, OwnNames
 
 _log = logging.getLogger("torchrl_chat.gateway")
@@ -163,7 +164,8 @@ class Front:
             return
         exchange = session.open(call, digest=body.digest)
         exchange.waiting += 1
-        gone = asyncio.ensure_future(_gone(request.receive))
+        lost = request.scope.get("extensions", {}).get(LOST)
+        gone = asyncio.ensure_future(_gone(request.receive)) if lost is None else lost
         try:
             if call.stream:
                 await self._stream(send, dialect, call, exchange, gone)
@@ -174,7 +176,8 @@ class Front:
                 await _send(send, 200, dialect.write(call, reply))
                 exchange.deliver()
         finally:
-            gone.cancel()
+            if lost is None:
+                gone.cancel()
             session.left(exchange)
 
     async def _stream(

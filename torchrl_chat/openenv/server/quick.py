@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from torchrl_chat.openenv.server.connections import LOST
+
 _MOST = 64 * 1024  # bytes of a request beside its body, as h11 has it: headers, and what frames the chunks of a body
 _FRAME = 16  # bytes beside the body that each part of it may have
+
+
+class Corked:
+    """A transport that writes in one go what is written in one go: a head and its body are one packet, and one system call.
+
+    Args:
+        transport: the transport.
+        loop: its event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
+        self._transport, self._loop = transport, loop
+        self._waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Write soon, together with what else is written until then."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
+
+    def close(self) -> None:
+        """Close the transport, when all is written."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            data, self._waiting = b"".join(self._waiting), []
+            self._transport.write(data)
 
 
 class QuickProtocol(HttpToolsProtocol):
@@ -20,12 +55,15 @@ class QuickProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection that says nothing ends, too."""
-        super().connection_made(transport)
+        super().connection_made(Corked(transport, self.loop))  # type: ignore[arg-type]
+        self._lost: asyncio.Future[None] = self.loop.create_future()
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nobody is waited for any more."""
         self._stop()
+        if not self._lost.done():
+            self._lost.set_result(None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -43,6 +81,7 @@ class QuickProtocol(HttpToolsProtocol):
         """A request begins."""
         self._whole = False
         super().on_message_begin()
+        self.scope["extensions"] = {LOST: self._lost}
 
     def on_body(self, body: bytes) -> None:
         """A part of its body."""
@@ -53,6 +92,7 @@ class QuickProtocol(HttpToolsProtocol):
         """The request is here."""
         self._whole, self._beside = True, 0
         super().on_message_complete()
+        self.flow.resume_reading()  # a large body has stopped it; that the client leaves is still to be seen
 
     def _wait(self) -> None:
         if self._arrival is None:
