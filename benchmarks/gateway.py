@@ -1,6 +1,6 @@
 """The gateway beside OpenEnv's capture server, on the same stub engine: calls per second, CPU, memory, the first streamed token.
 
-    python benchmarks/gateway.py [--quick] [--json] [--openenv PYTHON] [--profile FILE]
+    python benchmarks/gateway.py [--quick] [--json] [--openenv PYTHON] [--stack] [--profile FILE]
 
 Sessions (16 and 64) play 20 turns each: the agent sends its whole history and 20 words more, and gets 100 sampled tokens. All
 sessions are at the same turn at the same time, so a turn has a rate and a CPU time of its own. The engine is a process that answers at
@@ -15,7 +15,7 @@ ours does the tokenizing, too, which with OpenEnv the engine does.
 
 Rates and CPU are medians of the rounds; of a turn's CPU, the least of the rounds, as other processes only add to it. "flat" is that at
 turns 19 and 20, divided by turns 2 and 3. Memory is what the server's process has grown by in the first round, after a warm run, divided by
-the sessions. The first streamed token is that of one session alone, the least of its turns, less what the engine takes when it is asked
+the sessions. The first streamed token is that of one session alone, the least of the turns of eight, less what the engine takes when it is asked
 directly.
 """
 
@@ -128,6 +128,34 @@ from openenv.core.harness.capture.server import create_app
 port, stub = sys.argv[2:4]
 app = create_app(llm_url=f"http://127.0.0.1:{stub}", model="m")
 uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="error", access_log=False)
+"""
+
+STACK = """
+import asyncio, sys
+import orjson, uvicorn, uvloop
+from torchrl_chat.openenv.server.connections import timed_protocol
+from torchrl_chat.posting import Poster
+port, stub = sys.argv[2:4]
+poster = Poster(f"http://127.0.0.1:{stub}/inference/v1/generate")
+text = " ".join(f"w{31 * i % 3000}" for i in range(99))
+whole = orjson.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
+event = b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}) + b"\\n\\n"
+PLAIN = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(whole))]
+STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    stream = body.endswith(b'"stream":true}')
+    if scope["method"] == "POST" and scope["path"] != "/sessions":
+        await poster.post({"token_ids": []})
+    await send({"type": "http.response.start", "status": 200, "headers": STREAM if stream else PLAIN})
+    await send({"type": "http.response.body", "body": event if stream else whole})
+config = uvicorn.Config(app, host="127.0.0.1", port=int(port), log_config=None, access_log=False, lifespan="off", ws="none", http=timed_protocol(60, quick=True))
+uvloop.run(uvicorn.Server(config).serve())
 """
 
 
@@ -281,6 +309,8 @@ def posted(port: int, path: str, key: str) -> Any:
 
 def client_of(system: str, port: int) -> Client:
     """A new session of a server, and its agent."""
+    if system == "stack":
+        return Client(port, "/v1/chat/completions", "none")
     made = posted(port, "/sessions", "driver")
     if system == "ours":
         return Client(port, f"/s/{made['name']}/v1/chat/completions", made["api_key"])
@@ -326,16 +356,15 @@ async def play(systems: Mapping[str, tuple[int, int]], engine: int, sessions: in
     return found
 
 
-async def first_tokens(systems: Mapping[str, tuple[int, int]], engine: int) -> dict[str, float]:
-    """Milliseconds until the first words of an answer, the least of some turns: other processes only add."""
-    agents = {system: client_of(system, port) for system, (port, _) in systems.items()}
-    agents["engine"] = Client(engine, "/v1/chat/completions", "none")
-    took = {name: [] for name in agents}
-    for turn in range(TURNS):
-        for name, agent in agents.items():
-            took[name].append(await agent.turn(turn, stream=name != "engine"))
-    for agent in agents.values():
-        agent.close()
+async def first_tokens(systems: Mapping[str, tuple[int, int]], engine: int, sessions: int = 8) -> dict[str, float]:
+    """Milliseconds until the first words of an answer, the least of all turns of some sessions: other processes only add."""
+    took: dict[str, list[float]] = {"engine": [], **{system: [] for system in systems}}
+    for _ in range(sessions):
+        for name, times in took.items():
+            direct = name == "engine"
+            agent = Client(engine, "/v1/chat/completions", "none") if direct else client_of(name, systems[name][0])
+            times += [await agent.turn(turn, stream=not direct) for turn in range(TURNS)]
+            agent.close()
     return {name: 1e3 * min(times) for name, times in took.items()}
 
 
@@ -355,6 +384,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--openenv", type=Path, default=ROOT / ".openenv/010/bin/python", metavar="PYTHON")
     parser.add_argument(
+        "--stack",
+        action="store_true",
+        help="also what the same HTTP stack costs that asks the engine and answers a constant",
+    )
+    parser.add_argument(
         "--profile", metavar="FILE", help="only ours, 16 sessions, under cProfile: the file of the profile"
     )
     given = parser.parse_args()
@@ -366,6 +400,8 @@ def main() -> None:
         pythons["openenv"] = given.openenv
     else:
         print(f"{given.openenv} is not there ('make peers' makes it): only ours is measured.", file=sys.stderr)
+    if given.stack:
+        pythons["stack"] = sys.executable
     runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
     firsts: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
@@ -376,7 +412,7 @@ def main() -> None:
         engine = stack.enter_context(process(sys.executable, STUB, stub, "/v1/models", *numbers))
         systems = {}
         for system, python in pythons.items():
-            script, port = (OURS if system == "ours" else THEIRS), free_port()
+            script, port = {"ours": OURS, "openenv": THEIRS, "stack": STACK}[system], free_port()
             arguments = (folder, str(port), str(stub), given.profile or "")
             systems[system] = port, stack.enter_context(process(python, script, port, "/health", *arguments))
         run(warm(systems))

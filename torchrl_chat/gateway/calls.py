@@ -219,7 +219,7 @@ class Delta:
     """Of a call that begins."""
 
 
-def deltas(choice: int, answer: Choice, size: int = 64) -> list[Delta]:
+def deltas(choice: int, answer: Choice, size: int = 512) -> list[Delta]:
     """A whole answer in pieces of at most ``size`` characters, in the order reasoning, content, calls."""
     found = [
         Delta(choice, kind, text[at : at + size])  # type: ignore[arg-type]

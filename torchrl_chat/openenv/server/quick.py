@@ -31,15 +31,16 @@ class Corked:
     def write(self, data: bytes) -> None:
         """Write soon, together with what else is written until then."""
         if not self._waiting:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._waiting.append(data)
 
     def close(self) -> None:
         """Close the transport, when all is written."""
-        self._flush()
+        self.flush()
         self._transport.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what waits."""
         if self._waiting:
             data, self._waiting = b"".join(self._waiting), []
             self._transport.write(data)
@@ -93,6 +94,11 @@ class QuickProtocol(HttpToolsProtocol):
         self._whole, self._beside = True, 0
         super().on_message_complete()
         self.flow.resume_reading()  # a large body has stopped it; that the client leaves is still to be seen
+
+    def on_response_complete(self) -> None:
+        """An answer is whole: nothing is waited for."""
+        self.transport.flush()  # type: ignore[attr-defined]
+        super().on_response_complete()
 
     def _wait(self) -> None:
         if self._arrival is None:
