@@ -225,7 +225,13 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     """What options must be at least."""
     hides: ClassVar[bool] = False
     """Whether a reply that repeats a secret is taken, without it, instead of refused."""
-    _own: ClassVar[Sequence[str]] = ("usage", "_lock", "_loops", "_posters", "_hidden")  # what _begin makes, for this process
+    _own: ClassVar[Sequence[str]] = (
+        "usage",
+        "_lock",
+        "_loops",
+        "_posters",
+        "_hidden",
+    )  # what _begin makes, for this process
 
     model: str
     base_url: str | None = None

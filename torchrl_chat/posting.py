@@ -202,7 +202,9 @@ class _Line(asyncio.Protocol):
         self._transport.write(message)
         try:
             return await answer
-        except BaseException:  # of a request that was given up, too, the answer is not to be taken for the next one's
+        except (
+            BaseException
+        ):  # of a request that was given up, too, the answer is not to be taken for the next one's
             self.close()
             raise
         finally:

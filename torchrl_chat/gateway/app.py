@@ -202,7 +202,7 @@ class Front:
                 if gone.done():
                     raise Gone
                 news, seen = b"".join(map(writer.delta, progress.told[seen:])), len(progress.told)
-            reply = await exchange.reply()
+            reply = exchange.task.result()
             last = [*map(writer.delta, [*progress.told[seen:], *progress.rest(reply)]), writer.end(reply)]
         except Refusal as refusal:
             await send({"type": "http.response.body", "body": writer.fail(refusal)})

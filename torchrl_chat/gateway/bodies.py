@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 from torchrl_chat.gateway.calls import Refusal, loads
 from torchrl_chat.messages import Message
 
-_MOST, _BYTES = 16, 2**22  # beginnings that are kept, as many as branches may be on their way; and their bytes, but for the newest
+_MOST, _BYTES = (
+    16,
+    2**22,
+)  # beginnings that are kept, as many as branches may be on their way; and their bytes, but for the newest
 _MARK = f"torchrl_chat {secrets.token_hex(16)}"
 _BLANKS = " \t\n\r"
 _SCAN = json.JSONDecoder().scan_once  # where an item ends; what it says is orjson's affair

@@ -206,7 +206,11 @@ class RemoteEngine(Endpoint):
         if self.api == "generate":
             extra = {name: value for name, value in self.extra.items() if name != "extra_headers"}
             sampling = {**extra, **settings, "logprobs": 1, "stop_token_ids": self.stop_ids}
-            request: dict[str, Any] = {"model": self.model, "token_ids": ask.ids.numpy(), "sampling_params": sampling}
+            request: dict[str, Any] = {
+                "model": self.model,
+                "token_ids": ask.ids.numpy(),
+                "sampling_params": sampling,
+            }
         else:
             own = {name: settings.pop(name) for name in [*settings] if name in _BEYOND_OPENAI}
             body = {"return_token_ids": True, "stop_token_ids": self.stop_ids, **own}

@@ -366,21 +366,23 @@ class Session:
                 Kind.CONTEXT,
                 param="messages",
             )
-        allowed = {
-            name: value for name, value in values.items() if name in settings.allow or name == "response_format"
-        }
-        if "max_tokens" in allowed:
-            left = min(left, int(allowed.pop("max_tokens")))
         stop = call.asked.stop if "stop" in settings.allow else ()
-        ignored = sorted({*values} - {*allowed} - {"max_tokens"}) + (
-            ["stop"] if call.asked.stop and not stop else []
-        )
-        if ignored:
-            self._note(f"settings of the agent that are not looked at: {', '.join(ignored)}.")
+        sampling = settings.sampling
+        if values or call.asked.stop:
+            allowed = {
+                name: value for name, value in values.items() if name in settings.allow or name == "response_format"
+            }
+            if "max_tokens" in allowed:
+                left = min(left, int(allowed.pop("max_tokens")))
+            ignored = sorted({*values} - {*allowed} - {"max_tokens"}) + (
+                ["stop"] if call.asked.stop and not stop else []
+            )
+            if ignored:
+                self._note(f"settings of the agent that are not looked at: {', '.join(ignored)}.")
+            taken = {name: value for name, value in allowed.items() if name in self.engine.settings}
+            sampling = {**sampling, **taken}
         for note in call.told.get("notes", ()):
             self._note(note)
-        taken = {name: value for name, value in allowed.items() if name in self.engine.settings}
-        sampling = {**settings.sampling, **taken}
         asks = []
         for choice in range(call.n):
             number = before + choice

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from torchrl_chat.openenv.server.connections import LOST
 
-_MOST = 64 * 1024  # bytes of a request beside its body, as h11 has it: headers, and what frames the chunks of a body
+_MOST = (
+    64 * 1024
+)  # bytes of a request beside its body, as h11 has it: headers, and what frames the chunks of a body
 _FRAME = 16  # bytes beside the body that each part of it may have
 
 
@@ -70,13 +73,32 @@ class QuickProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read on, and wait for the rest if that is not the end."""
         self._beside += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                self._decline(data[offer.args[0] :])
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.send_400_response("Invalid HTTP request received.")
+            return
         if self._beside > _MOST and not self.transport.is_closing():
             self.send_400_response("Invalid HTTP request received.")
         elif self._whole and self.cycle is not None and not self.cycle.response_complete:
             self._stop()
         else:
             self._wait()
+
+    def _decline(self, rest: bytes) -> None:
+        """Read a request that offers another protocol (h2c, as Java's client does) as if it did not: its body is not left out then."""
+        names = (b"upgrade", b"http2-settings")
+        told = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name not in names]
+        head = b"%b %b HTTP/1.1\r\n%b\r\n" % (self.scope["method"].encode(), self.url, b"".join(told))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(head + rest)
+
+    def _should_upgrade(self) -> bool:
+        return True  # asked where a request offers it: nothing is done with that one
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -91,6 +113,8 @@ class QuickProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is here."""
+        if self.parser.should_upgrade():
+            return
         self._whole, self._beside = True, 0
         super().on_message_complete()
         self.flow.resume_reading()  # a large body has stopped it; that the client leaves is still to be seen
