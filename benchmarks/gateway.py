@@ -133,7 +133,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="error", access_log
 STACK = """
 import asyncio, sys
 import orjson, uvicorn, uvloop
-from torchrl_chat.openenv.server.connections import timed_protocol
+from torchrl_chat.openenv.server.quick import quick_protocol
 from torchrl_chat.posting import Poster
 port, stub = sys.argv[2:4]
 poster = Poster(f"http://127.0.0.1:{stub}/inference/v1/generate")
@@ -154,7 +154,7 @@ async def app(scope, receive, send):
         await poster.post({"token_ids": []})
     await send({"type": "http.response.start", "status": 200, "headers": STREAM if stream else PLAIN})
     await send({"type": "http.response.body", "body": event if stream else whole})
-config = uvicorn.Config(app, host="127.0.0.1", port=int(port), log_config=None, access_log=False, lifespan="off", ws="none", http=timed_protocol(60, quick=True))
+config = uvicorn.Config(app, host="127.0.0.1", port=int(port), log_config=None, access_log=False, lifespan="off", ws="none", http=quick_protocol(60))
 uvloop.run(uvicorn.Server(config).serve())
 """
 

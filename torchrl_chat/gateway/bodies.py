@@ -26,7 +26,7 @@ _MOST, _BYTES = (
 )  # beginnings that are kept, as many as branches may be on their way; and their bytes, but for the newest
 _MARK = f"torchrl_chat {secrets.token_hex(16)}"
 _BLANKS = " \t\n\r"
-_SCAN = json.JSONDecoder().scan_once  # where an item ends; what it says is orjson's affair
+_SCAN: Any = vars(json.JSONDecoder())["scan_once"]  # where an item ends; what it says is orjson's affair
 
 
 class History(list[Any]):

@@ -47,18 +47,8 @@ class _Timed(H11Protocol):
             self._arrival = None
 
 
-def timed_protocol(request_seconds: float, quick: bool = False) -> Any:
+def timed_protocol(request_seconds: float) -> Any:
     """The class for ``uvicorn.Config(http=...)``; a request has so many seconds from its first byte (the first one of a
     connection: from its beginning) to its last.
-
-    Args:
-        request_seconds: the seconds.
-        quick: whether ``httptools`` reads requests, where that is installed: half of what ``h11`` costs. Not for WebSockets.
     """
-    base: type = _Timed
-    if quick:
-        try:
-            from torchrl_chat.openenv.server.quick import QuickProtocol as base
-        except ImportError:
-            pass
-    return type("TimedProtocol", (base,), {"request_seconds": request_seconds})
+    return type("TimedProtocol", (_Timed,), {"request_seconds": request_seconds})
