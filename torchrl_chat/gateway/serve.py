@@ -243,7 +243,11 @@ class Gateway:
         import uvicorn
 
         from torchrl_chat.gateway.app import create_app
-        from torchrl_chat.openenv.server.connections import timed_protocol
+
+        try:
+            from torchrl_chat.openenv.server.quick import quick_protocol as protocol
+        except ImportError:  # without httptools
+            from torchrl_chat.openenv.server.connections import timed_protocol as protocol
 
         if self._loop is not None:
             raise RuntimeError("the gateway is running already.")
@@ -254,13 +258,14 @@ class Gateway:
             loopback=is_loopback(self.host),
             finisher=self._finisher,
         )
-        self._protocol = timed_protocol(self._server_limits.request_seconds)
+        self._protocol = protocol(self._server_limits.request_seconds)
         config = uvicorn.Config(
             self._app,
             host=self.host,
             port=self.port,
             log_config=None,
             access_log=False,
+            server_header=False,
             lifespan="on",
             http=self._protocol,
             ws="none",
