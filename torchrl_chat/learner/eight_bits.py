@@ -52,10 +52,9 @@ class AdamW8bit(_AdamW8bit):
                         state["exp_avg_sq"] = self._new_buffer(weight, False)
                     state["step"] += 1
                     by_chance = self.bf16_stochastic_round and weight.dtype is torch.bfloat16
-                    own = weight.detach(), weight.grad, state["exp_avg"], state["exp_avg_sq"]
-                    part, gradient, *moments = map(_local, own)
+                    part, moments = _local(weight.detach()), (_local(state["exp_avg"]), _local(state["exp_avg_sq"]))
                     if part.numel():  # of a small weight there may be no part for all
-                        _compiled(part, gradient, state["step"], *moments, *settings, by_chance)
+                        _compiled(part, _local(weight.grad), state["step"], *moments, *settings, by_chance)
 
     def set_whole_state(self, weight: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> None:
         """Give a weight its state, in 8 bits, or the part of it that this process has of the weight.
