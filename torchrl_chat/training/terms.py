@@ -30,9 +30,14 @@ class TokenTerms:
         divergence: the weight of the divergence from a teacher, if the scores have one.
 
     Example:
-        >>> terms = TokenTerms(clip=0.2, entropy=0.01)
-        >>> own = {"old": old, "advantage": advantage, "share": token_shares(mask)}
-        >>> scores = sequence_log_probs(model, view, entropy=True, loss=terms.of(own))  # doctest: +SKIP
+        >>> import torch
+        >>> from torchrl_chat.models.token_scores import TokenScores
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> old = torch.tensor([[-1.0, -2.0, 0.0]])
+        >>> own = {"old": old, "advantage": torch.ones(1, 3), "share": torch.full((1, 3), 0.5)}
+        >>> loss, metrics = TokenTerms(clip=0.2, entropy=0.1)(TokenScores(old, entropy=-old), own, mask)
+        >>> round(float(loss), 2), float(metrics["entropy"])
+        (-1.15, 1.5)
     """
 
     surrogate: Surrogate = "ppo"
