@@ -94,13 +94,16 @@ class Run:
     Example:
         >>> from torchrl_chat.learner import make_adamw
         >>> from torchrl_chat.recipes.settings import RunConfig
-        >>> from torchrl_chat.tiny import tiny_model, tiny_tokenizer
-        >>> tokenizer = tiny_tokenizer()
-        >>> model = tiny_model(len(tokenizer))
+        >>> from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy
+        >>> config = RunConfig(steps=2, out="run")
+        >>> model, tokenizer = make_model(config)
+        >>> policy, _ = make_policy(config, model, tokenizer)
+        >>> env = make_env(config, tokenizer, 4, 1, seed=0)  # of the evaluation
         >>> state = {"optimizer": make_adamw(model.parameters(), lr=1e-3)}
-        >>> with Run(RunConfig(steps=2, out="run"), "mine", model=model, tokenizer=tokenizer, state=state) as run:
-        ...     for step in run.steps(lambda: 0.0):  # what evaluates
-        ...         run.log({"loss": 1.0})
+        >>> run = Run(config, "mine", model=model, tokenizer=tokenizer, state=state)
+        >>> for step in run.steps(lambda: ask(env, policy, config)):  # doctest: +ELLIPSIS
+        ...     run.log({"loss": 1.0})
+        pass rate after 0 steps: ...
     """
 
     def __init__(
