@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from torchrl_chat.conversation import Turn
+from torchrl_chat.conversation import Transcript, Turn
 from torchrl_chat.endpoint import RESERVED, Endpoint
 from torchrl_chat.messages import Message
 from torchrl_chat.templates import ChatTemplate
@@ -40,6 +40,8 @@ class Ask:
     """Strings that end the answer. An engine may stop there, or not look at them: what is beyond is cut off."""
     told: Callable[[Sequence[int]], None] | None = None
     """Takes the ids sampled so far, whenever there are more; called in the event loop. An engine need not call it."""
+    ledger: Transcript | None = None
+    """The same prompt as a ledger: what of it was sampled, and how likely that was."""
 
 
 class Engine(Protocol):
