@@ -16,7 +16,9 @@ from torchrl_chat.sandbox import Sandbox
 from torchrl_chat.tools.python import fenced_code
 
 BOX = Sandbox(deadline=2.0)
-CLIENT = OpenAI(base_url="http://127.0.0.1", api_key="that of the session", max_retries=0)  # one pool of connections
+CLIENT = OpenAI(
+    base_url="http://127.0.0.1", api_key="that of the session", max_retries=0
+)  # one pool of connections
 NOT_CLOSED = (
     "Error: the block of code is not closed, so nothing was run. A block ends with a line of ``` and nothing else."
 )

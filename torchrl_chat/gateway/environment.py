@@ -337,7 +337,7 @@ class AgentEnv(Appending, FreshRows, FlatStepping, EnvBase):
     def append_transform(self, transform: Any) -> TransformedChatEnv:
         """A new environment: this one with a transform. This one stays as it was.
 
-        Transforms that write into the conversation (tools, users, system prompts) are the agent's affair, and refuse to work here.
+        What writes into the conversation (tools, users, system prompts) is the agent's affair; such transforms refuse to work here.
         """
         added = as_transform(transform)
         return self._handed(TransformedChatEnv(self, added), added)
@@ -346,6 +346,11 @@ class AgentEnv(Appending, FreshRows, FlatStepping, EnvBase):
         """A short random answer a row."""
         action = self.full_action_spec.rand()
         return action if tensordict is None else tensordict.update(action)
+
+    @property
+    def primer(self) -> Any:
+        """The transform that loads the rows."""
+        return self.env.primer
 
     def reset_dataloader(self) -> AgentEnv:
         """Start from the first row of the dataset again, in the order of the seed."""
@@ -384,14 +389,6 @@ class AgentEnv(Appending, FreshRows, FlatStepping, EnvBase):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_gateway": None, "_desk": None, "_policy": None}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "env" not in self.__dict__:
-                raise
-        return getattr(self.env, name)  # its dataset, its primer: those of the environment
 
 
 class _Nobody:
