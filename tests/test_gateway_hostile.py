@@ -40,13 +40,17 @@ def settled(gateway) -> bool:
     return False
 
 
-async def hang_up(gateway, session, number: int, draw: random.Random) -> None:
-    """Send a request, or the beginning of one, and break the connection at some point."""
+async def hang_up(gateway, session, number: int, draw: random.Random, mixed: bool = False) -> None:
+    """Send a request, or the beginning of one, in any dialect or in one, and break the connection at some point."""
     reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
     message = {"role": "user", "content": f"question {number}"}
-    body = json.dumps({"model": "m", "messages": [message], "stream": number % 4 > 0}).encode()
+    asked = {"model": "m", "messages": [message], "stream": number % 4 > 0}
+    path = ("chat/completions", "responses", "messages")[number % 3 if mixed else 0]
+    if path == "responses":
+        asked["input"] = asked.pop("messages")
+    body = json.dumps(asked).encode()
     head = (
-        f"POST /s/{session.name}/v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+        f"POST /s/{session.name}/v1/{path} HTTP/1.1\r\nhost: localhost\r\n"
         f"authorization: Bearer {session.api_key}\r\ncontent-length: {len(body)}\r\n\r\n"
     ).encode()
     raw = head + body
@@ -74,7 +78,7 @@ def test_clients_that_hang_up_leave_nothing_behind(count):
         for start in range(0, count, 20):
 
             async def some(start=start):
-                await asyncio.gather(*(hang_up(gateway, session, start + i, draw) for i in range(20)))
+                await asyncio.gather(*(hang_up(gateway, session, start + i, draw, True) for i in range(20)))
 
             asyncio.run(some())
             message = client.chat.completions.create(model="m", messages=messages).choices[0].message

@@ -12,7 +12,7 @@ import json
 import random
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -101,20 +101,56 @@ class Poster:
             OSError: it cannot be reached; ``TimeoutError`` among them.
             ValueError: what it answers is no JSON.
         """
+        return _loaded(await self._tried(self._exchange, body))
+
+    async def stream(self, body: Any) -> AsyncIterator[Any]:
+        """What the server answers to a body, event by event (server-sent events), as JSON values; an answer that is no stream is one event.
+
+        Nothing is tried again once the answer has begun. Whoever stops reading closes the connection, by which a server knows.
+
+        Raises:
+            PostError, OSError, ValueError: as of :meth:`post`.
+        """
+        reader, writer, head = await self._tried(self._begun, body)
+        pieces = _pieces(reader, head)
+        try:
+            if b"text/event-stream" not in (_header(head, b"content-type") or b""):
+                yield _loaded(b"".join([piece async for piece in self._timed(pieces)]))
+                return
+            async for data in _events(self._timed(pieces)):
+                if data == b"[DONE]":
+                    return
+                yield _loaded(data)
+        except EOFError:
+            raise ConnectionError("the connection was lost") from None
+        finally:
+            writer.close()
+
+    async def _timed(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Pieces of an answer, each of which comes in time."""
+        while True:
+            async with asyncio.timeout(self._timeout):
+                piece = await anext(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    async def _tried(self, exchange: Callable[[bytes], Awaitable[tuple[int, bytes, Any]]], body: Any) -> Any:
+        """What an exchange has for an answer, tried again as often as it may be."""
         raw = json.dumps(body).encode() if orjson is None else orjson.dumps(body)
         message = self._head + b"%d\r\n\r\n" % len(raw) + raw
         for tried in range(self._retries + 1):
             wait: float | None = None
             try:
                 async with asyncio.timeout(self._timeout):
-                    status, head, answer = await self._exchange(message)
+                    status, head, answer = await exchange(message)
             except (OSError, EOFError) as error:  # a timeout is one
                 failure: Exception = (
                     error if isinstance(error, OSError) else ConnectionError("the connection was lost")
                 )
             else:
                 if status < 300:
-                    return json.loads(answer) if orjson is None else orjson.loads(answer)
+                    return answer
                 failure = PostError(status, answer[:400].decode(errors="replace"))
                 if status not in _AGAIN and status < 500:
                     raise failure
@@ -132,6 +168,27 @@ class Poster:
             with contextlib.suppress(OSError, EOFError):
                 return await self._sent(line, message)
         return await self._sent(await self._opened(), message)
+
+    async def _begun(self, message: bytes) -> tuple[int, bytes, Any]:
+        """One try, up to where the answer begins: then a connection of its own; of a refusal, its text."""
+        reader, writer = await self._opened()
+        try:
+            writer.write(message)
+            status = 100
+            while 100 <= status < 200:
+                head = await reader.readuntil(b"\r\n\r\n")
+                status = int(head[9:12])
+            if status < 300:
+                return status, head, (reader, writer, head)
+            told = b"".join([piece async for piece in _pieces(reader, head)])
+            writer.close()
+            return status, head, told
+        except (ValueError, asyncio.LimitOverrunError):
+            writer.close()
+            raise ConnectionError("the server does not speak HTTP/1.1") from None
+        except BaseException:
+            writer.close()
+            raise
 
     async def _opened(self) -> _Line:
         if self._secure and self._ssl is None:
@@ -190,9 +247,42 @@ def _header(head: bytes, name: bytes) -> bytes | None:
 
 
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
-    found = []
+    return b"".join([piece async for piece in _chunked(reader)])
+
+
+async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-        found.append((await reader.readexactly(size + 2))[:-2])
+        yield (await reader.readexactly(size + 2))[:-2]
     while (await reader.readuntil(b"\r\n")) != b"\r\n":
         pass  # what trails
-    return b"".join(found)
+
+
+async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[bytes]:
+    """The body behind a head, as it comes."""
+    length = _header(head, b"content-length")
+    if (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked"):
+        async for piece in _chunked(reader):
+            yield piece
+    elif length is not None:
+        yield await reader.readexactly(int(length))
+    else:
+        while piece := await reader.read(1 << 16):
+            yield piece
+
+
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The data of server-sent events, whose lines come in pieces cut anywhere."""
+    held, data = b"", []
+    async for piece in pieces:
+        *lines, held = (held + piece).split(b"\n")
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" "))
+            elif not line and data:
+                yield b"\n".join(data)
+                data = []
+
+
+def _loaded(raw: bytes) -> Any:
+    return json.loads(raw) if orjson is None else orjson.loads(raw)

@@ -130,7 +130,8 @@ class RemoteEngine(Endpoint):
 
     What is tried again, what is counted, and what keeps the secrets: see :class:`~torchrl_chat.endpoint.Endpoint`. Log-probs are
     those that the server reports: vLLM's are of the raw logits unless it is started with ``--logprobs-mode processed_logprobs``,
-    which a temperature other than 1 needs.
+    which a temperature other than 1 needs. What is streamed to an agent is streamed from the server (but through a proxy, with
+    ``"generate"``); it is not tried again once it has begun. A request that is given up is closed, and the server samples no more of it.
 
     Args:
         model, base_url, api_key: see :class:`~torchrl_chat.endpoint.Endpoint`; ``base_url`` ends with ``/v1``.
@@ -214,7 +215,7 @@ class RemoteEngine(Endpoint):
             body = {"return_token_ids": True, "stop_token_ids": self.stop_ids, **own}
             request = self.request(prompt=ids, logprobs=1, **settings)
             request["extra_body"] = {**request.get("extra_body", {}), **body}
-        reply = await self.ask(request, self.api, text=False)
+        reply = await self.ask(request, self.api, text=False, told=ask.told)
         if not reply.ids:
             raise ValueError(
                 "the server returned no ids: it must know "
