@@ -42,7 +42,7 @@ def server(tmp_path_factory, model):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [
-        "serve", str(folder), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out",
+        "--model", str(folder), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out",
         "--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", "--logprobs-mode", "processed_logprobs",
         "--generation-config", "vllm", "--enforce-eager",
     ]  # fmt: skip
@@ -51,7 +51,7 @@ def server(tmp_path_factory, model):
     with (
         log.open("wb") as told,
         subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", *words], stdout=told, stderr=told, env=environment
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words], stdout=told, stderr=told, env=environment
         ) as process,
     ):
         url, waited = f"http://127.0.0.1:{port}", time.monotonic()
