@@ -51,7 +51,10 @@ def server(tmp_path_factory, model):
     with (
         log.open("wb") as told,
         subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words], stdout=told, stderr=told, env=environment
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
+            stdout=told,
+            stderr=told,
+            env=environment,
         ) as process,
     ):
         url, waited = f"http://127.0.0.1:{port}", time.monotonic()
