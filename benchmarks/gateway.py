@@ -1,18 +1,22 @@
 """The gateway beside OpenEnv's capture server, on the same stub engine: calls per second, CPU, memory, the first streamed token.
 
-    python benchmarks/gateway.py [--quick] [--json] [--openenv PYTHON] [--profile FILE]
+    python benchmarks/gateway.py [--quick] [--json] [--openenv PYTHON] [--stack] [--profile FILE]
 
 Sessions (16 and 64) play 20 turns each: the agent sends its whole history and 20 words more, and gets 100 sampled tokens. All
 sessions are at the same turn at the same time, so a turn has a rate and a CPU time of its own. The engine is a process that answers at
 once from a few prepared answers: as vLLM's ``/inference/v1/generate`` for ours, and as its chat completions with
 ``return_token_ids`` for OpenEnv's ``CaptureServer`` app (``openenv`` 0.10, in the Python that ``--openenv`` names; default: the one that
-``make peers`` makes), with prompts that extend each other, its best case. Each server is a process of its own and is started anew for
-each run; the runs are interleaved, and medians of the rounds are shown. CPU is that of all threads of the server's
-process; ours does the tokenizing, too, which with OpenEnv the engine does.
+``make peers`` makes), with prompts that extend each other, its best case.
 
-"flat" is what a call costs at turns 19 and 20, divided by turns 2 and 3. Memory is what the server's process has grown by, after a
-warm run, divided by the sessions. The first streamed token is that of one session alone, the least of its turns, less what the engine takes when it is asked
-directly. Other processes of the machine change rates; CPU hardly.
+Each server is a process of its own. Both run at the same time, and are asked in turns: a turn of all sessions of the one, the same turn of
+all sessions of the other, so that whatever else the machine does is shared. The client is the same for both, and does next to nothing: it
+keeps its history as bytes. Its own CPU and the engine's are told apart from the server's, which is that of all threads of its process;
+ours does the tokenizing, too, which with OpenEnv the engine does.
+
+Rates and CPU are medians of the rounds; of a turn's CPU, the least of the rounds, as other processes only add to it. "flat" is that at
+turns 19 and 20, divided by turns 2 and 3. Memory is what the server's process has grown by in the first round, after a warm run, divided by
+the sessions. The first streamed token is that of one session alone, the least of the turns of eight, less what the engine takes when it is asked
+directly.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -29,7 +34,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +95,11 @@ class Server(asyncio.Protocol):
 async def main():
     server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", port)
     await server.serve_forever()
-asyncio.run(main())
+try:
+    import uvloop
+    uvloop.run(main())
+except ImportError:
+    asyncio.run(main())
 """
 
 OURS = """
@@ -119,6 +128,34 @@ from openenv.core.harness.capture.server import create_app
 port, stub = sys.argv[2:4]
 app = create_app(llm_url=f"http://127.0.0.1:{stub}", model="m")
 uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="error", access_log=False)
+"""
+
+STACK = """
+import asyncio, sys
+import orjson, uvicorn, uvloop
+from torchrl_chat.openenv.server.quick import quick_protocol
+from torchrl_chat.posting import Poster
+port, stub = sys.argv[2:4]
+poster = Poster(f"http://127.0.0.1:{stub}/inference/v1/generate")
+text = " ".join(f"w{31 * i % 3000}" for i in range(99))
+whole = orjson.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
+event = b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}) + b"\\n\\n"
+PLAIN = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(whole))]
+STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    stream = body.endswith(b'"stream":true}')
+    if scope["method"] == "POST" and scope["path"] != "/sessions":
+        await poster.post({"token_ids": []})
+    await send({"type": "http.response.start", "status": 200, "headers": STREAM if stream else PLAIN})
+    await send({"type": "http.response.body", "body": event if stream else whole})
+config = uvicorn.Config(app, host="127.0.0.1", port=int(port), log_config=None, access_log=False, lifespan="off", ws="none", http=quick_protocol(60))
+uvloop.run(uvicorn.Server(config).serve())
 """
 
 
@@ -189,7 +226,7 @@ def save_tokenizer(folder: Path) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------- the agents
-class Client:
+class Client(asyncio.Protocol):
     """One connection that is kept, and a history.
 
     Args:
@@ -199,54 +236,66 @@ class Client:
     """
 
     def __init__(self, port: int, path: str, key: str):
-        self.port, self.path, self.key = port, path, key
-        self.messages: list[dict[str, str]] = []
-        self.reader: Any = None
+        self.port = port
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\n"
+        self.head = (head + "content-type: application/json\r\ncontent-length: ").encode()
+        self.history = bytearray(b'{"model":"m","messages":[')
+        self.last = ""
+        self.transport: Any = None
 
     async def turn(self, number: int, stream: bool = False) -> float:
         """One call; seconds until the whole answer is there, or with ``stream`` its first words."""
         import orjson
 
-        if self.reader is None:
-            self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**24)
+        loop = asyncio.get_running_loop()
+        if self.transport is None:
+            await loop.create_connection(lambda: self, "127.0.0.1", self.port)
         asked = " ".join(f"w{(number * 20 + i) % 3000}" for i in range(20))
-        self.messages.append({"role": "user", "content": asked})
-        body = orjson.dumps({"model": "m", "messages": self.messages, **({"stream": True} if stream else {})})
-        head = f"POST {self.path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {self.key}\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        self.history += (b"," if number else b"") + orjson.dumps({"role": "user", "content": asked})
+        body = self.history + (b'],"stream":true}' if stream else b"]}")
+        self.held, self.stream, self.first = bytearray(), stream, 0.0
+        self.told: asyncio.Future[str] = loop.create_future()
         begun = time.perf_counter()
-        self.writer.write(head.encode() + body)
-        status = await self.reader.readuntil(b"\r\n\r\n")
-        assert b" 200 " in status.split(b"\r\n")[0], (status, await self.reader.read(1000))
-        if not stream:
-            length = next(
-                int(x.split(b":")[1]) for x in status.lower().split(b"\r\n") if x.startswith(b"content-le")
-            )
-            raw = await self.reader.readexactly(length)
-            took = time.perf_counter() - begun
-            self.messages.append(
-                {"role": "assistant", "content": orjson.loads(raw)["choices"][0]["message"]["content"]}
-            )
-            return took
-        told, took, held = "", None, b""
-        while size := int(await self.reader.readuntil(b"\r\n"), 16):
-            held += (await self.reader.readexactly(size + 2))[:-2]
-            while b"\n\n" in held:
-                event, held = held.split(b"\n\n", 1)
-                if not event.startswith(b"data: {"):
-                    continue
-                for choice in orjson.loads(event[6:])["choices"]:
-                    if words := choice["delta"].get("content"):
-                        told += words
-                        took = took or time.perf_counter() - begun
-        await self.reader.readexactly(2)
-        self.messages.append({"role": "assistant", "content": told})
-        assert took is not None
+        self.transport.write(self.head + b"%d\r\n\r\n" % len(body) + body)
+        self.last = await self.told
+        took = (self.first if stream else time.perf_counter()) - begun
+        self.history += b"," + orjson.dumps({"role": "assistant", "content": self.last})
         return took
+
+    def connection_made(self, transport: Any) -> None:
+        """asyncio's: it is open."""
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio's: it is lost."""
+        if not self.told.done():
+            self.told.set_exception(error or ConnectionError(bytes(self.held[:1000])))
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's: a part of an answer."""
+        import orjson
+
+        self.held += data
+        head = self.held.find(b"\r\n\r\n")
+        if head < 0:
+            return
+        if not self.held.startswith(b"HTTP/1.1 200"):
+            self.transport.close()
+        elif self.stream:
+            if not self.first and re.search(rb'"content": ?"[^"]', self.held):
+                self.first = time.perf_counter()
+            if self.held.endswith(b"\r\n0\r\n\r\n"):
+                events = [line[6:] for line in self.held.split(b"\n") if line.startswith(b'data: {"')]
+                deltas = [choice["delta"] for event in events for choice in orjson.loads(event)["choices"]]
+                self.told.set_result("".join(delta.get("content") or "" for delta in deltas))
+        else:
+            at = self.held.lower().index(b"content-length:") + 15
+            if len(self.held) == head + 4 + int(self.held[at : self.held.index(b"\r", at)]):
+                self.told.set_result(orjson.loads(self.held[head + 4 :])["choices"][0]["message"]["content"])
 
     def close(self) -> None:
         """Hang up."""
-        self.writer.close()
+        self.transport.close()
 
 
 def posted(port: int, path: str, key: str) -> Any:
@@ -260,56 +309,90 @@ def posted(port: int, path: str, key: str) -> Any:
 
 def client_of(system: str, port: int) -> Client:
     """A new session of a server, and its agent."""
+    if system == "stack":
+        return Client(port, "/v1/chat/completions", "none")
     made = posted(port, "/sessions", "driver")
     if system == "ours":
         return Client(port, f"/s/{made['name']}/v1/chat/completions", made["api_key"])
     return Client(port, "/v1/chat/completions", made["session_id"])
 
 
-async def play(system: str, port: int, pid: int, sessions: int, turns: int) -> dict[str, Any]:
-    """One run."""
-    agents = [client_of(system, port) for _ in range(4)]  # warm
-    for turn in range(5):
-        await asyncio.gather(*(agent.turn(turn) for agent in agents))
-    for agent in agents:
-        agent.close()
-    agents = [client_of(system, port) for _ in range(sessions)]
-    memory, cpu, seconds = resident(pid), [], []
-    for turn in range(turns):
-        before, begun = cpu_seconds(pid), time.perf_counter()
-        await asyncio.gather(*(agent.turn(turn) for agent in agents))
-        seconds.append(time.perf_counter() - begun)
-        cpu.append((cpu_seconds(pid) - before) / sessions)
-    for agent in agents:
-        agent.close()
-    assert all(len(agent.messages[-1]["content"].split()) == TOKENS - 1 for agent in agents)
-    return {
-        "calls_per_second": sessions * turns / sum(seconds),
-        "cpu_ms": 1e3 * sum(cpu) / turns,
-        "cpu_ms_by_turn": [1e3 * value for value in cpu],
-        "flat": sum(cpu[-2:]) / sum(cpu[1:3]),
-        "kb_per_session": (resident(pid) - memory) / sessions / 1024,
-    }
+async def warm(systems: Mapping[str, tuple[int, int]]) -> None:
+    for system, (port, _) in systems.items():
+        agents = [client_of(system, port) for _ in range(4)]
+        for turn in range(5):
+            await asyncio.gather(*(agent.turn(turn) for agent in agents))
+        for agent in agents:
+            agent.close()
 
 
-async def first_token(client: Client, turns: int, stream: bool = True) -> float:
-    """Milliseconds until the first words of an answer, the least of some turns: other processes only add."""
-    took = [await client.turn(turn, stream) for turn in range(turns)]
-    client.close()
-    return 1e3 * min(took)
+async def play(systems: Mapping[str, tuple[int, int]], engine: int, sessions: int) -> dict[str, dict[str, Any]]:
+    """One round of each system, given by port and process, turn by turn in turns."""
+    agents = {system: [client_of(system, port) for _ in range(sessions)] for system, (port, _) in systems.items()}
+    memory = {system: resident(pid) for system, (_, pid) in systems.items()}
+    spent: dict[str, list[tuple[float, ...]]] = {system: [] for system in systems}
+    for turn in range(TURNS):
+        for system in sorted(systems, reverse=turn % 2 > 0):
+            _, pid = systems[system]
+            before = cpu_seconds(pid), cpu_seconds(engine), time.process_time(), time.perf_counter()
+            await asyncio.gather(*(agent.turn(turn) for agent in agents[system]))
+            after = cpu_seconds(pid), cpu_seconds(engine), time.process_time(), time.perf_counter()
+            spent[system].append(tuple(b - a for a, b in zip(before, after, strict=True)))
+    found = {}
+    for system, (_, pid) in systems.items():
+        for agent in agents[system]:
+            agent.close()
+        assert all(len(agent.last.split()) == TOKENS - 1 for agent in agents[system])
+        cpu, engines, client, seconds = (sum(column) for column in zip(*spent[system], strict=True))
+        calls = sessions * TURNS
+        found[system] = {
+            "calls_per_second": calls / seconds,
+            "cpu_ms": 1e3 * cpu / calls,
+            "client_cpu_ms": 1e3 * client / calls,
+            "engine_cpu_ms": 1e3 * engines / calls,
+            "cpu_ms_by_turn": [1e3 * turn[0] / sessions for turn in spent[system]],
+            "kb_per_session": (resident(pid) - memory[system]) / sessions / 1024,
+        }
+    return found
+
+
+async def first_tokens(systems: Mapping[str, tuple[int, int]], engine: int, sessions: int = 8) -> dict[str, float]:
+    """Milliseconds until the first words of an answer, the least of all turns of some sessions: other processes only add."""
+    took: dict[str, list[float]] = {"engine": [], **{system: [] for system in systems}}
+    for _ in range(sessions):
+        for name, times in took.items():
+            direct = name == "engine"
+            agent = Client(engine, "/v1/chat/completions", "none") if direct else client_of(name, systems[name][0])
+            times += [await agent.turn(turn, stream=not direct) for turn in range(TURNS)]
+            agent.close()
+    return {name: 1e3 * min(times) for name, times in took.items()}
 
 
 # ---------------------------------------------------------------------- everything
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        from asyncio import new_event_loop  # type: ignore[assignment]
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(work)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round, 16 sessions")
+    parser.add_argument("--quick", action="store_true", help="three rounds of 16 sessions")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--openenv", type=Path, default=ROOT / ".openenv/010/bin/python", metavar="PYTHON")
+    parser.add_argument(
+        "--stack",
+        action="store_true",
+        help="also what the same HTTP stack costs that asks the engine and answers a constant",
+    )
     parser.add_argument(
         "--profile", metavar="FILE", help="only ours, 16 sessions, under cProfile: the file of the profile"
     )
     given = parser.parse_args()
-    counts, rounds = ([16], 1) if given.quick else ([16, 64], 3)
+    counts, rounds = ([16], 3) if given.quick else ([16, 64], 5)
     pythons: dict[str, str | Path] = {"ours": sys.executable}
     if given.profile:
         counts, rounds = [16], 1
@@ -317,40 +400,53 @@ def main() -> None:
         pythons["openenv"] = given.openenv
     else:
         print(f"{given.openenv} is not there ('make peers' makes it): only ours is measured.", file=sys.stderr)
+    if given.stack:
+        pythons["stack"] = sys.executable
     runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    firsts: dict[str, list[float]] = {system: [] for system in ("engine", *pythons)}
-    with tempfile.TemporaryDirectory() as folder:
+    firsts: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         first, end = save_tokenizer(Path(folder))
         stub = free_port()
         numbers = map(str, (stub, TOKENS, ANSWERS, first, end))
-        with process(sys.executable, STUB, stub, "/v1/models", *numbers):
-            for _ in range(rounds):
-                direct = Client(stub, "/v1/chat/completions", "none")
-                firsts["engine"].append(asyncio.run(first_token(direct, TURNS, stream=False)))
-                for system, python in pythons.items():
-                    script, port = (OURS if system == "ours" else THEIRS), free_port()
-                    arguments = (folder, str(port), str(stub), given.profile or "")
-                    with process(python, script, port, "/health", *arguments) as pid:
-                        for count in counts:
-                            run = asyncio.run(play(system, port, pid, count, TURNS))
-                            runs.setdefault((count, system), []).append(run)
-                        firsts[system].append(asyncio.run(first_token(client_of(system, port), TURNS)))
-    print(json.dumps(result(runs, firsts), indent=2) if given.json else text(result(runs, firsts)))
+        engine = stack.enter_context(process(sys.executable, STUB, stub, "/v1/models", *numbers))
+        systems = {}
+        for system, python in pythons.items():
+            script, port = {"ours": OURS, "openenv": THEIRS, "stack": STACK}[system], free_port()
+            arguments = (folder, str(port), str(stub), given.profile or "")
+            systems[system] = port, stack.enter_context(process(python, script, port, "/health", *arguments))
+        run(warm(systems))
+        for _ in range(rounds):
+            for count in counts:
+                for system, found in run(play(systems, engine, count)).items():
+                    runs.setdefault((count, system), []).append(found)
+            firsts.append(run(first_tokens(systems, stub)))
+    found = result(runs, firsts)
+    print(json.dumps(found, indent=2) if given.json else text(found))
 
 
-def result(runs: dict[tuple[int, str], list[dict[str, Any]]], firsts: dict[str, list[float]]) -> dict[str, Any]:
+def result(runs: dict[tuple[int, str], list[dict[str, Any]]], firsts: list[dict[str, float]]) -> dict[str, Any]:
     rows = []
     for (sessions, system), found in sorted(runs.items()):
         middle = {
             key: statistics.median(run[key] for run in found)
-            for key in ("calls_per_second", "cpu_ms", "flat", "kb_per_session")
+            for key in ("calls_per_second", "cpu_ms", "client_cpu_ms", "engine_cpu_ms")
         }
-        by_turn = [
-            statistics.median(values) for values in zip(*(run["cpu_ms_by_turn"] for run in found), strict=True)
-        ]
-        rows.append({"sessions": sessions, "system": system, **middle, "cpu_ms_by_turn": by_turn})
-    engine = min(firsts["engine"])
-    added = {name: min(values) - engine for name, values in firsts.items() if values and name != "engine"}
+        by_turn = [min(values) for values in zip(*(run["cpu_ms_by_turn"] for run in found), strict=True)]
+        flat, memory = sum(by_turn[-2:]) / sum(by_turn[1:3]), found[0]["kb_per_session"]
+        rows.append(
+            {
+                "sessions": sessions,
+                "system": system,
+                **middle,
+                "flat": flat,
+                "kb_per_session": memory,
+                "cpu_ms_by_turn": by_turn,
+            }
+        )
+    least = {name: min(found[name] for found in firsts) for name in firsts[0]}
+    engine = least.pop("engine")
+    added = {name: value - engine for name, value in least.items()}
     ratios: dict[str, Any] = {}
     by = {(row["sessions"], row["system"]): row for row in rows}
     for sessions in sorted({row["sessions"] for row in rows}):
@@ -365,10 +461,11 @@ def result(runs: dict[tuple[int, str], list[dict[str, Any]]], firsts: dict[str, 
 
 
 def text(found: dict[str, Any]) -> str:
-    lines = [f"{'sessions':>8} {'system':>8} {'calls/s':>8} {'CPU ms':>8} {'flat':>6} {'KB/session':>11}"]
+    heads = ("sessions", "system", "calls/s", "CPU ms", "flat", "KB/session", "client ms", "engine ms")
+    lines = [" ".join(f"{head:>10}" for head in heads)]
     lines += [
-        f"{row['sessions']:>8} {row['system']:>8} {row['calls_per_second']:>8.0f} {row['cpu_ms']:>8.2f} "
-        f"{row['flat']:>6.2f} {row['kb_per_session']:>11.0f}"
+        f"{row['sessions']:>10} {row['system']:>10} {row['calls_per_second']:>10.0f} {row['cpu_ms']:>10.2f} "
+        f"{row['flat']:>10.2f} {row['kb_per_session']:>10.0f} {row['client_cpu_ms']:>10.2f} {row['engine_cpu_ms']:>10.2f}"
         for row in found["rows"]
     ]
     lines += [

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from agents import Recorder, check_law, client_of, templates_of
+from conftest import of_the_day
 
-from torchrl_chat.gateway import Gateway, Settings
+from torchrl_chat.gateway import Gateway, RemoteEngine, Settings
+from torchrl_chat.tiny import tiny_tokenizer
+
+PATHS = ("/chat/completions", "/responses", "/messages")
 
 
 def gateway_of(script, **more) -> Gateway:
@@ -40,17 +49,19 @@ def settled(gateway) -> bool:
     return False
 
 
-async def hang_up(gateway, session, number: int, draw: random.Random, mixed: bool = False) -> None:
-    """Send a request, or the beginning of one, in any dialect or in one, and break the connection at some point."""
+def body_of(path: str, messages: list[dict], stream: bool) -> dict:
+    """A request of the dialect of a path."""
+    whole = {"model": "m", "input" if path == "/responses" else "messages": messages, "stream": stream}
+    return {**whole, "max_tokens": 100} if path == "/messages" else whole
+
+
+async def hang_up(gateway, session, number: int, draw: random.Random, path: str = PATHS[0]) -> None:
+    """Send a request, or the beginning of one, and break the connection at some point."""
     reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
     message = {"role": "user", "content": f"question {number}"}
-    asked = {"model": "m", "messages": [message], "stream": number % 4 > 0}
-    path = ("chat/completions", "responses", "messages")[number % 3 if mixed else 0]
-    if path == "responses":
-        asked["input"] = asked.pop("messages")
-    body = json.dumps(asked).encode()
+    body = json.dumps(body_of(path, [message], number % 4 > 0)).encode()
     head = (
-        f"POST /s/{session.name}/v1/{path} HTTP/1.1\r\nhost: localhost\r\n"
+        f"POST /s/{session.name}/v1{path} HTTP/1.1\r\nhost: localhost\r\n"
         f"authorization: Bearer {session.api_key}\r\ncontent-length: {len(body)}\r\n\r\n"
     ).encode()
     raw = head + body
@@ -68,7 +79,8 @@ async def hang_up(gateway, session, number: int, draw: random.Random, mixed: boo
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.full)])
-def test_clients_that_hang_up_leave_nothing_behind(count):
+@pytest.mark.parametrize("path", of_the_day(*PATHS))
+def test_clients_that_hang_up_leave_nothing_behind(path, count):
     draw = random.Random(0)
     with gateway_of(slow) as gateway:
         session, other = gateway.session(), gateway.session()
@@ -78,7 +90,7 @@ def test_clients_that_hang_up_leave_nothing_behind(count):
         for start in range(0, count, 20):
 
             async def some(start=start):
-                await asyncio.gather(*(hang_up(gateway, session, start + i, draw, True) for i in range(20)))
+                await asyncio.gather(*(hang_up(gateway, session, start + i, draw, path) for i in range(20)))
 
             asyncio.run(some())
             message = client.chat.completions.create(model="m", messages=messages).choices[0].message
@@ -136,6 +148,92 @@ def test_an_engine_that_dies_is_told_to_its_agents_alone():
         clients["a"].chat.completions.create(model="m", messages=[{"role": "user", "content": "a again"}])
         assert sessions["a"].report["counts"].get("engine errors") is None
         assert sessions["b"].report["answers"] == 1
+
+
+# It answers three requests, and keeps all others waiting; with "well" it answers all.
+ENGINE = """
+import itertools, json, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+numbers = itertools.count(1)
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *words): pass
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))["token_ids"]
+        if sys.argv[2] != "well" and next(numbers) > 3:
+            print("waits", flush=True)
+            time.sleep(600)
+        content = [{"token_id": i, "logprob": -0.25} for i in (asked[-1], 2)]
+        choice = {"index": 0, "token_ids": [asked[-1], 2], "finish_reason": "stop", "logprobs": {"content": content}}
+        body = json.dumps({"request_id": "x", "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@contextlib.contextmanager
+def engine_process(port: int, how: str):
+    command = [sys.executable, "-S", "-c", ENGINE, str(port), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def asked(session, path: str, messages: list[dict], stream: bool) -> httpx.Response:
+    body = body_of(path, messages, stream)
+    return httpx.post(session.base_url + path, json=body, headers={"x-api-key": session.api_key}, timeout=60)
+
+
+def test_an_engine_that_is_killed_is_an_error_of_each_dialect_and_its_sessions_go_on():
+    """Killed while it samples for all of them, streams and whole answers; another one at its address goes on with the same ledgers."""
+    with ThreadPoolExecutor(6) as pool, engine_process(0, "ill") as (process, port):
+        engine = RemoteEngine("m", f"http://127.0.0.1:{port}/v1", "k", stop_ids={2}, retries=0)
+        with Gateway(engine, tiny_tokenizer()) as gateway:
+            sessions = {path: gateway.session() for path in PATHS}
+            begins = [{"role": "user", "content": "last(1)="}]
+            first = {path: asked(each, path, begins, False).json() for path, each in sessions.items()}
+            others = [{"role": "user", "content": "last(2)="}]
+            waiting = {
+                (path, stream): pool.submit(asked, each, path, others, stream)
+                for path, each in sessions.items()
+                for stream in (False, True)
+            }
+            for _ in waiting:
+                assert process.stdout.readline() == "waits\n"
+            process.kill()
+            for (path, stream), future in waiting.items():
+                told = future.result(60)
+                # What is a stream has begun by then, and ends with an event.
+                assert told.status_code == (200 if stream else 500)
+                events = [json.loads(line[6:]) for line in told.text.splitlines() if line.startswith("data: {")]
+                error = (events[-1] if stream else told.json())["error"]
+                assert "the engine failed" in error["message"]
+                assert error["type"] == ("api_error" if path == "/messages" else "server_error")
+            with engine_process(port, "well"):
+                for path, session in sessions.items():
+                    answer = answered(path, first[path])
+                    reply = asked(session, path, [*begins, *answer, {"role": "user", "content": "2"}], False)
+                    assert reply.status_code == 200, reply.text
+                    report = session.report
+                    assert (report["answers"], report["sequences"], report["counts"]["begins"]) == (2, 1, 1)
+                    [branch] = session.transcript.sequences
+                    assert branch.mask.sum() == 4
+
+
+def answered(path: str, reply: dict) -> list[dict]:
+    """An answer, as the next request of its dialect has it."""
+    if path == "/responses":
+        return reply["output"]
+    if path == "/messages":
+        return [{"role": "assistant", "content": reply["content"]}]
+    return [reply["choices"][0]["message"]]
 
 
 def test_a_gateway_that_closes_ends_what_is_on_its_way():

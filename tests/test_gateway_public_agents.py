@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from agent_environment import drive, python_of
 from agents import Recorder, check_law, templates_of
+from conftest import skip_without
 
 from torchrl_chat.conversation import Limits, Turn
-from torchrl_chat.gateway import Gateway, Settings
+from torchrl_chat.gateway import Gateway, SandboxedCommand, Settings, play_agents
+from torchrl_chat.sandbox import SandboxError
 from torchrl_chat.tiny import tiny_model
 
 TASKS = ["Add 2 and 3, and 4 and 5; then both.", "One more.", "And another?"]
@@ -108,12 +115,13 @@ class Sampling(Scored):
         return Turn(torch.tensor(ids), torch.tensor(log_probs), None, "stop")
 
 
-def served(engine, templates, **limits):
+def served(engine, templates, ended=None, **limits):
     return Gateway(
         engine,
         templates.plain.tokenizer,
         template={"chat_template": templates.plain.renderer.source},
         settings=Settings(limits=Limits(**limits)),
+        ended=ended,
     )
 
 
@@ -199,6 +207,50 @@ def test_mini_swe_agent_works_in_a_folder(refused, tmp_path):
         check_scores(session.session)
         assert session.report["counts"] == ({"begins": 1, "forks": 1} if refused else {"begins": 1})
         assert any("(B1)" in finding for finding in session.report["findings"]) == refused
+
+
+@pytest.mark.services
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["namespaces", "bubblewrap"])
+def test_mini_swe_agent_works_in_a_sandbox(kind):
+    """As it is, with a shell and a folder of its own; the ledger is what it is outside."""
+    python = python_of("mini_swe", sys.executable)
+    needed = subprocess.check_output([python, "-c", "import sys; print(*{sys.prefix, *sys.path[1:]})"], text=True)
+    programs = Path(__file__).with_name("public_agents")
+    templates = templates_of()
+    left = iter([BASH.format("pwd; echo 42 > made; ls -a /; cat /etc/shadow"), BASH.format("cat made"), SUBMIT])
+    engine = Scored(templates, lambda ask: next(left))
+    # Not below the home of root, for root's commands are nobody's.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        os.chmod(folder, 0o755)
+        agent = SandboxedCommand(
+            [python, "-P", str(programs / "mini_swe.py"), "chat"],
+            show=[programs, *(path for path in needed.split() if os.path.isdir(path))],
+            environment={
+                "AGENT_TASKS": json.dumps(TASKS[:1]),
+                "MSWEA_GLOBAL_CONFIG_DIR": "/tmp",
+                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            },
+            workspaces=folder,
+            sandbox={"isolation": kind},
+        )
+        try:
+            agent.prepare()
+        except SandboxError as error:
+            skip_without("bwrap", f"no isolation here: {error}")
+        kept: list = []
+        with served(engine, templates, kept.append, max_turns=3) as gateway:
+            td = play_agents(agent, [{"query": "q"}], gateway, on_error="fail")
+        agent.close()
+        assert td["env_failure"] == [""]
+        [session] = kept
+        assert (Path(folder) / session.name / "made").read_text() == "42\n"
+        results = [m["content"] for each in engine.asked for m in each.messages if m["role"] == "tool"]
+        assert "/workspace" in results[0]
+        assert "workspaces" in results[0]
+        assert "No such file" in results[0]  # the machine's own password file
+        assert check_law(session, log_prob=None) == 1
+        check_scores(session)
 
 
 @pytest.mark.parametrize("case", parametrized(CASES, full=True))

@@ -226,7 +226,13 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     """What options must be at least."""
     hides: ClassVar[bool] = False
     """Whether a reply that repeats a secret is taken, without it, instead of refused."""
-    _own: ClassVar[Sequence[str]] = ("usage", "_lock", "_loops", "_posters")  # what _begin makes, for this process
+    _own: ClassVar[Sequence[str]] = (
+        "usage",
+        "_lock",
+        "_loops",
+        "_posters",
+        "_hidden",
+    )  # what _begin makes, for this process
 
     model: str
     base_url: str | None = None
@@ -254,6 +260,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         """Make what a process has for itself, and copies make anew."""
         self.usage = Usage()
         self._lock = threading.Lock()
+        self._hidden: tuple[tuple[str, ...], Secrets] = ((), Secrets())  # of what, and how it may be spelled
         self._loops: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore]] = {}
         self._posters: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore]] = {}
 
@@ -275,7 +282,10 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         """What must not be shown of it; a key and a URL of the environment count too."""
         url = self.base_url if self.base_url is not None else os.environ.get("OPENAI_BASE_URL", "")
         key = self.api_key if self.api_key is not None else os.environ.get("OPENAI_API_KEY", "")
-        return Secrets([key, *of_url(url), *_of_extra(self.extra)])
+        asked = (url, key, *_of_extra(self.extra))
+        if asked != self._hidden[0]:
+            self._hidden = asked, Secrets([key, *of_url(url), *asked[2:]])
+        return self._hidden[1]
 
     def count(self, **more: int) -> None:
         """Add to :attr:`usage`."""
@@ -486,8 +496,9 @@ class _ByLibrary:
     def __init__(self, client: Any, url: str):
         self._client, self._url = client, url
 
-    async def post(self, body: Any) -> Any:
-        return await self._client.post(self._url, cast_to=object, body=body)
+    async def post(self, body: Mapping[str, Any]) -> Any:
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in body.items()}
+        return await self._client.post(self._url, cast_to=object, body=plain)
 
     async def aclose(self) -> None:
         """The client is closed by whoever made it."""

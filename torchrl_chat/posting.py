@@ -1,6 +1,6 @@
 """JSON posted to one address again and again, over connections that are kept: for engines that are asked hundreds of times a second.
 
-HTTP/1.1 over asyncio's streams, and no more of it than a server of a model needs. A general client makes objects of URLs, headers,
+HTTP/1.1 over asyncio's transports, and no more of it than a server of a model needs. A general client makes objects of URLs, headers,
 requests and responses each time, which costs more than a gateway does for the whole of a call (``benchmarks/gateway.py``).
 """
 
@@ -25,7 +25,7 @@ except ImportError:
 _AGAIN = frozenset({408, 409, 429})  # and whatever is an error of the server
 _IDLE = 30.0  # seconds for which a connection is kept; servers close theirs, uvicorn after 5 by default
 _LONGEST = 120.0  # seconds that a server may ask us to wait
-_Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+_HEAD = 2**20  # bytes of an answer's headers, at most
 
 
 class PostError(RuntimeError):
@@ -94,7 +94,7 @@ class Poster:
         self._idle: list[tuple[float, _Line]] = []
 
     async def post(self, body: Any) -> Any:
-        """What the server answers to a body, both as JSON values.
+        """What the server answers to a body, both as JSON values; arrays of numbers (numpy's) in a body are lists.
 
         Raises:
             PostError: the server refuses, or fails each time.
@@ -106,18 +106,19 @@ class Poster:
     async def stream(self, body: Any) -> AsyncIterator[Any]:
         """What the server answers to a body, event by event (server-sent events), as JSON values; an answer that is no stream is one event.
 
-        Nothing is tried again once the answer has begun. Whoever stops reading closes the connection, by which a server knows.
+        Over a connection of its own. Nothing is tried again once the answer has begun. Whoever stops reading closes the connection, by
+        which a server knows.
 
         Raises:
             PostError, OSError, ValueError: as of :meth:`post`.
         """
-        reader, writer, head = await self._tried(self._begun, body)
-        pieces = _pieces(reader, head)
+        reader, writer, head = await self._tried(self._streaming, body)
+        pieces = self._timed(_pieces(reader, head))
         try:
             if b"text/event-stream" not in (_header(head, b"content-type") or b""):
-                yield _loaded(b"".join([piece async for piece in self._timed(pieces)]))
+                yield _loaded(b"".join([piece async for piece in pieces]))
                 return
-            async for data in _events(self._timed(pieces)):
+            async for data in _events(pieces):
                 if data == b"[DONE]":
                     return
                 yield _loaded(data)
@@ -137,17 +138,17 @@ class Poster:
 
     async def _tried(self, exchange: Callable[[bytes], Awaitable[tuple[int, bytes, Any]]], body: Any) -> Any:
         """What an exchange has for an answer, tried again as often as it may be."""
-        raw = json.dumps(body).encode() if orjson is None else orjson.dumps(body)
+        if orjson is None:
+            raw = json.dumps(body, default=lambda array: array.tolist()).encode()
+        else:
+            raw = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         message = self._head + b"%d\r\n\r\n" % len(raw) + raw
         for tried in range(self._retries + 1):
             wait: float | None = None
             try:
-                async with asyncio.timeout(self._timeout):
-                    status, head, answer = await exchange(message)
-            except (OSError, EOFError) as error:  # a timeout is one
-                failure: Exception = (
-                    error if isinstance(error, OSError) else ConnectionError("the connection was lost")
-                )
+                status, head, answer = await exchange(message)
+            except OSError as error:  # a timeout is one
+                failure: Exception = error
             else:
                 if status < 300:
                     return answer
@@ -161,80 +162,199 @@ class Poster:
             await asyncio.sleep(wait or min(self._pause * 2**tried, 8.0) * (1 - random.random() / 4))
         raise AssertionError  # the loop returns, or raises
 
-    async def _exchange(self, message: bytes) -> tuple[int, bytes, bytes]:
+    async def _exchange(self, message: bytes) -> tuple[int, bytes, bytes | bytearray]:
         """One try; on a connection that the server has closed meanwhile, once more on a new one."""
         line = self._kept()
         if line is not None:
-            with contextlib.suppress(OSError, EOFError):
-                return await self._sent(line, message)
-        return await self._sent(await self._opened(), message)
+            try:
+                return await self._sent(line, message, self._timeout)
+            except TimeoutError:
+                raise
+            except OSError:
+                pass
+        begun = time.monotonic()
+        async with asyncio.timeout(self._timeout):
+            line = await self._opened()
+        return await self._sent(line, message, self._timeout - (time.monotonic() - begun))
 
-    async def _begun(self, message: bytes) -> tuple[int, bytes, Any]:
-        """One try, up to where the answer begins: then a connection of its own; of a refusal, its text."""
-        reader, writer = await self._opened()
-        try:
-            writer.write(message)
-            status = 100
-            while 100 <= status < 200:
-                head = await reader.readuntil(b"\r\n\r\n")
-                status = int(head[9:12])
-            if status < 300:
-                return status, head, (reader, writer, head)
-            told = b"".join([piece async for piece in _pieces(reader, head)])
-            writer.close()
-            return status, head, told
-        except (ValueError, asyncio.LimitOverrunError):
-            writer.close()
-            raise ConnectionError("the server does not speak HTTP/1.1") from None
-        except BaseException:
-            writer.close()
-            raise
+    async def _streaming(self, message: bytes) -> tuple[int, bytes, Any]:
+        """One try, up to where the answer begins: its connection; of a refusal, its text."""
+        async with asyncio.timeout(self._timeout):
+            reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._context(), limit=_HEAD)
+            try:
+                writer.write(message)
+                status = 100
+                while 100 <= status < 200:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    status = int(head[9:12])
+                if status < 300:
+                    return status, head, (reader, writer, head)
+                told = b"".join([piece async for piece in _pieces(reader, head)])
+                writer.close()
+                return status, head, told
+            except EOFError:
+                writer.close()
+                raise ConnectionError("the connection was lost") from None
+            except (ValueError, asyncio.LimitOverrunError):
+                writer.close()
+                raise ConnectionError("the server does not speak HTTP/1.1") from None
+            except BaseException:
+                writer.close()
+                raise
 
-    async def _opened(self) -> _Line:
+    def _context(self) -> ssl.SSLContext | None:
         if self._secure and self._ssl is None:
             self._ssl = ssl.create_default_context()
-        return await asyncio.open_connection(self._host, self._port, ssl=self._ssl, limit=2**20)
+        return self._ssl
+
+    async def _opened(self) -> _Line:
+        loop = asyncio.get_running_loop()
+        _, line = await loop.create_connection(_Line, self._host, self._port, ssl=self._context())
+        return line
 
     def _kept(self) -> _Line | None:
         while self._idle:
             since, line = self._idle.pop()
-            if time.monotonic() - since < _IDLE and not line[0].at_eof() and not line[1].is_closing():
+            if time.monotonic() - since < _IDLE and not line.lost:
                 return line
-            line[1].close()
+            line.close()
         return None
 
-    async def _sent(self, line: _Line, message: bytes) -> tuple[int, bytes, bytes]:
-        reader, writer = line
-        try:
-            writer.write(message)
-            status = 100
-            while 100 <= status < 200:
-                head = await reader.readuntil(b"\r\n\r\n")
-                status = int(head[9:12])
-            length = _header(head, b"content-length")
-            if (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked"):
-                body = await _chunks(reader)
-            elif length is not None:
-                body = await reader.readexactly(int(length))
-            else:
-                body = await reader.read()
-        except (ValueError, asyncio.LimitOverrunError):
-            writer.close()
-            raise ConnectionError("the server does not speak HTTP/1.1") from None
-        except BaseException:  # a request that was given up, too: its answer is not to be taken for the next one's
-            writer.close()
-            raise
-        if (_header(head, b"connection") or b"").lower() == b"close" or head.startswith(b"HTTP/1.0"):
-            writer.close()
-        else:
+    async def _sent(self, line: _Line, message: bytes, timeout: float) -> tuple[int, bytes, bytes | bytearray]:
+        status, head, body = await line.ask(message, timeout)
+        if not line.lost:
             self._idle.append((time.monotonic(), line))
         return status, head, body
 
     async def aclose(self) -> None:
         """Close the connections that are kept."""
-        for _, (_, writer) in self._idle:
-            writer.close()
+        for _, line in self._idle:
+            line.close()
         self._idle.clear()
+
+
+class _Line(asyncio.Protocol):
+    """One connection: a request, its answer, and the next.
+
+    Attributes:
+        lost: whether nothing more can be asked over it.
+    """
+
+    def __init__(self) -> None:
+        self.lost = False
+        self._transport: asyncio.Transport
+        self._answer: asyncio.Future[tuple[int, bytes, bytes | bytearray]] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._held = bytearray()  # what has come of the answer and was not read yet
+        self._head = b""  # its status and headers, once they are there
+        self._length: int | None = None  # of its body, where that is told before
+        self._chunks: list[bytes] | None = None  # its body so far, where it comes in chunks
+
+    async def ask(self, message: bytes, timeout: float) -> tuple[int, bytes, bytes | bytearray]:
+        """Status, headers and body of the answer to a message.
+
+        Raises:
+            OSError: there is none, or it is no HTTP/1.1; ``TimeoutError`` after so many seconds.
+        """
+        if self.lost:
+            raise ConnectionError("the connection was lost")
+        loop = asyncio.get_running_loop()
+        self._begin()
+        self._answer = answer = loop.create_future()
+        timer = loop.call_later(timeout, self._fail, TimeoutError(f"no answer within {timeout:g} s"))
+        self._transport.write(message)
+        try:
+            return await answer
+        except (
+            BaseException
+        ):  # of a request that was given up, too, the answer is not to be taken for the next one's
+            self.close()
+            raise
+        finally:
+            timer.cancel()
+            self._answer = None
+
+    def close(self) -> None:
+        """Hang up."""
+        self.lost = True
+        self._transport.close()
+
+    # ------------------------------------------------------------------ what the event loop calls
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost = True
+        if self._head and self._length is None and self._chunks is None and error is None:
+            self._tell(self._held)  # the end of the body is the connection's
+        self._fail(error if isinstance(error, OSError) else ConnectionError("the connection was lost"))
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None:  # nobody has asked
+            self.close()
+            return
+        self._held += data
+        try:
+            self._read()
+        except ValueError:
+            self._fail(ConnectionError("the server does not speak HTTP/1.1"))
+
+    # ------------------------------------------------------------------ reading
+    def _read(self) -> None:
+        while not self._head:
+            end = self._held.find(b"\r\n\r\n")
+            if end < 0:
+                if len(self._held) > _HEAD:
+                    raise ValueError
+                return
+            head = bytes(self._held[: end + 4])
+            del self._held[: end + 4]
+            if 100 <= int(head[9:12]) < 200:  # it says that there will be an answer
+                continue
+            self._head = head
+            length = _header(head, b"content-length")
+            if (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked"):
+                self._chunks = []
+            elif length is not None:
+                self._length = _size(length, 10)
+        if self._length is not None and len(self._held) >= self._length:
+            more = len(self._held) > self._length
+            self._tell(self._held[: self._length] if more else self._held, more)
+        elif self._chunks is not None:
+            self._read_chunks(self._chunks)
+
+    def _read_chunks(self, found: list[bytes]) -> None:
+        while (line := self._held.find(b"\r\n")) >= 0:
+            size = _size(self._held[:line].partition(b";")[0], 16)
+            if not size:  # what trails ends with an empty line
+                end = line if self._held[line + 2 : line + 4] == b"\r\n" else self._held.find(b"\r\n\r\n", line)
+                if end >= 0:
+                    self._tell(b"".join(found), len(self._held) > end + 4)
+                return
+            if len(self._held) < line + 2 + size + 2:
+                return
+            found.append(bytes(self._held[line + 2 : line + 2 + size]))
+            del self._held[: line + 2 + size + 2]
+
+    def _tell(self, body: bytes | bytearray, more: bool = False) -> None:
+        head = self._head
+        if more or (_header(head, b"connection") or b"").lower() == b"close" or head.startswith(b"HTTP/1.0"):
+            self.close()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result((int(head[9:12]), head, body))
+
+    def _fail(self, error: Exception) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+
+
+def _size(word: bytes | bytearray, base: int) -> int:
+    size = int(word, base)
+    if size < 0:
+        raise ValueError
+    return size
 
 
 def _header(head: bytes, name: bytes) -> bytes | None:
@@ -246,25 +366,17 @@ def _header(head: bytes, name: bytes) -> bytes | None:
     return head[begin : head.index(b"\r\n", begin)].strip()
 
 
-async def _chunks(reader: asyncio.StreamReader) -> bytes:
-    return b"".join([piece async for piece in _chunked(reader)])
-
-
-async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-        yield (await reader.readexactly(size + 2))[:-2]
-    while (await reader.readuntil(b"\r\n")) != b"\r\n":
-        pass  # what trails
-
-
+# ---------------------------------------------------------------------- streams
 async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[bytes]:
     """The body behind a head, as it comes."""
     length = _header(head, b"content-length")
     if (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked"):
-        async for piece in _chunked(reader):
-            yield piece
+        while size := _size((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            yield (await reader.readexactly(size + 2))[:-2]
+        while (await reader.readuntil(b"\r\n")) != b"\r\n":
+            pass  # what trails
     elif length is not None:
-        yield await reader.readexactly(int(length))
+        yield await reader.readexactly(_size(length, 10))
     else:
         while piece := await reader.read(1 << 16):
             yield piece
@@ -284,5 +396,5 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 data = []
 
 
-def _loaded(raw: bytes) -> Any:
+def _loaded(raw: bytes | bytearray) -> Any:
     return json.loads(raw) if orjson is None else orjson.loads(raw)

@@ -101,7 +101,7 @@ def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> t
             errors[i] = ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
-    if len(flat) and (flat.min() < 0 or flat.max() >= vocab_size):
+    if len(flat) and (np.minimum.reduce(flat) < 0 or np.maximum.reduce(flat) >= vocab_size):
         for i, row in ids.items():
             if reason := _outside(row.tolist(), vocab_size):
                 errors.setdefault(i, ResponseError(f"row {i}: {reason}"))
@@ -116,6 +116,10 @@ def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> t
 
 def _arrays(rows: dict[int, torch.Tensor]) -> tuple[Arrays, np.ndarray]:
     """Rows as arrays, and the one array that they are parts of."""
+    if len(rows) == 1:
+        [(i, row)] = rows.items()
+        flat = row.numpy()
+        return {i: flat}, flat
     flat, end = torch.cat(list(rows.values())).numpy() if rows else np.empty(0), 0
     return {i: flat[end : (end := end + row.numel())] for i, row in rows.items()}, flat
 
@@ -123,7 +127,9 @@ def _arrays(rows: dict[int, torch.Tensor]) -> tuple[Arrays, np.ndarray]:
 def _possible(log_probs: np.ndarray) -> bool:
     """Whether sampled tokens can have these log-probs."""
     # Both ends are NaN where one value is.
-    return not len(log_probs) or bool(log_probs.min() > -np.inf and log_probs.max() <= _ROUNDING)
+    return not len(log_probs) or bool(
+        np.minimum.reduce(log_probs) > -np.inf and np.maximum.reduce(log_probs) <= _ROUNDING
+    )
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, row: int = 0) -> None:

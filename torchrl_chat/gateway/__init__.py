@@ -13,6 +13,7 @@ from torchrl_chat._lazy import lazy
 if TYPE_CHECKING:
     from torchrl_chat.gateway.agents import play_agents
     from torchrl_chat.gateway.calls import Call, Dialect, Refusal, Reply
+    from torchrl_chat.gateway.commands import SandboxedCommand
     from torchrl_chat.gateway.engines import Ask, Engine, RemoteEngine, ScriptedEngine
     from torchrl_chat.gateway.environment import AgentEnv
     from torchrl_chat.gateway.finished import episodes
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "agents": "play_agents",
     "calls": "Call Dialect Refusal Reply",
+    "commands": "SandboxedCommand",
     "engines": "Ask Engine RemoteEngine ScriptedEngine",
     "environment": "AgentEnv",
     "finished": "episodes",
@@ -49,6 +51,7 @@ __all__ = [
     "RemoteEngine",
     "Reply",
     "Rewarder",
+    "SandboxedCommand",
     "ScriptedEngine",
     "Served",
     "Session",

@@ -22,8 +22,10 @@ from typing import Any, Literal
 from tensordict import TensorDict
 
 from torchrl_chat._loop import LoopThread
-from torchrl_chat.gateway.ends import checked_end
+from torchrl_chat.gateway.commands import SandboxedCommand
+from torchrl_chat.gateway.ends import AgentError, checked_end
 from torchrl_chat.gateway.serve import Gateway, Served
+from torchrl_chat.sandbox.settings import SandboxError
 from torchrl_chat.seeds import EPOCH, PLACE, ROW, SEED, episode_seed
 
 Agent = Callable[[Mapping[str, Any], Served], Any] | str | Sequence[str]
@@ -32,10 +34,6 @@ Agent = Callable[[Mapping[str, Any], Served], Any] | str | Sequence[str]
 _SHOWN = 2000  # characters of a command's last words
 _ENDS = frozenset({"reward", "success", "parts", "failure", "grade_failure", "extracted", "stop"})
 _log = logging.getLogger("torchrl_chat.agents")
-
-
-class AgentError(RuntimeError):
-    """An agent ended before it was done; the text says how."""
 
 
 def play_agents(
@@ -75,7 +73,7 @@ def play_agents(
         on_error: what becomes of the episode of an agent that raises, fails, or takes too long: ``"score"`` grades what there is, so that no
             policy escapes a grade by breaking its agent; ``"fail"`` leaves it out of training. An agent that returns what is no end of an
             episode has failed. An episode whose *engine* failed at a request that it did not answer later is always left out, whatever its
-            agent made of it; and an agent that a used-up budget has stopped has not failed.
+            agent made of it, and so is one whose sandbox could not be built; an agent that a used-up budget has stopped has not failed.
         data_key: see :func:`~torchrl_chat.gateway.finished.episodes`.
 
     Returns:
@@ -83,6 +81,7 @@ def play_agents(
 
     Raises:
         ValueError: an option has no such value.
+        SandboxError: the agent is a :class:`~torchrl_chat.gateway.SandboxedCommand`, and there can be no sandbox here.
 
     Example:
         >>> from openai import AsyncOpenAI
@@ -105,6 +104,8 @@ def play_agents(
         raise ValueError(f"repeats={repeats}, concurrency={concurrency}: expected at least 1 of each.")
     if on_error not in ("score", "fail"):
         raise ValueError(f"on_error={on_error!r}: expected 'score' or 'fail'.")
+    if isinstance(agent, SandboxedCommand):
+        agent.prepare()  # where there can be no sandbox no session begins
     told = []
     for number, row in enumerate(rows):
         for place in range(repeats):
@@ -165,7 +166,7 @@ def finish_all(
         if failed:
             text = f"{type(end).__name__}: {end}".replace(served.api_key, "[hidden]")[:_SHOWN]
             _log.warning("an agent failed: %s", text, extra={"session": served.name})
-            if on_error == "fail" or session.engine_failure:
+            if on_error == "fail" or session.engine_failure or isinstance(end, SandboxError):
                 given["failure"] = text[:400]
         elif session.engine_failure and not given.get("failure"):
             given["failure"] = session.engine_failure

@@ -13,23 +13,22 @@ Each dialect has its own path. Agents show their session's key; drivers the gate
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.routing import Mount
-from starlette.types import Receive, Scope, Send
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from torchrl_chat.gateway.bodies import Bodies
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.exchanges import Exchange
 from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
+from torchrl_chat.openenv.server.connections import LOST
 from torchrl_chat.openenv.server.security import Guard, OwnNames
 
 _log = logging.getLogger("torchrl_chat.gateway")
@@ -40,6 +39,49 @@ Finisher = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
 
 class Gone(Exception):
     """The client has left: nobody is there to be told anything."""
+
+
+class Request:
+    """A request of a client, and no more of it than is asked for: starlette's own costs more than all of a call's matching.
+
+    Attributes:
+        method: its method.
+        path: its path, decoded.
+        headers: its headers, names in lower case.
+        receive: what comes further of it.
+        scope: all that the server knows of it.
+    """
+
+    __slots__ = ("headers", "method", "path", "receive", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive):
+        self.scope, self.receive = scope, receive
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers = Headers(scope["headers"])
+
+
+class Headers(Mapping[str, str]):
+    """The headers of a request, decoded one by one; of several of one name, the first."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: Sequence[tuple[bytes, bytes]]):
+        self._raw = dict(reversed(raw))
+
+    def __getitem__(self, name: str) -> str:
+        return self._raw[name.encode()].decode("latin-1")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a header."""
+        value = self._raw.get(name.encode())
+        return default if value is None else value.decode("latin-1")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode("latin-1") for name in self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
 
 
 class Front:
@@ -63,11 +105,13 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI endpoint of every address."""
         request = Request(scope, receive)
-        path = request.url.path
+        path = request.path
         dialect = self._first
         try:
-            if (refused := self._guard.refusal(request)) is not None:
-                raise Refusal(refused[1], Kind.UNAUTHORIZED)
+            if "origin" in request.headers:
+                refused = self._guard.refusal(HTTPConnection(scope))
+                if refused is not None:
+                    raise Refusal(refused[1], Kind.UNAUTHORIZED)
             found = _SESSION.match(path)
             name, inner = (found[1], found[2]) if found else (None, path)
             inner = inner.removeprefix("/v1") if inner.startswith("/v1/") else inner
@@ -80,7 +124,7 @@ class Front:
             await _send(send, 200, body)
         except Refusal as refusal:
             await self._refuse(send, dialect, refusal)
-        except (Gone, ClientDisconnect):
+        except Gone:
             return
         except asyncio.CancelledError:
             raise
@@ -104,20 +148,24 @@ class Front:
     # ------------------------------------------------------------------ agents
     async def _agent(self, request: Request, send: Send, dialect: Dialect, name: str | None, counts: bool) -> None:
         raw = await self._raw(request)
-        self.table.known(name, _key(request))
-        body = loads(raw, self.table.limits.max_depth)
-        if not isinstance(body, dict):
+        key = _key(request)
+        known = self.table.known(name, key)
+        bodies = Bodies() if known is None else known.bodies
+        body = bodies.read(raw, dialect.path, getattr(dialect, "history", None), self.table.limits.max_depth)
+        if not isinstance(body.value, dict):
             raise Refusal("the body is no JSON object.")
-        call = dialect.parse(body, _Headers(request))
+        call = dialect.parse(body.value, request.headers)
+        session = known or self.table.find(name, key)  # what cannot be read makes none
+        session.bodies.keep(body, call.messages)
         if not call.model:
-            call = _with_model(call, self.model)
-        session = self.table.find(name, _key(request))  # what cannot be read makes none
+            call = dataclasses.replace(call, model=self.model)
         if counts:
             await _send(send, 200, dialect.count(await session.count(call)))
             return
-        exchange = session.open(call, dialect.path.encode() + raw)
+        exchange = session.open(call, digest=body.digest)
         exchange.waiting += 1
-        gone = asyncio.ensure_future(_gone(request.receive))
+        lost = request.scope.get("extensions", {}).get(LOST)
+        gone = asyncio.ensure_future(_gone(request.receive)) if lost is None else lost
         try:
             if call.stream:
                 await self._stream(send, dialect, call, exchange, gone)
@@ -128,7 +176,8 @@ class Front:
                 await _send(send, 200, dialect.write(call, reply))
                 exchange.deliver()
         finally:
-            gone.cancel()
+            if lost is None:
+                gone.cancel()
             session.left(exchange)
 
     async def _stream(
@@ -153,7 +202,7 @@ class Front:
                 if gone.done():
                     raise Gone
                 news, seen = b"".join(map(writer.delta, progress.told[seen:])), len(progress.told)
-            reply = await exchange.reply()
+            reply = exchange.task.result()
             last = [*map(writer.delta, [*progress.told[seen:], *progress.rest(reply)]), writer.end(reply)]
         except Refusal as refusal:
             await send({"type": "http.response.body", "body": writer.fail(refusal)})
@@ -183,7 +232,8 @@ class Front:
             self.table.check_driver(_key(request))
             if request.method == "GET":
                 return {"sessions": [report(session) for session in self.table.open.values()]}
-            return self._created(await self._object(request), str(request.base_url).rstrip("/"))
+            url = str(HTTPConnection(request.scope).base_url).rstrip("/")
+            return self._created(await self._object(request), url)
         if name is not None and inner == "/finish":
             self._method(request, "POST")
             session = self.table.driven(name, _key(request))
@@ -230,12 +280,16 @@ class Front:
     # ------------------------------------------------------------------ bodies
     async def _raw(self, request: Request) -> bytes:
         most = self.table.limits.max_message_bytes
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
+        body, more = b"", True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            if len(body) + len(chunk) > most:
                 raise Refusal(f"the body has more than {most} bytes.", Kind.TOO_LARGE)
-        return bytes(body)
+            body = body + chunk if body else chunk
+        return body
 
     async def _object(self, request: Request) -> Mapping[str, Any]:
         raw = await self._raw(request)
@@ -245,28 +299,8 @@ class Front:
         return body
 
 
-class _Headers(Mapping[str, str]):
-    """The headers of a request, read one by one: starlette's own mapping is made anew for all of them."""
-
-    def __init__(self, request: Request):
-        self._raw: list[tuple[bytes, bytes]] = request.scope["headers"]
-
-    def __getitem__(self, name: str) -> str:
-        wanted = name.encode()
-        for key, value in self._raw:
-            if key == wanted:
-                return value.decode("latin-1")
-        raise KeyError(name)
-
-    def __iter__(self) -> Any:
-        return (key.decode("latin-1") for key, _ in self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-
 def _key(request: Request) -> str:
-    headers = _Headers(request)
+    headers = request.headers
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and value.strip():
         return value.strip()
@@ -279,10 +313,6 @@ def _is_driver(table: Table, request: Request) -> bool:
     except Refusal:
         return False
     return True
-
-
-def _with_model(call: Call, model: str) -> Call:
-    return dataclasses.replace(call, model=model)
 
 
 def _given_up() -> Refusal:
@@ -309,7 +339,23 @@ async def _unless(gone: asyncio.Future[None], exchange: Exchange) -> Reply:
 
 async def _first(*awaited: asyncio.Future[Any], timeout: float | None = None) -> None:
     """Wait until one of them is done, or for some seconds."""
-    await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    loop = asyncio.get_running_loop()
+    woken: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: Any = None) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    timer = None if timeout is None else loop.call_later(timeout, wake)
+    for each in awaited:
+        each.add_done_callback(wake)
+    try:
+        await woken
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for each in awaited:
+            each.remove_done_callback(wake)
 
 
 async def _send(send: Send, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
@@ -327,7 +373,7 @@ def create_app(
     model: str = "policy",
     loopback: bool = True,
     finisher: Finisher | None = None,
-) -> Starlette:
+) -> ASGIApp:
     """The application.
 
     Args:
@@ -339,16 +385,23 @@ def create_app(
     """
     front = Front(table, dialects, model, finisher)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        reaper = asyncio.ensure_future(table.reap())
-        try:
-            yield
-        finally:
-            reaper.cancel()
-            table.shut()
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(table, receive, send)
+        else:
+            await front(scope, receive, send)
 
-    app = Starlette(routes=[Mount("/", front)], lifespan=lifespan)
-    if loopback:
-        app.add_middleware(OwnNames)
-    return app
+    return OwnNames(app) if loopback else app
+
+
+async def _lifespan(table: Table, receive: Receive, send: Send) -> None:
+    """What a server says of its beginning and its end, as ASGI has it."""
+    await receive()
+    reaper = asyncio.ensure_future(table.reap())
+    try:
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+    finally:
+        reaper.cancel()
+        table.shut()
+    await send({"type": "lifespan.shutdown.complete"})

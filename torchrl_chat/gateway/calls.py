@@ -219,7 +219,7 @@ class Delta:
     """Of a call that begins."""
 
 
-def deltas(choice: int, answer: Choice, size: int = 64) -> list[Delta]:
+def deltas(choice: int, answer: Choice, size: int = 512) -> list[Delta]:
     """A whole answer in pieces of at most ``size`` characters, in the order reasoning, content, calls."""
     found = [
         Delta(choice, kind, text[at : at + size])  # type: ignore[arg-type]
@@ -264,6 +264,8 @@ class Dialect(Protocol):
     """As docs and reports call it."""
     path: str
     """Where its requests go, below the base URL: ``"/chat/completions"``."""
+    # A dialect may have a `history`, too, the key under which a body's history stands: what was read of it is not read again, if `parse`
+    # asks `torchrl_chat.gateway.bodies.begun`.
     count_path: str | None
     """Where tokens are counted without sampling, if the dialect has that."""
 

@@ -8,6 +8,10 @@ from typing import Any
 from torchrl_chat.conversation import StopReason
 
 
+class AgentError(RuntimeError):
+    """An agent ended before it was done; the text says how."""
+
+
 def checked_end(
     reward: float | None = None,
     *,

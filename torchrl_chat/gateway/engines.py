@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from torchrl_chat.conversation import Transcript, Turn
@@ -205,15 +206,18 @@ class RemoteEngine(Endpoint):
         settings = {"temperature": 1.0, **seed, **ask.settings, "max_tokens": most}
         if ask.stop:
             settings["stop"] = list(ask.stop)
-        ids = ask.ids.tolist()
         if self.api == "generate":
             extra = {name: value for name, value in self.extra.items() if name != "extra_headers"}
             sampling = {**extra, **settings, "logprobs": 1, "stop_token_ids": self.stop_ids}
-            request: dict[str, Any] = {"model": self.model, "token_ids": ids, "sampling_params": sampling}
+            request: dict[str, Any] = {
+                "model": self.model,
+                "token_ids": ask.ids.numpy(),
+                "sampling_params": sampling,
+            }
         else:
             own = {name: settings.pop(name) for name in [*settings] if name in _BEYOND_OPENAI}
             body = {"return_token_ids": True, "stop_token_ids": self.stop_ids, **own}
-            request = self.request(prompt=ids, logprobs=1, **settings)
+            request = self.request(prompt=ask.ids.tolist(), logprobs=1, **settings)
             request["extra_body"] = {**request.get("extra_body", {}), **body}
         reply = await self.ask(request, self.api, text=False, told=ask.told)
         if not reply.ids:
@@ -222,10 +226,11 @@ class RemoteEngine(Endpoint):
                 + ("/inference/v1/generate." if self.api == "generate" else "return_token_ids.")
             )
         scores = reply.log_probs
-        log_probs = torch.tensor(scores) if scores is not None and len(scores) == len(reply.ids) else None
-        return Turn(
-            torch.tensor(reply.ids, dtype=torch.int64), log_probs, None, reply.finish_reason, None, reply.versions
-        )
+        log_probs = None
+        if scores is not None and len(scores) == len(reply.ids):  # torch.tensor is slow with lists
+            log_probs = torch.from_numpy(np.array(scores, dtype=np.float32))
+        ids = torch.from_numpy(np.array(reply.ids, dtype=np.int64))
+        return Turn(ids, log_probs, None, reply.finish_reason, None, reply.versions)
 
 
 _BEYOND_OPENAI = ("top_k", "min_p", "repetition_penalty", "response_format")

@@ -36,6 +36,7 @@ from torchrl_chat.envs.stepping import FlatStepping
 from torchrl_chat.envs.transforming import Appending, TransformedChatEnv, as_transform
 from torchrl_chat.gateway.agents import Agent, end_of, end_session, finish_all
 from torchrl_chat.gateway.agents import play_agents as _play_agents
+from torchrl_chat.gateway.commands import SandboxedCommand
 from torchrl_chat.gateway.engines import Ask
 from torchrl_chat.gateway.policies import PolicyEngine
 from torchrl_chat.gateway.rewarding import Rewarder
@@ -209,6 +210,8 @@ class AgentEnv(Appending, FreshRows, FlatStepping, EnvBase):
         reset = None if tensordict is None else tensordict.get("_reset", None)
         count = self.batch_size.numel()
         wanted = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
+        if isinstance(self.agent, SandboxedCommand):
+            self.agent.prepare()  # where there can be no sandbox no session begins
         desk = self._at_desk()
         chosen = [i for i in range(count) if wanted[i]]
         td = self._drawn(wanted)

@@ -7,6 +7,7 @@ import atexit
 import collections
 import dataclasses
 import secrets
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -96,6 +97,20 @@ class Served:
             "ANTHROPIC_BASE_URL": self.root_url,
             "ANTHROPIC_API_KEY": self.api_key,
         }
+
+    def open_door(self, listener: socket.socket) -> Callable[[], None]:
+        """Serve this session, and nothing else, at a listening socket: whatever key a client shows there.
+
+        Args:
+            listener: it belongs to the door from now on.
+
+        Returns:
+            what closes the door, and all connections; the gateway does so too when it closes.
+
+        Raises:
+            RuntimeError: the gateway is not running.
+        """
+        return self._gateway.open_door(self._session, listener)
 
     def finish(self, reward: float | None = None, **more: Any) -> None:
         """End the episode; a second time changes nothing. Its agent is refused from now on, also while it is graded.
@@ -209,6 +224,9 @@ class Gateway:
             engine, self.templates, settings, self._server_limits, self.token, implicit=implicit, ended=self._ended
         )
         self._loop: LoopThread | None = None
+        self._app: Any = None
+        self._protocol: Any = None
+        self._doors: set[Any] = set()
         self._server: Any = None
         self._serving: Any = None
 
@@ -235,25 +253,31 @@ class Gateway:
         import uvicorn
 
         from torchrl_chat.gateway.app import create_app
-        from torchrl_chat.openenv.server.connections import timed_protocol
+
+        try:
+            from torchrl_chat.openenv.server.quick import quick_protocol as protocol
+        except ImportError:  # without httptools
+            from torchrl_chat.openenv.server.connections import timed_protocol as protocol
 
         if self._loop is not None:
             raise RuntimeError("the gateway is running already.")
-        app = create_app(
+        self._app = create_app(
             self.table,
             dialects=self._dialects,
             model=self.model,
             loopback=is_loopback(self.host),
             finisher=self._finisher,
         )
+        self._protocol = protocol(self._server_limits.request_seconds)
         config = uvicorn.Config(
-            app,
+            self._app,
             host=self.host,
             port=self.port,
             log_config=None,
             access_log=False,
+            server_header=False,
             lifespan="on",
-            http=timed_protocol(self._server_limits.request_seconds),
+            http=self._protocol,
             ws="none",
             timeout_keep_alive=60,
             timeout_graceful_shutdown=1,
@@ -290,6 +314,9 @@ class Gateway:
         async def end() -> None:
             for session in list(self.table.open.values()):
                 self.table.finish(session, failure="the gateway was closed", stop=StopReason.ERROR)
+            for door in self._doors:
+                door.close()
+            self._doors.clear()
             self._server.should_exit = True
 
         loop.run(end())
@@ -300,6 +327,24 @@ class Gateway:
             loop.close()
             if self.rewarder is not None:
                 self.rewarder.close()
+
+    def open_door(self, session: Session, listener: socket.socket) -> Callable[[], None]:
+        """Serve a session at a socket of its own: see :meth:`Served.open_door`."""
+        from torchrl_chat.gateway.doors import Bound, Door
+
+        loop = self._loop
+        if loop is None:
+            listener.close()
+            raise RuntimeError("the gateway is not running.")
+        door = Door(Bound(self._app, session, self._dialects), self._protocol)
+        loop.run(door.open(listener))
+        self._doors.add(door)
+
+        def close() -> None:
+            self._doors.discard(door)
+            self.run(door.close)
+
+        return close
 
     def run(self, function: Callable[[], Any]) -> Any:
         """What a function returns, called in the gateway's thread while that runs."""

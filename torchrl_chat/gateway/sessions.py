@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn, answer, append
 from torchrl_chat.conversation.limits import NO_LIMIT
+from torchrl_chat.gateway.bodies import Bodies
 from torchrl_chat.gateway.calls import Call, Choice, Finish, Kind, Refusal, Reply, ToolCall, Usage
 from torchrl_chat.gateway.ends import checked_end
 from torchrl_chat.gateway.engines import Ask, Engine
@@ -123,6 +124,7 @@ class Session:
             )
         self.row, self.group, self.seed = dict(row or {}), group, seed
         self.tree = Tree()
+        self.bodies = Bodies()
         self.stop = StopReason.RUNNING
         self.finished = False
         self.sealed = False
@@ -153,12 +155,13 @@ class Session:
         """How many requests are on their way."""
         return self._exchanges.flying
 
-    def open(self, call: Call, body: bytes) -> Exchange:
+    def open(self, call: Call, body: bytes = b"", digest: bytes | None = None) -> Exchange:
         """The exchange of a request: a new one, or that of the request that it tries again (``B2``).
 
         Args:
             call: the request.
             body: its bytes, or whatever is the same for a request that is tried again.
+            digest: the SHA-256 of that, where it is known.
 
         Raises:
             Refusal: it is not to be answered.
@@ -166,7 +169,8 @@ class Session:
         self.used = time.monotonic()
         if self.finished or self.sealed:
             self._check(call)
-        digest = hashlib.blake2b(body, digest_size=16).digest()
+        if digest is None:
+            digest = hashlib.sha256(body).digest()
         known = self._exchanges.tried(call, digest)
         if known is not None:
             self.report["retries"] += 1
@@ -362,21 +366,23 @@ class Session:
                 Kind.CONTEXT,
                 param="messages",
             )
-        allowed = {
-            name: value for name, value in values.items() if name in settings.allow or name == "response_format"
-        }
-        if "max_tokens" in allowed:
-            left = min(left, int(allowed.pop("max_tokens")))
         stop = call.asked.stop if "stop" in settings.allow else ()
-        ignored = sorted({*values} - {*allowed} - {"max_tokens"}) + (
-            ["stop"] if call.asked.stop and not stop else []
-        )
-        if ignored:
-            self._note(f"settings of the agent that are not looked at: {', '.join(ignored)}.")
+        sampling = settings.sampling
+        if values or call.asked.stop:
+            allowed = {
+                name: value for name, value in values.items() if name in settings.allow or name == "response_format"
+            }
+            if "max_tokens" in allowed:
+                left = min(left, int(allowed.pop("max_tokens")))
+            ignored = sorted({*values} - {*allowed} - {"max_tokens"}) + (
+                ["stop"] if call.asked.stop and not stop else []
+            )
+            if ignored:
+                self._note(f"settings of the agent that are not looked at: {', '.join(ignored)}.")
+            taken = {name: value for name, value in allowed.items() if name in self.engine.settings}
+            sampling = {**sampling, **taken}
         for note in call.told.get("notes", ()):
             self._note(note)
-        taken = {name: value for name, value in allowed.items() if name in self.engine.settings}
-        sampling = {**settings.sampling, **taken}
         asks = []
         for choice in range(call.n):
             number = before + choice
@@ -567,6 +573,7 @@ class Session:
         # Of the requests nothing is needed any more: what they said and got stands in the tree.
         self._exchanges = Exchanges()
         self.tree.forget()
+        self.bodies.forget()
 
     def transcript(self) -> Transcript | None:
         """The episode as one ledger: its sequences are its branches; ``None`` where nothing was sampled and delivered."""

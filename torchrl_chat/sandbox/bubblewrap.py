@@ -16,7 +16,7 @@ import sys
 from typing import NoReturn
 
 from torchrl_chat.sandbox import jail
-from torchrl_chat.sandbox.settings import Missing, Settings
+from torchrl_chat.sandbox.settings import WORKSPACE, Missing, Settings
 
 _HINT = (
     "Install it (Debian and Ubuntu: apt install bubblewrap; Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap), "
@@ -30,10 +30,6 @@ _BOOT = (
 _NAMESPACES = ("ipc", "pid", "net", "uts", "cgroup")
 _TO_BEGIN = ("CAP_SYS_ADMIN", "CAP_SETPCAP")  # for mounts of its own, and to give up all rights for good
 _TO_LEAVE_ROOT = ("CAP_SETUID", "CAP_SETGID")
-_FILES = {
-    "/etc/passwd": f"user:x:{jail.INSIDE}:{jail.INSIDE}::/tmp:/bin/sh\n",
-    "/etc/group": f"user:x:{jail.INSIDE}:\n",
-}
 
 
 class Builder:
@@ -50,6 +46,7 @@ class Builder:
         self.root = os.geteuid() == 0
         self._command = [program, *_arguments(settings, self.root)]
         self._settings = settings.to_json()
+        self._files = jail.own_files(settings)
         tried = subprocess.run(
             [*self._command, "--", sys.executable, "-I", "-S", "-c", "pass"],
             stdin=subprocess.DEVNULL,
@@ -70,7 +67,7 @@ class Builder:
         """
         files: list[int] = []
         extra: list[str] = []
-        for path, text in _FILES.items():
+        for path, text in self._files.items():
             end, begin = os.pipe()
             os.write(begin, text.encode())
             os.close(begin)
@@ -119,7 +116,7 @@ def inside(settings: str, *fds: str) -> NoReturn:
     for name in limits.preload:
         importlib.import_module(name)
     try:
-        keeper.keep(list(map(int, fds)), limits, os.geteuid() == 0, sandbox_filter())
+        keeper.keep(list(map(int, fds)), limits, os.geteuid() == 0, sandbox_filter(door=limits.door))
     finally:
         os._exit(0)
 
@@ -139,6 +136,8 @@ def _arguments(settings: Settings, root: bool) -> list[str]:
     here = os.path.dirname(os.path.abspath(__file__))
     for name in ("__init__.py", "_lazy.py", "processes.py", "sandbox"):
         binds += ["--ro-bind", os.path.join(os.path.dirname(here), name), f"{_PACKAGE}/{name}"]
+    if settings.workspaces is not None:
+        binds += ["--perms", "0755", "--dir", WORKSPACE, "--bind", settings.workspaces, jail.WORKSPACES]
     for name, device in jail.DEVICES.items():
         binds += ["--dev-bind", f"/dev/{device}", f"/dev/{name}"]
     for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):

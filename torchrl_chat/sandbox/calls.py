@@ -8,7 +8,7 @@ import secrets
 import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torchrl_chat.processes import SIZE
@@ -37,7 +37,9 @@ class Call:
         deadline: float,
         limit: int,
         last: bool,
+        opened: Callable[[socket.socket], None] | None = None,
     ):
+        self._opened = opened
         self.warden = warden
         self.process = process
         self.deadline = deadline
@@ -124,12 +126,19 @@ class Call:
         return True
 
     def _told(self) -> None:
-        """The keeper says how it ended, or has been killed."""
-        data = _received(self.process.status)
+        """The keeper has a door, says how it ended, or has been killed."""
+        handed: list[int] = []
+        data = _received(self.process.status, handed)
+        for fd in handed:
+            listener = socket.socket(fileno=fd)
+            if self._opened is None:
+                listener.close()
+            else:
+                self._opened(listener)
         if data is None:
             return
         if data:
-            self.end = decode(data)
+            self.end = None if handed else decode(data)
             return
         self._watched.discard(self.process.status.fileno())
 
@@ -256,11 +265,15 @@ class Call:
         return "crash", "Crash: the sandbox ended without a word.", None
 
 
-def _received(sock: socket.socket) -> bytes | None:
-    """What there is to read: empty at the end, ``None`` if nothing yet."""
+def _received(sock: socket.socket, handed: list[int] | None = None) -> bytes | None:
+    """What there is to read: empty at the end, ``None`` if nothing yet; a descriptor that came with it is added to ``handed``."""
     for _ in range(2):
         try:
-            return sock.recv(1 << 16)
+            if handed is None:
+                return sock.recv(1 << 16)
+            data, fds, *_ = socket.recv_fds(sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+            handed += fds
+            return data
         except BlockingIOError:
             return None
         except ConnectionResetError:

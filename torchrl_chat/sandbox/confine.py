@@ -8,9 +8,9 @@ import math
 import os
 import resource
 
-from torchrl_chat.sandbox import jail, kernel
+from torchrl_chat.sandbox import door, jail, kernel
 from torchrl_chat.sandbox.filters import sandbox_filter
-from torchrl_chat.sandbox.settings import Settings, step
+from torchrl_chat.sandbox.settings import WORKSPACE, Settings, step
 
 
 def confine(settings: Settings, root: bool, program: bytes) -> int:
@@ -47,13 +47,16 @@ def confine(settings: Settings, root: bool, program: bytes) -> int:
     if version:
         with step("Landlock", "The kernel has it but refuses it."):
             devices = [f"/dev/{name}" for name in jail.DEVICES]
-            kernel.landlock(version, ["/tmp", *devices])
+            folders = ["/tmp"] if settings.workspaces is None else ["/tmp", WORKSPACE]
+            kernel.landlock(version, [*folders, *devices], door.PORT if settings.door else None)
     limit(settings)
-    with step("seccomp", "The kernel has to be built with CONFIG_SECCOMP_FILTER."):
+    hint = "The kernel has to be built with CONFIG_SECCOMP_FILTER"
+    hint += ", and nobody else may listen to its filters (a container's runtime, say)." if settings.door else "."
+    with step("seccomp", hint):
         try:
             return kernel.set_filter(program, listen=True)
         except OSError as error:
-            if error.errno != errno.EBUSY:
+            if error.errno != errno.EBUSY or settings.door:
                 raise
         return kernel.set_filter(sandbox_filter(gate=False))
 

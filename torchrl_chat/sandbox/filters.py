@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torchrl_chat.sandbox import kernel
 from torchrl_chat.sandbox.gate import FCNTL_LOCKS
@@ -30,7 +30,12 @@ _FCNTLS = (0, 1, 2, 3, 4, 5, 36, 1030, 1031, 1032, 1034)
 # Death signal, thread names; to read: dumpable, capabilities, no-new-privileges; names of memory areas.
 _PRCTLS = (1, 2, 3, 15, 16, 21, 23, 39, 0x53564D41)
 _CLONE_FILES, _CLONE_THREAD = 0x400, 0x10000
-_AF_UNIX = 1
+_AF_UNIX, _AF_INET = 1, 2
+_STREAM, _SEQPACKET, _SOCKET_FLAGS = 1, 5, (0, 0x800, 0x80000, 0x80800)  # the flags: non-blocking, close-on-exec
+_SOL_SOCKET, _TCP = 1, 6
+# What clients set: reuse, broadcast (Go, of every socket), keep-alive, linger, timeouts. Not: sizes of buffers.
+_SOCKET_OPTIONS = (2, 6, 9, 13, 20, 21, 66, 67)
+_TCP_OPTIONS = (1, 4, 5, 6, 12, 18)  # without delay, keep-alive, quick acknowledgements, a timeout
 _MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
 _PRIO_PROCESS = 0
 
@@ -55,6 +60,18 @@ def _one_of(index: int, values: Iterable[int], otherwise: bytes, then: bytes = _
     return _argument(index) + b"".join(_op(_EQUAL, v, 0, 1) + then for v in values) + otherwise
 
 
+def _need(index: int, values: Sequence[int], otherwise: bytes) -> bytes:
+    """As :func:`_one_of`, but what is allowed goes on behind the rule, to the next."""
+    left = range(len(values), 0, -1)
+    tests = b"".join(_op(_EQUAL, value, jump, 0) for value, jump in zip(values, left, strict=True))
+    return _argument(index) + tests + otherwise
+
+
+def _where(index: int, value: int, rule: bytes) -> bytes:
+    """A rule for calls in which an argument has a value; others go on behind it."""
+    return _argument(index) + _op(_EQUAL, value, 0, len(rule) // 8) + rule
+
+
 def _head() -> bytes:
     """Refuse other sets of numbers, and load the number."""
     return (
@@ -71,7 +88,7 @@ def _rule(name: str, rule: bytes) -> bytes:
     return _op(_EQUAL, NUMBERS[name], 0, len(rule) // 8) + rule
 
 
-def sandbox_filter(gate: bool = True) -> bytes:
+def sandbox_filter(gate: bool = True, door: bool = False) -> bytes:
     """The filter for code in a sandbox.
 
     It may use files, memory, threads, processes, signals and pipes. Refused are, among others, sockets (but for a pair
@@ -83,6 +100,8 @@ def sandbox_filter(gate: bool = True) -> bytes:
     Args:
         gate: whether somebody answers for the calls of :data:`~torchrl_chat.sandbox.gate.ASKED`, which are refused otherwise:
             locks on files, and pairs of sockets.
+        door: whether TCP over IPv4 can be had as well, to connect only; each socket is made by whoever answers at the gate. Pairs
+            of datagram sockets cannot then: they could be connected to somebody else.
     """
     ask, no_locks, no_sockets = _op(_RETURN, _ASK), _fail(errno.ENOLCK), _fail(errno.EMFILE)
     rules = {
@@ -121,6 +140,19 @@ def sandbox_filter(gate: bool = True) -> bytes:
         rules[name] = _fail(
             errno.ENOTSUP
         )  # as the scratch file system would say, mostly; copying files goes on then
+    if door:
+        fail, made = _fail(errno.EAFNOSUPPORT), ask if gate else no_sockets
+        streams = [_STREAM | flags for flags in _SOCKET_FLAGS]
+        packets = [_SEQPACKET | flags for flags in _SOCKET_FLAGS]
+        rules["socket"] = _need(0, (_AF_INET,), fail) + _need(1, streams, fail) + _need(2, (0, _TCP), fail) + made
+        rules["socketpair"] = _need(0, (_AF_UNIX,), fail) + _need(1, streams + packets, fail) + made
+        rules["connect"] = _PASS
+        unknown = _fail(errno.ENOPROTOOPT)
+        rules["setsockopt"] = (
+            _where(1, _SOL_SOCKET, _one_of(2, _SOCKET_OPTIONS, unknown))
+            + _where(1, _TCP, _one_of(2, _TCP_OPTIONS, unknown))
+            + unknown
+        )
     program = _head() + b"".join(_rule(name, rule) for name, rule in rules.items())
     for first, last in _ranges(ALLOWED.values()):
         program += _op(_AT_LEAST, first, 0, 2) + _op(_GREATER, last, 1, 0) + _PASS

@@ -10,6 +10,7 @@ import ast
 import atexit
 import builtins
 import io
+import json
 import linecache
 import os
 import signal
@@ -53,7 +54,14 @@ def serve(channel: socket.socket, settings: Settings) -> NoReturn:
             reply = {"status": "not_run", "exit": 1, "error": text, "value": None}
         else:
             if request["kind"] == "shell":
-                reply = _shell(request["code"], settings.output, channel, begun)
+                told: dict[str, Any] = {
+                    "words": ["/bin/sh", "-c", request["code"]],
+                    "environment": {},
+                    "folder": None,
+                }
+                reply = _program(told, settings.output, channel, begun)
+            elif request["kind"] == "command":
+                reply = _program(json.loads(request["code"]), settings.output, channel, begun)
             else:
                 channel.sendall(begun)
                 name = "main.py" if request["last"] else f"cell_{calls}.py"
@@ -181,16 +189,16 @@ def _describe(error: BaseException, name: str) -> str:
         return f"{type(error).__name__} (its traceback cannot be shown: {type(second).__name__})"
 
 
-def _shell(command: str, limit: int, channel: socket.socket, begun: bytes) -> _Reply:
-    """Run a command by the shell, with the same standard streams."""
+def _program(told: dict[str, Any], limit: int, channel: socket.socket, begun: bytes) -> _Reply:
+    """Run a program, with the same standard streams."""
     try:
-        shell = subprocess.Popen(["/bin/sh", "-c", command])
+        program = subprocess.Popen(told["words"], env={**os.environ, **told["environment"]}, cwd=told["folder"])
     except (OSError, ValueError) as error:
         text = wire.cut(f"{type(error).__name__}: {error}", limit)
         return {"status": "not_run", "exit": 127, "error": text, "value": None}
     channel.sendall(begun)
-    with shell:
-        code = shell.wait()
+    with program:
+        code = program.wait()
     text = (
         f"The command ended with exit status {code}." if code > 0 else f"The command was ended by signal {-code}."
     )

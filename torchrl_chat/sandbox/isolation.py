@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torchrl_chat.sandbox.settings import Settings
+from torchrl_chat.sandbox.settings import WORKSPACE, Settings
+
+_DOOR = "a namespace with a loopback; TCP connections to one port of it, where the caller listens"
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,16 @@ class Isolation:
         if settings.cpu is not None:
             limits["processor time"] = f"{settings.cpu:g} s of all processes together"
         user = "nobody (the caller is root)" if root else "the caller's, without any right"
+        kept = "" if settings.workspaces is None else f"; {WORKSPACE}, a folder of the host"
         builder = "; built by bwrap" if settings.isolation == "bubblewrap" else ""
         return cls(
             settings.isolation,
             {
                 "user": f"{user}; two user namespaces" if not root else f"{user}; a user namespace",
                 "capabilities": "none, for good; no new privileges",
-                "files": f"a private root, read-only; {settings.scratch >> 20} MiB of scratch in /tmp{builder}",
+                "files": f"a private root, read-only; {settings.scratch >> 20} MiB of scratch in /tmp{kept}{builder}",
                 "processes": f"a PID namespace; {settings.processes} at most",
-                "network": "a namespace without interfaces; no sockets",
+                "network": _DOOR if settings.door else "a namespace without interfaces; no sockets",
                 "shared memory": "an IPC namespace; System V and POSIX queues refused",
                 "hostname and cgroup": "namespaces",
                 "system calls": "seccomp: a list of what is allowed",

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterable
 
 from torchrl_chat.sandbox import kernel
-from torchrl_chat.sandbox.settings import Settings, step
+from torchrl_chat.sandbox.settings import NOBODY, WORKSPACE, Settings, step
 
-NOBODY = 65534  # who root becomes
 INSIDE = 1000  # who everybody is inside
+WORKSPACES = "/workspaces"  # all of them, while a sandbox is built
 # What stands in /dev, and the device that it is. The real zero can be mapped, to memory that no limit counts.
 DEVICES = {"null": "null", "zero": "full", "full": "full", "random": "random", "urandom": "urandom"}
 
@@ -36,22 +36,26 @@ _SPACES_HINT = (
 _SHARED = kernel.NEWNS | kernel.NEWIPC | kernel.NEWUTS | kernel.NEWNET | kernel.NEWCGROUP
 
 
-def privileged() -> bool:
-    """Whether this process may make namespaces and mounts without a user namespace of its own."""
+def privileged(network: bool = False) -> bool:
+    """Whether this process may make namespaces and mounts, and set up a ``network``, without a user namespace of its own."""
     with open("/proc/self/status") as status:
         for line in status:
             if line.startswith("CapEff:"):
                 capabilities = int(line.split()[1], 16)
-                needed = (6, 7, 8, 21)  # CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_ADMIN
+                # CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_ADMIN; CAP_NET_ADMIN
+                needed = (6, 7, 8, 21, *([12] if network else []))
                 return os.geteuid() == 0 and all(capabilities >> c & 1 for c in needed)
     return False
 
 
-def enter() -> bool:
+def enter(network: bool = False) -> bool:
     """Move to namespaces of the warden's own; its next child will be the first process of one.
 
     Root stays root here where it can, so that what follows is owned by root and not by the code in the sandbox, which
     becomes nobody later. A root without the needed capabilities becomes nobody at once.
+
+    Args:
+        network: whether a network is to be set up.
 
     Returns:
         whether this process is real root.
@@ -67,7 +71,7 @@ def enter() -> bool:
     if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (5, 14):
         with step("a limit on processes per sandbox", _KERNEL_HINT):
             raise OSError(f"this is Linux {os.uname().release}")
-    root = privileged()
+    root = privileged(network)
     if not root:
         if os.geteuid() == 0:
             with step(
@@ -132,13 +136,14 @@ def make_root(settings: Settings) -> None:
             kernel.mount(f"/.old/dev/{device}", f"/dev/{name}", None, kernel.MS_BIND)
         for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
             os.symlink(target, f"/dev/{name}")
+        if settings.workspaces is not None:
+            for folder in (WORKSPACES, WORKSPACE):
+                os.mkdir(folder, 0o755)
+            kernel.mount(f"/.old{settings.workspaces}", WORKSPACES, None, kernel.MS_BIND)
         os.symlink("/proc/self/fd/2", "/dev/stderr")
         os.symlink("/tmp", "/dev/shm")
-        for name, text in (
-            ("passwd", f"user:x:{INSIDE}:{INSIDE}::/tmp:/bin/sh\n"),
-            ("group", f"user:x:{INSIDE}:\n"),
-        ):
-            with open(f"/etc/{name}", "w") as file:
+        for path, text in own_files(settings).items():
+            with open(path, "w") as file:
                 file.write(text)
     with step("a /proc of its own", _MOUNT_HINT):
         # Mounted while the real one is still there: an ordinary user may not see more of /proc than before.
@@ -147,9 +152,22 @@ def make_root(settings: Settings) -> None:
         kernel.unmount("/.old")
         os.rmdir("/.old")
         kernel.set_mount("/", kernel.ATTR_RDONLY | kernel.ATTR_NOSUID)
+        if settings.workspaces is not None:
+            kernel.set_mount(WORKSPACES, kernel.ATTR_NODEV, clear=kernel.ATTR_RDONLY)
 
 
 _QUIET = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+
+
+def own_files(settings: Settings) -> dict[str, str]:
+    """Files that are the sandbox's own, by their paths."""
+    files = {
+        "/etc/passwd": f"user:x:{INSIDE}:{INSIDE}::/tmp:/bin/sh\n",
+        "/etc/group": f"user:x:{INSIDE}:\n",
+    }
+    if settings.door:  # names are not asked for anywhere
+        files |= {"/etc/hosts": "127.0.0.1 localhost\n", "/etc/nsswitch.conf": "hosts: files\n"}
+    return files
 
 
 def visible_paths(settings: Settings) -> list[str]:
@@ -161,9 +179,21 @@ def visible_paths(settings: Settings) -> list[str]:
     if settings.allow_shell:
         paths += ["/bin", "/usr/bin", os.path.dirname(sys.executable), "/etc/alternatives"]
     paths += settings.packages
+    for path in settings.shown:
+        paths += [path, *_python_of(path)]
     with open("/proc/self/maps") as maps:  # wherever the libraries are that were loaded
         files = {line.split(None, 5)[5].strip() for line in maps if line.count("/")}
     return paths + sorted({os.path.dirname(file) for file in files if ".so" in file and os.path.exists(file)})
+
+
+def _python_of(path: str) -> list[str]:
+    """Where a virtual environment's own Python lies, which its folder only refers to; nothing for other paths."""
+    program = os.path.join(path, "bin", "python")
+    if not os.path.exists(os.path.join(path, "pyvenv.cfg")) or not os.path.islink(program):
+        return []
+    target = os.path.join(os.path.dirname(program), os.readlink(program))
+    prefix = os.path.dirname(os.path.dirname(os.path.realpath(program)))
+    return [os.path.normpath(target), os.path.realpath(program), *(f"{prefix}/{lib}" for lib in ("lib", "lib64"))]
 
 
 def _show(path: str, bare: set[str]) -> None:
@@ -218,8 +248,8 @@ def _show_parents(path: str, bare: set[str]) -> None:
             bare.add(at)
 
 
-def new_sandbox(settings: Settings) -> int:
-    """In the first process of a new PID namespace: everything else of its own.
+def new_sandbox(settings: Settings, workspace: str = "") -> int:
+    """In the first process of a new PID namespace: everything else of its own; for the arguments see :func:`own_mounts`.
 
     Returns:
         a view of all its processes, see :func:`own_mounts`.
@@ -230,11 +260,15 @@ def new_sandbox(settings: Settings) -> int:
     with step("mount, network, IPC, UTS and cgroup namespaces", _USER_HINT):
         kernel.unshare(_SHARED)
         kernel.set_hostname(b"sandbox")
-    return own_mounts(settings)
+    return own_mounts(settings, workspace)
 
 
-def own_mounts(settings: Settings) -> int:
+def own_mounts(settings: Settings, workspace: str = "") -> int:
     """In the first process of a new PID namespace: a scratch folder, and a /proc with its processes and nothing else.
+
+    Args:
+        settings: the limits.
+        workspace: the name of its workspace; without one it has none.
 
     Returns:
         a descriptor of a second /proc, that stands nowhere: it shows every process. The one in the sandbox hides whatever
@@ -243,6 +277,11 @@ def own_mounts(settings: Settings) -> int:
     Raises:
         Missing: the kernel refused.
     """
+    if settings.workspaces is not None:
+        with step("a workspace of its own", _MOUNT_HINT):
+            if workspace:
+                kernel.mount(f"{WORKSPACES}/{workspace}", WORKSPACE, None, kernel.MS_BIND)
+            kernel.unmount(WORKSPACES)  # those of others are not to be seen
     with step("a scratch folder of limited size", _MOUNT_HINT):
         inodes = max(64, settings.scratch >> 12)
         flags = kernel.MS_NOSUID | kernel.MS_NODEV

@@ -17,7 +17,7 @@ import socket
 import time
 from typing import Any, NoReturn
 
-from torchrl_chat.sandbox import jail, wire
+from torchrl_chat.sandbox import door, jail, wire
 from torchrl_chat.sandbox.confine import confine, limit
 from torchrl_chat.sandbox.gate import Gate
 from torchrl_chat.sandbox.meter import Clock, Memory, Processes
@@ -45,10 +45,16 @@ def keep(fds: list[int], settings: Settings, root: bool, program: bytes) -> None
     status = socket.socket(fileno=4)
     every = -1
     try:
+        workspace = "" if settings.workspaces is None else status.recv(wire.NAME).decode().strip(wire.NOWHERE)
         if settings.isolation == "namespaces":
-            every = jail.new_sandbox(settings)
+            every = jail.new_sandbox(settings, workspace)
         elif isolated:
-            every = jail.own_mounts(settings)  # bwrap's have no limit on files, and show more of the machine
+            # bwrap's have no limit on files, and show more of the machine
+            every = jail.own_mounts(settings, workspace)
+        if settings.door:
+            with door.listen() as listener:
+                told = json.dumps({"door": [door.HOST, door.PORT]})
+                socket.send_fds(status, [told.encode()], [listener.fileno()])
         start, there = socket.socketpair()
         pid = os.fork()
     except OSError as error:

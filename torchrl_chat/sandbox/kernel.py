@@ -63,9 +63,9 @@ def unmount(target: str) -> None:
     _checked(_libc.umount2(os.fsencode(target), MNT_DETACH), f"umount {target}")
 
 
-def set_mount(target: str, attributes: int, recursive: bool = True) -> None:
-    """Add attributes to the mount at ``target``, and to all below it."""
-    attr = struct.pack("=QQQQ", attributes, 0, 0, 0)
+def set_mount(target: str, attributes: int, recursive: bool = True, clear: int = 0) -> None:
+    """Add attributes to the mount at ``target``, and to all below it; ``clear`` others."""
+    attr = struct.pack("=QQQQ", attributes, clear, 0, 0)
     flags = _AT_RECURSIVE if recursive else 0
     _syscall("mount_setattr", _AT_FDCWD, os.fsencode(target), flags, attr, len(attr))
 
@@ -130,8 +130,13 @@ def landlock_version() -> int:
         return 0
 
 
-def landlock(version: int, writable: list[str]) -> None:
+def landlock(version: int, writable: list[str], port: int | None = None) -> None:
     """Allow this process to read and run files anywhere, to write below ``writable`` only, and no network.
+
+    Args:
+        version: of the interface, see :func:`landlock_version`.
+        writable: files and folders.
+        port: the one TCP port that it may connect to; ``None`` for none.
 
     Raises:
         OSError: the kernel refused.
@@ -153,6 +158,8 @@ def landlock(version: int, writable: list[str]) -> None:
                 _syscall("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights, fd), 0)
             finally:
                 os.close(fd)
+        if port is not None and network:
+            _syscall("landlock_add_rule", ruleset, 2, struct.pack("=QQ", 0b10, port), 0)
         _syscall("landlock_restrict_self", ruleset, 0)
     finally:
         os.close(ruleset)

@@ -84,6 +84,7 @@ class Warden(ForkServer):
             )
         except OSError as error:
             raise SandboxError(f"no warden process can be started: {error}") from error
+        self._workspaces = settings.workspaces is not None
         settled = {"home": home, "settings": settings.to_json(), "caller": self.owner}
         try:
             answer = json.loads(self.greet(wire.frame({"home": home}), wire.frame(settled), within=_START))
@@ -122,8 +123,11 @@ class Warden(ForkServer):
             self._idle.append(self.launch())
         return process
 
-    def launch(self) -> Process:
+    def launch(self, workspace: str = "") -> Process:
         """Order a sandbox; it may be spoken to at once.
+
+        Args:
+            workspace: the name of its workspace, where there are any.
 
         Raises:
             SandboxError: the warden has gone, or there can be no more files.
@@ -142,6 +146,8 @@ class Warden(ForkServer):
                 near.append(read)
                 far.append(write)
             number = next(self._numbers)
+            if self._workspaces:
+                near[1].send((workspace or wire.NOWHERE).encode())
             self.order(FORK, number, far)
         except OSError as error:
             for end in near:

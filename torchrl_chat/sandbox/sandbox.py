@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torchrl_chat.sandbox.calls import Call, drive, together
+from torchrl_chat.sandbox.commands import Command, as_told, folder_of, shown
 from torchrl_chat.sandbox.isolation import Isolation
 from torchrl_chat.sandbox.launch import Process, Warden
 from torchrl_chat.sandbox.result import Result
@@ -27,7 +29,7 @@ class Sandbox:
     Not covered: faults of the kernel itself and of the processor. The code can spoil its own result, and in a session later
     ones. Memory that the kernel keeps beside a process's own comes on top of ``memory`` and ``scratch``; with the limits below
     as they are, measured on Linux 6.18: watches of ``epoll`` 190 MiB (less with fewer ``processes`` and ``files``), files of
-    the scratch folder 16 MiB, stacks 11 MiB; by the sizes of the kernel's objects: full pipes 120 MiB, full sockets 52 MiB,
+    the scratch folder 16 MiB, stacks 11 MiB; by the sizes of the kernel's objects: full pipes 120 MiB, full sockets 52 MiB (80 with a door),
     locks 24 MiB. Page tables and mappings count to ``memory``.
 
     Locks can be had on files of the scratch folder only, and no timer sends a signal but ``SIGALRM`` and its kin.
@@ -51,6 +53,12 @@ class Sandbox:
         allow_shell: whether there are a shell and programs: :meth:`shell`, ``os.system``, ``subprocess``.
         packages: folders of third-party packages that may be imported, such as ``site-packages``; read-only.
         preload: modules that are imported once, before any call, rather than in every call.
+        show: more files and folders of the machine to be seen, read-only, at their own paths: the virtual environment of a program, say (the
+            Python that it refers to is shown, too).
+        door: whether its network has a door: a port of its own loopback at which the caller listens, and nothing else; for
+            :meth:`command`. Off by default: no sockets then.
+        workspaces: a folder with folders for :meth:`command`, in which what a program writes is kept. How much that is has no limit but that
+            of each file, ``scratch``.
         workers: how many calls :meth:`run_many` runs at a time. Defaults to the cores that this process may use.
         spare: how many more it runs while some take long. Each may take ``memory``.
         ahead: how many sandboxes are made ahead of need, so that a call need not wait for one to be built.
@@ -80,12 +88,15 @@ class Sandbox:
         allow_shell: bool = False,
         packages: Sequence[str | os.PathLike[str]] = (),
         preload: Sequence[str] = (),
+        show: Sequence[str | os.PathLike[str]] = (),
+        door: bool = False,
+        workspaces: str | os.PathLike[str] | None = None,
         workers: int | None = None,
         spare: int = 32,
         ahead: int = 2,
     ):
-        if isinstance(packages, str) or isinstance(preload, str):
-            raise ValueError("packages and preload: expected lists of texts, not a text.")
+        if isinstance(packages, str) or isinstance(preload, str) or isinstance(show, str):
+            raise ValueError("packages, preload and show: expected lists of texts, not a text.")
         folders = tuple(os.path.realpath(path) for path in packages)
         for path in folders:
             if not os.path.isdir(path):
@@ -102,12 +113,15 @@ class Sandbox:
             allow_shell,
             folders,
             tuple(preload),
+            tuple(map(shown, show)),
+            door,
+            None if workspaces is None else folder_of(workspaces),
         )
         if (workers is not None and workers < 1) or spare < 0 or ahead < 0:
             raise ValueError(f"workers={workers}, spare={spare}, ahead={ahead}: expected at least 1, 0 and 0.")
         self.workers = workers or _cores()
         self.spare = spare
-        self.ahead = ahead
+        self.ahead = 0 if door else ahead  # a door is opened as its sandbox is made
         if isolation == "none":
             warnings.warn(
                 "isolation='none': code runs as this user, with all that this user may read, write and reach.",
@@ -222,8 +236,47 @@ class Sandbox:
         if not self.settings.allow_shell:
             raise SandboxError("this sandbox has no shell: make it with Sandbox(..., allow_shell=True).")
 
+    def command(
+        self,
+        words: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        deadline: float | None = None,
+        workspace: str = "",
+        opened: Callable[[socket.socket], None] | None = None,
+    ) -> Command:
+        """A program in a fresh sandbox, to be run: ``box.command(["ls", "-l"]).run()``.
+
+        Args:
+            words: the program and its arguments.
+
+        Keyword Args:
+            environment: environment variables besides ``PATH``, ``HOME``, ``TMPDIR`` and ``LANG``; none of this process's own are handed on.
+            stdin, deadline: as for :meth:`run`.
+            workspace: the name of a folder in ``workspaces``, which is there as ``/workspace``, to be written to, and where the program
+                starts; it has to be there, and to belong to nobody (65534) if root is the caller. Without one it starts in ``/tmp``.
+            opened: called with the socket that listens at the sandbox's door (:mod:`torchrl_chat.sandbox.door`), before the program
+                starts; it is the function's to close. ``None``: nobody listens there.
+
+        Raises:
+            SandboxError: the sandbox has no shell, there is no door to be opened, or no such workspace, or it could not be started.
+        """
+        self.need_shell()
+        if opened is not None and not self.settings.door:
+            raise SandboxError("this sandbox has no door: make it with Sandbox(..., door=True).")
+        told = as_told(words, environment or {}, self.settings.workspaces, workspace)
+        seconds = check_deadline(deadline, self.settings)
+        return Command(self.warden(), workspace, told, stdin, seconds, self.settings.output, opened)
+
     def session(self) -> Session:
-        """A session, whose variables live on from call to call."""
+        """A session, whose variables live on from call to call.
+
+        Raises:
+            SandboxError: the sandbox has a door, which is for commands.
+        """
+        if self.settings.door:
+            raise SandboxError("a sandbox with a door is for commands: make one without for sessions.")
         return Session(self)
 
     def _run_all(

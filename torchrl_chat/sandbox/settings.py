@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LEVELS = ("namespaces", "bubblewrap", "none")
+NOBODY = 65534
+"""Who root becomes."""
+WORKSPACE = "/workspace"
+"""Where a sandbox has its workspace, if it has one."""
 
 
 class SandboxError(RuntimeError):
@@ -28,6 +32,9 @@ class Settings:
     allow_shell: bool = False
     packages: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+    door: bool = False
+    workspaces: str | None = None
 
     def __post_init__(self) -> None:
         if self.isolation not in LEVELS:
@@ -38,6 +45,8 @@ class Settings:
                 raise ValueError(f"{name}={value}: expected a positive number.")
         if self.files < 16:
             raise ValueError(f"files={self.files}: the interpreter itself needs some; expected at least 16.")
+        if self.door and self.isolation == "none":
+            raise ValueError("door=True: there is no network to put a door into with isolation='none'.")
 
     def to_json(self) -> str:
         """All fields, for the warden."""
@@ -47,7 +56,9 @@ class Settings:
     def from_json(cls, text: str) -> Settings:
         """The settings that :meth:`to_json` wrote."""
         values: dict[str, Any] = json.loads(text)
-        return cls(**{**values, "packages": tuple(values["packages"]), "preload": tuple(values["preload"])})
+        return cls(
+            **{**values, **{name: tuple(value) for name, value in values.items() if isinstance(value, list)}}
+        )
 
 
 class Missing(OSError):

@@ -60,6 +60,10 @@ setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 clone:56:220 clone3:435:435 ioctl
 socketpair:53:199 memfd_create:319:279 mmap:9:222 prlimit64:302:261 sched_setaffinity:203:122 setpriority:141:140
 fcntl:72:25 flock:73:32
 """
+# To reach who listens at a door; see door.py.
+_DOOR = """
+socket:41:198 connect:42:203 setsockopt:54:208
+"""
 _OWN = """
 capset:126:91 landlock_add_rule:445:445
 mount_setattr:442:442 pivot_root:155:41 unshare:272:97 mount:165:40 umount2:166:39 seccomp:317:277
@@ -85,7 +89,7 @@ def _numbers(table: str) -> dict[str, int]:
 ALLOWED = _numbers(_FILES + _WAITING + _MEMORY + _PROCESSES + _SIGNALS + _SOCKET_PAIRS + _LANDLOCK)
 """What code in a sandbox may call, whatever the arguments."""
 
-NUMBERS = {**ALLOWED, **_numbers(_CHECKED + _OWN)}
+NUMBERS = {**ALLOWED, **_numbers(_CHECKED + _DOOR + _OWN)}
 """All numbers that this package knows on this machine; empty on other architectures."""
 
 AUDIT_ARCH = {0: 0xC000003E, 1: 0xC00000B7, None: 0}[_COLUMN]

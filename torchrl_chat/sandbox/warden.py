@@ -57,8 +57,8 @@ def main(fd: int) -> None:
         from torchrl_chat.sandbox.settings import step
 
         with step("seccomp", "This package knows the system calls of x86-64 and of 64-bit ARM only."):
-            program = sandbox_filter()
-        root = jail.enter()
+            program = sandbox_filter(door=settings.door)
+        root = jail.enter(settings.door)
     except OSError as error:
         _refuse(control, str(error))
     sys.stdout.flush()

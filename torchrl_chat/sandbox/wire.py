@@ -15,6 +15,8 @@ _NOTE = 64  # characters that a note of what was cut may have
 # To a keeper, one byte a message:
 RUN = b"R"  # a call begins
 HOLD = b"H"  # a call has ended: stop everything until the next
+# The first word to it, where there are workspaces: the name of its own, of so many bytes at most, or that it has none.
+NAME, NOWHERE = 256, "/"
 
 
 def frame(message: dict[str, Any]) -> bytes:

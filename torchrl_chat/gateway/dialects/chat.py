@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchrl_chat.gateway.bodies import begun
 from torchrl_chat.gateway.calls import (
     Asked,
     Call,
@@ -62,6 +63,7 @@ class ChatCompletions:
 
     name = "chat completions"
     path = "/chat/completions"
+    history = "messages"
     count_path: str | None = None
 
     # ------------------------------------------------------------------ reading
@@ -90,7 +92,7 @@ class ChatCompletions:
             )
         idempotency, retry = retries(headers)
         return Call(
-            messages=tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages)),
+            messages=_messages(messages),
             tools=tools,
             asked=Asked(_settings(body), stop_strings(body, "stop", (str, list))),
             stream=stream,
@@ -209,6 +211,11 @@ class ChatEvents:
 
 
 # ---------------------------------------------------------------------- parts of a request
+def _messages(said: Sequence[Any]) -> tuple[Message, ...]:
+    read, known = begun(said)
+    return (*known, *(_message(said[i], f"messages[{i}]") for i in range(read, len(said))))
+
+
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise Refusal(

@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from torchrl_chat.gateway.bodies import begun
 from torchrl_chat.gateway.calls import (
     Asked,
     Call,
@@ -64,6 +65,7 @@ class Messages:
 
     name = "messages"
     path = "/messages"
+    history = "messages"
     count_path: str | None = "/messages/count_tokens"
 
     # ------------------------------------------------------------------ reading
@@ -203,8 +205,10 @@ def _messages(said: Any) -> Iterator[Message]:
     if not isinstance(said, list) or not said:
         found = "empty" if isinstance(said, list) else named(said)
         raise Refusal(f"'messages' is {found}: expected a list of messages.", param="messages")
-    for place, message in enumerate(said):
-        where = f"messages[{place}]"
+    read, known = begun(said)
+    yield from known
+    for place in range(read, len(said)):
+        message, where = said[place], f"messages[{place}]"
         if not isinstance(message, dict):
             raise Refusal(
                 f"{where} is {named(message)}: expected an object with 'role' and 'content'.", param="messages"

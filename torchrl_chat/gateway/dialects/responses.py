@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torchrl_chat.gateway.bodies import begun
 from torchrl_chat.gateway.calls import (
     Asked,
     Call,
@@ -65,6 +66,7 @@ class Responses:
 
     name = "responses"
     path = "/responses"
+    history = "input"
     count_path: str | None = "/responses/input_tokens"
 
     # ------------------------------------------------------------------ reading
@@ -250,8 +252,10 @@ def _messages(said: Any) -> Iterator[Message]:
         raise Refusal(f"'input' is {found}: expected a string, or a list of items.", param="input")
     answer: Message | None = None
     name: str | None = None
-    for place, item in enumerate(said):
-        where = f"input[{place}]"
+    read, known = begun(said)
+    yield from known
+    for place in range(read, len(said)):
+        item, where = said[place], f"input[{place}]"
         if not isinstance(item, dict):
             raise Refusal(f"{where} is {named(item)}: expected an item, an object.", param="input")
         kind = item.get("type") or ("message" if "role" in item else None)

@@ -46,10 +46,10 @@ def settings(body: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]],
     """
     found: dict[str, Any] = {}
     for key, (least, most) in bounds.items():
-        if (value := number(body, key, least, most)) is not None:
+        if key in body and (value := number(body, key, least, most)) is not None:
             found[key] = value
     for key in whole:
-        if (value := number(body, key, -(2**63), 2**63, whole=True)) is not None:
+        if key in body and (value := number(body, key, -(2**63), 2**63, whole=True)) is not None:
             found[key] = value
     return found
 

@@ -12,6 +12,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+LOST = "torchrl_chat.lost"
+"""The extension of an ASGI scope under which a future stands that is done when the client has left, where the server has it."""
+
 
 class _Timed(H11Protocol):
     """uvicorn's HTTP/1.1 protocol with a limit for the arrival of each request, headers and body."""

@@ -77,7 +77,8 @@ class OwnNames:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the request on, or refuse it."""
         if scope["type"] in ("http", "websocket"):
-            host = HTTPConnection(scope).headers.get("host", "")
+            # Of several the first, as starlette's headers have it, which are made anew for each request.
+            host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             if not names_loopback(host):
                 detail = (
                     f"this server is for its own machine: ask for it as localhost or 127.0.0.1, not {host[:100]!r}."
