@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENVIRONMENT := $(PYTHON) scripts/environment.py
 # Two workers for the two cores of the continuous integration; a test is one thread, and so is what it starts.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
-VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py
+VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py tests/test_vllm_gateway.py
 
 .PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm docs environment peers clean
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".agents" / "bin" / "python"
-# Agents that the main environment can run as well.
-ANYWHERE = ("openai_sdk",)
+# Agents that the main environment can run as well, and what they import.
+ANYWHERE = {"openai_sdk": "openai", "anthropic_sdk": "anthropic"}
 
 
 def python_of(program: str, here: str) -> str:
@@ -24,7 +25,7 @@ def python_of(program: str, here: str) -> str:
         program: its name.
         here: the Python that runs what it can.
     """
-    if program in ANYWHERE:
+    if find_spec(ANYWHERE.get(program, "-")) is not None:
         return here
     if not PYTHON.exists():
         pytest.skip("the agents' environment is made by make test-all (scripts/environment.py agents)")

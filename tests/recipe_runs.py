@@ -78,9 +78,9 @@ def learns_the_digits(
     check_books(folder)
 
 
-def learns_the_tool(folder: Path, name: str, backend: str) -> None:
+def learns_the_tool(folder: Path, name: str, backend: str, *arguments: str) -> None:
     """The two-turn task is learned, and what the interpreter wrote is no part of what is trained."""
-    result = learn(folder, name, backend, 0, "--dataset", "python-tool")
+    result = learn(folder, name, backend, 0, "--dataset", "python-tool", *arguments)
     assert result["before"] < 0.4
     assert result["after"] > 0.9
     check_books(folder)

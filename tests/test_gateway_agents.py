@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,15 +19,20 @@ from torchrl_chat import DatasetChatEnv, TransformersPolicy, play, training_view
 from torchrl_chat.cli.gateway import make_gateway
 from torchrl_chat.cli.main import make_parser
 from torchrl_chat.conversation import Limits, StopReason
+from torchrl_chat.gallery import make_env
 from torchrl_chat.gateway import AgentEnv, Gateway, play_agents
 from torchrl_chat.gateway.calls import Refusal
+from torchrl_chat.named import named
 from torchrl_chat.openenv.protocol import ServerLimits
+from torchrl_chat.policies import Policy
 from torchrl_chat.rewards import NumberVerifier, grades
 from torchrl_chat.rollouts import episodes as lines
 from torchrl_chat.rollouts import read_rollouts
-from torchrl_chat.tiny import last_digit_rows, tiny_model, tiny_tokenizer
+from torchrl_chat.templates import ChatTemplate
+from torchrl_chat.tiny import SIGNS, TOOL_ALPHABET, last_digit_rows, tiny_model, tiny_tokenizer
 from torchrl_chat.transforms import Budget, RewardTransform
 
+ROOT = Path(__file__).parents[1]
 ROWS = [{"query": f"q{i}", "answer": str(i)} for i in range(3)]
 
 
@@ -323,6 +329,59 @@ def test_an_agent_plays_what_the_environment_plays():
     assert list(play(env, policy)["query"]) == list(found["query"])
     assert env._gateway.engine.batches
     env.close()
+
+
+class Coder(Policy):
+    """Writes programs of all kinds, and whatever they print as its answer."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer, self.stop_ids, self.seeded = tokenizer, frozenset({tokenizer.eos_token_id}), True
+        self.codec, self.in_keys, self.out_keys = (
+            ChatTemplate(tokenizer).codec,
+            ["tokens", "episode_seed"],
+            ["tokens"],
+        )
+
+    def _sample(self, prompts):
+        ids = [self.codec.encode([self._said(prompt)])[0] + [min(self.stop_ids)] for prompt in prompts]
+        ids = [row[: prompt.limit] for row, prompt in zip(ids, prompts, strict=True)]
+        return self._turns(prompts, ids, [[-0.5] * len(row) for row in ids])
+
+    def _said(self, prompt) -> str:
+        shown = self.tokenizer.decode(prompt.ids)
+        if "<|tool|>" in shown:
+            return shown.split("<|tool|>")[1].split("<|end|>")[0].strip()
+        name, a, b = shown.split("<|user|>")[1].split("<|end|>")[0].split()
+        program = f"print({a}{SIGNS[name]}{b})"
+        return [
+            f"```python\n{program}\n```", f"```python\n{program}", f"{program}", "```python\nprint(1)\n```",
+            "```python\nprint(a)\n```", f"```python\n{program}\n``` \n```python\n1\n```", "```python\npass\n```", a * 60,
+        ][prompt.seed % 8]  # fmt: skip
+
+
+def test_the_agent_of_the_examples_plays_the_tool_task():
+    """Programs that run, fail, print nothing, are not closed or cut off; and answers without one."""
+    tokenizer = tiny_tokenizer(TOOL_ALPHABET)
+
+    def make():
+        return make_env(
+            "python-tool", limits={"max_turn_tokens": 50}, seed=1, tokenizer=tokenizer, input_mode="tokens", num_envs=5,
+            repeats=4, group_repeats=True,
+        )  # fmt: skip
+
+    plain, env = make(), AgentEnv(make(), named(f"{ROOT / 'examples' / 'tool_agent.py'}:agent"))
+    one, other = play(plain, Coder(tokenizer)), play(env, Coder(tokenizer))
+    env.close()
+    plain.close()
+    assert len({seed % 8 for seed in one["episode_seed"].tolist()}) > 5
+    assert 0 < one["success"].float().mean() < 1
+    for key in ("reward", "success", "graded", "episode_seed"):
+        assert torch.equal(one[key], other[key]), key
+    assert list(one["extracted"]) == list(other["extracted"])
+    for mine, its in zip(one["transcript"], other["transcript"], strict=True):
+        assert mine.tokens.tolist() == its.tokens.tolist()
+        assert mine.mask.tolist() == its.mask.tolist()
 
 
 def test_agents_of_one_gateway_do_not_meet():

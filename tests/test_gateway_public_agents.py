@@ -50,10 +50,10 @@ class Case:
 CASES = [
     Case("openai_sdk", "chat", "PermissionDeniedError", full=False),
     Case("openai_agents_sdk", "chat", "PermissionDeniedError"),
-    Case("openai_sdk", "responses", "PermissionDeniedError", full=False),
+    Case("openai_sdk", "responses", "PermissionDeniedError"),
     Case("openai_sdk", "named", "PermissionDeniedError"),
     Case("anthropic_sdk", "messages", "PermissionDeniedError"),
-    Case("anthropic_sdk", "runner", "PermissionDeniedError"),
+    Case("anthropic_sdk", "runner", "PermissionDeniedError", full=False),
     Case("openai_agents_sdk", "responses", "PermissionDeniedError"),
     Case("openai_agents_sdk", "named", "PermissionDeniedError"),
     Case("pydantic_ai_agent", "chat", "ModelAuthenticationError"),

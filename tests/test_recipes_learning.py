@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import of_the_day
-from recipe_runs import QUICK, RECIPES, learns_the_digits, learns_the_tool, run_killed, same_run
+from recipe_runs import QUICK, RECIPES, ROOT, learns_the_digits, learns_the_tool, run_killed, same_run
 
 pytestmark = [pytest.mark.learn, pytest.mark.timeout(1500)]
 
@@ -28,6 +28,15 @@ def test_variants(tmp_path, variant):
 @pytest.mark.parametrize("name", ["grpo", "python_tool"])
 def test_two_turns_with_a_tool(tmp_path, name):
     learns_the_tool(tmp_path / "run", name, "transformers")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_two_turns_of_an_agent(tmp_path):
+    """The same task and settings, played by an agent of the openai SDK through the gateway."""
+    learns_the_tool(
+        tmp_path / "run", "grpo", "transformers", "--agent", f"{ROOT / 'examples' / 'tool_agent.py'}:agent"
+    )
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(10, marks=pytest.mark.full)])

@@ -384,8 +384,8 @@ class TestSettings:
             runpy.run_path(str(ROOT / path), run_name="__main__")
         told = capsys.readouterr()
         assert end.value.code == 0
-        # Environments are played by the command.
-        assert told.out.startswith((f"usage: {path.name}", "usage: torchrl-chat play"))
+        # Environments are played by the command, and agents trained.
+        assert told.out.startswith((f"usage: {path.name}", "usage: torchrl-chat play", "usage: torchrl-chat train"))
         assert not told.err
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
@@ -377,6 +378,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         request: Mapping[str, Any],
         api: Literal["chat", "completions", "generate"] = "chat",
         text: bool = True,
+        told: Callable[[list[int]], None] | None = None,
     ) -> Reply:
         """What the endpoint replies, when there is a free slot.
 
@@ -384,6 +386,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             request: the arguments, see :meth:`request`.
             api: which API: one of OpenAI's, or vLLM's for ids, ``/inference/v1/generate``, beside them.
             text: whether a reply without a text is none.
+            told: takes the ids sampled so far, whenever there are more: the reply is streamed, of the APIs that give ids.
 
         Raises:
             TimeoutError: no reply came in time.
@@ -398,7 +401,13 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             self.count(calls=1)
             try:
                 async with asyncio.timeout(self.deadline) as limit:
-                    if api == "generate":
+                    if told is not None and api == "generate" and hasattr(client, "stream"):
+                        reply = await self._heard(client.stream({**request, **_STREAMED}), told)
+                    elif told is not None and api == "completions":
+                        chunks = await client.completions.create(**request, **_STREAMED)
+                        async with chunks:
+                            reply = await self._heard((chunk.model_dump() async for chunk in chunks), told)
+                    elif api == "generate":
                         reply = self._generated(await client.post(dict(request)))
                     else:
                         endpoint = client.chat.completions if api == "chat" else client.completions
@@ -425,11 +434,32 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             choice.get("finish_reason"),
             list(choice["token_ids"] or ()),
             None if entries is None else [float(entry["logprob"]) for entry in entries],
-            versions=tuple(
-                (int(span["start"]), int(span["version"]) if str(span["version"]).isdecimal() else None)
-                for span in choice.get("weight_versions") or ()
-            ),
+            versions=_versions(choice.get("weight_versions")),
         )
+
+    async def _heard(self, events: AsyncGenerator[Any, None], told: Callable[[list[int]], None]) -> Reply:
+        """The reply of a stream of ids, which is told of as it grows."""
+        ids: list[int] = []
+        scores: list[float] | None = []
+        last, versions = None, None
+        usage: Mapping[str, Any] = {}
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if event.get("error"):
+                    raise RuntimeError(f"the server broke off: {str(event['error'])[:200]}")
+                usage = event.get("usage") or usage
+                for choice in event.get("choices") or ():
+                    new = choice.get("token_ids") or []
+                    found = _streamed_scores(choice.get("logprobs"))
+                    scores = None if scores is None or found is None or len(found) != len(new) else scores + found
+                    last, versions = choice.get("finish_reason") or last, choice.get("weight_versions") or versions
+                    if new:
+                        ids += new
+                        told(list(ids))
+        if last is None:
+            raise ConnectionError("the stream ended before the answer did")
+        self.count(**{f"{what}_tokens": usage.get(f"{what}_tokens") or 0 for what in ("prompt", "completion")})
+        return Reply("", last, ids, scores, versions=_versions(versions))
 
     def _received(self, completion: Any, secrets: Secrets, needed: bool) -> Reply:
         usage = getattr(completion, "usage", None)
@@ -472,6 +502,26 @@ class _ByLibrary:
 
     async def aclose(self) -> None:
         """The client is closed by whoever made it."""
+
+
+_STREAMED: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _versions(spans: Any) -> tuple[tuple[int, int | None], ...]:
+    """Which weights sampled what, as vLLM tells it."""
+    return tuple(
+        (int(span["start"]), int(span["version"]) if str(span["version"]).isdecimal() else None)
+        for span in spans or ()
+    )
+
+
+def _streamed_scores(reported: Any) -> list[float] | None:
+    """The log-probs of a piece of a stream, in either form; ``None`` where one is not told."""
+    reported = reported or {}
+    values = reported.get("token_logprobs")
+    if values is None:
+        values = [entry.get("logprob") for entry in reported.get("content") or ()]
+    return None if any(value is None for value in values) else [float(value) for value in values]
 
 
 def _parsed(call: Any) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def play(
     """
     if max_turns < 1:
         raise ValueError(f"max_turns is {max_turns}: expected at least 1.")
-    if (whole := getattr(env, "play_episodes", None)) is not None:
-        return whole(policy, tensordict)
+    if hasattr(type(env), "play_episodes"):  # not of an environment in it, which would leave out its transforms
+        return env.play_episodes(policy, tensordict)
     td = env.reset() if tensordict is None else tensordict
     batch = env.batch_size
     live = torch.ones(batch, dtype=torch.bool)

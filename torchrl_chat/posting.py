@@ -12,7 +12,7 @@ import json
 import random
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -101,6 +101,43 @@ class Poster:
             OSError: it cannot be reached; ``TimeoutError`` among them.
             ValueError: what it answers is no JSON.
         """
+        return _loaded(await self._tried(self._exchange, body))
+
+    async def stream(self, body: Any) -> AsyncIterator[Any]:
+        """What the server answers to a body, event by event (server-sent events), as JSON values; an answer that is no stream is one event.
+
+        Over a connection of its own. Nothing is tried again once the answer has begun. Whoever stops reading closes the connection, by
+        which a server knows.
+
+        Raises:
+            PostError, OSError, ValueError: as of :meth:`post`.
+        """
+        reader, writer, head = await self._tried(self._streaming, body)
+        pieces = self._timed(_pieces(reader, head))
+        try:
+            if b"text/event-stream" not in (_header(head, b"content-type") or b""):
+                yield _loaded(b"".join([piece async for piece in pieces]))
+                return
+            async for data in _events(pieces):
+                if data == b"[DONE]":
+                    return
+                yield _loaded(data)
+        except EOFError:
+            raise ConnectionError("the connection was lost") from None
+        finally:
+            writer.close()
+
+    async def _timed(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Pieces of an answer, each of which comes in time."""
+        while True:
+            async with asyncio.timeout(self._timeout):
+                piece = await anext(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    async def _tried(self, exchange: Callable[[bytes], Awaitable[tuple[int, bytes, Any]]], body: Any) -> Any:
+        """What an exchange has for an answer, tried again as often as it may be."""
         if orjson is None:
             raw = json.dumps(body, default=lambda array: array.tolist()).encode()
         else:
@@ -109,12 +146,12 @@ class Poster:
         for tried in range(self._retries + 1):
             wait: float | None = None
             try:
-                status, head, answer = await self._exchange(message)
+                status, head, answer = await exchange(message)
             except OSError as error:  # a timeout is one
                 failure: Exception = error
             else:
                 if status < 300:
-                    return json.loads(answer) if orjson is None else orjson.loads(answer)
+                    return answer
                 failure = PostError(status, answer[:400].decode(errors="replace"))
                 if status not in _AGAIN and status < 500:
                     raise failure
@@ -140,11 +177,39 @@ class Poster:
             line = await self._opened()
         return await self._sent(line, message, self._timeout - (time.monotonic() - begun))
 
-    async def _opened(self) -> _Line:
+    async def _streaming(self, message: bytes) -> tuple[int, bytes, Any]:
+        """One try, up to where the answer begins: its connection; of a refusal, its text."""
+        async with asyncio.timeout(self._timeout):
+            reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._context(), limit=_HEAD)
+            try:
+                writer.write(message)
+                status = 100
+                while 100 <= status < 200:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    status = int(head[9:12])
+                if status < 300:
+                    return status, head, (reader, writer, head)
+                told = b"".join([piece async for piece in _pieces(reader, head)])
+                writer.close()
+                return status, head, told
+            except EOFError:
+                writer.close()
+                raise ConnectionError("the connection was lost") from None
+            except (ValueError, asyncio.LimitOverrunError):
+                writer.close()
+                raise ConnectionError("the server does not speak HTTP/1.1") from None
+            except BaseException:
+                writer.close()
+                raise
+
+    def _context(self) -> ssl.SSLContext | None:
         if self._secure and self._ssl is None:
             self._ssl = ssl.create_default_context()
+        return self._ssl
+
+    async def _opened(self) -> _Line:
         loop = asyncio.get_running_loop()
-        _, line = await loop.create_connection(_Line, self._host, self._port, ssl=self._ssl)
+        _, line = await loop.create_connection(_Line, self._host, self._port, ssl=self._context())
         return line
 
     def _kept(self) -> _Line | None:
@@ -299,3 +364,37 @@ def _header(head: bytes, name: bytes) -> bytes | None:
         return None
     begin = at + len(name) + 3
     return head[begin : head.index(b"\r\n", begin)].strip()
+
+
+# ---------------------------------------------------------------------- streams
+async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[bytes]:
+    """The body behind a head, as it comes."""
+    length = _header(head, b"content-length")
+    if (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked"):
+        while size := _size((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            yield (await reader.readexactly(size + 2))[:-2]
+        while (await reader.readuntil(b"\r\n")) != b"\r\n":
+            pass  # what trails
+    elif length is not None:
+        yield await reader.readexactly(_size(length, 10))
+    else:
+        while piece := await reader.read(1 << 16):
+            yield piece
+
+
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The data of server-sent events, whose lines come in pieces cut anywhere."""
+    held, data = b"", []
+    async for piece in pieces:
+        *lines, held = (held + piece).split(b"\n")
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" "))
+            elif not line and data:
+                yield b"\n".join(data)
+                data = []
+
+
+def _loaded(raw: bytes | bytearray) -> Any:
+    return json.loads(raw) if orjson is None else orjson.loads(raw)

@@ -278,14 +278,21 @@ class RowPrimer(DataLoadingPrimer):
         chosen = [True] * count if reset is None else reset.reshape(count, -1).any(-1).tolist()
         if not any(chosen):
             return tensordict_reset
-        drawn = self._begun([self.episodes.next() for wanted in chosen if wanted])
-        rows = iter(drawn)
-        filler = drawn[0]  # torchrl keeps the other rows as they were
-        loaded = [next(rows) if wanted else filler for wanted in chosen]
-        made = self._columns(loaded, self.batch_size, tensordict_reset.device)
+        made = self.draw(chosen, tensordict_reset.device)
         for key in made.keys():
             tensordict_reset.set(key, made.get(key))
         return tensordict_reset
+
+    def draw(self, wanted: Sequence[bool], device: torch.device | None = None) -> TensorDict:
+        """The next rows of the dataset, as columns, batch size (B,); with one of them in the rows that want none.
+
+        Args:
+            wanted: which rows of the batch want one, at least one of them.
+            device: where objects are put.
+        """
+        drawn = self._begun([self.episodes.next() for each in wanted if each])
+        rows, filler = iter(drawn), drawn[0]  # torchrl keeps the other rows as they were
+        return self._columns([next(rows) if each else filler for each in wanted], self.batch_size, device)
 
     def _columns(
         self, rows: Sequence[Mapping[str, Any]], batch: torch.Size, device: torch.device | None

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from torchrl_chat._lazy import lazy
 
 if TYPE_CHECKING:
-    from torchrl_chat.gateway.agents import AgentEnv, play_agents
+    from torchrl_chat.gateway.agents import play_agents
     from torchrl_chat.gateway.calls import Call, Dialect, Refusal, Reply
     from torchrl_chat.gateway.commands import SandboxedCommand
     from torchrl_chat.gateway.engines import Ask, Engine, RemoteEngine, ScriptedEngine
+    from torchrl_chat.gateway.environment import AgentEnv
     from torchrl_chat.gateway.finished import episodes
     from torchrl_chat.gateway.policies import PolicyEngine
     from torchrl_chat.gateway.rewarding import Rewarder
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from torchrl_chat.gateway.traces import Finding, Recorded, read_trace, training_trace
 
 _HOMES = {
-    "agents": "AgentEnv play_agents",
+    "agents": "play_agents",
     "calls": "Call Dialect Refusal Reply",
     "commands": "SandboxedCommand",
     "engines": "Ask Engine RemoteEngine ScriptedEngine",
+    "environment": "AgentEnv",
     "finished": "episodes",
     "policies": "PolicyEngine",
     "rewarding": "Rewarder",

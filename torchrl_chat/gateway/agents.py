@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import inspect
 import json
@@ -20,23 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-import torch
 from tensordict import TensorDict
 
-from torchrl_chat import columns
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.gateway.commands import SandboxedCommand
 from torchrl_chat.gateway.ends import AgentError, checked_end
-from torchrl_chat.gateway.policies import PolicyEngine
-from torchrl_chat.gateway.rewarding import Rewarder
 from torchrl_chat.gateway.serve import Gateway, Served
-from torchrl_chat.gateway.sessions import Settings
-from torchrl_chat.openenv.protocol import ServerLimits
-from torchrl_chat.policies.policy import Policy
 from torchrl_chat.sandbox.settings import SandboxError
 from torchrl_chat.seeds import EPOCH, PLACE, ROW, SEED, episode_seed
-from torchrl_chat.transforms.budgets import Budget
-from torchrl_chat.transforms.reward import RewardTransform
 
 Agent = Callable[[Mapping[str, Any], Served], Any] | str | Sequence[str]
 """``agent(row, session)``, or a command: a line of words, or a list of them."""
@@ -134,29 +124,39 @@ def play_agents(
             loop.close()
             pool.shutdown(wait=False, cancel_futures=True)
         played = [sessions[number] for number in range(len(told))]
-        _finish(gateway, played, ends, on_error, [number // repeats for number in range(len(told))])
+        finish_all(gateway, played, ends, on_error, [number // repeats for number in range(len(told))])
     except BaseException as error:
         why = f"the play was broken off: {type(error).__name__}"
         for served in sessions.values():  # a second end changes nothing
-            gateway.run(functools.partial(_end, gateway, served, {"failure": why}))
+            gateway.run(functools.partial(end_session, gateway, served, {"failure": why}))
         raise
     return gateway.episodes(played, data_key)
 
 
-def _end(gateway: Gateway, served: Served, end: Mapping[str, Any], found: str = "") -> None:
+def end_session(gateway: Gateway, served: Served, end: Mapping[str, Any], found: str = "") -> None:
+    """End a session as its agent did, in the gateway's thread, with a finding of it."""
     if found:
         served.session.findings.append(found)
     gateway.table.retire(served.session)
     gateway.table.finish(served.session, **end)
 
 
-def _finish(
+def finish_all(
     gateway: Gateway,
     sessions: Sequence[Served],
     ends: Sequence[Mapping[str, Any] | Exception],
     on_error: str,
     groups: Sequence[int],
 ) -> None:
+    """Grade the episodes of agents that are done, and end them.
+
+    Args:
+        gateway: their gateway.
+        sessions: their sessions.
+        ends: what each agent returned or raised.
+        on_error: see :func:`play_agents`.
+        groups: which of them are of one group.
+    """
     found: list[dict[str, Any]] = []
     notes: list[str] = []
     for served, end in zip(sessions, ends, strict=True):
@@ -178,7 +178,7 @@ def _finish(
     for i, end in zip(wanted, graded, strict=False):
         found[i] = {**end, **{key: value for key, value in found[i].items() if value is not None}}
     for served, end, note in zip(sessions, found, notes, strict=True):
-        gateway.run(functools.partial(_end, gateway, served, end, note))
+        gateway.run(functools.partial(end_session, gateway, served, end, note))
 
 
 async def _play_all(
@@ -197,7 +197,7 @@ async def _play_all(
             served = sessions[number] = gateway.session(row=row, seed=row.get(SEED))
             served.session.held = True
             try:
-                return await _ended(agent, row, served, pool, seconds)
+                return await end_of(agent, row, served, pool, seconds)
             finally:
                 gateway.run(functools.partial(gateway.table.retire, served.session))
 
@@ -209,7 +209,7 @@ async def _play_all(
     return [task.result() for task in tasks]
 
 
-async def _ended(
+async def end_of(
     agent: Agent, row: Mapping[str, Any], session: Served, pool: ThreadPoolExecutor, seconds: float | None
 ) -> Mapping[str, Any] | Exception:
     """What an agent ends its episode with, or how it failed: whatever it does costs its own episode."""
@@ -295,138 +295,3 @@ async def _command(agent: str | Sequence[str], row: Mapping[str, Any], session: 
     if process.returncode:
         last = errors.decode(errors="replace").strip()[-_SHOWN:].replace(session.api_key, "[hidden]")
         raise AgentError(f"the command ended with the code {process.returncode}: {last}")
-
-
-class AgentEnv:
-    """The episodes of a dataset environment, played by an agent: the same rows, seeds, limits, grades and columns.
-
-    Of the environment come the rows and their order, the limits of its :class:`~torchrl_chat.Budget`, the verifier of its
-    :class:`~torchrl_chat.RewardTransform`, the tokenizer and the chat template; the agent brings its own prompts and tools.
-    :func:`~torchrl_chat.playing.play` plays one as it plays an environment, so that recipes train with either.
-
-    Args:
-        env: a :class:`~torchrl_chat.DatasetChatEnv` with a tokenizer.
-        agent: see :func:`play_agents`.
-
-    Keyword Args:
-        reward: another verifier than the environment's.
-        settings: of the sessions; the limits are the environment's, unless it has none.
-        concurrency, seconds, on_error: as for :func:`play_agents`.
-        gateway: options of :class:`~torchrl_chat.gateway.Gateway`.
-
-    Raises:
-        ValueError: the environment has no tokenizer.
-
-    Example:
-        >>> from openai import OpenAI
-        >>> from torchrl_chat import GSM8KEnv, TransformersPolicy, play
-        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
-        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
-        >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
-        >>> rows = [{"question": "How much is 6 * 7?", "answer": "#### 42"}]
-        >>> def agent(row, session):
-        ...     client = OpenAI(base_url=session.base_url, api_key=session.api_key)
-        ...     client.chat.completions.create(model="policy", messages=[{"role": "user", "content": row["query"]}])
-        >>> env = GSM8KEnv(dataset=rows, tokenizer=tokenizer, num_envs=4, repeats=4, group_repeats=True)
-        >>> finished = play(AgentEnv(env, agent), policy)
-    """
-
-    def __init__(
-        self,
-        env: Any,
-        agent: Agent,
-        *,
-        reward: Any = None,
-        settings: Settings | None = None,
-        concurrency: int = 32,
-        seconds: float | None = None,
-        on_error: Literal["score", "fail"] = "score",
-        gateway: Mapping[str, Any] | None = None,
-    ):
-        base = env.base_env
-        if getattr(base, "template", None) is None:
-            raise ValueError("the environment has no tokenizer: its episodes have no tokens.")
-        self.env, self.agent = env, agent
-        self.batch_size = env.batch_size
-        settings = settings or Settings()
-        for transform in _transforms(env):
-            if isinstance(transform, Budget):
-                settings = dataclasses.replace(settings, limits=transform.limits)
-            if isinstance(transform, RewardTransform) and reward is None:
-                reward = Rewarder(
-                    transform.grader, reference_key=transform.reference_key, on_failure=transform.on_failure
-                )
-        server = ServerLimits(max_sessions=max(1024, env.batch_size.numel()), max_sessions_per_address=None)
-        options = {"template": base.template.renderer.variables, "server": server, **dict(gateway or {})}
-        self._options: dict[str, Any] = {**options, "settings": settings, "reward": reward}
-        self._playing: dict[str, Any] = {
-            "concurrency": concurrency,
-            "seconds": seconds,
-            "on_error": on_error,
-            "data_key": base.data_key,
-        }
-        self._gateway: Gateway | None = None
-        self._policy: Policy | None = None
-
-    def play_episodes(self, policy: Policy, tensordict: Any = None) -> TensorDict:
-        """The next episodes of the environment, finished: see :func:`~torchrl_chat.playing.play`.
-
-        Args:
-            policy: what samples; a policy of this package.
-            tensordict: what ``reset`` returned; ``None`` resets here.
-        """
-        td = self.env.reset() if tensordict is None else tensordict
-        rows = _rows(td, self.env)
-        return play_agents(self.agent, rows, self._serving(policy), **self._playing)
-
-    def reset(self) -> Any:
-        """The first rows of the next episodes."""
-        return self.env.reset()
-
-    def _serving(self, policy: Policy) -> Gateway:
-        if self._gateway is None or self._policy is not policy:
-            self.close_gateway()
-            self._policy = policy
-            self._gateway = Gateway(PolicyEngine(policy), self.env.base_env.tokenizer, **self._options)
-            self._gateway.start()
-        return self._gateway
-
-    def close_gateway(self) -> None:
-        """Stop serving; it begins anew with the next episodes."""
-        if self._gateway is not None:
-            self._gateway.close()
-            self._gateway = None
-
-    def close(self) -> None:
-        """Stop serving, and close the environment."""
-        self.close_gateway()
-        self.env.close()
-
-    def __getattr__(self, name: str) -> Any:
-        # Where it is in its dataset, its state, its seeds: those of the environment.
-        if name.startswith("__") or name == "env":
-            raise AttributeError(name)
-        return getattr(self.env, name)
-
-
-def _transforms(env: Any) -> list[Any]:
-    """All transforms of an environment, its inner ones first."""
-    held = getattr(env, "transform", None)
-    return [] if held is None else list(getattr(held, "transforms", [held]))
-
-
-def _rows(td: Any, env: Any) -> list[dict[str, Any]]:
-    """The dataset's columns of a reset, a dict a row."""
-    names = [str(name) for name in env.primer.primers.keys()]
-    count = td.batch_size.numel()
-    rows: list[dict[str, Any]] = [{} for _ in range(count)]
-    for name in names:
-        column = td.get(name)
-        values = (
-            column.reshape(count, *column.shape[td.ndim :]).tolist()
-            if isinstance(column, torch.Tensor)
-            else columns.read_objects(column, td.batch_size)
-        )
-        for row, value in zip(rows, values, strict=True):
-            row[name] = value
-    return rows

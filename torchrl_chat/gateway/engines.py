@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from torchrl_chat.conversation import Turn
+from torchrl_chat.conversation import Transcript, Turn
 from torchrl_chat.endpoint import RESERVED, Endpoint
 from torchrl_chat.messages import Message
 from torchrl_chat.templates import ChatTemplate
@@ -41,6 +41,8 @@ class Ask:
     """Strings that end the answer. An engine may stop there, or not look at them: what is beyond is cut off."""
     told: Callable[[Sequence[int]], None] | None = None
     """Takes the ids sampled so far, whenever there are more; called in the event loop. An engine need not call it."""
+    ledger: Transcript | None = None
+    """The same prompt as a ledger: what of it was sampled, and how likely that was."""
 
 
 class Engine(Protocol):
@@ -129,7 +131,8 @@ class RemoteEngine(Endpoint):
 
     What is tried again, what is counted, and what keeps the secrets: see :class:`~torchrl_chat.endpoint.Endpoint`. Log-probs are
     those that the server reports: vLLM's are of the raw logits unless it is started with ``--logprobs-mode processed_logprobs``,
-    which a temperature other than 1 needs.
+    which a temperature other than 1 needs. What is streamed to an agent is streamed from the server (but through a proxy, with
+    ``"generate"``); it is not tried again once it has begun. A request that is given up is closed, and the server samples no more of it.
 
     Args:
         model, base_url, api_key: see :class:`~torchrl_chat.endpoint.Endpoint`; ``base_url`` ends with ``/v1``.
@@ -216,7 +219,7 @@ class RemoteEngine(Endpoint):
             body = {"return_token_ids": True, "stop_token_ids": self.stop_ids, **own}
             request = self.request(prompt=ask.ids.tolist(), logprobs=1, **settings)
             request["extra_body"] = {**request.get("extra_body", {}), **body}
-        reply = await self.ask(request, self.api, text=False)
+        reply = await self.ask(request, self.api, text=False, told=ask.told)
         if not reply.ids:
             raise ValueError(
                 "the server returned no ids: it must know "

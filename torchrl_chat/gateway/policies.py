@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +30,9 @@ class PolicyEngine:
     A thread takes whatever answers are waited for, of all sessions, and asks the policy for them in one batch; those that come
     meanwhile are the next one. A policy whose engine batches by itself (an asynchronous vLLM engine, an endpoint) is asked for each
     answer as it comes.
+
+    A policy that tells of tokens as it samples them (:attr:`~torchrl_chat.policies.Policy.tells`) has streams told as they grow, and stops
+    sampling for whoever has left.
 
     Args:
         policy: the policy. How it samples is its own: sessions cannot set a temperature here.
@@ -69,6 +72,7 @@ class PolicyEngine:
         self.policy, self.version = policy, version
         self.max_batch, self.gather = max_batch, gather
         self.continuous = own if continuous is None else continuous
+        self._pause = 0.02  # seconds between two looks at what is sampled: each wakes up the event loop
         self.batches: collections.Counter[int] = collections.Counter()
         """How many batches there were of each size."""
         self._waiting: collections.deque[_Waiting] = collections.deque()
@@ -165,7 +169,7 @@ class PolicyEngine:
                     self._answer(batch)
 
     def _answer(self, batch: list[_Waiting]) -> None:
-        found = self._sampled([ask for ask, _, _ in batch])
+        found = self._sampled([ask for ask, _, _ in batch], _Listener(batch, self._pause))
         told: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Turn], Turn | Exception]]] = {}
         for (_, loop, future), result in zip(batch, found, strict=True):
             told.setdefault(loop, []).append((future, result))
@@ -179,12 +183,15 @@ class PolicyEngine:
             raise result
         return result
 
-    def _sampled(self, asks: list[Ask]) -> list[Turn | Exception]:
+    def _sampled(self, asks: list[Ask], listener: _Listener | None = None) -> list[Turn | Exception]:
         prompts = [Prompt(ask.ids, ask.messages, ask.limit, ask.seed) for ask in asks]
         errors: Errors = {}
         try:
             with self._fixed() as version:
-                turns = list(self.policy.sample(prompts, errors))
+                if listener is not None and self.policy.tells:
+                    turns = list(self.policy.sample(prompts, errors, listener))
+                else:
+                    turns = list(self.policy.sample(prompts, errors))
             if len(turns) != len(asks):
                 raise ValueError(f"the policy returned {len(turns)} turns for {len(asks)} prompts.")
         except Exception as error:  # of the whole batch
@@ -193,6 +200,45 @@ class PolicyEngine:
             return [RuntimeError(f"the policy raised {type(error).__name__}: {error}")] * len(asks)
         self.batches[len(asks)] += 1
         return [errors[i] if i in errors else _of_version(turn, version) for i, turn in enumerate(turns)]
+
+
+class _Listener:
+    """Hears of a batch as it is sampled: tells streams of it, and ends the rows that nobody waits for any more.
+
+    Args:
+        batch: what is asked, where, and who waits for it.
+        pause: seconds between two times that an event loop is told.
+    """
+
+    def __init__(self, batch: Sequence[_Waiting], pause: float):
+        self._batch, self._pause, self._next = batch, pause, 0.0
+        self._streams = [i for i, (ask, _, _) in enumerate(batch) if ask.told is not None]
+        self._known = dict.fromkeys(self._streams, 0)
+
+    def __call__(self, so_far: Mapping[int, Sequence[int]]) -> list[int]:
+        """The rows that are to sample no more."""
+        now = time.monotonic()
+        if self._streams and now >= self._next:
+            self._next = now + self._pause
+            self._tell(so_far)
+        return [i for i in so_far if self._batch[i][2].cancelled()]
+
+    def _tell(self, so_far: Mapping[int, Sequence[int]]) -> None:
+        news: dict[asyncio.AbstractEventLoop, list[tuple[_Waiting, list[int]]]] = {}
+        for i in self._streams:
+            ids = so_far.get(i, ())
+            if len(ids) > self._known[i]:
+                self._known[i] = len(ids)
+                news.setdefault(self._batch[i][1], []).append((self._batch[i], list(ids)))
+        for loop, told in news.items():
+            with contextlib.suppress(RuntimeError):  # a loop that is closed waits for nothing
+                loop.call_soon_threadsafe(_grow, told)
+
+
+def _grow(told: Sequence[tuple[_Waiting, list[int]]]) -> None:
+    for (ask, _, future), ids in told:
+        if ask.told is not None and not future.done():
+            ask.told(ids)
 
 
 def _of_version(turn: Any, version: int | None) -> Turn | Exception:

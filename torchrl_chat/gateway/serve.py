@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import collections
 import dataclasses
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +30,14 @@ from torchrl_chat.openenv.protocol import ServerLimits, is_loopback
 from torchrl_chat.policies.policy import Policy
 
 _KEPT = 10_000  # finished sessions that wait to be taken
+_open: weakref.WeakSet[Gateway] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close those that nobody has closed: ended with their thread, the server would tell of it in a traceback."""
+    for gateway in list(_open):
+        gateway.close()
 
 
 class Served:
@@ -292,6 +302,7 @@ class Gateway:
             loop, self._loop = self._loop, None
             loop.close()
             raise failed[0] if failed else RuntimeError("the gateway did not start.")
+        _open.add(self)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
     def close(self) -> None:

@@ -7,7 +7,8 @@ beside it nor on the order of calls (Salmon et al. 2011, "Parallel random number
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from torchrl_chat.models.passes import Decoding, Together
 from torchrl_chat.models.proof import Prover, prover_of
 from torchrl_chat.models.ropes import groups_apart
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
+
+Told = Callable[[Sequence[Sequence[int]]], Collection[int]]
+"""Takes what each row has sampled so far, behind each token, and returns the rows that are to sample no more. The lists grow: who keeps
+one copies it."""
 
 
 def default_stop_ids(tokenizer: Any, eos: int | Sequence[int] | None = None) -> frozenset[int]:
@@ -54,6 +59,7 @@ def generate(
     temperature: float = 1.0,
     seeds: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    told: Told | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Sample an answer to each prompt.
 
@@ -66,6 +72,7 @@ def generate(
         temperature: of the sampling distribution; 0 takes the likeliest token.
         seeds: a seed a row, for sampling that does not depend on the other rows.
         generator: the random state where there are no seeds; torch's global one if ``None``.
+        told: is told of each token as it is sampled, and may end rows.
 
     Returns:
         the sampled ids, each int64 (R,), the stop id included, and their log-probs, each float32 (R,); NaN where the model's
@@ -90,6 +97,7 @@ def generate(
         ids: list[torch.Tensor] = [_NOTHING] * len(prompts)
         scores: list[torch.Tensor] = [_NOTHING] * len(prompts)
         lengths = [len(prompt) for prompt in prompts]
+        so_far: list[list[int]] = [[] for _ in prompts]
         groups, change = groups_apart(model, lengths, most, together)
         for group in groups:
             rows = [prompts[i] for i in group]
@@ -100,13 +108,25 @@ def generate(
                 noise = GumbelNoise([seeds[i] for i in group], before, max(limits), rows[0].device)
             renewed = change.length if change is not None and len(group) == 1 else None
             run = Decoding(model, rows, padded=together == "padded", cached=cached, renewed=renewed)
-            sampled = _sampled(run, stop_ids, limits, vocab_size, temperature, noise, generator)
+            tell = None if told is None else functools.partial(_tell, told, so_far, group)
+            sampled = _sampled(run, stop_ids, limits, vocab_size, temperature, noise, generator, tell)
             for i, row, row_scores in zip(group, *sampled, strict=True):
                 ids[i], scores[i] = row, row_scores
     return ids, scores
 
 
 _NOTHING = torch.empty(0)
+
+
+def _tell(
+    told: Told, so_far: Sequence[list[int]], group: Sequence[int], tokens: Sequence[int | None]
+) -> list[bool]:
+    """Tell of one token of each row of a group that still samples; which of its rows are to sample no more."""
+    for i, token in zip(group, tokens, strict=True):
+        if token is not None:
+            so_far[i].append(token)
+    ended = set(told(so_far))
+    return [i in ended for i in group]
 
 
 def _together(prover: Prover, prompts: Sequence[torch.Tensor], most: Sequence[int]) -> tuple[Together, bool]:
@@ -122,6 +142,7 @@ def _sampled(
     temperature: float,
     noise: GumbelNoise | None,
     generator: torch.Generator | None,
+    tell: Callable[[Sequence[int | None]], list[bool]] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Answers of rows that go through the model together, and their log-probs."""
     device = run.logits.device
@@ -143,6 +164,11 @@ def _sampled(
         sampled.append(token)
         scores.append(log_probs.gather(-1, token[:, None]).squeeze(-1))
         taken += alive
+        if tell is not None:
+            went = zip(token.tolist(), alive.tolist(), strict=True)
+            ended = tell([each if goes else None for each, goes in went])
+            if any(ended):
+                alive = alive & ~torch.tensor(ended, device=device)
         alive = alive & ~torch.isin(token, stops) & (taken < limits)
         if not alive.any():
             break

@@ -7,7 +7,7 @@ that no policy sampled enters a ledger, and the other rows go on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,18 +76,23 @@ class Policy(TensorDictModuleBase):
     max_new_tokens: Any
     generate: Any
     seeded: bool = False
+    tells: bool = False
+    """Whether :meth:`sample` tells of tokens as they are sampled: ``_sample`` takes ``told``, too."""
 
     # ------------------------------------------------------------------ values
     def sample(
         self,
         prompts: Sequence[Prompt | torch.Tensor | Sequence[int] | Sequence[Message]],
         errors: Errors | None = None,
+        told: Callable[[Mapping[int, Sequence[int]]], Collection[int]] | None = None,
     ) -> list[Turn]:
         """What the policy does in each conversation.
 
         Args:
             prompts: a :class:`Prompt` each, or its ids, or its messages.
             errors: takes what is wrong with single rows, by row; rows that stand in it already are left out.
+            told: of a policy that :attr:`tells`: is called behind each token, in this thread, with the ids that each row has sampled so
+                far (lists that grow: who keeps one copies it), and returns the rows that are to sample no more. Others never call it.
 
         Returns:
             a turn a prompt, with the sampled ids, stop id included, their log-probs where they are known, the text and the
@@ -113,7 +118,11 @@ class Policy(TensorDictModuleBase):
         turns = [Turn(torch.empty(0, dtype=torch.int64), torch.empty(0), "", "length", row.limit) for row in rows]
         found: Errors = {} if errors is None else errors
         places = [i for i, row in enumerate(rows) if i not in found and (row.limit is None or row.limit > 0)]
-        for i, turn in zip(places, self._sample([rows[i] for i in places]) if places else (), strict=True):
+        more: dict[str, Any] = {}
+        sample: Callable[..., Sequence[Turn | Exception]] = self._sample
+        if told is not None and self.tells:
+            more["told"] = lambda so_far: _places(places, told(dict(zip(places, so_far, strict=True))))
+        for i, turn in zip(places, sample([rows[i] for i in places], **more) if places else (), strict=True):
             if isinstance(turn, Turn):
                 turns[i] = turn
             else:
@@ -230,3 +239,8 @@ def _write_texts(td: TensorDictBase, texts: Sequence[str]) -> None:
         raise KeyError(
             "the policy has no tokenizer, and the environment is in tokens mode: pass EndpointPolicy(tokenizer=...)."
         )
+
+
+def _places(places: Sequence[int], ended: Collection[int]) -> list[int]:
+    """Where the rows that are to end stand among those that are sampled."""
+    return [k for k, i in enumerate(places) if i in ended] if ended else []

@@ -18,11 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.distributions.discrete import LLMMaskedCategorical
 
 from torchrl_chat import columns
+from torchrl_chat.conversation import Turn
 from torchrl_chat.models.passes import whole_pass
 from torchrl_chat.models.proof import prover_of
 from torchrl_chat.models.ropes import groups_apart
-from torchrl_chat.models.sampling import default_stop_ids, generate
-from torchrl_chat.policies.policy import Policy
+from torchrl_chat.models.sampling import Told, default_stop_ids, generate
+from torchrl_chat.policies.policy import Policy, Prompt
 from torchrl_chat.policies.writing import IN_KEYS, OUT_KEYS, read_attention
 from torchrl_chat.templates.backends import tokenizer_of
 from torchrl_chat.templates.codec import codec_of
@@ -69,6 +70,8 @@ class TransformersPolicy(Policy):
         >>> rollout = env.rollout(1, policy)
     """
 
+    tells = True
+
     def __init__(
         self,
         model: Any,
@@ -107,11 +110,17 @@ class TransformersPolicy(Policy):
         return next(self.model.parameters()).device
 
     # ------------------------------------------------------------------ acting
+    def _sample(self, prompts: Sequence[Prompt], told: Told | None = None) -> list[Turn]:
+        limits = [self.max_new_tokens if prompt.limit is None else prompt.limit for prompt in prompts]
+        seeds = [prompt.seed for prompt in prompts if prompt.seed is not None]
+        return self._turns(prompts, *self.generate(self._ids(prompts), limits, seeds or None, told))
+
     def generate(
         self,
         prompts: Sequence[torch.Tensor],
         limits: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
+        told: Told | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Sample an answer to each prompt: :func:`~torchrl_chat.models.sampling.generate` with this policy's settings.
 
@@ -119,6 +128,7 @@ class TransformersPolicy(Policy):
             prompts: int64 ids, each of shape (P,).
             limits: how many tokens each row may sample at most, at least 1, below ``max_new_tokens``.
             seeds: a seed a row.
+            told: is told of each token as it is sampled, and may end rows.
 
         Returns:
             the sampled ids, each int64 (R,), the stop id included, and their log-probs, each float32 (R,).
@@ -132,6 +142,7 @@ class TransformersPolicy(Policy):
             temperature=self.temperature,
             seeds=seeds,
             generator=self.generator,
+            told=told,
         )
 
     # ------------------------------------------------------------------ training

@@ -35,7 +35,7 @@ from torchrl_chat.training.view import training_view
 
 if TYPE_CHECKING:
     from torchrl_chat.envs import DatasetChatEnv
-    from torchrl_chat.gateway.agents import AgentEnv
+    from torchrl_chat.gateway import AgentEnv
 
 _HINT = 0.06  # the share of demonstrations with the operation that was asked for, beyond chance
 
@@ -127,7 +127,7 @@ def make_env(
     env = _dataset_env(config, tokenizer, prompts, group_size, seed)
     if config.agent is None:
         return env
-    from torchrl_chat.gateway.agents import AgentEnv
+    from torchrl_chat.gateway import AgentEnv
 
     return AgentEnv(env, named(config.agent))
 
