@@ -13,9 +13,9 @@ import websockets
 from openenv_live import TEMPLATE, ask, connect, live, wait_for
 
 from torchrl_chat.cli import play, serve
+from torchrl_chat.doors import Guard, names_loopback
 from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits
-from torchrl_chat.openenv.server.security import Guard, names_loopback
 from torchrl_chat.openenv.web import web_routes
 
 pytestmark = pytest.mark.services

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from web_pages import HOSTILE, episode, sampled_text, viewer
 
-from torchrl_chat.openenv.web import viewer_app
 from torchrl_chat.rollouts import as_line, read_rollouts
+from torchrl_chat.viewer import viewer_app
 
 pytestmark = pytest.mark.services
 

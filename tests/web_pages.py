@@ -19,8 +19,9 @@ from conftest import skip_without
 from torchrl_chat import ChatTemplate, tiny
 from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.server import create_app, make_server
-from torchrl_chat.openenv.web import viewer_app, web_routes
+from torchrl_chat.openenv.web import web_routes
 from torchrl_chat.rollouts import as_line
+from torchrl_chat.viewer import viewer_app
 
 HOSTILE = "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script><b>bold</b>"
 TEXT = tiny.tiny_tokenizer(tiny.TEXT_ALPHABET)

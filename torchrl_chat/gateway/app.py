@@ -25,12 +25,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
+from torchrl_chat.doors import Guard, OwnNames
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.exchanges import Exchange
 from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
-from torchrl_chat.openenv.server.security import Guard, OwnNames
 
 _log = logging.getLogger("torchrl_chat.gateway")
 _PING = 15.0  # seconds of silence in a stream, after which a comment is sent
