@@ -1,179 +1,409 @@
-// The rollout viewer: open a file, filter and sort its episodes, look at one or compare a group.
+// The rollout viewer: what is shown is the state of the address; a change of it is written there, and drawn.
 
-import { VIEWS, episodeView, groupView, verdict } from "./detail.js";
+import { onMove, read, write } from "./address.js";
+import { chosen, exported, offer, rangeOf, save, sorted } from "./choices.js";
+import { drawPair, paired, shares } from "./compare.js";
+import { curvesView } from "./curves.js";
+import { VIEWS, episodeView, groupView, pairView, verdict } from "./detail.js";
 import { byId, el, shown } from "./dom.js";
-import { choose, readEpisode, readIndex } from "./episodes.js";
+import { readEpisode } from "./episodes.js";
 import { VirtualList } from "./list.js";
-import { ask, askJSON, explain, shortcut, start } from "./shell.js";
+import { Figures, Run } from "./runs.js";
+import { askJSON, explain, shortcut, start } from "./shell.js";
+import { colourBy } from "./tokens.js";
 
-let blob = null;
-let entries = [];
-let groups = new Map();
-let view = "messages";
-let comparing = false;
-let present = null; // the entry that is shown
-let reading = null; // an AbortController while a file is read
+const LOOKS = 1000; // ms between looks at files that may have grown
+const FIELDS = ["q", "success", "stop", "task", "grade", "step", "reward", "sort", "with-step"]; // by their ids and their keys in the address
+const UNCHOSEN = Object.fromEntries(["episode", "group", "curves", "sequence", "token"].map((key) => [key, undefined]));
+
+let state = read();
+let files = []; // of the server
+let folder = null; // the name of what it shows
+let run = null;
+let other = null; // what it is compared with
+let reading = null; // an AbortController while files are read
 let shows = 0; // counts what was asked to be shown: the newest wins
+let alone = [0, 0]; // questions that one side of a comparison has alone
+const figures = new Map(); // the numbers beside files, by their names
 
-const list = new VirtualList(byId("list"), drawItem, (entry) => open(entry));
+const list = new VirtualList(byId("list"), (row) => (row.sides ? drawPair(row) : drawItem(row)), choose);
 
 function drawItem(entry) {
-  const facts = [entry.stop, entry.step === null ? null : `step ${entry.step}`, entry.sampled === null ? null : `${shown(entry.sampled)} tokens`];
-  const title = entry.title || entry.id;
+  const facts = [
+    entry.failed ? "no grade" : null, entry.stop, entry.step === null ? null : `step ${entry.step}`,
+    entry.sampled === null ? null : `${shown(entry.sampled)} tokens`, entry.row === null ? null : `row ${entry.row}`,
+  ];
   return [
     verdict(entry.success),
-    el("span", { class: "what" }, title),
+    el("span", { class: "what" }, entry.title || entry.id),
     el("span", { class: "num" }, shown(entry.reward)),
-    el("span", { class: "more" }, facts.filter(Boolean).join(" · "), entry.row === null ? "" : ` · row ${entry.row}`),
+    el("span", { class: "more" }, facts.filter(Boolean).join(" · ")),
   ];
 }
 
-// ---------------------------------------------------------------- files
-async function load(source, name) {
-  reading?.abort();
-  reading = new AbortController();
-  const { signal } = reading;
-  const begun = performance.now();
-  say(`reading ${name}`);
-  try {
-    const read = await readIndex(source, (bytes) => say(`reading ${name}: ${Math.round((100 * bytes) / source.size)} %`), signal);
-    signal.throwIfAborted();
-    blob = source;
-    entries = read.entries;
-    groups = grouped(entries);
-    present = null;
-    comparing = false;
-    fillStops();
-    refresh();
-    showProblems(read.problems);
-    document.body.classList.remove("opened");
-    document.title = `${name} · torchrl_chat`;
-    const seconds = (performance.now() - begun) / 1000;
-    byId("status").dataset.seconds = seconds.toFixed(3);
-    say(`${name}: ${shown(entries.length)} episodes, read in ${seconds.toFixed(2)} s`);
-    byId("list").focus({ preventScroll: true });
-  } catch (error) {
-    if (!signal.aborted) {
-      say(`${name}: ${error.message}`);
-    }
-  }
-}
-
-function grouped(rows) {
-  const found = new Map();
-  for (const row of rows) {
-    if (row.group === null) continue;
-    if (found.has(row.group)) found.get(row.group).push(row);
-    else found.set(row.group, [row]);
-  }
-  return found;
-}
-
-async function loadServed(name) {
-  say(`fetching ${name}`);
-  try {
-    const path = name.split("/").map(encodeURIComponent).join("/");
-    await load(await (await ask(`files/${path}`)).blob(), name);
-  } catch (error) {
-    say(`${name}: ${error.message}`);
-  }
+/** Change what is shown; `quietly`: "back" does not lead to what was before. */
+function go(changes, { quietly = false } = {}) {
+  state = { ...state, ...changes };
+  write(state, quietly);
 }
 
 function say(text) {
   byId("status").textContent = text;
 }
 
-function showProblems(problems) {
-  const detail = byId("detail");
-  const first = problems.slice(0, 5).map(({ line, why }) => el("li", {}, `line ${line}: ${why}`));
-  detail.replaceChildren(
+// ---------------------------------------------------------------- files
+/** Read files with `begin(said, signal)`; null where that failed, which is told, or was given up. */
+async function load(name, begin) {
+  const { signal } = reading;
+  say(`reading ${name}`);
+  try {
+    const found = await begin((part) => say(`reading ${name}: ${part}`), signal);
+    signal.throwIfAborted();
+    return found;
+  } catch (error) {
+    if (!signal.aborted) say(`${name}: ${error.message}`);
+    return null;
+  }
+}
+
+/** Show what the address says, reading the files that it names. */
+async function restore() {
+  state = read();
+  reading?.abort();
+  reading = new AbortController();
+  const { signal } = reading;
+  const begun = performance.now();
+  if (state.file && (!run?.grows || run.name !== state.file)) await take(await load(state.file, (...how) => Run.served(state.file, ...how)), begun);
+  if (signal.aborted) return;
+  if (!state.with) other = null;
+  else if (other?.name !== state.with) await takeOther();
+  if (signal.aborted) return;
+  refresh({ still: true });
+  show();
+}
+
+async function takeOther() {
+  const name = state.with;
+  const found = run?.grows && run.name === name ? run : await load(name, (...how) => Run.served(name, ...how));
+  if (state.with !== name) return;
+  other = found;
+  if (found && run) say(`${run.name}: ${shown(run.entries.length)} episodes, ${name}: ${shown(found.entries.length)}`);
+}
+
+async function take(found, begun) {
+  if (!found) return;
+  run = found;
+  const seconds = (performance.now() - begun) / 1000;
+  document.title = `${run.name} · torchrl_chat`;
+  byId("status").dataset.seconds = seconds.toFixed(3);
+  say(`${run.name}: ${shown(run.entries.length)} episodes, read in ${seconds.toFixed(2)} s`);
+}
+
+/** Another file: what was chosen in the one before is chosen no more. */
+async function openLocal(file) {
+  reading?.abort();
+  reading = new AbortController();
+  const begun = performance.now();
+  const found = await load(file.name, (...how) => Run.opened(file, ...how));
+  if (!found) return;
+  go({ file: undefined, step: undefined, ...UNCHOSEN });
+  byId("file").value = "";
+  await take(found, begun);
+  arrive();
+}
+
+async function openServed(name) {
+  go({ file: name, step: undefined, ...UNCHOSEN });
+  reading?.abort();
+  reading = new AbortController();
+  const begun = performance.now();
+  const found = await load(name, (...how) => Run.served(name, ...how));
+  if (!found) return;
+  await take(found, begun);
+  arrive();
+}
+
+function arrive() {
+  list.mark(null);
+  document.body.classList.remove("opened");
+  refresh();
+  show();
+  byId("list").focus({ preventScroll: true });
+}
+
+async function lookForFiles() {
+  const listed = await askJSON("files");
+  files = listed.files;
+  byId("file-field").hidden = false;
+  byId("with-field").hidden = files.length === 0;
+  const options = (first) => [
+    el("option", { value: "" }, first),
+    ...files.map(({ name, size }) => el("option", { value: name }, `${name} (${size < 2 ** 20 ? `${Math.ceil(size / 1024)} kB` : `${Math.round(size / 2 ** 20)} MB`})`)),
+  ];
+  for (const [id, first] of [["file", `files of the server: ${shown(files.length + listed.left_out)}`], ["with", "compare with …"]]) {
+    const field = byId(id);
+    if (document.activeElement === field) continue; // somebody is choosing
+    field.replaceChildren(...options(first));
+    field.value = files.some(({ name }) => name === state[id]) ? state[id] : "";
+  }
+  if (!run && !state.file) {
+    if (files.length === 1) await openServed(files[0].name);
+    else if (!reading) explainFolder(listed);
+  }
+}
+
+function explainFolder({ others }) {
+  if (files.length) return;
+  byId("detail").replaceChildren(
     el(
       "div",
       { class: "empty" },
-      el("h1", {}, `${shown(entries.length)} episodes`),
-      el("p", {}, "Choose one from the list, or press j."),
-      problems.length ? el("p", { class: "bad" }, `${shown(problems.length)} lines were left out:`) : null,
-      problems.length ? el("ul", {}, first) : null,
+      el("h1", {}, "No rollout files yet"),
+      el("p", {}, `There is no rollout file in ${folder}${others ? `; ${shown(others)} other ${others === 1 ? "file ends" : "files end"} in .jsonl and ${others === 1 ? "holds" : "hold"} no episodes` : ""}.`),
+      el("p", {}, "Training writes rollouts.jsonl into its run's folder, torchrl-chat eval --out an evaluation's, torchrl-chat gateway --rollouts what agents did. This page looks for new files every few seconds."),
+      el("p", {}, "Files from elsewhere: open one (o), or drop it here. It is read in this browser and sent nowhere."),
     ),
   );
 }
 
-function fillStops() {
-  const counts = new Map();
-  for (const { stop } of entries) counts.set(stop, (counts.get(stop) ?? 0) + 1);
-  const options = [...counts].sort().map(([stop, count]) => el("option", { value: stop }, `${stop} (${shown(count)})`));
-  byId("stop").replaceChildren(el("option", { value: "" }, "any stop"), ...options);
+// ---------------------------------------------------------------- the list
+/** List what the address chooses. `still`: what is seen of it stays where it is. */
+function refresh({ still = false } = {}) {
+  for (const id of FIELDS) if (document.activeElement !== byId(id)) byId(id).value = state[id] ?? "";
+  for (const id of ["file", "with"]) if (document.activeElement !== byId(id)) byId(id).value = files.some(({ name }) => name === state[id]) ? state[id] : "";
+  if (!run) return;
+  offer(run.entries, state);
+  offerSteps();
+  for (const option of document.querySelectorAll("#sort [value$=gain]")) option.hidden = !other;
+  byId("reward").setAttribute("aria-invalid", String(Boolean(state.reward?.trim()) && !rangeOf(state.reward)));
+  byId("curves").hidden = !sources().length;
+  byId("curves").setAttribute("aria-pressed", String(Boolean(state.curves)));
+  const rows = other ? pairsChosen() : chosen(run.entries, state);
+  list.set(sorted(rows, state.sort), { still });
+  byId("count").textContent = other ? countPairs(rows) : countEpisodes(rows);
+  byId("export").disabled = !rows.length;
 }
 
-function refresh() {
-  const found = choose(entries, {
-    words: byId("search").value,
-    success: byId("success").value,
-    stop: byId("stop").value,
-    sort: byId("sort").value,
-  });
-  const graded = found.filter((entry) => entry.success !== null);
+function offerSteps() {
+  const steps = other ? [...new Set(other.entries.map((entry) => entry.step))].filter((step) => step !== null).sort((a, b) => a - b) : [];
+  byId("with-step-field").hidden = steps.length < 2 && !state["with-step"];
+  byId("with-step").replaceChildren(el("option", { value: "" }, "any step"), ...steps.map((step) => el("option", { value: String(step) }, `step ${step}`)));
+  byId("with-step").value = state["with-step"] ?? "";
+}
+
+/** The questions of a comparison: those of which an answer passes the filters. */
+function pairsChosen() {
+  const first = chosen(run.entries, { step: state.step });
+  const second = chosen(other.entries, { step: state["with-step"] });
+  const found = paired(first, second);
+  alone = found.alone;
+  const passing = new Set(chosen(other === run ? run.entries : [...first, ...second], { ...state, step: "" }));
+  return found.pairs.filter(({ sides }) => sides.some((side) => side.some((entry) => passing.has(entry))));
+}
+
+function countEpisodes(rows) {
+  const graded = rows.filter((entry) => entry.success !== null);
   const right = graded.filter((entry) => entry.success).length;
   const verdicts = graded.length ? ` · ${((100 * right) / graded.length).toFixed(1)} % right` : "";
-  byId("count").textContent = `${shown(found.length)} of ${shown(entries.length)} episodes${verdicts}`;
-  list.set(found);
+  return `${shown(rows.length)} of ${shown(run.entries.length)} episodes${verdicts}`;
 }
 
-// ---------------------------------------------------------------- one episode, or its group
-async function open(entry) {
-  present = entry;
+function countPairs(rows) {
+  const right = shares(rows).map((share) => (share === null ? "–" : `${(100 * share).toFixed(1)} %`));
+  const missing = alone.some(Boolean) ? ` · not in both: ${shown(alone[0])} and ${shown(alone[1])}` : "";
+  return `${shown(rows.length)} questions in both · right ${right.join(" → ")}${missing}`;
+}
+
+// ---------------------------------------------------------------- what is shown beside it
+function choose(row) {
+  go({ episode: row.id, curves: undefined, sequence: undefined, token: undefined });
+  show();
+}
+
+function look() {
+  const number = (text) => (/^\d{1,9}$/.test(text ?? "") ? Number(text) : null);
+  colourBy(state.colour);
+  return {
+    view: Object.hasOwn(VIEWS, state.view ?? "") ? state.view : "messages",
+    rendered: state.text === "rendered",
+    sequence: number(state.sequence) ?? 0,
+    token: number(state.token),
+    onToken: (sequence, token) => go({ sequence, token }, { quietly: true }),
+    onTokens: (sequence, token) => (go({ view: "tokens", sequence, token }), show()),
+    onColour: (colour) => go({ colour }),
+  };
+}
+
+const byPlace = (entries) => [...entries].sort((a, b) => (a.place ?? a.order) - (b.place ?? b.order));
+const groupOf = (entry) => (entry.group === null ? [entry] : byPlace(run.groups.get(entry.group)));
+/** The listed row of an id; else the episode, which the filters hide. */
+const rowOf = (id) => list.find(id) ?? run.entries.find((row) => row.id === id);
+
+/** Draw what the address says: an episode, its group, a question of two runs, curves, or what the file is. */
+async function show() {
   const ticket = ++shows;
-  const members = comparing && entry.group !== null ? groupOf(entry) : [entry];
+  if (!run) return;
+  const row = state.episode ? rowOf(state.episode) : null;
+  list.mark(row && !state.curves ? row : null);
+  byId("curves").setAttribute("aria-pressed", String(Boolean(state.curves)));
+  document.body.classList.toggle("opened", Boolean(row || state.curves));
+  if (state.curves) return showCurves(ticket);
+  if (!row) return showFile();
+  const seen = look();
   try {
-    const episodes = await Promise.all(members.map((member) => readEpisode(blob, member)));
-    if (ticket !== shows) return;
-    const compared = comparing && members.length > 1;
-    const content = compared ? groupView(episodes, view, (place) => ((comparing = false), list.chooseRow(members[place]))) : episodeView(episodes[0], view);
-    byId("detail").replaceChildren(tools(entry, compared), content);
+    const read = (from, entries) => Promise.all(entries.map((entry) => readEpisode(from.blob, entry)));
+    let content;
+    if (row.sides) {
+      const [a, b] = row.sides.map(byPlace);
+      const sides = [{ name: nameOf(run, state.step), episodes: await read(run, a) }, { name: nameOf(other, state["with-step"]), episodes: await read(other, b) }];
+      content = pairView(sides, seen, (side, place) => openSide(side, [a, b][side][place]));
+    } else if (state.group && groupOf(row).length > 1) {
+      const members = groupOf(row);
+      content = groupView(await read(run, members), seen, (place) => (go({ episode: members[place].id, group: undefined }), show()));
+    } else [content] = (await read(run, [row])).map((episode) => episodeView(episode, seen));
+    if (ticket === shows) byId("detail").replaceChildren(tools(row, seen), content);
   } catch (error) {
-    byId("detail").replaceChildren(el("div", { class: "empty" }, el("p", { class: "bad" }, `line ${entry.line}: ${error.message}`)));
+    if (ticket === shows) byId("detail").replaceChildren(el("div", { class: "empty" }, el("p", { class: "bad" }, `line ${row.line ?? row.order + 1}: ${error.message}`)));
   }
-  document.body.classList.add("opened");
 }
 
-const groupOf = (entry) => [...groups.get(entry.group)].sort((a, b) => (a.place ?? a.order) - (b.place ?? b.order));
+const nameOf = (one, step) => (other === run && step ? `step ${step}` : `${one.name}${step ? `, step ${step}` : ""}`);
 
-function tools(entry, compared) {
-  const size = entry.group === null ? 0 : groups.get(entry.group).length;
-  const name = compared ? `Row ${entry.row ?? "–"}, ${size} members` : `Episode ${list.position >= 0 ? `${shown(list.position + 1)} of ${shown(list.length)}` : entry.id}`;
-  const segment = (one) =>
-    el("button", { type: "button", "aria-pressed": String(view === one), onclick: () => turnTo(one) }, { messages: "Messages", tokens: "Tokens", json: "JSON" }[one]);
+/** One answer of a comparison, by itself: the other file is then the one that is looked at. */
+function openSide(side, entry) {
+  const served = side ? other : run;
+  const changes = { with: undefined, "with-step": undefined, episode: entry.id, step: side ? state["with-step"] : state.step };
+  if (served.grows) changes.file = served.name;
+  run = served;
+  other = null;
+  go(changes);
+  refresh();
+  show();
+}
+
+function showFile() {
+  const problems = run.problems.slice(0, 5).map(({ line, why }) => el("li", {}, `line ${line}: ${why}`));
+  byId("detail").replaceChildren(
+    el(
+      "div",
+      { class: "empty" },
+      el("h1", {}, `${shown(run.entries.length)} episodes`),
+      state.episode ? el("p", { class: "bad" }, `There is no episode ${state.episode} in this file.`) : el("p", {}, "Choose one from the list, or press j."),
+      problems.length ? el("p", { class: "bad" }, `${shown(run.problems.length)} lines were left out:`) : null,
+      problems.length ? el("ul", {}, problems) : null,
+    ),
+  );
+}
+
+function titleOf(row) {
+  if (row.sides) return `Question ${shown(list.position + 1)} of ${shown(list.length)}`;
+  if (state.group && groupOf(row).length > 1) return `Row ${row.row ?? "–"}, ${groupOf(row).length} members`;
+  return `Episode ${list.position >= 0 ? `${shown(list.position + 1)} of ${shown(list.length)}` : row.id}`;
+}
+
+function tools(row, { view, rendered }) {
+  const size = row.sides || row.group === null ? 0 : run.groups.get(row.group).length;
+  const compared = Boolean(state.group) && size > 1;
+  const segment = ([name, text]) => el("button", { type: "button", "aria-pressed": String(view === name), onclick: () => turnTo(name) }, text);
   return el(
     "div",
     { class: "tools" },
     el("button", { id: "back", type: "button", onclick: back }, "‹ List"),
-    el("h1", {}, name),
+    el("h1", {}, titleOf(row)),
     el("button", { class: "icon", type: "button", "aria-label": "Previous episode", title: "Previous (k)", onclick: () => list.move(-1) }, "↑"),
     el("button", { class: "icon", type: "button", "aria-label": "Next episode", title: "Next (j)", onclick: () => list.move(1) }, "↓"),
     el("span", { class: "grow" }),
-    el(
-      "button",
-      { type: "button", id: "compare", "aria-pressed": String(compared), disabled: size < 2, title: size < 2 ? "No other episode of this row" : "The episodes of this row", onclick: compare },
-      compared ? "One episode" : `Compare ${size > 1 ? size : ""}`,
-      el("kbd", {}, "g"),
-    ),
-    el("div", { class: "segments", role: "group", "aria-label": "Show as" }, VIEWS.map(segment)),
+    el("button", { type: "button", "aria-pressed": String(rendered), title: "Markdown and code as such, or the raw text (m)", onclick: render }, "Rendered", el("kbd", {}, "m")),
+    row.sides
+      ? null
+      : el(
+          "button",
+          { type: "button", id: "compare", "aria-pressed": String(compared), disabled: size < 2, title: size < 2 ? "No other episode of this row" : "The episodes of this row", onclick: group },
+          compared ? "One episode" : `Compare ${size > 1 ? size : ""}`,
+          el("kbd", {}, "g"),
+        ),
+    el("div", { class: "segments", role: "group", "aria-label": "Show as" }, Object.entries(VIEWS).map(segment)),
   );
 }
 
-function again() {
-  if (present) open(present);
+// ---------------------------------------------------------------- curves
+/** The runs whose numbers lie beside their files: [{name, names}]. */
+function sources() {
+  const found = [...new Set([run, other])].filter((one) => one?.grows);
+  return found.map(({ name }) => ({ name, beside: files.find((file) => file.name === name)?.beside ?? [] })).filter(({ beside }) => beside.length);
 }
 
-function turnTo(one) {
-  view = one;
-  again();
+async function readFigures() {
+  const news = [];
+  const runs = [];
+  for (const { name, beside } of sources()) {
+    const rows = { metrics: [], evaluations: [] };
+    for (const path of beside) {
+      if (!figures.has(path)) figures.set(path, new Figures(path));
+      news.push(await figures.get(path).look());
+      rows[path.endsWith("evaluations.jsonl") ? "evaluations" : "metrics"] = figures.get(path).rows;
+    }
+    runs.push({ name, ...rows });
+  }
+  return { runs, news: news.some(Boolean) };
 }
 
-function compare() {
-  if (!present || (!comparing && (present.group === null || groups.get(present.group).length < 2))) return;
-  comparing = !comparing;
-  again();
+async function showCurves(ticket, onlyNews = false) {
+  try {
+    const { runs, news } = await readFigures();
+    if (ticket !== shows || (onlyNews && !news)) return;
+    const focused = document.activeElement?.closest?.(".chart")?.dataset.name;
+    const tools = el("div", { class: "tools" }, el("button", { id: "back", type: "button", onclick: back }, "‹ List"), el("h1", {}, "Curves"));
+    byId("detail").replaceChildren(tools, curvesView(runs, { onStep: toStep }));
+    if (focused) [...document.querySelectorAll(".chart")].find((chart) => chart.dataset.name === focused)?.querySelector(".plot").focus();
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+function toStep(step) {
+  go({ step: String(step), ...UNCHOSEN });
+  refresh();
+  show();
+  byId("list").focus({ preventScroll: true });
+}
+
+// ---------------------------------------------------------------- what a person does
+function turnTo(view) {
+  go({ view: view === "messages" ? undefined : view, sequence: undefined, token: undefined });
+  show();
+}
+
+function turn() {
+  const names = Object.keys(VIEWS);
+  turnTo(names[(names.indexOf(look().view) + 1) % names.length]);
+}
+
+function render() {
+  go({ text: state.text === "rendered" ? undefined : "rendered" });
+  show();
+}
+
+function group() {
+  const row = state.episode && run ? rowOf(state.episode) : null;
+  if (!row || row.sides || groupOf(row).length < 2) return;
+  go({ group: state.group ? undefined : "1", sequence: undefined, token: undefined });
+  show();
+}
+
+function curves() {
+  if (!run || !sources().length) return;
+  go({ curves: state.curves ? undefined : "1" });
+  show();
+}
+
+function exportList() {
+  if (!run || !list.length) return;
+  const parts = other
+    ? list.rows.flatMap(({ sides }) => [exported(run.blob, sides[0]), exported(other.blob, sides[1])])
+    : [exported(run.blob, list.rows)];
+  save(new Blob(parts, { type: "application/x-ndjson" }), `${run.name.split("/").join("-").replace(/\.jsonl?$/, "")}-selection.jsonl`);
+  say(`${shown(list.length)} ${other ? "questions" : "episodes"} exported`);
 }
 
 function back() {
@@ -181,27 +411,46 @@ function back() {
   byId("list").focus({ preventScroll: true });
 }
 
-// ---------------------------------------------------------------- wiring
+function filter(quietly) {
+  go(Object.fromEntries(FIELDS.map((id) => [id, byId(id).value || undefined])), { quietly });
+  refresh();
+}
+
 let typing = null;
-byId("search").addEventListener("input", () => {
-  clearTimeout(typing);
-  typing = setTimeout(refresh, 120);
-});
-byId("search").addEventListener("keydown", (event) => {
+for (const id of ["q", "reward"]) {
+  byId(id).addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => filter(true), 120);
+  });
+}
+byId("q").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" && event.key !== "ArrowDown") return;
   event.preventDefault();
   clearTimeout(typing);
-  refresh();
+  filter(true);
   byId("list").focus();
 });
-for (const id of ["success", "stop", "sort"]) byId(id).addEventListener("change", refresh);
-byId("pick").addEventListener("click", () => byId("file").click());
-byId("file").addEventListener("change", () => {
-  const [file] = byId("file").files;
-  byId("file").value = ""; // the same file again is a change, too
-  if (file) load(file, file.name);
+for (const id of ["success", "stop", "task", "grade", "step", "sort"]) byId(id).addEventListener("change", () => filter(false));
+byId("with-step").addEventListener("change", () => (filter(false), show()));
+byId("step").addEventListener("change", () => other && show());
+byId("with").addEventListener("change", async () => {
+  go({ with: byId("with").value || undefined, "with-step": undefined });
+  byId("with").blur();
+  reading ??= new AbortController();
+  if (state.with) await takeOther();
+  else other = null;
+  refresh();
+  show();
 });
-byId("served").addEventListener("change", () => byId("served").value && loadServed(byId("served").value));
+byId("pick").addEventListener("click", () => byId("local").click());
+byId("curves").addEventListener("click", curves);
+byId("export").addEventListener("click", exportList);
+byId("local").addEventListener("change", () => {
+  const [file] = byId("local").files;
+  byId("local").value = ""; // the same file again is a change, too
+  if (file) openLocal(file);
+});
+byId("file").addEventListener("change", () => byId("file").value && openServed(byId("file").value));
 
 let inside = 0; // dragenter and dragleave come for every element on the way
 const dragging = (by) => {
@@ -215,35 +464,66 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   dragging(-Infinity);
   const [file] = event.dataTransfer.files;
-  if (file) load(file, file.name);
+  if (file) openLocal(file);
 });
 
-shortcut("o", "open a file", () => byId("file").click());
-shortcut("/", "search", () => byId("search").focus());
+shortcut("o", "open a file of this machine", () => byId("local").click());
+shortcut("/", "search", () => byId("q").focus());
 shortcut("j", "the next episode", () => list.move(1));
 shortcut("k", "the previous episode", () => list.move(-1));
-shortcut("g", "compare the group of this row, or one episode again", compare);
-shortcut("t", "messages, tokens, JSON", () => turnTo(VIEWS[(VIEWS.indexOf(view) + 1) % VIEWS.length]));
+shortcut("t", "messages, tokens, tree, JSON", turn);
+shortcut("m", "Markdown and code rendered, or the raw text", render);
+shortcut("g", "compare the group of this row, or one episode again", group);
+shortcut("w", "compare with another file or checkpoint", () => byId("with").focus());
+shortcut("c", "curves of the run", curves);
+shortcut("e", "export what is listed, as JSONL", exportList);
 shortcut("l", "back to the list", back);
-explain("↑ ↓", "previous and next, in the list");
-explain("← →", "single tokens, in a token sequence");
+explain("↑ ↓", "previous and next, in the list and in trees");
+explain("← →", "single tokens, steps of a curve");
+explain("Enter", "to the tokens of a call, to the episodes of a step");
 start();
+onMove(restore);
+
+/** Look at files again, as long as the page is seen: a run may be writing. */
+async function watch() {
+  for (let round = 1; ; round++) {
+    await new Promise((resolve) => setTimeout(resolve, LOOKS));
+    if (document.hidden) continue;
+    try {
+      if (folder !== null && round % 5 === 0) await lookForFiles();
+      await lookAgain();
+    } catch (error) {
+      say(`the server does not answer: ${error.message}`);
+    }
+  }
+}
+
+async function lookAgain() {
+  const [first, second] = [run, other];
+  const before = run?.entries.length;
+  let news = false;
+  for (const one of new Set([first, second])) if (one?.grows) news = (await one.look()) !== "same" || news;
+  if (run !== first || other !== second) return;
+  if (news) {
+    refresh({ still: true });
+    const more = run.entries.length - before;
+    say(`${run.name}: ${shown(run.entries.length)} episodes${more > 0 ? `, ${shown(more)} new` : ""}`);
+    const title = byId("detail").querySelector(".tools h1");
+    const row = state.episode && !state.curves ? rowOf(state.episode) : null;
+    if (row && title) title.textContent = titleOf(row);
+    else if (!row && !state.curves) showFile();
+  }
+  if (state.curves) await showCurves(shows, true);
+}
 
 try {
   const config = await askJSON("config");
   byId("to-play").hidden = !config.env;
-  if (config.rollouts) {
-    const { files, left_out: more } = await askJSON("files");
-    byId("served-field").hidden = false;
-    byId("served").replaceChildren(
-      el("option", { value: "" }, `files of the server: ${shown(files.length + more)}`),
-      ...files.map(({ name, size }) => el("option", { value: name }, `${name} (${size < 2 ** 20 ? `${Math.ceil(size / 1024)} kB` : `${Math.round(size / 2 ** 20)} MB`})`)),
-    );
-    if (files.length === 1) {
-      byId("served").value = files[0].name;
-      await loadServed(files[0].name);
-    }
-  }
+  folder = config.rollouts;
+  if (folder !== null) await lookForFiles();
+  if (state.file || state.with) await restore();
+  else refresh();
 } catch (error) {
   say(error.message);
 }
+watch();
