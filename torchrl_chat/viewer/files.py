@@ -97,6 +97,6 @@ def _holds_episodes(path: Path) -> bool:
         first = file.readline(_FIRST_LINE)
     try:
         line = json.loads(first)
-    except ValueError:  # longer than what was read, or being written: the fields of an episode are not at its end
-        return first.startswith(b"{") and b'"version":' in first and b'"messages":' in first
+    except ValueError:  # longer than what was read, or being written
+        return first.startswith(b'{"version":') or (first.startswith(b"{") and b'"messages":' in first)
     return isinstance(line, dict) and "messages" in line

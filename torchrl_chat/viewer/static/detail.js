@@ -22,7 +22,7 @@ export function verdict(success) {
 function body(episode, look, { messages = episode.messages, skip = 0 } = {}) {
   const { view, rendered } = look;
   if (view === "tokens") return sequencesView(episode.sequences, { skip, sequence: look.sequence, token: look.token, onSelect: look.onToken });
-  if (view === "json") return el("pre", { class: "json pad" }, pretty(episode));
+  if (view === "json") return el("pre", { class: "json pad", tabindex: "0", role: "group", "aria-label": "JSON" }, pretty(episode));
   if (view === "tree") return treesView(episode, { rendered, onOpen: look.onTokens });
   return conversation(messages, { rendered });
 }

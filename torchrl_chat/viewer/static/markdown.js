@@ -17,7 +17,7 @@ export function markdown(text) {
 }
 
 // ---------------------------------------------------------------- blocks
-const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*([^`\s]*)/;
+const FENCE = /^( {0,3})(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]|$)/;
@@ -71,7 +71,8 @@ function block(lines, at, depth) {
   return [el("p", {}, inline(lines.slice(at, end).join("\n"))), end];
 }
 
-function fenced(lines, at, [, indent, mark, name]) {
+function fenced(lines, at, [, indent, ticks, behindTicks, tildes, behindTildes]) {
+  const mark = ticks ?? tildes;
   let end = at + 1;
   const closes = (line) => {
     const text = line.trim();
@@ -79,7 +80,7 @@ function fenced(lines, at, [, indent, mark, name]) {
   };
   while (end < lines.length && !closes(lines[end])) end++;
   const body = lines.slice(at + 1, end).map((line) => (line.startsWith(indent) ? line.slice(indent.length) : line.trimStart()));
-  return [codeBlock(body.join("\n"), name), end + 1];
+  return [codeBlock(body.join("\n"), (behindTicks ?? behindTildes).trim()), end + 1];
 }
 
 function list(lines, at, depth) {

@@ -214,7 +214,7 @@ export function sequencesView(sequences, { skip = 0, sequence: chosen = 0, token
     {},
     sequences.map((sequence, place) => {
       const name = place === sequences.length - 1 ? `sequence ${place + 1}, the last` : `sequence ${place + 1}`;
-      return el("section", {}, el("h3", {}, name), tokenView(sequence, { name, ...options(place) }));
+      return el("section", {}, el("h2", { class: "part" }, name), tokenView(sequence, { name, ...options(place) }));
     }),
   );
 }

@@ -42,8 +42,11 @@ function said(episode, call) {
   return (episode.messages ?? []).slice(before, call.until);
 }
 
+/** The one of a call's children that goes on with it; the others fork. Of several, the one that is trained in its sequence. */
 function nextOf(call, children) {
-  return children.find((child) => child.sequence === call.sequence && child.sequence !== null) ?? children.find((child) => child.kind === "continues");
+  const going = children.filter((child) => child.kind === "continues");
+  const among = going.length ? going : children;
+  return among.find((child) => child.sequence === call.sequence && child.sequence !== null) ?? going[0];
 }
 
 /**
@@ -117,7 +120,7 @@ function treeOf(name, items) {
     event.preventDefault();
   });
   list.append(...rows);
-  return el("section", { class: "trees" }, el("h3", {}, name), list, below);
+  return el("section", { class: "trees" }, el("h2", { class: "part" }, name), list, below);
 }
 
 const KINDS = {
