@@ -6,6 +6,8 @@ import base64
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -378,3 +380,38 @@ def test_addresses_lead_to_what_was_looked_at(tab, rollouts, tmp_path):
         linked.expect(linked.locator("#status")).to_contain_text("there is no rollout file 'none.jsonl'")
         linked.goto(f"{url}/web/rollouts?file=two.jsonl&episode=gone&view=odd&token=x&reward=y&sort=z")
         linked.expect(linked.locator("#detail")).to_contain_text("There is no episode gone in this file.")
+
+
+@pytest.mark.full
+def test_a_training_is_watched_while_it_runs(tab, tmp_path):
+    """Its episodes and its curves appear as it writes them, and in the end all of them are there, each once."""
+    command = [
+        sys.executable,
+        "-m",
+        "torchrl_chat.cli.main",
+        "train",
+        "--steps",
+        "6",
+        "--prompts",
+        "2",
+        "--group_size",
+        "4",
+    ]
+    command += ["--minibatch", "4", "--eval", "4", "--out", str(tmp_path / "run")]
+    with (
+        viewer(tmp_path) as url,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as training,
+    ):
+        page = tab(url)
+        page.expect(page.locator("#count")).to_contain_text("episodes", timeout=300_000)  # opened by itself
+        page.locator("#list").focus()
+        page.keyboard.press("j")
+        page.expect(page.locator("h1")).to_contain_text("Episode 1 of")
+        told = page.locator(".facts-list").inner_text()
+        page.expect(page.locator("#count")).to_contain_text("48 of 48", timeout=300_000)
+        assert page.locator(".facts-list").inner_text() == told  # who reads is not disturbed
+        page.keyboard.press("c")
+        page.expect(page.locator("[data-name=loss] .told")).to_contain_text("step 5", timeout=60_000)
+        assert training.wait(300) == 0, training.stderr.read()
+    read = [one["id"] for one in read_rollouts(tmp_path / "run" / "rollouts.jsonl")]
+    assert len(read) == len(set(read)) == 48

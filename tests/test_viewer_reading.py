@@ -107,7 +107,7 @@ def test_tokens_are_coloured_by_what_the_trainer_says(chat, tab, tmp_path):
 
 
 # ---------------------------------------------------------------------- Markdown
-TEXT = """# Title
+TEXT = """### Title
 Some **bold**, *slanted*, `a < b` and ~~gone~~ words.
 1. first
 2. second
@@ -144,7 +144,7 @@ def test_markdown_and_code_on_request(tab, tmp_path):
         page.expect(raw.locator("p")).to_have_text(TEXT.strip())
         page.keyboard.press("m")
         body = page.locator(".rendered").first
-        page.expect(body.get_by_role("heading")).to_have_text("Title")
+        page.expect(body.get_by_role("heading", level=2)).to_have_text("Title")
         assert body.locator("strong").all_inner_texts() == ["bold", "2"]
         assert (body.locator("em").inner_text(), body.locator("del").inner_text()) == ("slanted", "gone")
         assert body.locator("code:not(pre code)").all_inner_texts() == ["a < b", "\\(x^2\\)"]

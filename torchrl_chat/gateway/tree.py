@@ -288,7 +288,7 @@ class Tree:
         return found[::-1]
 
     def calls(self) -> list[dict[str, Any]]:
-        """The tree as a rollout file has it (``docs/rollouts.md``): a call for each answer, in the order of :attr:`answers`.
+        """The tree as a rollout file has it (``docs/reference/rollouts.md``): a call for each answer, in the order of :attr:`answers`.
 
         Of a mere line there is none: each answer continues the one before, and the messages of the last have it all.
         """

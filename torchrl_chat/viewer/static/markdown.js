@@ -13,7 +13,18 @@ const AHEAD = 2000; // characters in which an opened emphasis or link is closed,
 /** The elements of a text. */
 export function markdown(text) {
   if (text.length > MOST) return [el("p", {}, text)];
-  return blocks(text.replace(/\r\n?/g, "\n").split("\n"), 0);
+  return outlined(blocks(text.replace(/\r\n?/g, "\n").split("\n"), 0));
+}
+
+/** Headings one below the other, as readers of outlines expect them: the page has the first level, and no level is left out. */
+function outlined(nodes) {
+  let before = 1;
+  const headings = nodes.flatMap((node) => [...(node.matches("[role=heading]") ? [node] : []), ...node.querySelectorAll("[role=heading]")]);
+  for (const heading of headings) {
+    before = Math.min(Number(heading.getAttribute("aria-level")), before + 1);
+    heading.setAttribute("aria-level", before);
+  }
+  return nodes;
 }
 
 // ---------------------------------------------------------------- blocks
@@ -56,7 +67,7 @@ function block(lines, at, depth) {
   if (heading) {
     const words = line.slice(heading[0].length).trim();
     const closed = /^#+$/.test(words) ? "" : words.replace(/[ \t]#{1,20}$/, "");
-    return [el("p", { class: `heading h${heading[1].length}`, role: "heading", "aria-level": Math.min(6, heading[1].length + 2) }, inline(closed)), at + 1];
+    return [el("p", { class: `heading h${heading[1].length}`, role: "heading", "aria-level": Math.min(6, heading[1].length + 1) }, inline(closed)), at + 1];
   }
   if (isRule(line)) return [el("hr"), at + 1];
   if (QUOTE.test(line)) {

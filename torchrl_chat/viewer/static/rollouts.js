@@ -7,8 +7,10 @@ import { curvesView } from "./curves.js";
 import { VIEWS, episodeView, groupView, pairView, verdict } from "./detail.js";
 import { byId, el, shown } from "./dom.js";
 import { readEpisode } from "./episodes.js";
+import { readFigures, withFigures } from "./figures.js";
 import { VirtualList } from "./list.js";
-import { Figures, Run } from "./runs.js";
+import { Run } from "./runs.js";
+import { aboutFile, emptyFolder, toolbar } from "./frame.js";
 import { askJSON, explain, shortcut, start } from "./shell.js";
 import { colourBy } from "./tokens.js";
 
@@ -24,7 +26,6 @@ let other = null; // what it is compared with
 let reading = null; // an AbortController while files are read
 let shows = 0; // counts what was asked to be shown: the newest wins
 let alone = [0, 0]; // questions that one side of a comparison has alone
-const figures = new Map(); // the numbers beside files, by their names
 
 const list = new VirtualList(byId("list"), (row) => (row.sides ? drawPair(row) : drawItem(row)), choose);
 
@@ -148,22 +149,8 @@ async function lookForFiles() {
   }
   if (!run && !state.file) {
     if (files.length === 1) await openServed(files[0].name);
-    else if (!reading) explainFolder(listed);
+    else if (!reading && !files.length) byId("detail").replaceChildren(emptyFolder(folder, listed.others));
   }
-}
-
-function explainFolder({ others }) {
-  if (files.length) return;
-  byId("detail").replaceChildren(
-    el(
-      "div",
-      { class: "empty" },
-      el("h1", {}, "No rollout files yet"),
-      el("p", {}, `There is no rollout file in ${folder}${others ? `; ${shown(others)} other ${others === 1 ? "file ends" : "files end"} in .jsonl and ${others === 1 ? "holds" : "hold"} no episodes` : ""}.`),
-      el("p", {}, "Training writes rollouts.jsonl into its run's folder, torchrl-chat eval --out an evaluation's, torchrl-chat gateway --rollouts what agents did. This page looks for new files every few seconds."),
-      el("p", {}, "Files from elsewhere: open one (o), or drop it here. It is read in this browser and sent nowhere."),
-    ),
-  );
 }
 
 // ---------------------------------------------------------------- the list
@@ -282,17 +269,7 @@ function openSide(side, entry) {
 }
 
 function showFile() {
-  const problems = run.problems.slice(0, 5).map(({ line, why }) => el("li", {}, `line ${line}: ${why}`));
-  byId("detail").replaceChildren(
-    el(
-      "div",
-      { class: "empty" },
-      el("h1", {}, `${shown(run.entries.length)} episodes`),
-      state.episode ? el("p", { class: "bad" }, `There is no episode ${state.episode} in this file.`) : el("p", {}, "Choose one from the list, or press j."),
-      problems.length ? el("p", { class: "bad" }, `${shown(run.problems.length)} lines were left out:`) : null,
-      problems.length ? el("ul", {}, problems) : null,
-    ),
-  );
+  byId("detail").replaceChildren(aboutFile(run, state.episode));
 }
 
 function titleOf(row) {
@@ -303,54 +280,16 @@ function titleOf(row) {
 
 function tools(row, { view, rendered }) {
   const size = row.sides || row.group === null ? 0 : run.groups.get(row.group).length;
-  const compared = Boolean(state.group) && size > 1;
-  const segment = ([name, text]) => el("button", { type: "button", "aria-pressed": String(view === name), onclick: () => turnTo(name) }, text);
-  return el(
-    "div",
-    { class: "tools" },
-    el("button", { id: "back", type: "button", onclick: back }, "‹ List"),
-    el("h1", {}, titleOf(row)),
-    el("button", { class: "icon", type: "button", "aria-label": "Previous episode", title: "Previous (k)", onclick: () => list.move(-1) }, "↑"),
-    el("button", { class: "icon", type: "button", "aria-label": "Next episode", title: "Next (j)", onclick: () => list.move(1) }, "↓"),
-    el("span", { class: "grow" }),
-    el("button", { type: "button", "aria-pressed": String(rendered), title: "Markdown and code as such, or the raw text (m)", onclick: render }, "Rendered", el("kbd", {}, "m")),
-    row.sides
-      ? null
-      : el(
-          "button",
-          { type: "button", id: "compare", "aria-pressed": String(compared), disabled: size < 2, title: size < 2 ? "No other episode of this row" : "The episodes of this row", onclick: group },
-          compared ? "One episode" : `Compare ${size > 1 ? size : ""}`,
-          el("kbd", {}, "g"),
-        ),
-    el("div", { class: "segments", role: "group", "aria-label": "Show as" }, Object.entries(VIEWS).map(segment)),
-  );
+  const members = row.sides ? null : { size, shown: Boolean(state.group) && size > 1 };
+  return toolbar({ title: titleOf(row), view, rendered, members, back, move: (by) => list.move(by), render, group, turnTo });
 }
 
 // ---------------------------------------------------------------- curves
-/** The runs whose numbers lie beside their files: [{name, names}]. */
-function sources() {
-  const found = [...new Set([run, other])].filter((one) => one?.grows);
-  return found.map(({ name }) => ({ name, beside: files.find((file) => file.name === name)?.beside ?? [] })).filter(({ beside }) => beside.length);
-}
-
-async function readFigures() {
-  const news = [];
-  const runs = [];
-  for (const { name, beside } of sources()) {
-    const rows = { metrics: [], evaluations: [] };
-    for (const path of beside) {
-      if (!figures.has(path)) figures.set(path, new Figures(path));
-      news.push(await figures.get(path).look());
-      rows[path.endsWith("evaluations.jsonl") ? "evaluations" : "metrics"] = figures.get(path).rows;
-    }
-    runs.push({ name, ...rows });
-  }
-  return { runs, news: news.some(Boolean) };
-}
+const sources = () => withFigures([run, other], files);
 
 async function showCurves(ticket, onlyNews = false) {
   try {
-    const { runs, news } = await readFigures();
+    const { runs, news } = await readFigures(sources());
     if (ticket !== shows || (onlyNews && !news)) return;
     const focused = document.activeElement?.closest?.(".chart")?.dataset.name;
     const tools = el("div", { class: "tools" }, el("button", { id: "back", type: "button", onclick: back }, "‹ List"), el("h1", {}, "Curves"));

@@ -7,10 +7,10 @@ const CHUNK = 8 << 20; // bytes that are read at once
 const OVERLAP = 64; // bytes in front of what is new, which have to be as they were
 
 const pathOf = (name) => `files/${name.split("/").map(encodeURIComponent).join("/")}`;
-const bytesOf = async (blob) => new Uint8Array(await blob.arrayBuffer());
+export const bytesOf = async (blob) => new Uint8Array(await blob.arrayBuffer());
 
 /** A file of the server. */
-class Served {
+export class Served {
   blob = new Blob([]);
   #state = null; // its ETag
 
@@ -129,44 +129,5 @@ export class Run {
       if (members) members.push(entry);
       else this.groups.set(entry.group, [entry]);
     }
-  }
-}
-
-/** The lines of a file of numbers (metrics.jsonl, evaluations.jsonl), each an object with a "step". */
-export class Figures {
-  rows = [];
-  #served;
-  #at = 0; // where the first line begins that was not read
-  #begun = false;
-
-  constructor(name) {
-    this.#served = new Served(name);
-  }
-
-  /** Look at it, for the first time or again; whether anything is new. */
-  async look(signal) {
-    let news;
-    if (this.#begun) {
-      const found = await this.#served.more(this.#at, signal);
-      if (found === null) return false;
-      if (found.anew) [this.rows, this.#at] = [[], 0];
-      news = found.news;
-    } else {
-      await this.#served.all(signal);
-      this.#begun = true;
-      news = this.#served.blob;
-    }
-    const bytes = await bytesOf(news);
-    const end = bytes.lastIndexOf(10) + 1; // a line without its newline is being written
-    this.#at += end;
-    for (const line of new TextDecoder().decode(bytes.subarray(0, end)).split("\n")) {
-      try {
-        const row = JSON.parse(line);
-        if (row !== null && typeof row === "object" && typeof row.step === "number") this.rows.push(row);
-      } catch {
-        // an empty line, or one that was cut off
-      }
-    }
-    return end > 0;
   }
 }

@@ -126,7 +126,7 @@ function treeOf(name, items) {
 const KINDS = {
   begins: ["○", "the first sequence begins"],
   restarts: ["○", "a sequence begins"],
-  forks: ["⑂", "forks"],
+  forks: ["↳", "forks"],
   continues: ["│", "continues"],
 };
 
