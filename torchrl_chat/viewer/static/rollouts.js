@@ -15,6 +15,7 @@ import { askJSON, explain, shortcut, start } from "./shell.js";
 import { colourBy } from "./tokens.js";
 
 const LOOKS = 1000; // ms between looks at files that may have grown
+const MOST = 32; // answers of a side that are shown beside those of the other
 const FIELDS = ["q", "success", "stop", "task", "grade", "step", "reward", "sort", "with-step"]; // by their ids and their keys in the address
 const UNCHOSEN = Object.fromEntries(["episode", "group", "curves", "sequence", "token"].map((key) => [key, undefined]));
 
@@ -241,8 +242,12 @@ async function show() {
     const read = (from, entries) => Promise.all(entries.map((entry) => readEpisode(from.blob, entry)));
     let content;
     if (row.sides) {
-      const [a, b] = row.sides.map(byPlace);
-      const sides = [{ name: nameOf(run, state.step), episodes: await read(run, a) }, { name: nameOf(other, state["with-step"]), episodes: await read(other, b) }];
+      const [a, b] = row.sides.map((side) => byPlace(side).slice(0, MOST));
+      const named = (one, step, side) => `${nameOf(one, step)}${row.sides[side].length > MOST ? `: ${MOST} of ${shown(row.sides[side].length)} answers` : ""}`;
+      const sides = [
+        { name: named(run, state.step, 0), episodes: await read(run, a) },
+        { name: named(other, state["with-step"], 1), episodes: await read(other, b) },
+      ];
       content = pairView(sides, seen, (side, place) => openSide(side, [a, b][side][place]));
     } else if (state.group && groupOf(row).length > 1) {
       const members = groupOf(row);
