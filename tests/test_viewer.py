@@ -346,6 +346,7 @@ def test_addresses_lead_to_what_was_looked_at(tab, rollouts, tmp_path):
     with viewer(tmp_path) as url:
         page = tab(url)
         page.locator("#file").select_option("one.jsonl")
+        page.wait_for_url("**file=one.jsonl")
         page.expect(page.locator("#count")).to_contain_text("60 of 60")
         page.expect(page.locator("#list")).to_be_focused()
         page.keyboard.press("j")
@@ -364,8 +365,11 @@ def test_addresses_lead_to_what_was_looked_at(tab, rollouts, tmp_path):
         page.expect(page.locator("h1")).to_have_text("Episode 2 of 60")
         page.go_back()
         page.expect(page.locator("h1")).to_have_text("Episode 1 of 60")
-        page.go_forward()
-        page.go_forward()
+        page.go_back()
+        page.go_back()  # before there was a file
+        page.expect(page.locator("#detail h1")).to_have_text("Rollout files")
+        for _ in range(4):
+            page.go_forward()
         page.expect(page.locator(".flow .at")).to_have_attribute("data-at", "70")
         page.locator("#stop").select_option("max_tokens")
         page.wait_for_url("**stop=max_tokens*")
@@ -378,6 +382,8 @@ def test_addresses_lead_to_what_was_looked_at(tab, rollouts, tmp_path):
         assert str(wanted[1]["sequences"][0]["ids"][70]) in told
         linked.goto(f"{url}/web/rollouts?file=none.jsonl")
         linked.expect(linked.locator("#status")).to_contain_text("there is no rollout file 'none.jsonl'")
+        linked.goto(f"{url}/web/rollouts?file=../config")  # whoever wrote the address
+        linked.expect(linked.locator("#status")).to_contain_text("there is no rollout file '../config'")
         linked.goto(f"{url}/web/rollouts?file=two.jsonl&episode=gone&view=odd&token=x&reward=y&sort=z")
         linked.expect(linked.locator("#detail")).to_contain_text("There is no episode gone in this file.")
 

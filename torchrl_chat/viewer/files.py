@@ -27,8 +27,11 @@ class RolloutFiles:
         ValueError: there is no such folder or file.
 
     Example:
-        >>> RolloutFiles("runs").listed()["files"]  # doctest: +SKIP
-        [{'name': 'one/rollouts.jsonl', 'size': 48211, 'modified': 1.7e9, 'beside': ['one/metrics.jsonl']}]
+        >>> from pathlib import Path
+        >>> for name, line in (("rollouts", '{"version": 1, "messages": []}'), ("metrics", '{"step": 0}')):
+        ...     _ = Path(f"{name}.jsonl").write_text(line)
+        >>> [(file["name"], file["beside"]) for file in RolloutFiles(".").listed()["files"]]
+        [('rollouts.jsonl', ['metrics.jsonl'])]
     """
 
     def __init__(self, place: str | os.PathLike[str]):

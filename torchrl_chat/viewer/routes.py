@@ -99,7 +99,7 @@ def viewer_app(rollouts: str | os.PathLike[str]) -> Starlette:
         ValueError: there is no such folder or file.
 
     Example:
-        >>> uvicorn.run(viewer_app("runs"), host="127.0.0.1")  # doctest: +SKIP
+        >>> app = viewer_app(".")  # uvicorn.run(app, host="127.0.0.1")
     """
     place, guard, static = RolloutFiles(rollouts), Guard(), Static(packages=[STATIC])
 

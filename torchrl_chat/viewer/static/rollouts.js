@@ -28,6 +28,8 @@ let reading = null; // an AbortController while files are read
 let shows = 0; // counts what was asked to be shown: the newest wins
 let alone = [0, 0]; // questions that one side of a comparison has alone
 
+const beginning = byId("detail").firstElementChild; // what is shown before there is a file
+
 const list = new VirtualList(byId("list"), (row) => (row.sides ? drawPair(row) : drawItem(row)), choose);
 
 function drawItem(entry) {
@@ -75,6 +77,7 @@ async function restore() {
   reading = new AbortController();
   const { signal } = reading;
   const begun = performance.now();
+  if (!state.file && run?.grows) run = null;
   if (state.file && (!run?.grows || run.name !== state.file)) await take(await load(state.file, (...how) => Run.served(state.file, ...how)), begun);
   if (signal.aborted) return;
   if (!state.with) other = null;
@@ -114,8 +117,8 @@ async function openLocal(file) {
   arrive();
 }
 
-async function openServed(name) {
-  go({ file: name, step: undefined, ...UNCHOSEN });
+async function openServed(name, quietly = false) {
+  go({ file: name, step: undefined, ...UNCHOSEN }, { quietly });
   reading?.abort();
   reading = new AbortController();
   const begun = performance.now();
@@ -149,7 +152,7 @@ async function lookForFiles() {
     field.value = files.some(({ name }) => name === state[id]) ? state[id] : "";
   }
   if (!run && !state.file) {
-    if (files.length === 1) await openServed(files[0].name);
+    if (files.length === 1) await openServed(files[0].name, true);
     else if (!reading && !files.length) byId("detail").replaceChildren(emptyFolder(folder, listed.others));
   }
 }
@@ -159,7 +162,11 @@ async function lookForFiles() {
 function refresh({ still = false } = {}) {
   for (const id of FIELDS) if (document.activeElement !== byId(id)) byId(id).value = state[id] ?? "";
   for (const id of ["file", "with"]) if (document.activeElement !== byId(id)) byId(id).value = files.some(({ name }) => name === state[id]) ? state[id] : "";
-  if (!run) return;
+  if (!run) {
+    list.set([]);
+    byId("count").textContent = "";
+    return;
+  }
   offer(run.entries, state);
   offerSteps();
   for (const option of document.querySelectorAll("#sort [value$=gain]")) option.hidden = !other;
@@ -230,7 +237,11 @@ const rowOf = (id) => list.find(id) ?? run.entries.find((row) => row.id === id);
 /** Draw what the address says: an episode, its group, a question of two runs, curves, or what the file is. */
 async function show() {
   const ticket = ++shows;
-  if (!run) return;
+  if (!run) {
+    byId("detail").replaceChildren(beginning);
+    document.body.classList.remove("opened");
+    return;
+  }
   const row = state.episode ? rowOf(state.episode) : null;
   list.mark(row && !state.curves ? row : null);
   byId("curves").setAttribute("aria-pressed", String(Boolean(state.curves)));
@@ -437,7 +448,7 @@ async function watch() {
       if (folder !== null && round % 5 === 0) await lookForFiles();
       await lookAgain();
     } catch (error) {
-      say(`the server does not answer: ${error.message}`);
+      say(error.status ? error.message : "the server does not answer; what was read stays");
     }
   }
 }

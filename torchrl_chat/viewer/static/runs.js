@@ -6,7 +6,13 @@ import { ask } from "./shell.js";
 const CHUNK = 8 << 20; // bytes that are read at once
 const OVERLAP = 64; // bytes in front of what is new, which have to be as they were
 
-const pathOf = (name) => `files/${name.split("/").map(encodeURIComponent).join("/")}`;
+/** Where the server has a file. Names come from addresses, too, which anybody may have written: none leads elsewhere. */
+function pathOf(name) {
+  const parts = name.split("/");
+  if (parts.some((part) => ["", ".", ".."].includes(part))) throw new Error(`there is no rollout file '${name}'.`);
+  return `files/${parts.map(encodeURIComponent).join("/")}`;
+}
+
 export const bytesOf = async (blob) => new Uint8Array(await blob.arrayBuffer());
 
 /** A file of the server. */
