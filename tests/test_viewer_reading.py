@@ -460,9 +460,10 @@ def test_axe_finds_nothing(tab, tmp_path, agents_file, theme, states):
             assert violations(page) == [], state
             if "tokens" in state:
                 assert least_contrast(page, ".flow .tok") >= 4.5
-        page.keyboard.press("?")
-        page.expect(page.get_by_role("dialog")).to_be_visible()
-        assert violations(page) == []
+        if len(states) > 1:
+            page.keyboard.press("?")
+            page.expect(page.get_by_role("dialog")).to_be_visible()
+            assert violations(page) == []
 
 
 def least_contrast(page, selector):

@@ -71,6 +71,7 @@ def chromium_browser():
         from playwright import sync_api
     except ImportError:
         skip_without("chromium", "needs playwright: pip install playwright")
+    sync_api.expect.set_options(timeout=20_000)  # of a machine that does much else at the same time
     with sync_api.sync_playwright() as playwright:
         path = chromium(playwright)
         if path is None:

@@ -292,11 +292,12 @@ class Tree:
 
         Of a mere line there is none: each answer continues the one before, and the messages of the last have it all.
         """
-        parents = [None, *self.answers[:-1]]
-        if all(
-            answer.parent is before and answer.delivered
-            for answer, before in zip(self.answers, parents, strict=True)
-        ):
+        before = None
+        for answer in self.answers:
+            if answer.parent is not before or not answer.delivered:
+                break
+            before = answer
+        else:
             return []
         sequences = self.sequences()
         where = {id(answer): number for number, (_, trained) in enumerate(sequences) for answer in trained}
