@@ -22,6 +22,7 @@ from typing import Any
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from torchrl_chat.access import Guard, OwnNames
 from torchrl_chat.gateway.bodies import Bodies
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
 from torchrl_chat.gateway.dialects import DIALECTS
@@ -29,7 +30,6 @@ from torchrl_chat.gateway.exchanges import Exchange
 from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
 from torchrl_chat.openenv.server.connections import LOST
-from torchrl_chat.openenv.server.security import Guard, OwnNames
 
 _log = logging.getLogger("torchrl_chat.gateway")
 _PING = 15.0  # seconds of silence in a stream, after which a comment is sent

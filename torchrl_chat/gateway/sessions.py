@@ -440,7 +440,15 @@ class Session:
                 raise Refusal(f"what the engine sampled cannot be entered: {error}", Kind.ENGINE) from error
             choice, names = self._told(after, stop, call, template)
             given = Answer(
-                exchange.name, key, said(choice.message), after, names, match.answer, system=match.system
+                exchange.name,
+                key,
+                said(choice.message),
+                after,
+                names,
+                match.answer,
+                system=match.system,
+                kind=match.kind,
+                reason=match.reason,
             )
             self.tree.enter(match.place, given)
             exchange.answers.append(given)

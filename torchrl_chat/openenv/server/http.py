@@ -13,11 +13,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from torchrl_chat.access import Guard
 from torchrl_chat.openenv.models import CloseRequest, KeepingResetRequest, State, StepRequest, TaskRequest
 from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, checked, dumps, loads
 from torchrl_chat.openenv.server import mcp
 from torchrl_chat.openenv.server.catalog import Catalog, Entry, Handler, page
-from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
+from torchrl_chat.openenv.server.security import Bucket, address_of
 from torchrl_chat.openenv.server.sessions import ServerSession, SessionTable
 
 _MAX_ADDRESSES = 10_000  # whose rates are known
