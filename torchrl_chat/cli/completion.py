@@ -35,9 +35,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the script."""
-    from torchrl_chat.cli.main import make_parser
-
-    print(script(make_parser(), arguments.shell))
+    print(script(arguments.whole, arguments.shell))
     return 0
 
 

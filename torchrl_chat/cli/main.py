@@ -77,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (train, eval, gateway, serve, play, view, audit, grade, completion):
         module.add_parser(commands)
+    commands.choices["completion"].set_defaults(whole=parser)
     for command in commands.choices.values():
         both_spellings(command)
     return parser

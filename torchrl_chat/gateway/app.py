@@ -5,6 +5,7 @@
     POST /sessions                       a driver makes a session: {"name", "row", "group", "seed"}, all of them optional
     GET  /sessions, GET /s/NAME/         what there is to know, without any of its words
     POST /s/NAME/finish                  a driver ends it: {"reward", "success", "parts", "failure"}
+    GET  /metrics                        what a driver's Prometheus reads
     GET  /health
 
 Each dialect has its own path. Agents show their session's key; drivers the gateway's token.
@@ -17,6 +18,7 @@ import contextlib
 import dataclasses
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,10 +28,12 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
+from torchrl_chat.gateway.counting import LEFT, Counting
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.exchanges import Exchange
 from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
+from torchrl_chat.openenv.server.metrics import PROMETHEUS
 from torchrl_chat.openenv.server.security import Guard, OwnNames
 
 _log = logging.getLogger("torchrl_chat.gateway")
@@ -59,12 +63,13 @@ class Front:
         self._asked = {dialect.path: dialect for dialect in dialects}
         self._counted = {dialect.count_path: dialect for dialect in dialects if dialect.count_path}
         self._first = dialects[0]
+        self._counting = Counting(table)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI endpoint of every address."""
         request = Request(scope, receive)
         path = request.url.path
-        dialect = self._first
+        dialect, spoken, begun = self._first, None, time.perf_counter()
         try:
             if (refused := self._guard.refusal(request)) is not None:
                 raise Refusal(refused[1], Kind.UNAUTHORIZED)
@@ -75,12 +80,21 @@ class Front:
                 dialect = spoken
                 self._method(request, "POST")
                 await self._agent(request, send, dialect, name, inner in self._counted)
+                self._counting.call(spoken.name, 200, begun)
+                return
+            if inner == "/metrics" and name is None:
+                self.table.check_driver(_key(request))
+                await _send(send, 200, self._counting.text().encode(), kind=PROMETHEUS.encode())
                 return
             body = await self._driver(request, name, inner)
             await _send(send, 200, body)
         except Refusal as refusal:
             await self._refuse(send, dialect, refusal)
+            if spoken is not None:
+                self._counting.call(spoken.name, refusal.status, begun)
         except (Gone, ClientDisconnect):
+            if spoken is not None:
+                self._counting.call(spoken.name, LEFT, begun)
             return
         except asyncio.CancelledError:
             raise
@@ -130,6 +144,9 @@ class Front:
         finally:
             gone.cancel()
             session.left(exchange)
+            if exchange.seconds:
+                self._counting.sampled(exchange.seconds)
+                exchange.seconds = 0.0  # whoever tries again waits no second time
 
     async def _stream(
         self, send: Send, dialect: Dialect, call: Call, exchange: Exchange, gone: asyncio.Future[None]
@@ -312,9 +329,15 @@ async def _first(*awaited: asyncio.Future[Any], timeout: float | None = None) ->
     await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _send(send: Send, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-    raw = dumps(body)
-    told = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+async def _send(
+    send: Send,
+    status: int,
+    body: Any,
+    headers: Mapping[str, str] | None = None,
+    kind: bytes = b"application/json",
+) -> None:
+    raw = body if isinstance(body, bytes) else dumps(body)
+    told = [(b"content-type", kind), (b"content-length", str(len(raw)).encode())]
     told += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": told})
     await send({"type": "http.response.body", "body": raw})
