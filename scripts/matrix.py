@@ -30,11 +30,25 @@ import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
+from environment import dependencies
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = tuple(re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"])))
 KINDS = ("lowest", "constraints", "newest")
-EXTRAS = "train,reasoning-gym,math,ifeval,openai,mcp,peft,dataloader,openenv,serve,otel"
+EXTRAS = (
+    "train",
+    "reasoning-gym",
+    "math",
+    "ifeval",
+    "openai",
+    "mcp",
+    "peft",
+    "dataloader",
+    "openenv",
+    "serve",
+    "otel",
+)
 """All but ray, torchao, renderers and vllm, which are large, or need a compiler, a GPU or an environment of their own."""
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scipy", "opentelemetry-sdk")
 TESTS = (
@@ -155,9 +169,14 @@ def try_cell(uv: Path, cell: Cell, wheel: Path, folder: Path, given: argparse.Na
         "newest": (),
     }
     # What tests the package is of the versions that it is tested with, in each environment.
-    wanted = (f"torchrl_chat[{EXTRAS}] @ {wheel.as_uri()}", *map(pin, TOOLS))
+    wanted = (
+        *dependencies(*EXTRAS),
+        *map(pin, TOOLS),
+    )  # by name: lowest-direct means what is asked for, not what that needs
     override = ("--override", held) if given.torch or cell.kind != "newest" else ("-c", held)
     done = run(uv, "pip", "install", "-q", "--python", python, *ways[cell.kind], *override, *wanted)
+    if not done.returncode:
+        done = run(uv, "pip", "install", "-q", "--no-deps", "--python", python, wheel)
     if done.returncode:
         raise NotHad(reason(done))
     cell.versions = versions(uv, python)

@@ -29,10 +29,10 @@ class Span:
     What is raised within it ends it as an error, of which only the type is told.
     """
 
-    __slots__ = ("_entered", "_span")
+    __slots__ = ("_entered", "_failed", "_span")
 
     def __init__(self, entered: Any = None):
-        self._entered = entered
+        self._entered, self._failed = entered, False
         self._span: Any = None
 
     def __bool__(self) -> bool:
@@ -46,7 +46,7 @@ class Span:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._entered is None:
             return
-        if kind is not None:
+        if kind is not None and not self._failed:
             self.fail(kind.__name__)
         self._entered.__exit__(kind, error, trace)
 
@@ -64,6 +64,7 @@ class Span:
         if self._span is not None:
             from opentelemetry.trace import Status, StatusCode
 
+            self._failed = True
             self._span.set_attribute("error.type", kind)
             self._span.set_status(Status(StatusCode.ERROR))
 

@@ -52,7 +52,7 @@ class Metrics:
         self._sums = dict.fromkeys(self._histograms, 0.0)
         self._asked: list[tuple[Callable[..., Any], str, str, list[str], Callable[[], Any]]] = []
         self._registry = CollectorRegistry()
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def count(self, name: str, amount: float = 1, **label: str) -> None:
         """Add to a counter, under its labels if it has some: ``count("errors_total", code="INTERNAL")``."""
