@@ -38,10 +38,9 @@ class Counting:
         metrics.gauge("sessions", "Sessions open now.", lambda: len(table.open))
         metrics.gauge("sessions_max", "Sessions that may be open.", lambda: table.limits.max_sessions)
         metrics.gauge("calls_flying", "Requests on their way.", lambda: sum(s.flying for s in self._open()))
-        if hasattr(table.engine, "waiting"):
-            metrics.gauge(
-                "engine_queue", "Answers that wait for the engine to begin.", lambda: table.engine.waiting
-            )
+        engine: Any = table.engine
+        if hasattr(engine, "waiting"):  # one that batches; a server knows its own queue
+            metrics.gauge("engine_queue", "Answers that wait for the engine to begin.", lambda: engine.waiting)
         metrics.counter("sessions_opened_total", "Sessions made.", [], lambda: {(): self._count("sessions")})
         metrics.counter("sessions_finished_total", "Sessions finished, by stop reason.", ["stop"], self._stops)
         metrics.counter("answers_total", "Answers sampled.", [], lambda: {(): self._count("answers")})
