@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import endpoint_server
 import pytest
@@ -98,6 +100,15 @@ def test_without_a_provider_nothing_is_imported_and_nothing_is_made():
     )
     pytest.importorskip("opentelemetry")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_program_of_the_docs_prints_its_span():
+    """In a process of its own: a provider is set once, for all that follows."""
+    pytest.importorskip("opentelemetry.sdk")
+    text = (Path(__file__).parent.parent / "docs" / "observability.md").read_text()
+    [code] = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert '"name": "evaluate NumberVerifier"' in done.stdout
 
 
 @run
