@@ -21,7 +21,7 @@ from torchrl.data.llm import History
 from torchrl.envs import EnvBase
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
-from torchrl_chat import columns
+from torchrl_chat import columns, telemetry
 from torchrl_chat.conversation import ResponseError, StopReason, Transcript, answer, append
 from torchrl_chat.conversation.turn import Errors, by_row
 from torchrl_chat.envs import reading, specs
@@ -390,6 +390,15 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
 
     # ------------------------------------------------------------------ step
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        with telemetry.span("turn", type(self).__name__) as span:
+            following = self._turn(tensordict)
+            if span:
+                failed = sum(map(bool, columns.read_objects(following.get("env_failure"), self.batch_size)))
+                span.set({"torchrl_chat.batch.size": sum(columns.stepped(tensordict))})
+                span.set({"torchrl_chat.batch.failed": failed})
+        return following
+
+    def _turn(self, tensordict: TensorDictBase) -> TensorDictBase:
         if isinstance(tensordict.get("history", None), History) and tensordict.get("transcript", None) is None:
             self._take_up(tensordict)
         goes = columns.stepped(tensordict)  # torchrl's way to leave some rows (finished ones) as they are
