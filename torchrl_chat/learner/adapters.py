@@ -150,7 +150,8 @@ def whole(model: Any) -> Any:
     """
     if is_sharded(model):
         with gathered(model):
-            weights = {name: w.cpu() for name, w in merged_weights(model)} if ranks.leads() else None
+            # Copies: what is gathered is freed behind this, also on a CPU.
+            weights = {n: w.to("cpu", copy=True) for n, w in merged_weights(model)} if ranks.leads() else None
         if weights is None:
             return None
         config = copy.deepcopy(unwrapped(model).config)
