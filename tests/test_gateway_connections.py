@@ -82,7 +82,8 @@ def test_blank_lines_behind_an_answer_keep_no_connection(hurried, line):
     line.sendall(head_of(session, f"Content-Length: {len(body)}") + body)
     assert answers(line, 1) == ["answer to hi"]
     line.sendall(b"\r\n")
-    assert line.recv(1000) == b""
+    told = line.recv(1000)
+    assert told == b"" or told.startswith(b"HTTP/1.1 400")  # h11, without httptools, says why
 
 
 @pytest.mark.parametrize("where", ["one header", "many headers", "trailer"])
