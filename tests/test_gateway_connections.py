@@ -74,7 +74,8 @@ HALVES = {
 @pytest.mark.parametrize("name", HALVES)
 def test_half_a_request_ends(line, name):
     line.sendall(HALVES[name])
-    assert line.recv(1000) == b""
+    told = line.recv(1000)
+    assert told == b"" or (name == "blank lines" and told.startswith(b"HTTP/1.1 400"))  # h11 says why
 
 
 def test_blank_lines_behind_an_answer_keep_no_connection(hurried, line):
