@@ -12,15 +12,19 @@ from torchrl_chat.gateway import Gateway
 from torchrl_chat.openenv.protocol import ServerLimits
 
 
-@pytest.fixture(scope="module")
-def hurried():
+def gateway_of(seconds):
     templates = templates_of()
-    with Gateway(
+    return Gateway(
         Recorder(templates, lambda ask: f"answer to {ask.messages[-1]['content']}"),
         templates.plain.tokenizer,
         template={"chat_template": templates.plain.renderer.source},
-        server=ServerLimits(request_seconds=1.0),
-    ) as gateway:
+        server=ServerLimits(request_seconds=seconds),
+    )
+
+
+@pytest.fixture(scope="module")
+def hurried():
+    with gateway_of(1.0) as gateway:
         yield gateway
 
 
@@ -74,7 +78,8 @@ HALVES = {
 @pytest.mark.parametrize("name", HALVES)
 def test_half_a_request_ends(line, name):
     line.sendall(HALVES[name])
-    assert line.recv(1000) == b""
+    told = line.recv(1000)
+    assert told == b"" or (name == "blank lines" and told.startswith(b"HTTP/1.1 400"))  # h11 says why
 
 
 def test_blank_lines_behind_an_answer_keep_no_connection(hurried, line):
@@ -82,7 +87,8 @@ def test_blank_lines_behind_an_answer_keep_no_connection(hurried, line):
     line.sendall(head_of(session, f"Content-Length: {len(body)}") + body)
     assert answers(line, 1) == ["answer to hi"]
     line.sendall(b"\r\n")
-    assert line.recv(1000) == b""
+    told = line.recv(1000)
+    assert told == b"" or told.startswith(b"HTTP/1.1 400")  # h11, without httptools, says why
 
 
 @pytest.mark.parametrize("where", ["one header", "many headers", "trailer"])
@@ -117,13 +123,14 @@ def test_requests_one_behind_the_other_and_in_pieces(hurried, line):
     assert answers(line, 3) == ["answer to a", "answer to b", "answer to c é"]
 
 
-def test_a_large_body_of_small_chunks_is_taken(hurried, line):
-    session, body = hurried.session(), body_of("x" * 200_000)
-    chunks = b"".join(b"8\r\n%b\r\n" % body[at : at + 8] for at in range(0, len(body) - len(body) % 8, 8))
-    rest = body[len(body) - len(body) % 8 :]
-    chunks += b"%x\r\n%b\r\n" % (len(rest), rest) if rest else b""
-    line.sendall(head_of(session, "Transfer-Encoding: chunked") + chunks + b"0\r\n\r\n")
-    assert answers(line, 1) == ["answer to " + "x" * 200_000]
+def test_a_large_body_of_small_chunks_is_taken():
+    with gateway_of(60.0) as gateway, socket.create_connection((gateway.host, gateway.port), timeout=60) as line:
+        session, body = gateway.session(), body_of("x" * 200_000)
+        chunks = b"".join(b"8\r\n%b\r\n" % body[at : at + 8] for at in range(0, len(body) - len(body) % 8, 8))
+        rest = body[len(body) - len(body) % 8 :]
+        chunks += b"%x\r\n%b\r\n" % (len(rest), rest) if rest else b""
+        line.sendall(head_of(session, "Transfer-Encoding: chunked") + chunks + b"0\r\n\r\n")
+        assert answers(line, 1) == ["answer to " + "x" * 200_000]
 
 
 def test_a_client_that_waits_for_100_and_one_that_offers_h2c(hurried, line):

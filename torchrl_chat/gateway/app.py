@@ -297,16 +297,17 @@ class Front:
     # ------------------------------------------------------------------ bodies
     async def _raw(self, request: Request) -> bytes:
         most = self.table.limits.max_message_bytes
-        body, more = b"", True
+        chunks: list[bytes] = []
+        count, more = 0, True
         while more:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise Gone
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            if len(body) + len(chunk) > most:
+            chunks.append(message.get("body", b""))
+            count, more = count + len(chunks[-1]), message.get("more_body", False)
+            if count > most:
                 raise Refusal(f"the body has more than {most} bytes.", Kind.TOO_LARGE)
-            body = body + chunk if body else chunk
-        return body
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def _object(self, request: Request) -> Mapping[str, Any]:
         raw = await self._raw(request)
