@@ -8,9 +8,18 @@ from recipe_runs import QUICK, RECIPES, ROOT, learns_the_digits, learns_the_tool
 
 pytestmark = [pytest.mark.learn, pytest.mark.timeout(1500)]
 
+SEEDS = (0, 1, 2)
 
-@pytest.mark.parametrize("seed", of_the_day(0, 1, 2))
-@pytest.mark.parametrize("name", RECIPES)
+
+# In every run the recipe of ``make train``, and one of the others: another recipe on the next day, and in time with every seed.
+GRPO, *OTHERS = RECIPES
+BY_DAY = [
+    *of_the_day(*((GRPO, seed) for seed in SEEDS)),
+    *of_the_day(*((name, seed) for seed in SEEDS for name in OTHERS)),
+]
+
+
+@pytest.mark.parametrize(("name", "seed"), BY_DAY)
 def test_digits(tmp_path, name, seed):
     learns_the_digits(tmp_path / "run", name, "transformers", seed)
 
