@@ -181,7 +181,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
             cached.cache_clear()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def _vocabulary(folder: Path):
     """One of the nine tokenizers that the templates share; a copy takes half the time of loading it."""
     from transformers.models.auto import AutoTokenizer
