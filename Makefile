@@ -72,7 +72,7 @@ vllm:  ## vLLM on the CPU, in an environment of its own
 docs: environment  ## the documentation as a site, in site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# Engines start one after the other: alone they would leave a core idle. What is said comes as one piece, behind a line of dots.
+# One long group of tests on either worker: alone, the longer one would leave a core idle. What is said comes as one piece.
 vllm-beside:
 	@log=$$(mktemp); trap 'rm -f '$$log EXIT; $(MAKE) vllm >$$log 2>&1; status=$$?; echo; cat $$log; exit $$status
 
