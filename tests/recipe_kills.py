@@ -1,6 +1,6 @@
-"""Runs a training script, kills it at random points, resumes it until it is done; prints what was seen as JSON.
+"""Runs a training script, kills it at random points, resumes it until it is done, and once more whole; prints what was seen as JSON.
 
-    python tests/recipe_kills.py SCRIPT FOLDER KILLS SEED [ARGUMENTS ...]
+    python tests/recipe_kills.py SCRIPT KILLED WHOLE KILLS SEED [ARGUMENTS ...]
 
 The libraries are loaded once; every attempt is a fork of this process, which becomes the parent of whatever an attempt
 leaves behind.
@@ -8,6 +8,7 @@ leaves behind.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -77,22 +78,30 @@ def kill_somewhere(pid: int, draw: random.Random, metrics: Path) -> bool:
 
 
 def main() -> None:
-    script, folder, kills, seed, *arguments = sys.argv[1:]
+    script, folder, whole, kills, seed, *arguments = sys.argv[1:]
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import torchrl_chat.playing
     import torchrl_chat.policies.transformers
+    import torchrl_chat.recipes.grpo
     import torchrl_chat.recipes.run
     import torchrl_chat.recipes.tasks
     import torchrl_chat.transforms.reward  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # which vLLM's environment lacks
+        import matplotlib.figure  # noqa: F401
 
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     draw, killed, orphans = random.Random(int(seed)), [], []
     log, metrics = Path(f"{folder}.log"), Path(folder) / "metrics.jsonl"
-    arguments += ["--out", folder, "--resume"]
+
+    def begun(out: str) -> int:
+        return attempt(script, [*arguments, "--out", out, "--resume"], log)
+
     while len(killed) < int(kills):
-        if not kill_somewhere(attempt(script, arguments, log), draw, metrics):
+        if not kill_somewhere(begun(folder), draw, metrics):
             break
         checkpoints = sorted(path.name for path in (Path(folder) / "checkpoints").glob("*"))
         killed.append([lines(metrics), checkpoints])
@@ -100,8 +109,8 @@ def main() -> None:
         while children() and time.monotonic() < end:
             time.sleep(0.05)
         orphans += children()
-    _, status = os.waitpid(attempt(script, arguments, log), 0)
-    print(json.dumps({"killed": killed, "orphans": orphans, "status": os.waitstatus_to_exitcode(status)}))
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(begun(out), 0)[1]) for out in (folder, whole)]
+    print(json.dumps({"killed": killed, "orphans": orphans, "statuses": statuses}))
 
 
 if __name__ == "__main__":

@@ -90,19 +90,22 @@ def learns_the_tool(folder: Path, name: str, backend: str, *arguments: str) -> N
     assert all(len(e["sequences"][0]["sampled"]) == 2 for e, turns in zip(last, used, strict=True) if turns)
 
 
-def run_killed(folder: Path, name: str, kills: int, arguments: list[str], seed: int = 0) -> dict:
-    """Kill and resume a script; what ``recipe_kills.py`` says."""
+def run_killed(folder: Path, name: str, kills: int, arguments: list[str], seed: int = 0) -> tuple[Path, Path]:
+    """Kill and resume a script, and run it whole: the folders of both, when both have ended well and nothing was left behind."""
+    folders = folder / "killed", folder / "whole"
     command = [
         sys.executable,
         str(Path(__file__).with_name("recipe_kills.py")),
         str(ROOT / "examples" / f"{name}.py"),
     ]
     done = subprocess.run(
-        [*command, str(folder), str(kills), str(seed), *arguments],
+        [*command, *map(str, folders), str(kills), str(seed), *arguments],
         capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    told = json.loads(done.stdout)
+    assert (told["statuses"], len(told["killed"]), told["orphans"]) == ([0, 0], kills, [])
+    return folders
 
 
 def same_run(one: Path, other: Path, *, exact: bool = True) -> None:

@@ -356,7 +356,9 @@ class TestCommand:
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    @pytest.mark.parametrize("name", sorted(p.name for p in SHARED.glob("corpus/tokenizers/*")) or ["qwen2.5"])
+    @pytest.mark.parametrize(
+        "name", of_the_day(*sorted(p.name for p in SHARED.glob("corpus/tokenizers/*")) or ["qwen2.5"], share=3)
+    )
     def test_real_folders(self, name, capsys):
         path = need_shared(f"corpus/tokenizers/{name}")
         own = (path / "chat_template.jinja").exists()

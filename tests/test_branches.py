@@ -71,9 +71,7 @@ def test_a_branch_is_what_the_template_writes(name):
 
 class TestKeepAndTemplate:
     def env(self, mode, policy, source=STRIPS):
-        tokenizer = bpe_tokenizer.__wrapped__()
-        tokenizer.chat_template = source
-        return ChatEnv(input_mode=mode, tokenizer=tokenizer, history_policy=policy)
+        return ChatEnv(input_mode=mode, tokenizer=bpe_tokenizer(source), history_policy=policy)
 
     def test_keep_never_branches(self, mode):
         _, ledgers, sampled = play(self.env(mode, "keep"), ["<think>\nso\n</think>\n\n42"] * 3)
@@ -134,9 +132,9 @@ class TestKeepAndTemplate:
             "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
-        tokenizer = bpe_tokenizer.__wrapped__()
-        tokenizer.chat_template = source
-        env = ChatEnv(input_mode=mode, tokenizer=tokenizer, history_policy="template", system_prompt="Be brief.")
+        env = ChatEnv(
+            input_mode=mode, tokenizer=bpe_tokenizer(source), history_policy="template", system_prompt="Be brief."
+        )
         _, ledgers, sampled = play(env, ["42", "43"])
         check_trained_once(ledgers[-1], sampled)
         text = env.template.codec.decode([ledgers[-1].tokens.tolist()])[0]

@@ -7,7 +7,7 @@ import sys
 import episodes
 import pytest
 import torch
-from conftest import bpe_tokenizer
+from conftest import bpe_tokenizer, of_the_day
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict, lazy_stack
@@ -145,6 +145,7 @@ def test_bad_arguments():
         policy(seeded=True)
 
 
+@pytest.mark.parametrize("mode", of_the_day("text", "tokens", "history"))
 def test_acceptance(mode):
     """64 ragged episodes with tools: log-probs, effective sample size, and both again after an optimizer step."""
     act = TransformersPolicy(

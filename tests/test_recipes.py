@@ -669,11 +669,7 @@ def test_most_counts_answers_and_not_their_sequences(tmp_path):
 @pytest.mark.full  # test_kills kills one recipe five times in every run
 def test_kill_and_resume(tmp_path):
     """Two kills; tests/test_recipes_learning.py has more for each script."""
-    told = run_killed(tmp_path / "killed", "grpo", 2, QUICK, seed=1)
-    whole = run_killed(tmp_path / "whole", "grpo", 0, QUICK)
-    assert (told["status"], len(told["killed"]), told["orphans"]) == (0, 2, [])
-    assert whole["status"] == 0
-    same_run(tmp_path / "killed", tmp_path / "whole")
+    same_run(*run_killed(tmp_path, "grpo", 2, QUICK, seed=1))
 
 
 @pytest.mark.full
@@ -702,14 +698,9 @@ def test_kill_and_resume_with_sandboxes(tmp_path):
         "--lr",
         "1e-4",
     ]
-    told = run_killed(tmp_path / "killed", "grpo", 1, [*QUICK, *words], seed=1)
-    whole = run_killed(tmp_path / "whole", "grpo", 0, [*QUICK, *words])
-    assert (told["status"], len(told["killed"]), told["orphans"]) == (0, 1, [])
-    assert whole["status"] == 0
-    same_run(tmp_path / "killed", tmp_path / "whole")
-    used = [
-        any(m["role"] == "tool" for m in e["messages"]) for e in read_rollouts(tmp_path / "whole/rollouts.jsonl")
-    ]
+    killed, whole = run_killed(tmp_path, "grpo", 1, [*QUICK, *words], seed=1)
+    same_run(killed, whole)
+    used = [any(m["role"] == "tool" for m in e["messages"]) for e in read_rollouts(whole / "rollouts.jsonl")]
     assert sum(used) > len(used) // 4
 
 

@@ -10,6 +10,7 @@ import types
 import episodes
 import pytest
 import torch
+from conftest import of_the_day
 from tensordict import TensorDict
 from torchrl.modules.llm import vLLMWrapper
 
@@ -80,6 +81,7 @@ def accept(act, sync, mode: str, temperature: float = TEMPERATURE) -> None:
 
 
 class TestVLLMPolicy:
+    @pytest.mark.parametrize("mode", of_the_day("text", "tokens", "history"))
     def test_acceptance(self, engine, mode):
         act = policy(engine)
         accept(act, act.sync, mode)
@@ -255,6 +257,7 @@ class TestExactVLLMWrapper:
         options = {"generate_kwargs": {"max_new_tokens": 24, "temperature": TEMPERATURE}, **options}
         return ExactVLLMWrapper(engine, tokenizer=episodes.tokenizer(), input_mode=mode, **options)
 
+    @pytest.mark.parametrize("mode", of_the_day("tokens", "history", "text"))
     def test_acceptance(self, engine, mode):
         accept(self.wrapper(engine, mode), policy(engine).sync, mode)
 
