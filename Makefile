@@ -6,7 +6,7 @@ ENVIRONMENT := $(PYTHON) scripts/environment.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 VLLM := OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py tests/test_vllm_learning.py tests/test_vllm_gateway.py
 
-.PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm docs environment peers clean
+.PHONY: help train train-real test test-all lint style types change suite corpus services learn openenv vllm docs environment peers test-matrix clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do printf 'make %-10s %s\n' "$$name" "$$does"; done
@@ -31,6 +31,10 @@ test-all: environment  ## everything: all seeds, all kills, vLLM's learning, age
 	TORCHRL_CHAT_EXAMPLES=all $(PYTEST) -m "not vllm"
 	$(ENVIRONMENT) vllm
 	$(VLLM) -m vllm
+
+# In environments of its own, which take gigabytes; see scripts/matrix.py --help.
+test-matrix:  ## some of every room, with lowest, constrained and newest versions on each Python; ARGS="--python 3.12 --cuda"
+	$(PYTHON) scripts/matrix.py $(ARGS)
 
 lint: style types  ## format, lint, floors, types
 

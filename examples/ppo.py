@@ -32,12 +32,11 @@ from torchrl_chat.recipes.run import Run
 from torchrl_chat.recipes.settings import TINY_TOOL, RunConfig, for_readers, parse, setting
 from torchrl_chat.recipes.tasks import ask, make_actor_critic, make_env, make_optimizer, make_policy, warm_start
 from torchrl_chat.training import (
+    TokenTerms,
     gae,
     kl_estimate,
     masked_mean,
     microbatches,
-    of_columns,
-    policy_loss,
     scored,
     token_rewards,
     token_shares,
@@ -98,37 +97,16 @@ def loss_of(
         "advantage": part["advantage"].reshape(mask.shape),
         "share": token_shares(mask, denominator=counts.tokens),
     }
-    loss = of_columns(lambda scores, some, mask: terms(scores, some, mask, config)[0], own)
-    scores, values = actor_critic(part, entropy=True, loss=loss, **scoring)
+    terms = TokenTerms(clip=config.clip, entropy=config.entropy)
+    scores, values = actor_critic(part, entropy=True, loss=terms.of(own), **scoring)
     streams.add(part, scores, counts)
-    metrics = terms(TokenScores(scores.log_probs, scores.entropy), own, mask, config)[1]
+    _, metrics = terms(TokenScores(scores.log_probs, scores.entropy), own, mask)
     error = (values - part["target"]) ** 2
     if config.value_clip:
         near = part["value"] + (values - part["value"]).clamp(-config.value_clip, config.value_clip)
         error = torch.maximum(error, (near - part["target"]) ** 2)
-    metrics |= {
-        "value_error": masked_mean(error.detach(), mask),
-        "entropy": masked_mean(scores.entropy, mask),
-    }
+    metrics["value_error"] = masked_mean(error.detach(), mask)
     return scores.loss + config.value_weight * masked_mean(error, mask, denominator=counts.tokens), metrics
-
-
-def terms(
-    scores: TokenScores, own: dict[str, torch.Tensor], mask: torch.Tensor, config: PPOConfig
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy's loss, a sum over tokens (N, T), and what to log of them."""
-    loss, metrics = policy_loss(
-        scores.log_probs,
-        own["old"],
-        own["advantage"],
-        mask,
-        clip=config.clip,
-        weights=own["share"],
-        denominator=1.0,
-    )
-    if config.entropy:
-        loss = loss - config.entropy * (scores.entropy * own["share"]).sum()
-    return loss, metrics
 
 
 _LEARNED = (

@@ -195,4 +195,27 @@ def check_law(session: Session, lost: int = 0, log_prob: float | None = -0.25) -
     sampled = Counter((tuple(prompt), tuple(ids)) for prompt, ids in engine.sampled)
     assert not found - sampled, "a sequence trains what was not sampled there"
     assert (sampled - found).total() == lost, "what was sampled is trained in no sequence"
+    check_calls(session, transcript)
     return len(transcript.sequences)
+
+
+def check_calls(session: Session, transcript: Any) -> None:
+    """The tree in a rollout file has every answer: whom it continues, all that was said up to it, and where its ids stand."""
+    calls, answers, said = session.tree.calls(), session.tree.answers, []
+    if not calls:
+        assert len(transcript.sequences) == 1
+        assert all(answer.delivered for answer in answers)
+        return
+    for call, answer in zip(calls, answers, strict=True):
+        before = call["parent"]
+        assert (None if before is None else answers[before]) is answer.parent
+        assert (call["kind"] in ("begins", "restarts")) == (before is None)
+        known = [] if before is None else said[before]
+        said.append(list(transcript.messages[: call["until"]]) if "until" in call else known + call["messages"])
+        assert said[-1] == list(answer.transcript.messages)
+        start, end = call["span"]
+        assert (call["sequence"] is not None) == answer.delivered
+        if call["sequence"] is not None:
+            branch = transcript.sequences[call["sequence"]]
+            assert branch.tokens[:end].tolist() == answer.transcript.tokens[:end].tolist()
+            assert bool(branch.mask[start:end].all())

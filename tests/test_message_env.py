@@ -22,6 +22,7 @@ from torchrl_chat.conversation import Reply
 from torchrl_chat.named import named
 from torchrl_chat.openenv import ChatAction
 from torchrl_chat.openenv.gallery import factory_of
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GAMES = {
@@ -491,3 +492,20 @@ class TestNames:
     def test_of_nothing(self, name):
         with pytest.raises(ValueError, match=name.replace(".", r"\.").split(":")[0] or "names nothing"):
             named(name)
+
+
+def test_a_template_that_writes_no_tools_is_told():
+    class Shop(MessageEnv):
+        tools = ("buy",)
+
+        def reset(self, row):
+            return "Buy."
+
+        def buy(self, article: str) -> str:
+            return article
+
+        def step(self, message):
+            return None, 0.0, True
+
+    with pytest.warns(RuntimeWarning, match=r"does not write the tools that it is given \(buy\)"):
+        MessageChatEnv(Shop, tokenizer=tiny_tokenizer(TEXT_ALPHABET), input_mode="text")

@@ -12,10 +12,10 @@ import pytest
 import websockets
 from openenv_live import TEMPLATE, ask, connect, live, wait_for
 
+from torchrl_chat.access import Guard, names_loopback
 from torchrl_chat.cli import play, serve
 from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.protocol import Limits
-from torchrl_chat.openenv.server.security import Guard, names_loopback
 from torchrl_chat.openenv.web import web_routes
 
 pytestmark = pytest.mark.services

@@ -220,6 +220,36 @@ def _keep(model, path: str) -> None:
     ranks.together()
 
 
+def compiled_beside_whole() -> tuple[float, int]:
+    """How far compiled steps of weights in parts are from plain ones of whole weights; and how many were compiled."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    ranks.begin("cpu")
+    mesh = init_device_mesh("cpu", (ranks.count(),))
+
+    def parted(value):
+        return distribute_tensor(value, mesh, [Shard(0)])
+
+    draw = torch.Generator().manual_seed(0)
+    # In 8 bits, in blocks that each lie in one part; in float32; and a row, which all but the first have no part of.
+    values = [torch.randn(shape, generator=draw) for shape in ((64, 128), (6, 5), (1, 300))]
+    gradients = [[torch.randn(value.shape, generator=draw) for value in values] for _ in range(3)]
+    found = []
+    for stance, place in (("force_eager", torch.clone), ("default", parted)):
+        torch.compiler.set_stance(stance)
+        torch._dynamo.utils.counters.clear()
+        weights = [torch.nn.Parameter(place(value)) for value in values]
+        optimizer = eight_bits(weights)
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = place(gradient)
+            optimizer.step()
+        found.append([w.detach().full_tensor() if place is parted else w.detach() for w in weights])
+    apart = max(float((one - other).abs().max()) for one, other in zip(*found, strict=True))
+    return apart, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def bfloat16_in_parts() -> str:
     ranks.begin("cpu")
     try:
@@ -230,6 +260,7 @@ def bfloat16_in_parts() -> str:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1500)
 class TestSeveralProcesses:
     @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2), (3, 2), (2, 3)])
     def test_a_state_goes_on(self, tmp_path, before, after):
@@ -246,10 +277,13 @@ class TestSeveralProcesses:
         assert all_of_it <= (0 if before == after else 0.05 * way)
         assert most <= 2 * 2.4 * (1e-3 / 4 + 1e-3 / 5)
 
+    def test_steps_are_compiled(self):
+        (apart, graphs), (apart_there, fewer) = in_ranks(2, compiled_beside_whole, timeout=900)
+        assert (graphs, fewer) == (3, 2)
+        assert max(apart, apart_there) < 1e-6
+
     def test_bfloat16_in_parts_is_refused(self):
-        assert all(
-            "torchao (0.18) cannot compile its step for such" in told for told in in_ranks(2, bfloat16_in_parts)
-        )
+        assert all("would be summed in bfloat16" in told for told in in_ranks(2, bfloat16_in_parts))
 
 
 # ---------------------------------------------------------------------- runs

@@ -10,7 +10,7 @@ from rank_runs import check_same, rows, run
 from torchrl_chat import ranks
 from torchrl_chat.learner import Counts, gathered, learn, shard, with_lora
 from torchrl_chat.tiny import tiny_model
-from torchrl_chat.training import whitened
+from torchrl_chat.training import importance_weights, whitened
 from torchrl_chat.training.values import PolicyAndValue
 
 pytestmark = pytest.mark.services
@@ -70,13 +70,17 @@ def steps_of(sizes: list[int], kind: str, max_tokens: int) -> list[tuple[float, 
     return [(each["loss"], each["grad_norm"]) for each in told]
 
 
-def whitened_part(count: int) -> list[list[float]]:
+def of_all_processes(count: int) -> tuple[list[list[float]], dict[str, float]]:
+    """Whitened advantages of this process's rows, and figures of a correction, of parts that are unlike each other."""
     ranks.begin("cpu")
     draw = torch.Generator().manual_seed(0)
     values, mask = torch.randn(7, 5, generator=draw), torch.rand(7, 5, generator=draw) < 0.6
-    values[2, 1] = torch.inf
     own = slice(0, 7) if count == 1 else (slice(0, 5), slice(5, 7), slice(7, 7))[ranks.own()]
-    return whitened(values[own], mask[own]).tolist()
+    scored = values.clone()
+    scored[6] *= 9
+    figures = importance_weights(scored[own], torch.zeros(7, 5)[own], mask[own])[1]
+    values[2, 1] = torch.inf
+    return whitened(values[own], mask[own]).tolist(), {name: float(value) for name, value in figures.items()}
 
 
 # ---------------------------------------------------------------------- tests
@@ -100,10 +104,13 @@ def test_steps_of_a_policy_with_values_are_those_of_one_process(kind, sizes):
         assert found == [pytest.approx(each, rel=1e-4) for each in expected]
 
 
-def test_advantages_are_whitened_over_all_processes():
-    [expected] = in_ranks(1, whitened_part, 1)
-    found = [row for part in in_ranks(3, whitened_part, 3) for row in part]
-    assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-6)
+def test_advantages_and_figures_of_corrections_are_those_of_all_processes():
+    """One of which has no rows."""
+    [(expected, figures)] = in_ranks(1, of_all_processes, 1)
+    parts, told = zip(*in_ranks(3, of_all_processes, 3), strict=True)
+    assert torch.allclose(torch.tensor([row for part in parts for row in part]), torch.tensor(expected), atol=1e-6)
+    assert set(figures) == {"mismatch", "mismatch_max", "mismatch_ess", "beyond"}
+    assert list(told) == [pytest.approx(figures, rel=1e-5)] * 3
 
 
 # So many that some are right: values that have nothing to learn go by rounding alone, which Adam makes as large as anything else.

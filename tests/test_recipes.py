@@ -309,7 +309,7 @@ class TestRun:
 
     def test_two_processes_do_not_write_one_run(self, tmp_path, monkeypatch):
         run = books(tmp_path)
-        monkeypatch.setattr("torchrl_chat.recipes.run._locked.__defaults__", (0.2,))
+        monkeypatch.setattr("torchrl_chat.recipes.books._locked.__defaults__", (0.2,))
         with pytest.raises(BlockingIOError, match="another process"):
             books(tmp_path, resume=True)
         run.close()

@@ -411,8 +411,8 @@ def test_train_is_seen_by_the_viewer_and_says_nothing_of_others(tmp_path):
     pytest.importorskip("starlette", reason="needs the extra: torchrl_chat[serve]")
     from starlette.testclient import TestClient
 
-    from torchrl_chat.openenv.web import viewer_app
     from torchrl_chat.rollouts import read_rollouts
+    from torchrl_chat.viewer import viewer_app
 
     command = [
         sys.executable,

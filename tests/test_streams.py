@@ -72,6 +72,7 @@ def test_every_trained_token_has_its_own_numbers(turns, layout, rng):
     td = batch_of([ledger(each, draw) for each in turns])
     view = training_view(td, layout=layout)
     kept = torch.tensor([rng.random() < 0.8 for _ in range(len(view))])
+    view["advantage"] = torch.randn(len(view), 1, generator=draw)
     view, streams = view[kept], Streams()
     needed = torch.tensor([rng.random() < 0.8 for _ in range(len(view))]).bool()
     torch.manual_seed(0)
@@ -91,6 +92,8 @@ def test_every_trained_token_has_its_own_numbers(turns, layout, rng):
         )
         if use
     }
+    keys = zip(view["episode"].tolist(), view["episode_sequence"][:, 0].tolist(), strict=True)
+    advantages = dict(zip(keys, view["advantage"].flatten().tolist(), strict=True))
     apart = []
     for number, episode in enumerate(episodes(td, streams=streams.of)):
         sampled = [sequence for sequence in episode["sequences"] if sequence["sampled"]]
@@ -101,6 +104,8 @@ def test_every_trained_token_has_its_own_numbers(turns, layout, rng):
                 ratio, entropy = plainly(sequence)
                 assert sequence["ratio"] == pytest.approx(ratio.tolist(), rel=1e-3)
                 assert sequence["entropy"] == pytest.approx(entropy.tolist(), rel=1e-3)
+                expected = [advantages[number, place]] * len(entropy)
+                assert sequence["advantage"] == pytest.approx(expected, rel=1e-5)
                 apart.append(ratio.log().abs())
     assert bool(streams.mismatch()) == bool(apart)
     if apart:
@@ -164,3 +169,4 @@ def test_recipes_write_them(tmp_path, monkeypatch, name):
             assert len(sequence["ratio"]) == len(sequence["entropy"]) == len(sequence["log_probs"])
             assert sequence["ratio"] == pytest.approx([1.0] * len(sequence["ratio"]), rel=1e-3)
             assert all(0 <= value < 5 for value in sequence["entropy"])
+            assert ("advantage" in sequence) == (name != "expert_iteration")

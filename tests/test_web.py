@@ -418,7 +418,7 @@ def test_on_a_phone(chat, tab, rollouts):
     page.locator("#observation summary").tap()
     assert overflow(page) <= 0
     page.goto(f"{chat}/web/rollouts")
-    page.locator("#file").set_input_files(rollouts)
+    page.locator("#local").set_input_files(rollouts)
     page.expect(page.locator("#count")).to_contain_text("60 of 60")
     page.locator(".item").first.tap()
     page.expect(page.locator(".message").first).to_be_visible()

@@ -19,8 +19,9 @@ from conftest import skip_without
 from torchrl_chat import ChatTemplate, tiny
 from torchrl_chat.openenv.chat.environment import ChatEnvironment
 from torchrl_chat.openenv.server import create_app, make_server
-from torchrl_chat.openenv.web import viewer_app, web_routes
+from torchrl_chat.openenv.web import web_routes
 from torchrl_chat.rollouts import as_line
+from torchrl_chat.viewer import viewer_app
 
 HOSTILE = "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script><b>bold</b>"
 TEXT = tiny.tiny_tokenizer(tiny.TEXT_ALPHABET)
@@ -70,6 +71,7 @@ def chromium_browser():
         from playwright import sync_api
     except ImportError:
         skip_without("chromium", "needs playwright: pip install playwright")
+    sync_api.expect.set_options(timeout=20_000)  # of a machine that does much else at the same time
     with sync_api.sync_playwright() as playwright:
         path = chromium(playwright)
         if path is None:

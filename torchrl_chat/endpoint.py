@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
+from torchrl_chat import telemetry
 from torchrl_chat.posting import Poster, goes_through_proxy
 
 RESERVED = ("model", "messages", "temperature", "max_tokens", "n", "stream", "timeout")
@@ -180,6 +181,8 @@ class Reply:
     """Tool calls that the server took out of the text, as a message of the ledger has them."""
     versions: tuple[tuple[int, int | None], ...] = ()
     """Which weights sampled the ids, ``(start, version)`` each, where the server tells that by numbers."""
+    tokens: tuple[int | None, int | None] = (None, None)
+    """How many tokens the model read and wrote, where the server tells that."""
 
 
 @dataclass(eq=False)
@@ -395,6 +398,38 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                 :class:`~torchrl_chat.posting.PostError` or ``OSError``.
             RuntimeError: the same, where the error repeats the key: it is hidden.
         """
+        operation = "chat" if api == "chat" else "text_completion"
+        with telemetry.inference(
+            operation, self.model, "vllm" if api == "generate" else "openai", "CLIENT"
+        ) as span:
+            reply = await self._asked(request, api, text, told)
+            if span:
+                self._tell(span, request, reply)
+        return reply
+
+    def _tell(self, span: telemetry.Span, request: Mapping[str, Any], reply: Reply) -> None:
+        """Say in a span what was asked and replied."""
+        place = urlsplit(self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+        settings = {**request, **request.get("sampling_params", {})}
+        port = place.port or {"http": 80, "https": 443}.get(place.scheme)
+        span.set({"server.address": place.hostname, "server.port": port})
+        span.set(telemetry.asked(settings, seed=settings.get("seed")))
+        span.set(telemetry.used(*reply.tokens, [reply.finish_reason]))
+        if telemetry.content() and "messages" in request:
+            hide, said = (
+                self.secrets.hide,
+                [{"role": "assistant", "content": reply.text, "tool_calls": reply.calls}],
+            )
+            span.set({"gen_ai.input.messages": hide(telemetry.words(request["messages"]))})
+            span.set({"gen_ai.output.messages": hide(telemetry.words(said, [reply.finish_reason]))})
+
+    async def _asked(
+        self,
+        request: Mapping[str, Any],
+        api: Literal["chat", "completions", "generate"],
+        text: bool,
+        told: Callable[[list[int]], None] | None,
+    ) -> Reply:
         client, slots = self._beside() if api == "generate" else self.here()
         secrets = self.secrets
         async with slots:
@@ -435,6 +470,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             list(choice["token_ids"] or ()),
             None if entries is None else [float(entry["logprob"]) for entry in entries],
             versions=_versions(choice.get("weight_versions")),
+            tokens=(usage.get("prompt_tokens"), usage.get("completion_tokens")),
         )
 
     async def _heard(self, events: AsyncGenerator[Any, None], told: Callable[[list[int]], None]) -> Reply:
@@ -459,7 +495,8 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         if last is None:
             raise ConnectionError("the stream ended before the answer did")
         self.count(**{f"{what}_tokens": usage.get(f"{what}_tokens") or 0 for what in ("prompt", "completion")})
-        return Reply("", last, ids, scores, versions=_versions(versions))
+        tokens = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        return Reply("", last, ids, scores, versions=_versions(versions), tokens=tokens)
 
     def _received(self, completion: Any, secrets: Secrets, needed: bool) -> Reply:
         usage = getattr(completion, "usage", None)
@@ -482,6 +519,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             _log_probs(getattr(choice, "logprobs", None)),
             list(prompt) if prompt else None,
             tuple(_parsed(call) for call in getattr(message, "tool_calls", None) or ()),
+            tokens=(None, None) if usage is None else (read, written),
         )
         if f"{reply.text} {reply.calls}" not in secrets:
             return reply

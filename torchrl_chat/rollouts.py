@@ -102,7 +102,16 @@ def episodes(
 
     held = td.get("reward_parts", None)
     parts = {} if held is None else {str(key): number(("reward_parts", key)) for key in held.keys()}
-    told = ("query", "answer", "grade_failure", "extracted", "finish_reason", "policy_error", "env_failure")
+    told = (
+        "query",
+        "answer",
+        "grade_failure",
+        "extracted",
+        "finish_reason",
+        "policy_error",
+        "env_failure",
+        "session_calls",
+    )
     read_columns = {key: read(key) for key in told}
     numbered = ("reward", "success", "stop_reason", "done", "terminated", "prompt_differs", *EPISODE_KEYS)
     numbers = {key: number(key) for key in numbered}
@@ -142,6 +151,8 @@ def episodes(
             trained = [each for each in episode["sequences"] if each["sampled"]]
             for which, each in enumerate(trained):
                 each |= _streams_of(each, None if streams is None else streams(i, which))
+        if of["session_calls"]:
+            episode["calls"] = of["session_calls"]
         yield plain({**episode, "metadata": shared})
 
 

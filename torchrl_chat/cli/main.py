@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from torchrl_chat.cli import audit, eval, gateway, grade, play, serve, train, view
+from torchrl_chat.cli import audit, completion, eval, gateway, grade, play, serve, train, view
 from torchrl_chat.options import both_spellings, quiet_others
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it
@@ -75,8 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"torchrl-chat {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, eval, gateway, serve, play, view, audit, grade):
+    for module in (train, eval, gateway, serve, play, view, audit, grade, completion):
         module.add_parser(commands)
+    commands.choices["completion"].set_defaults(whole=parser)
     for command in commands.choices.values():
         both_spellings(command)
     return parser

@@ -145,9 +145,9 @@ def make_app(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: an unknown environment; or a port that others can reach without a token.
     """
+    from torchrl_chat.access import is_loopback
     from torchrl_chat.openenv.protocol import ServerLimits
     from torchrl_chat.openenv.server import create_app
-    from torchrl_chat.openenv.server.security import is_loopback
     from torchrl_chat.openenv.web import web_routes
 
     local = is_loopback(arguments.host)

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: there is no such file or folder.
     """
-    from torchrl_chat.openenv.web import viewer_app
+    from torchrl_chat.viewer import viewer_app
 
     app = viewer_app(arguments.path)
 

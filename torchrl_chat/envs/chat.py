@@ -21,7 +21,7 @@ from torchrl.data.llm import History
 from torchrl.envs import EnvBase
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
-from torchrl_chat import columns
+from torchrl_chat import columns, telemetry
 from torchrl_chat.conversation import ResponseError, StopReason, Transcript, answer, append
 from torchrl_chat.conversation.turn import Errors, by_row
 from torchrl_chat.envs import reading, specs
@@ -184,6 +184,13 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         self.template = ChatTemplate(tokenizer, **self.template_kwargs) if tokenizer is not None else None
         if self.template is not None:
             self.tokenizer = self.template.tokenizer  # of a processor, its tokenizer
+            if untold := self.template.unwritten_tools():
+                warnings.warn(
+                    f"The chat template does not write the tools that it is given ({', '.join(untold)}): the model is told nothing of them. Say it "
+                    "in the system prompt, or take a template that knows tools (template_kwargs={'chat_template': ...}).",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         self._make_specs()
 
     def _make_specs(self) -> None:
@@ -383,6 +390,15 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
 
     # ------------------------------------------------------------------ step
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        with telemetry.span("turn", type(self).__name__) as span:
+            following = self._turn(tensordict)
+            if span:
+                failed = sum(map(bool, columns.read_objects(following.get("env_failure"), self.batch_size)))
+                span.set({"torchrl_chat.batch.size": sum(columns.stepped(tensordict))})
+                span.set({"torchrl_chat.batch.failed": failed})
+        return following
+
+    def _turn(self, tensordict: TensorDictBase) -> TensorDictBase:
         if isinstance(tensordict.get("history", None), History) and tensordict.get("transcript", None) is None:
             self._take_up(tensordict)
         goes = columns.stepped(tensordict)  # torchrl's way to leave some rows (finished ones) as they are

@@ -5,6 +5,7 @@
     POST /sessions                       a driver makes a session: {"name", "row", "group", "seed"}, all of them optional
     GET  /sessions, GET /s/NAME/         what there is to know, without any of its words
     POST /s/NAME/finish                  a driver ends it: {"reward", "success", "parts", "failure"}
+    GET  /metrics                        what a driver's Prometheus reads
     GET  /health
 
 Each dialect has its own path. Agents show their session's key; drivers the gateway's token.
@@ -16,20 +17,23 @@ import asyncio
 import dataclasses
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from torchrl_chat.access import Guard, OwnNames
 from torchrl_chat.gateway.bodies import Bodies
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
+from torchrl_chat.gateway.counting import LEFT, Counting
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.exchanges import Exchange
 from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
 from torchrl_chat.openenv.server.connections import LOST
-from torchrl_chat.openenv.server.security import Guard, OwnNames
+from torchrl_chat.openenv.server.metrics import PROMETHEUS
 
 _log = logging.getLogger("torchrl_chat.gateway")
 _PING = 15.0  # seconds of silence in a stream, after which a comment is sent
@@ -101,12 +105,13 @@ class Front:
         self._asked = {dialect.path: dialect for dialect in dialects}
         self._counted = {dialect.count_path: dialect for dialect in dialects if dialect.count_path}
         self._first = dialects[0]
+        self._counting = Counting(table)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI endpoint of every address."""
         request = Request(scope, receive)
         path = request.path
-        dialect = self._first
+        dialect, spoken, begun = self._first, None, time.perf_counter()
         try:
             if "origin" in request.headers:
                 refused = self._guard.refusal(HTTPConnection(scope))
@@ -119,12 +124,21 @@ class Front:
                 dialect = spoken
                 self._method(request, "POST")
                 await self._agent(request, send, dialect, name, inner in self._counted)
+                self._counting.call(spoken.name, 200, begun)
+                return
+            if inner == "/metrics" and name is None:
+                self.table.check_driver(_key(request))
+                await _send(send, 200, self._counting.text().encode(), kind=PROMETHEUS.encode())
                 return
             body = await self._driver(request, name, inner)
             await _send(send, 200, body)
         except Refusal as refusal:
             await self._refuse(send, dialect, refusal)
+            if spoken is not None:
+                self._counting.call(spoken.name, refusal.status, begun)
         except Gone:
+            if spoken is not None:
+                self._counting.call(spoken.name, LEFT, begun)
             return
         except asyncio.CancelledError:
             raise
@@ -179,6 +193,9 @@ class Front:
             if lost is None:
                 gone.cancel()
             session.left(exchange)
+            if exchange.seconds:
+                self._counting.sampled(exchange.seconds)
+                exchange.seconds = 0.0  # whoever tries again waits no second time
 
     async def _stream(
         self, send: Send, dialect: Dialect, call: Call, exchange: Exchange, gone: asyncio.Future[None]
@@ -358,9 +375,15 @@ async def _first(*awaited: asyncio.Future[Any], timeout: float | None = None) ->
             each.remove_done_callback(wake)
 
 
-async def _send(send: Send, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-    raw = dumps(body)
-    told = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+async def _send(
+    send: Send,
+    status: int,
+    body: Any,
+    headers: Mapping[str, str] | None = None,
+    kind: bytes = b"application/json",
+) -> None:
+    raw = body if isinstance(body, bytes) else dumps(body)
+    told = [(b"content-type", kind), (b"content-length", str(len(raw)).encode())]
     told += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": told})
     await send({"type": "http.response.body", "body": raw})

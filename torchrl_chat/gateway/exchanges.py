@@ -27,6 +27,7 @@ class Exchange:
         answers: what was sampled.
         waiting: how many clients wait for it.
         progress: what can be told of it already.
+        seconds: how long sampling took; 0 while it has not.
     """
 
     def __init__(self, name: str, created: int, digest: bytes):
@@ -38,6 +39,7 @@ class Exchange:
         self.waiting = 0
         self.claimed = 0  # retries that have got it
         self.progress = Progress()
+        self.seconds = 0.0
         self._delivered = False
 
     @property

@@ -29,7 +29,8 @@ def episodes(sessions: Sequence[Session | Recorded], data_key: str = "query") ->
         ``("log_probs", "prompt")`` of the last one; ``"reward"`` float32 (B, 1, 1), ``"success"`` and ``"graded"`` bool (B, 1, 1),
         ``"reward_parts"``, ``"grade_failure"``, ``"extracted"``, ``"env_failure"``; ``"done"``, ``"terminated"``, ``"truncated"`` bool (B, 1), ``"stop_reason"``
         int64 (B, 1), ``"finish_reason"``; and every column of the dataset rows. Sessions that were made with a ``group`` have it in
-        ``"session_group"``. A session in which nothing was sampled failed, and no token of it is trained.
+        ``"session_group"``, and where an
+        agent's calls are a tree, and no mere line, ``"session_calls"`` has it as rollout files do. A session in which nothing was sampled failed, and no token of it is trained.
 
     Raises:
         ValueError: there is no session, or one is not finished.
@@ -98,6 +99,9 @@ def episodes(sessions: Sequence[Session | Recorded], data_key: str = "query") ->
     td.set("grade_failure", columns.objects([session.grade_failure for session in sessions], batch, None))
     td.set("extracted", columns.objects([session.extracted for session in sessions], batch, None))
     td.set("env_failure", columns.objects(failures, batch, None))
+    trees = [session.tree.calls() if isinstance(session, Session) else [] for session in sessions]
+    if any(trees):
+        td.set("session_calls", columns.objects(trees, batch, None))
     reasons = ["length" if ledger.ended is False else "stop" for ledger in shown]
     td.set("finish_reason", columns.objects(reasons, batch, None))
     return td

@@ -83,6 +83,11 @@ class PolicyEngine:
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for the policy."""
+        return len(self._waiting)
+
     async def sample(self, ask: Ask) -> Turn:
         """See :class:`~torchrl_chat.gateway.engines.Engine`."""
         loop = asyncio.get_running_loop()

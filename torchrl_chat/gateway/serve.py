@@ -16,6 +16,7 @@ from typing import Any
 from tensordict import TensorDict
 
 from torchrl_chat._loop import LoopThread
+from torchrl_chat.access import is_loopback
 from torchrl_chat.conversation import Limits, StopReason, Transcript
 from torchrl_chat.gateway.calls import Dialect
 from torchrl_chat.gateway.dialects import DIALECTS
@@ -26,7 +27,7 @@ from torchrl_chat.gateway.rewarding import Rewarder
 from torchrl_chat.gateway.sessions import Session, Settings
 from torchrl_chat.gateway.table import Table, report
 from torchrl_chat.gateway.templates import Templates
-from torchrl_chat.openenv.protocol import ServerLimits, is_loopback
+from torchrl_chat.openenv.protocol import ServerLimits
 from torchrl_chat.policies.policy import Policy
 
 _KEPT = 10_000  # finished sessions that wait to be taken

@@ -23,6 +23,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torchrl_chat import telemetry
 from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn, answer, append
 from torchrl_chat.conversation.limits import NO_LIMIT
 from torchrl_chat.gateway.bodies import Bodies
@@ -34,6 +35,7 @@ from torchrl_chat.gateway.matching import said
 from torchrl_chat.gateway.streaming import Teller
 from torchrl_chat.gateway.templates import Templates
 from torchrl_chat.gateway.tree import Answer, CallName, Match, Tree
+from torchrl_chat.gateway.watching import sampled, watched
 from torchrl_chat.gateway.wording import for_ledger, stopped, turn_kind
 from torchrl_chat.messages import MessageError
 from torchrl_chat.seeds import mixed
@@ -140,7 +142,7 @@ class Session:
         """Where a sequence began or forked, and why; and what was asked for and left out."""
         self.begun = time.monotonic()
         self.used = self.begun
-        self.sampled, self.turns, self.calls = 0, 0, 0
+        self.sampled, self.turns, self.calls, self.prompted = 0, 0, 0, 0
         self._names = names or Names()
         self._exchanges = Exchanges()
         self._broken: dict[bytes, str] = {}
@@ -178,7 +180,9 @@ class Session:
         self._check(call)
         exchange = Exchange(self._names(), int(time.time()), digest)
         self._exchanges.add(exchange, call.key)
-        exchange.task = asyncio.get_running_loop().create_task(self._answered(exchange, call))
+        answering = self._answered(exchange, call)
+        task = watched(answering, self, call) if telemetry.on() else answering
+        exchange.task = asyncio.get_running_loop().create_task(task)
         exchange.task.add_done_callback(lambda _: self._exchanges.settled(exchange))
         return exchange
 
@@ -242,6 +246,13 @@ class Session:
         """What the engine said of a request that it failed at and that was not answered since; ``""`` where there is none."""
         return next(iter(self._broken.values()), "")
 
+    def counts(self) -> Counter[str]:
+        """What adds up over the sessions of a gateway."""
+        found = Counter({f"report: {name}": number for name, number in self.report.items()})
+        found.update({"sessions": 1, "answers": self.turns})
+        found.update({"sampled tokens": self.sampled, "prompt tokens": self.prompted})
+        return found
+
     def answers_to(self, name: str) -> Answer | None:
         """The answer of a name."""
         return self.tree.names.get(name)
@@ -271,6 +282,7 @@ class Session:
             self.report[match.kind] += 1
             self._note(f"answer {self.turns}: {match.kind}: {match.reason}.")
         exchange.prompt.set_result(Usage(len(prompt), 0, _kept(match)))
+        begun = time.perf_counter()
         try:
             turns = await self._sampled(asks)
         except BaseException as error:
@@ -279,6 +291,7 @@ class Session:
             if place.asked == before + len(asks):  # the next try samples from the same seed
                 place.asked = before
             raise
+        exchange.seconds = time.perf_counter() - begun
         self._broken.pop(exchange.digest, None)
         kind = (key, "answer", prompt.course.shape)
         # Entered is what comes of a second call, which costs its own tokens only.
@@ -401,7 +414,7 @@ class Session:
 
     async def _sample(self, ask: Ask) -> Turn:
         try:
-            return await self.engine.sample(ask)
+            return await (sampled(self.engine, ask) if telemetry.on() else self.engine.sample(ask))
         except Refusal:
             raise
         except Exception as error:  # an engine is anybody's: what it raises is this request's affair
@@ -440,7 +453,15 @@ class Session:
                 raise Refusal(f"what the engine sampled cannot be entered: {error}", Kind.ENGINE) from error
             choice, names = self._told(after, stop, call, template)
             given = Answer(
-                exchange.name, key, said(choice.message), after, names, match.answer, system=match.system
+                exchange.name,
+                key,
+                said(choice.message),
+                after,
+                names,
+                match.answer,
+                system=match.system,
+                kind=match.kind,
+                reason=match.reason,
             )
             self.tree.enter(match.place, given)
             exchange.answers.append(given)
@@ -457,6 +478,7 @@ class Session:
             self.stop = self.stop or StopReason.MAX_TOKENS
             self._check(call)
         self.used = time.monotonic()
+        self.prompted += len(prompt)
         shown = tuple(prompt.tokens.tolist()) if call.told.get("ids") else ()
         return Reply(
             exchange.name,

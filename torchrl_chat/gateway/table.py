@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +54,8 @@ class Table:
         self.token, self.implicit = token, implicit
         self.open: dict[str, Session] = {}
         self.closing = False
+        self.past: Counter[str] = Counter()  # what the sessions that are not open any more had counted
+        self.stops: Counter[str] = Counter()  # why sessions were finished
         self._ended = ended
         self._keys: dict[str, Session] = {}
         self._done: OrderedDict[str, None] = OrderedDict()
@@ -194,6 +196,7 @@ class Table:
             return
         session.finish(reward, **more)
         self.retire(session)
+        self.stops[session.stop.word] += 1
         _log.info(
             "a session is finished",
             extra={"session": session.name, "stop": session.stop.word, "answers": session.turns},
@@ -212,6 +215,7 @@ class Table:
         session.seal()
         if self.open.get(session.name) is session:
             del self.open[session.name]
+            self.past.update(session.counts())
             if self._keys.get(session.key) is session:
                 del self._keys[session.key]
             self._done[session.name] = None

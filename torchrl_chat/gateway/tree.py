@@ -11,15 +11,18 @@ sampled token is under exactly one mask.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torchrl_chat.conversation import Branch, Transcript
 from torchrl_chat.conversation.transcript import IDS, LOG_PROBS, MASK, Tape
 from torchrl_chat.gateway.matching import POLICY, Said, difference, said
 from torchrl_chat.messages import Message
+
+Kind = Literal["begins", "continues", "forks", "restarts"]
 
 _RECENT = 16  # requests whose way through the tree is remembered: as many branches may be on their way at once
 
@@ -72,6 +75,10 @@ class Answer:
     """The system prompt that stood beside the messages of its request."""
     spelled: Message | None = None
     """As an agent sent it back last: it will spell it alike next time."""
+    kind: Kind = "begins"
+    """What its request did: see :attr:`Match.kind`."""
+    reason: str = ""
+    """Why, in a sentence without any of the words of the conversation."""
 
     @property
     def empty(self) -> bool:
@@ -93,7 +100,7 @@ class Match:
     """Where in it that stands which is appended: 0 where a sequence begins."""
     calls: Mapping[str, CallName]
     """The calls that results refer to, by the ids that the request has for them."""
-    kind: Literal["begins", "continues", "forks", "restarts"]
+    kind: Kind
     """In a word: the session's first sequence; the newest answer of a sequence is continued; an earlier answer is continued; a
     further sequence begins."""
     reason: str
@@ -280,6 +287,42 @@ class Tree:
             found.append((leaf, mine[::-1]))
         return found[::-1]
 
+    def calls(self) -> list[dict[str, Any]]:
+        """The tree as a rollout file has it (``docs/reference/rollouts.md``): a call for each answer, in the order of :attr:`answers`.
+
+        Of a mere line there is none: each answer continues the one before, and the messages of the last have it all.
+        """
+        before = None
+        for answer in self.answers:
+            if answer.parent is not before or not answer.delivered:
+                break
+            before = answer
+        else:
+            return []
+        sequences = self.sequences()
+        where = {id(answer): number for number, (_, trained) in enumerate(sequences) for answer in trained}
+        numbers = {id(answer): number for number, answer in enumerate(self.answers)}
+        last = {id(answer) for answer in _line(sequences[-1][0])} if sequences else set()
+        calls = []
+        for answer in self.answers:
+            ledger, parent = answer.transcript, answer.parent
+            span = ledger.spans[-1]
+            call: dict[str, Any] = {
+                "parent": None if parent is None else numbers[id(parent)],
+                "kind": answer.kind,
+                "reason": answer.reason,
+                "sequence": where.get(id(answer)),
+                "span": [span.start, span.end],
+            }
+            if id(answer) in last:
+                call["until"] = len(ledger.messages)
+            else:
+                call["messages"] = list(ledger.messages[0 if parent is None else len(parent.transcript.messages) :])
+            if parent is None or parent.tools != answer.tools:
+                call["tools"] = _tool_names(answer.tools)
+            calls.append(call)
+        return calls
+
     def ledger(self) -> Transcript | None:
         """The session as one ledger: its last sequence, the others as its branches; ``None`` where nothing was sampled."""
         found = self.sequences()
@@ -379,6 +422,12 @@ def _strays(place: Place, role: str) -> str:
             "follows a prompt whose answer is left out (B1)" if place.answers else "stands where another role stood"
         )
     return "is not the one that stood there before"
+
+
+def _tool_names(tools: Hashable) -> list[str]:
+    """The names of the functions that a prompt shows."""
+    schemas = json.loads(tools) if isinstance(tools, bytes) and tools else []
+    return [str((schema.get("function") or schema).get("name", "?")) for schema in schemas]
 
 
 def _line(answer: Answer) -> Iterator[Answer]:

@@ -9,7 +9,7 @@ from torchrl_chat.learner.minibatches import Counts, averaged, learn
 from torchrl_chat.learner.optimizers import OffloadedAdamW, make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
-from torchrl_chat.learner.sharding import gathered, shard
+from torchrl_chat.learner.sharding import gathered, gathered_head, shard
 from torchrl_chat.learner.streams import Streams
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "compute_in",
     "free_memory",
     "gathered",
+    "gathered_head",
     "learn",
     "make_adamw",
     "merged_weights",

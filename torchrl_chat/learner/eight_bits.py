@@ -31,7 +31,11 @@ class AdamW8bit(_AdamW8bit):
     # torchao's own has a decorator that leaves it without types.
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Update the weights that have a gradient; the first time it compiles for each of their shapes, but for weights in parts."""
+        """Update the weights that have a gradient; the first time it compiles for each of their shapes.
+
+        Of weights in parts on several processes each updates its own, without a word to the others: no number of a step depends on
+        another one, and blocks are made of parts.
+        """
         if closure is not None:
             raise ValueError("AdamW8bit takes no closure: compute the loss before the step.")
         with _compiling():
@@ -48,10 +52,9 @@ class AdamW8bit(_AdamW8bit):
                         state["exp_avg_sq"] = self._new_buffer(weight, False)
                     state["step"] += 1
                     by_chance = self.bf16_stochastic_round and weight.dtype is torch.bfloat16
-                    moments = state["exp_avg"], state["exp_avg_sq"]
-                    # Compiled for parts of a weight, it was not seen to end.
-                    update = _update if hasattr(weight, "to_local") else _compiled
-                    update(weight.detach(), weight.grad, state["step"], *moments, *settings, by_chance)
+                    part, moments = _local(weight.detach()), (_local(state["exp_avg"]), _local(state["exp_avg_sq"]))
+                    if part.numel():  # of a small weight there may be no part for all
+                        _compiled(part, _local(weight.grad), state["step"], *moments, *settings, by_chance)
 
     def set_whole_state(self, weight: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> None:
         """Give a weight its state, in 8 bits, or the part of it that this process has of the weight.

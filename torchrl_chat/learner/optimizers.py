@@ -89,8 +89,8 @@ def _in_8_bits(weights: list[torch.Tensor], given: dict[str, Any]) -> torch.opti
         raise ImportError("adamw-8bit needs torchao: pip install 'torchrl_chat[torchao]'.") from error
     if any(weight.dtype is torch.bfloat16 and hasattr(weight, "to_local") for weight in weights):
         raise ValueError(
-            "adamw-8bit with weights in bfloat16 that lie in parts on several processes: torchao (0.18) cannot compile its step for "
-            "such. Give it weights in float32 (--dtype bfloat16 computes in bfloat16), or train in one process."
+            "adamw-8bit with weights in bfloat16 that lie in parts on several processes: their gradients would be summed in bfloat16, in "
+            "which small ones are lost. Give it weights in float32 (--dtype bfloat16 computes in bfloat16), or train in one process."
         )
     try:
         get_cpp_compiler()

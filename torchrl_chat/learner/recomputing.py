@@ -45,7 +45,7 @@ def recompute_activations(model: Any) -> int:
 
 
 # A layer that writes what the next tokens go on from would do so twice.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "state")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params", "state")
 
 
 class _Recomputed(Front):

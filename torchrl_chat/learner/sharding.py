@@ -135,13 +135,39 @@ def gathered(model: Any) -> Iterator[None]:
     Args:
         model: a model of :func:`shard`; any other is left alone.
     """
-    units: list[Any] = [part for part in model.modules() if _is_unit(part)]
+    units = [part for part in model.modules() if _is_unit(part)]
+    with _whole(units), torch.no_grad() if units else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def gathered_head(model: Any) -> Iterator[None]:
+    """Inside, each process has the output head of a model that is not trained, with the embeddings, and whatever is in no layer.
+
+    Other models learn meanwhile, from what this one says (:class:`~torchrl_chat.models.divergence.AllTokens`).
+
+    Args:
+        model: a model of :func:`shard`; any other is left alone.
+
+    Raises:
+        ValueError: some of its weights are trained.
+    """
+    if is_sharded(model) and any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            "the head of a model that is trained is gathered for each pass: only that of a frozen one stays so."
+        )
+    with _whole([model] if _is_unit(model) else []):
+        yield
+
+
+@contextlib.contextmanager
+def _whole(units: Sequence[Any]) -> Iterator[None]:
+    """Inside, units are not parted again when they were used."""
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        with torch.no_grad() if units else contextlib.nullcontext():
-            yield
+        yield
     finally:
         for unit in units:
             unit.reshard()

@@ -16,10 +16,11 @@ class _Part(NamedTuple):
     mask: torch.Tensor  # bool (N, T), what was sampled
     log_ratio: torch.Tensor  # float32 (N, T), NaN where nothing was scored
     entropy: torch.Tensor | None
+    advantage: torch.Tensor | None
 
 
 class Streams:
-    """Keeps the ratio and the entropy of every token of the sequences that went through a loss, of each sequence's first pass.
+    """Keeps the ratio, the entropy and the advantage of every token of the sequences that went through a loss, of each sequence's first pass.
 
     The ratio is the probability of the token under the model that learns, divided by that with which it was sampled. In a
     step's first minibatch these are the same weights: what is not 1 there is the mismatch of two programs.
@@ -43,7 +44,8 @@ class Streams:
         """Take what a pass said, but for sequences that went through one before.
 
         Args:
-            part: N rows of a ragged or padded training view, with their ``"episode"`` and ``"episode_sequence"``.
+            part: N rows of a ragged or padded training view, with their ``"episode"`` and ``"episode_sequence"``; and their
+                ``"advantage"``, a number a row or a token, where there is one.
             scores: of these rows, (N, T).
             counts: of their minibatch.
         """
@@ -62,13 +64,18 @@ class Streams:
         log_ratio = (scores.log_probs.detach() - before.to(scores.mask.device)).masked_fill(~scores.mask, torch.nan)
         for key, row in new:
             self._places[key] = len(self._parts), row
-        self._parts.append(_Part(sampled, log_ratio, None if scores.entropy is None else scores.entropy.detach()))
+        advantage = part.get("advantage", None)
+        if advantage is not None:
+            advantage = advantage.detach().reshape(len(part), -1).to(scores.mask.device).expand_as(scores.mask)
+        entropy = None if scores.entropy is None else scores.entropy.detach()
+        self._parts.append(_Part(sampled, log_ratio, entropy, advantage))
         if not counts.updates:
             apart = log_ratio[scores.mask].abs()
             self._before.append((apart.sum(), apart.max() if len(apart) else apart.sum(), scores.mask.sum()))
 
     def of(self, episode: int, sequence: int) -> dict[str, list[float]] | None:
-        """``"ratio"`` and ``"entropy"`` (nats) of each sampled token of a sequence, in their order; ``None`` where it was not learned from.
+        """``"ratio"``, ``"entropy"`` (nats) and ``"advantage"`` of each sampled token of a sequence, in their order; ``None`` where it was
+        not learned from.
 
         Args:
             episode: its number in the view.
@@ -77,11 +84,13 @@ class Streams:
         place = self._places.get((episode, sequence))
         if place is None:
             return None
-        (mask, log_ratio, entropy), row = self._parts[place[0]], place[1]
+        (mask, log_ratio, entropy, advantage), row = self._parts[place[0]], place[1]
         chosen = mask[row]
         told = {"ratio": log_ratio[row].exp()}
         if entropy is not None:
             told["entropy"] = entropy[row].masked_fill(log_ratio[row].isnan(), torch.nan)
+        if advantage is not None:
+            told["advantage"] = advantage[row].masked_fill(log_ratio[row].isnan(), torch.nan)
         return {name: values[chosen].tolist() for name, values in told.items()}
 
     def mismatch(self) -> dict[str, float]:

@@ -14,8 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 T = TypeVar("T")
 
-# Under which names transformers' models give back what their next call goes on from.
-_CACHES = ("past_key_values", "cache_params", "state", "mems")
+# Under which names transformers' models give back what their next call goes on from. From version 5.24 on it is "cache" in most,
+# and two of the others are names of the same, which a model may not be given beside it.
+_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
+_OF_CACHE = ("past_key_values", "cache_params")
 
 
 Together = Literal["padded", "equal", "alone"]
@@ -229,7 +231,9 @@ class Decoding:
 
     def _kept(self, output: Any) -> torch.Tensor:
         if self._cached:
-            self._cache = {name: value for name in _CACHES if (value := getattr(output, name, None)) is not None}
+            again = _OF_CACHE if getattr(output, "cache", None) is not None else ()
+            names = [name for name in _CACHES if name not in again]
+            self._cache = {name: value for name in names if (value := getattr(output, name, None)) is not None}
             if not self._cache:
                 raise ValueError(f"it gives back none of {', '.join(_CACHES)} to go on from")
         logits: torch.Tensor = output.logits[:, -1]

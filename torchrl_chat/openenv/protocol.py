@@ -9,7 +9,6 @@ session goes on. Everything is as in ``openenv`` 0.10 and ``openenv-core`` 0.3; 
 from __future__ import annotations
 
 import enum
-import ipaddress
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -206,14 +205,6 @@ def checked(model: type[M], data: Any, what: str) -> M:
         ]
     lines = "; ".join(f"{'.'.join(map(str, item['loc'])) or what}: {item['msg']}" for item in found)
     raise ProtocolError(ErrorCode.VALIDATION_ERROR, f"Invalid {what}: {lines}", errors=found)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server of that host is on this machine, and only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def short(value: Any) -> str:

@@ -7,6 +7,7 @@ that no policy sampled enters a ledger, and the other rows go on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_chat import columns
+from torchrl_chat import columns, telemetry
 from torchrl_chat.conversation import Turn
 from torchrl_chat.conversation.turn import Errors
 from torchrl_chat.endpoint import failure
@@ -118,17 +119,42 @@ class Policy(TensorDictModuleBase):
         turns = [Turn(torch.empty(0, dtype=torch.int64), torch.empty(0), "", "length", row.limit) for row in rows]
         found: Errors = {} if errors is None else errors
         places = [i for i, row in enumerate(rows) if i not in found and (row.limit is None or row.limit > 0)]
-        more: dict[str, Any] = {}
         sample: Callable[..., Sequence[Turn | Exception]] = self._sample
         if told is not None and self.tells:
-            more["told"] = lambda so_far: _places(places, told(dict(zip(places, so_far, strict=True))))
-        for i, turn in zip(places, sample([rows[i] for i in places], **more) if places else (), strict=True):
+            tell = told
+            sample = functools.partial(
+                sample, told=lambda so_far: _places(places, tell(dict(zip(places, so_far, strict=True))))
+            )
+        for i, turn in zip(
+            places,
+            self._watched(sample, [rows[i] for i in places]) if places else (),
+            strict=True,
+        ):
             if isinstance(turn, Turn):
                 turns[i] = turn
             else:
                 found[i] = turn
         if errors is None and found:
             raise found[min(found)]
+        return turns
+
+    def _watched(
+        self, sample: Callable[[Sequence[Prompt]], Sequence[Turn | Exception]], prompts: Sequence[Prompt]
+    ) -> Sequence[Turn | Exception]:
+        """What is sampled, and where somebody watches, a span of it: a batch is one call of the model."""
+        model = getattr(getattr(self, "model", None), "name_or_path", None) or getattr(self, "model", None)
+        name, library = model if isinstance(model, str) else "", type(self).__module__.rpartition(".")[2]
+        with telemetry.inference("text_completion", name, library) as span:
+            turns = sample(prompts)
+            if span:
+                done = [turn for turn in turns if isinstance(turn, Turn)]
+                ids = [prompt.ids for prompt in prompts if prompt.ids is not None]
+                span.set(
+                    {"torchrl_chat.batch.size": len(turns), "torchrl_chat.batch.failed": len(turns) - len(done)}
+                )
+                asked = sum(map(len, ids)) if len(ids) == len(prompts) else None
+                sampled = sum(len(turn.ids) for turn in done if turn.ids is not None)
+                span.set(telemetry.used(asked, sampled, [turn.finish_reason for turn in done]))
         return turns
 
     def _sample(self, prompts: Sequence[Prompt]) -> Sequence[Turn | Exception]:

@@ -45,7 +45,8 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import ranks
-from torchrl_chat.learner import Counts, Streams, gathered, learn, set_rate
+from torchrl_chat.learner import Counts, Streams, gathered, gathered_head, learn, set_rate
+from torchrl_chat.models.divergence import AllTokens
 from torchrl_chat.models.token_scores import TokenScores
 from torchrl_chat.playing import play
 from torchrl_chat.recipes.run import Run
@@ -61,20 +62,17 @@ from torchrl_chat.recipes.tasks import (
 )
 from torchrl_chat.rewards import Episode, OverlongPenalty
 from torchrl_chat.training import (
+    TokenTerms,
     distillation_advantages,
     group_advantages,
     importance_weights,
-    kl_estimate,
-    masked_mean,
-    of_columns,
-    policy_loss,
     scored,
     sequence_log_probs,
     teacher_of,
     token_shares,
     training_view,
 )
-from torchrl_chat.training.surrogates import BY_TOKEN, bounds_of
+from torchrl_chat.training.surrogates import bounds_of
 
 
 @dataclass(kw_only=True)
@@ -129,6 +127,18 @@ class GRPOConfig(RunConfig):
         """Of the surrogate, if it has any."""
         return None if self.surrogate == "reinforce" else (self.clip, self.clip_high)
 
+    @property
+    def terms(self) -> TokenTerms:
+        """Of the loss."""
+        return TokenTerms(
+            surrogate=self.surrogate,
+            clip=self.bounds,
+            kl=self.kl,
+            kl_kind=self.kl_kind,
+            entropy=self.entropy,
+            divergence=self.distill,
+        )
+
     def problem(self) -> str | None:
         """What does not go together."""
         try:
@@ -141,8 +151,6 @@ class GRPOConfig(RunConfig):
             return (
                 "--overlong makes rewards negative, and --normalize mean divides by their mean: give one of them."
             )
-        if self.divergence != "sampled" and ranks.asked() > 1:
-            return f"--divergence {self.divergence} is computed by one process only; several take --divergence sampled."
         if self.teacher is None and (self.variant == "distillation" or not self.reward_weight):
             return f"--variant {self.variant} --reward-weight {self.reward_weight} learns from a teacher: give --teacher."
         if self.divergence != "sampled" and self.teacher is None:
@@ -249,11 +257,21 @@ def corrected(model: Any, view: TensorDictBase, config: GRPOConfig, **scoring: A
         low=0.5 if icepop else 0.0,
         high=5.0 if icepop else config.correction_cap,
     )
-    return {name: float(value) for name, value in metrics.items()} if len(view) else {}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def what_is_taught(teacher: Any, view: TensorDictBase, config: GRPOConfig) -> AllTokens:
+    """A teacher's distribution of every trained token of a view, whose rows are told which of these are theirs."""
+    with gathered(teacher):
+        taught = teacher_of(teacher, view, max_tokens=config.max_tokens)
+    mask = scored(view, teacher.device)
+    view["teacher_state"] = (mask.flatten().cumsum(0) - 1).view(mask.shape)
+    return taught
 
 
 _LEARNED = (
-    "tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights", "episode", "episode_sequence",
+    "tokens", "masks", "log_probs", "position_ids", "advantage", "reference", "proximal", "weights", "teacher_state", "episode",
+    "episode_sequence",
 )  # fmt: skip
 
 
@@ -264,27 +282,23 @@ def loss_of(
     config: GRPOConfig,
     vocab_size: int,
     streams: Streams,
-    teacher: Any = None,
+    taught: AllTokens | None = None,
 ) -> Any:
     """The loss of some sequences, as their share of a minibatch, and what to log; what it says of each token is kept."""
     mask = scored(part, model.device)
-    share = token_shares(
-        mask,
-        config.aggregation,
-        constant=float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
-        denominator=counts.tokens if config.aggregation == "token" else counts.sequences,
-    )
     own = {
         # Where the sampler is another policy, the ratio is that to the learner before its first update.
         "old": part.get("proximal", part["log_probs"].full),
         "advantage": part["advantage"].reshape(len(part), -1).expand_as(mask),
-        "share": share,
-        "weights": share if (weights := part.get("weights", None)) is None else share * weights,
+        "share": token_shares(
+            mask,
+            config.aggregation,
+            constant=float(config.max_new_tokens * config.max_turns) if config.aggregation == "constant" else None,
+            denominator=counts.tokens if config.aggregation == "token" else counts.sequences,
+        ),
     }
-    if config.kl:
-        own["reference"] = part["reference"]
-
-    by_token = config.surrogate in BY_TOKEN
+    own |= {name: part[name] for name in ("weights", "reference") if name in part.keys()}
+    terms = config.terms
     scores = sequence_log_probs(
         model,
         part,
@@ -292,43 +306,13 @@ def loss_of(
         vocab_size=vocab_size,
         entropy=True,
         share_prefixes=config.share_prefixes,
-        loss=of_columns(lambda scores, some, mask: terms(scores, some, mask, config)[0], own) if by_token else None,
-        teacher=None if teacher is None else teacher_of(teacher, part),
+        loss=terms.of(own) if terms.by_token else None,
+        teacher=None if taught is None else taught.some(part["teacher_state"][mask]),
         direction="forward" if config.divergence == "forward" else "reverse",
     )
     streams.add(part, scores, counts)
-    every = TokenScores(scores.log_probs, scores.entropy, scores.divergence)
-    loss, metrics = terms(every, own, mask, config)
-    return (scores.loss if by_token else loss), metrics
-
-
-def terms(
-    scores: TokenScores, own: dict[str, torch.Tensor], mask: torch.Tensor, config: GRPOConfig
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss, a sum over tokens (N, T), and what to log of them."""
-    loss, metrics = policy_loss(
-        scores.log_probs,
-        own["old"],
-        own["advantage"],
-        mask,
-        surrogate=config.surrogate,
-        clip=config.bounds,
-        weights=own["weights"],
-        aggregation="token",
-        denominator=1.0,
-    )
-    beside = {}
-    if config.kl:
-        beside["kl_reference"] = config.kl, kl_estimate(scores.log_probs, own["reference"], config.kl_kind)
-    if scores.entropy is not None:
-        beside["entropy"] = -config.entropy, scores.entropy
-    if scores.divergence is not None:
-        beside["kl_teacher"] = config.distill, scores.divergence
-    for name, (weight, values) in beside.items():
-        metrics[name] = masked_mean(values.detach(), mask)
-        if weight:
-            loss = loss + weight * (torch.where(mask, values, 0.0) * own["share"]).sum()
-    return loss, metrics
+    loss, metrics = terms(TokenScores(scores.log_probs, scores.entropy, scores.divergence), own, mask)
+    return (scores.loss if terms.by_token else loss), metrics
 
 
 def needed(view: TensorDictBase, config: GRPOConfig) -> torch.Tensor | None:
@@ -368,7 +352,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     sync()
     reference = run.reference() if config.kl else None
     teacher = None if config.teacher is None else make_teacher(config, tokenizer)
-    whole_teacher = None if config.divergence == "sampled" else teacher
     vocab_size = policy.codec.vocab_size
     scoring = {
         "vocab_size": vocab_size,
@@ -426,13 +409,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         learned = view.to(model.device)
         if config.correction != "none":
             metrics |= corrected(model, learned, config, **scoring)
-        streams = Streams()
-        with run.timed("learning"):
+        taught, streams = None, Streams()
+        if teacher is not None and config.divergence != "sampled":
+            with run.timed("learning"):
+                taught = what_is_taught(teacher, learned, config)
+        with run.timed("learning"), gathered_head(teacher):
             metrics |= learn(
                 optimizer,
                 learned.select(*_LEARNED, strict=False),
                 functools.partial(
-                    loss_of, model, config=config, vocab_size=vocab_size, streams=streams, teacher=whole_teacher
+                    loss_of, model, config=config, vocab_size=vocab_size, streams=streams, taught=taught
                 ),
                 needed=needed(learned, config),
                 model=model,

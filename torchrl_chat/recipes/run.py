@@ -2,8 +2,8 @@
 
 Ctrl-C ends it behind the step that it is in, with a checkpoint.
 
-Law of this file: a step counts when a checkpoint behind it is on the disk. What was written of later steps (metrics, rollouts,
-lists of trained episodes) is cut off when the run is resumed, and these steps are done again, on the same data.
+A step counts when a checkpoint behind it is on the disk. What was written of later steps (:mod:`~torchrl_chat.recipes.books`) is
+cut off when the run is resumed (:mod:`~torchrl_chat.recipes.resuming`), and these steps are done again, on the same data.
 
 With several processes (:mod:`torchrl_chat.ranks`) each has a Run, and all call its methods together; the first has the folder,
 writes and talks. What they measured is told of all of them.
@@ -13,63 +13,41 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import fcntl
 import itertools
-import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import columns, ranks
-from torchrl_chat.files import plain_name, replacing, to_disk
+from torchrl_chat.files import plain_name
 from torchrl_chat.learner.adapters import Reference, is_adapted, whole
 from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.sharding import (
     gathered,
     is_sharded,
-    load_optimizer,
-    set_optimizer_state,
-    set_weights,
     shard,
-    weights_of,
 )
 from torchrl_chat.learner.streams import Streams
 from torchrl_chat.models.passes import float_type
 from torchrl_chat.models.small import plain_class
+from torchrl_chat.recipes.books import Books
 from torchrl_chat.recipes.checkpoints import (
-    OPTIMIZER,
-    DamagedCheckpoint,
-    check_files,
-    checkpoints,
     export_model,
-    load_state,
     load_weights,
-    random_states,
-    save_checkpoint,
     save_model,
-    set_random_states,
 )
 from torchrl_chat.recipes.interrupts import EXIT, Interrupted, Interrupts
 from torchrl_chat.recipes.progress import Progress
+from torchrl_chat.recipes.resuming import Kept
 from torchrl_chat.recipes.settings import RunConfig
 from torchrl_chat.recipes.watching import TOLD, Watch, figures, graders, of_all, peak_memory
 from torchrl_chat.seeds import EPOCH, PLACE, ROW
-from torchrl_chat.training.updates import BAD_STEPS
-
-# What may be another when a run is resumed: none of it has a part in what is sampled and learned. (Where the learning rate
-# falls towards the last step, --steps has: the rest of the run then follows the new number.)
-_FREE = {
-    "out", "resume", "checkpoint", "steps", "device", "vllm_memory", "save_every", "keep", "eval", "eval_every", "show_every", "rollouts",
-    "logger", "merge", "checkpointing", "share_prefixes", "max_tokens",
-}  # fmt: skip
 
 
 class Run:
@@ -116,13 +94,16 @@ class Run:
     Example:
         >>> from torchrl_chat.learner import make_adamw
         >>> from torchrl_chat.recipes.settings import RunConfig
-        >>> from torchrl_chat.tiny import tiny_model, tiny_tokenizer
-        >>> tokenizer = tiny_tokenizer()
-        >>> model = tiny_model(len(tokenizer))
+        >>> from torchrl_chat.recipes.tasks import ask, make_env, make_model, make_policy
+        >>> config = RunConfig(steps=2, out="run")
+        >>> model, tokenizer = make_model(config)
+        >>> policy, _ = make_policy(config, model, tokenizer)
+        >>> env = make_env(config, tokenizer, 4, 1, seed=0)  # of the evaluation
         >>> state = {"optimizer": make_adamw(model.parameters(), lr=1e-3)}
-        >>> with Run(RunConfig(steps=2, out="run"), "mine", model=model, tokenizer=tokenizer, state=state) as run:
-        ...     for step in run.steps(lambda: 0.0):  # what evaluates
-        ...         run.log({"loss": 1.0})
+        >>> run = Run(config, "mine", model=model, tokenizer=tokenizer, state=state)
+        >>> for step in run.steps(lambda: ask(env, policy, config)):  # doctest: +ELLIPSIS
+        ...     run.log({"loss": 1.0})
+        pass rate after 0 steps: ...
     """
 
     def __init__(
@@ -141,15 +122,11 @@ class Run:
             raise ImportError("a run needs tqdm: pip install 'torchrl_chat[train]'.") from error
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.config, self.name, self.model, self.tokenizer, self.state = config, name, model, tokenizer, dict(state)
-        self._modules = dict(modules or {})
-        # What the weights of the optimizer have their names in.
-        self._trained = torch.nn.ModuleDict({"model": model, **self._modules}) if self._modules else model
         named = config.out or f"runs/{name}-{plain_name(config.dataset)}-{stamp}"
         self.folder = Path(ranks.of_the_first(named))
-        self._lock = ranks.agreed(self._take)
-        self._files = {
-            key: self.folder / f"{key}.jsonl" for key in ("metrics", "trained", "evaluations", "rollouts")
-        }
+        self._books = Books(self.folder)
+        self._kept = Kept(self.folder / "checkpoints", model, tokenizer, self.state, dict(modules or {}))
+        ranks.agreed(self._books.take)
         self._logger: Any = None
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
@@ -168,132 +145,20 @@ class Run:
 
             self._logger = get_logger(config.logger, str(self.folder / "logs"), name)
 
-    def _take(self) -> TextIO:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return _locked(self.folder / "lock")
-
     # ------------------------------------------------------------------ going on
     def _resume(self) -> bool:
         """Load the last checkpoint and cut off what was written behind it; or begin."""
-        ranks.agreed(self._check_settings)
-        state = self._restored()
-        if ranks.leads():
-            self._begin_books(state)
-        return state is not None
-
-    def _check_settings(self) -> None:
-        """Refuse a run that was begun with others."""
-        settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        written = self.folder / "config.json"
-        if written.exists():
-            if not self.config.resume:
-                raise FileExistsError(f"{self.folder} holds a run: go on with --resume, or choose another --out.")
-            begun = _settings(written)
-            # A run that was begun before there was a setting had its default.
-            begun = {field.name: field.default for field in dataclasses.fields(self.config)} | begun
-            other = {key for key in settings if key not in _FREE and begun[key] != settings[key]}
-            if other:
-                changes = ", ".join(f"{key}={begun[key]!r}, now {settings[key]!r}" for key in sorted(other))
-                raise ValueError(f"{self.folder} was begun with {changes}. Resume with the same settings.")
-
-    def _begin_books(self, state: Mapping[str, Any] | None) -> None:
-        """Write down the settings, and cut off what is behind the checkpoint."""
-        with replacing(self.folder / "config.json") as file:
-            file.write((json.dumps(dataclasses.asdict(self.config), indent=2) + "\n").encode())
-        for key, path in self._files.items():
-            path.touch()
-            size = 0 if state is None else state["sizes"][key]
-            if path.stat().st_size > size:
-                os.truncate(path, size)
-
-    def _restored(self) -> dict[str, Any] | None:
-        """The state of the checkpoint that is gone on from, its contents where they belong; none where there is no checkpoint."""
-        found, later = ranks.of_the_first(ranks.agreed(self._found)) or ([], [])
-        if not found:
-            return None
-        path = found[-1]
-        state = ranks.agreed(lambda: self._whole_state(path, found[:-1])) or load_state(path)
-        try:
-            load_weights(path, self.model)
-        except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(f"{error} {self._way_out(found[:-1])}") from error
-        self._set_state(path, state)
-        self.step = self._saved = state["step"]
-        self.skipped = state.get("skipped", 0)
-        if ranks.leads():
-            for old in later:  # they are not of the run that goes on from here
-                os.rename(old, _free_name(old))
-        return state
-
-    def _found(self) -> tuple[list[Path], list[Path]]:
-        """The checkpoints up to the one that is gone on from, and those behind it."""
-        found = checkpoints(self.folder / "checkpoints")
         wanted = self.config.checkpoint
-        if wanted is None:
-            return found, []
-        if not self.config.resume:
+        ranks.agreed(lambda: self._books.check_settings(self.config))
+        if wanted is not None and not self.config.resume:
             raise ValueError(f"--checkpoint {wanted} says from where a run goes on: it needs --resume and --out.")
-        later = [path for path in found if int(path.name[5:]) > wanted]
-        found = found[: len(found) - len(later)]
-        if not found or int(found[-1].name[5:]) != wanted:
-            there = ", ".join(path.name[5:].lstrip("0") or "0" for path in found + later) or "none"
-            raise ValueError(f"{self.folder} has no checkpoint of step {wanted}: there are {there}.")
-        return found, later
-
-    def _whole_state(self, path: Path, others: Sequence[Path]) -> dict[str, Any]:
-        """The state of a checkpoint; one that is damaged is refused, and so are books that lack what was in them when it was written."""
-        try:
-            check_files(path)
-            state = load_state(path)
-            self._check_books(path, state["sizes"])
-            return state
-        except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(f"{error} {self._way_out(others)}") from error
-
-    def _set_state(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Give everything but the model the state that it had."""
-        parts = state.get("parts", [state])  # by process; another number of them goes on from the first one's
-        own = parts[ranks.own() if len(parts) == ranks.count() else 0]
-        for key, value in self.state.items():
-            stored = own["state"].get(key, state["state"][key])
-            if key != "optimizer" or ("param_groups" in stored and not is_sharded(self.model)):
-                value.load_state_dict(stored)
-            elif "param_groups" in stored:
-                set_optimizer_state(value, stored)
-            else:
-                load_optimizer(path / OPTIMIZER, self._trained, value)
-                value.param_groups[0].update(stored)
-        for key, module in self._modules.items():
-            set_weights(module, state["state"][key])
-        if len(parts) == ranks.count():
-            set_random_states(own["random"])
-
-    def _way_out(self, others: Sequence[Path]) -> str:
-        """What to do where a checkpoint cannot be read."""
-        for path in reversed(others):
-            try:
-                check_files(path)
-                load_state(path)
-            except DamagedCheckpoint:
-                continue
-            step = int(path.name[5:])
-            return f"The one of step {step} is whole: give --checkpoint {step} beside --resume to go on from it."
-        return "No other one is whole: begin anew, with another --out."
-
-    def _check_books(self, checkpoint: Path, sizes: Mapping[str, int]) -> None:
-        """Refuse files that lack lines which were there when the checkpoint was written."""
-        for key in ("metrics", "trained", "evaluations"):  # of rollouts some may have been deleted, for their size
-            path, size = self._files[key], sizes[key]
-            there = path.stat().st_size if path.exists() else 0
-            if there < size:
-                raise ValueError(
-                    f"{path} has {there:,} bytes, and had {size:,} when {checkpoint.name} was written: lines are missing. Put the "
-                    "file back, or begin anew with another --out."
-                )
-        path = self._files["evaluations"]
-        written = path.read_bytes()[: sizes["evaluations"]] if path.exists() else b""
-        for number, line in enumerate(written.splitlines(), 1):
-            _evaluation(path, number, line)
+        state = self._kept.restore(wanted, lambda path, state: self._books.check(path, state["sizes"]))
+        if state is not None:
+            self.step = self._saved = state["step"]
+            self.skipped = state.get("skipped", 0)
+        if ranks.leads():
+            self._books.begin(self.config, None if state is None else state["sizes"])
+        return state is not None
 
     def save(self) -> Path:
         """Write a checkpoint now.
@@ -301,29 +166,8 @@ class Run:
         Raises:
             NotFiniteError: a weight, or a number of the optimizer, is NaN or infinite; the checkpoints that are there stay.
         """
-        optimizer = self.state.get("optimizer") if is_sharded(self.model) else None
-        kept = {key: value.state_dict() for key, value in self.state.items() if value is not optimizer}
-        own = {"state": kept, "random": random_states()}
-        kept = kept | {key: weights_of(module, trained=True) for key, module in self._modules.items()}
-        state = {"step": self.step, "skipped": self.skipped, **own, "state": kept}
-        if optimizer is not None:
-            group = {key: value for key, value in optimizer.param_groups[0].items() if key == BAD_STEPS}
-            state |= {"state": kept | {"optimizer": group}, "parts": ranks.everywhere(own)}
-        if ranks.leads():
-            for path in self._files.values():
-                to_disk(path)
-            state["sizes"] = {key: path.stat().st_size for key, path in self._files.items()}
-        folder = self.folder / "checkpoints"
-        path = save_checkpoint(
-            folder,
-            self.step,
-            self.model,
-            self.tokenizer,
-            state,
-            optimizer,
-            self._trained,
-            keep=self.config.keep,
-        )
+        told = {"skipped": self.skipped} | ({"sizes": self._books.sizes()} if ranks.leads() else {})
+        path = self._kept.save(self.step, told, self.config.keep)
         self._saved = self.step
         return path
 
@@ -384,15 +228,8 @@ class Run:
 
     def _conclude(self) -> None:
         """Write the result, and say it."""
-        self._draw()
-        first, *others = self._evaluations()
-        result = {
-            "before": first["pass_rate"],
-            "after": [first, *others][-1]["pass_rate"],
-            "steps": self.step,
-            "skipped": self.skipped,
-        }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        self._books.draw(self.name)
+        result = self._books.conclude(self.step, self.skipped)
         print(
             f"pass rate after training: {result['after']:.3f} (before: {result['before']:.3f}); files in {self.folder}/"
         )
@@ -404,19 +241,10 @@ class Run:
         every = self.config.eval_every
         return self.step in (0, self.config.steps) or bool(every and self.step % every == 0)
 
-    def _evaluations(self) -> list[dict[str, Any]]:
-        path = self._files["evaluations"]
-        return [_evaluation(path, number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1)]
-
-    def _draw(self) -> None:
-        from torchrl_chat.recipes.curve import draw_curve
-
-        metrics = [json.loads(line) for line in self._files["metrics"].read_bytes().splitlines()]
-        with contextlib.suppress(ImportError):  # a run can do without a picture
-            draw_curve(self.folder / "curve.png", metrics, self._evaluations(), self.name)
-
     def _evaluated(self) -> set[int]:
-        return ranks.of_the_first({entry["step"] for entry in self._evaluations()} if ranks.leads() else set())
+        return ranks.of_the_first(
+            {entry["step"] for entry in self._books.evaluations()} if ranks.leads() else set()
+        )
 
     def _interrupted(self) -> NoReturn:
         """End the run between two steps."""
@@ -424,7 +252,7 @@ class Run:
             self.save()
         if not ranks.leads():
             raise SystemExit(EXIT)
-        self._draw()
+        self._books.draw(self.name)
         print(
             f"interrupted behind {self.step} of {self.config.steps} steps, with a checkpoint; --out {self.folder} --resume goes on",
             file=sys.stderr,
@@ -434,8 +262,7 @@ class Run:
 
     def close(self) -> None:
         """Let others at the folder."""
-        if self._lock is not None:
-            self._lock.close()
+        self._books.close()
 
     def _evaluate(self, evaluate: Callable[[], TensorDictBase], aloud: bool = False) -> None:
         with self._whole_model():
@@ -533,7 +360,7 @@ class Run:
             return
         metadata = {"step": self.step, "policy": self.name, "dataset": self.config.dataset}
         told = None if streams is None else streams.of
-        write_rollouts(self._files["rollouts"], finished, self.tokenizer, metadata=metadata, streams=told)
+        write_rollouts(self._books.files["rollouts"], finished, self.tokenizer, metadata=metadata, streams=told)
         if aloud:
             self.say(conversations(finished[:1], f"step {self.step}"))
 
@@ -549,12 +376,8 @@ class Run:
             tqdm.write(text)
 
     def _write(self, key: str, line: Mapping[str, Any]) -> None:
-        from torchrl_chat.rollouts import plain
-
-        if not ranks.leads():
-            return
-        with open(self._files[key], "a") as file:
-            file.write(json.dumps(plain(line)) + "\n")  # a number that is not finite is null
+        if ranks.leads():
+            self._books.write(key, line)
 
     def reference(self) -> Reference:
         """The model as it was before the first step, to be compared with: a frozen copy, or what is under its adapter."""
@@ -576,44 +399,6 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before its first step
             save_model(path, self.model, self.tokenizer)
         return path
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The settings that a run was begun with."""
-    try:
-        begun = json.loads(path.read_bytes())
-        if not isinstance(begun, dict):
-            raise ValueError(f"it holds a {type(begun).__name__}, not settings by name")
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): what the run was begun with cannot be compared. Put the file back; or, if you are sure "
-            "that the settings are the same, delete it: it is written anew."
-        ) from None
-    return begun
-
-
-def _evaluation(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """A line of evaluations.jsonl."""
-    try:
-        entry = json.loads(line)
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry[key], (int, float)) for key in ("step", "pass_rate")
-        ):
-            raise ValueError("its 'step' and 'pass_rate' are not numbers")
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path}, line {number} is damaged ({error!r}): the result of the run is made of it. Put the file back, or begin anew "
-            "with another --out."
-        ) from None
-    return entry
-
-
-def _free_name(path: Path) -> Path:
-    """A name beside a checkpoint under which it is kept, and not taken for one."""
-    number = 0
-    while (name := path.with_name(f"{path.name}.aside{number or ''}")).exists():
-        number += 1
-    return name
 
 
 def episodes(td: TensorDictBase) -> list[list[int]]:
@@ -639,18 +424,3 @@ def conversations(finished: TensorDictBase, title: str) -> str:
         turns = " | ".join(f"{m['role']}: {str(m['content'])[:300]!r}" for m in transcript.messages)
         lines.append(f"{title}, reward {reward:g}: {turns}")
     return "\n".join(lines)
-
-
-def _locked(path: Path, patience: float = 5.0) -> TextIO:
-    """Hold a file as long as it is open, so that two processes do not write one run."""
-    file = open(path, "w")  # noqa: SIM115
-    end = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > end:
-                file.close()
-                raise BlockingIOError(f"another process is at the run in {path.parent}.") from None
-            time.sleep(0.1)  # a process that was killed is not gone at once

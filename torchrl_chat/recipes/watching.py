@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_chat import columns
+from torchrl_chat import columns, ranks
 from torchrl_chat.conversation import StopReason
 from torchrl_chat.rewards import Grader
 from torchrl_chat.seeds import EPOCH, ROW
@@ -25,7 +25,7 @@ def figures(batches: Sequence[TensorDictBase]) -> dict[str, float]:
     """Numbers of finished conversations, by the names that metrics.jsonl has.
 
     Args:
-        batches: all that a step has played, as :func:`~torchrl_chat.playing.play` gives it.
+        batches: all that a step has played, as :func:`~torchrl_chat.playing.play` gives it. Several processes call this together.
 
     Returns:
         ``"sampled_tokens"``: in all; ``"sampled_mean"`` and ``"sampled_longest"``: of one conversation; ``"cut"``: the share that ended
@@ -46,7 +46,9 @@ def figures(batches: Sequence[TensorDictBase]) -> dict[str, float]:
         "ungraded": sum(failed) / count,
     }
     groups = _groups(batches, failed)
-    return found | ({"equal_groups": sum(len(set(each)) == 1 for each in groups) / len(groups)} if groups else {})
+    # Of all processes, some of which may have no such question.
+    equal, several = ranks.total(torch.tensor([sum(len(set(each)) == 1 for each in groups), len(groups)])).tolist()
+    return found | ({"equal_groups": equal / several} if several else {})
 
 
 def _groups(batches: Sequence[TensorDictBase], failed: Sequence[bool]) -> list[list[float]]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
+from torchrl_chat import telemetry
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.rewards.compose import Composition, as_verifier
 from torchrl_chat.rewards.pool import Outcome, VerifierPool
@@ -122,7 +123,10 @@ class Grader:
             return self._run(verifier, list(some), [of.get(id(episode)) for episode in some])
 
         start = time.perf_counter()
-        verdicts = grade(self.verifier, episodes)
+        with telemetry.span("evaluate", type(self.verifier).__name__) as span:
+            verdicts = grade(self.verifier, episodes)
+            if span:
+                _tell(span, type(self.verifier).__name__, verdicts)
         self.seconds += time.perf_counter() - start
         self._report(verdicts)
         return [
@@ -252,3 +256,17 @@ def _judged(outcome: Outcome, episode: Episode) -> Verdict:
 def _is_async(verifier: Any) -> bool:
     called = verifier if inspect.isroutine(verifier) else type(verifier).__call__
     return inspect.iscoroutinefunction(called)
+
+
+def _tell(span: telemetry.Span, name: str, verdicts: Sequence[Verdict]) -> None:
+    """Say in a span what the verdicts are: an event each, as the conventions have it."""
+    failed = [verdict for verdict in verdicts if verdict.failure is not None]
+    span.set({"torchrl_chat.batch.size": len(verdicts), "torchrl_chat.batch.failed": len(failed)})
+    for verdict in verdicts:
+        told: dict[str, Any] = {"gen_ai.evaluation.name": name}
+        if verdict.failure is not None:
+            told["error.type"] = verdict.failure.partition(":")[0]
+        else:
+            label = {True: "correct", False: "incorrect", None: None}[verdict.correct]
+            told |= {"gen_ai.evaluation.score.value": float(verdict.score), "gen_ai.evaluation.score.label": label}
+        span.event("gen_ai.evaluation.result", told)

@@ -88,6 +88,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer_of(tokenizer)
         self.codec = codec_of(self.tokenizer)
         tools = [tool_written_out(tool) for tool in tools] if tools else tools
+        self._tools = tuple(tools or ())
         self.renderer = Renderer(tokenizer, self.codec, chat_template, tools, template_kwargs, guard=guard)
         self._bridge = Bridge(self.renderer)
         self._follower = Follower(self._bridge)
@@ -125,6 +126,24 @@ class ChatTemplate:
         return frozenset(ids - {BY_TEXT})
 
     # ------------------------------------------------------------------ first prompt
+    def unwritten_tools(self) -> list[str]:
+        """The names of the tools it was given that it does not write into a first prompt: a model is told nothing of them.
+
+        Example:
+            >>> from torchrl_chat import Toolbox
+            >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+            >>> def add(a: int, b: int) -> int:
+            ...     return a + b
+            >>> tools = Toolbox([add]).schemas  # the tiny tokenizer's template knows no tools
+            >>> ChatTemplate(tiny_tokenizer(TEXT_ALPHABET), tools=tools).unwritten_tools()
+            ['add']
+        """
+        if not self._tools:
+            return []
+        names = [schema.get("function", schema).get("name", "") for schema in self._tools]
+        told = self.renderer.tried([{"role": "user", "content": "?"}], True)
+        return [name for name in names if name not in told]
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a first prompt.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import json
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -16,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from torchrl_chat import telemetry
 from torchrl_chat._loop import LoopThread
 from torchrl_chat.tools.function import ToolBase
 from torchrl_chat.tools.results import ToolStatus, ToolTimeout, as_text, clean, cut, error_text
@@ -78,9 +80,12 @@ class Runner:
         places = self._awaited if tool.is_async else self._threads
         async with places:
             begun = time.monotonic()
-            run = await (self._coroutine if tool.is_async else self._function)(
-                tool, arguments, conversation, deadline
-            )
+            with telemetry.span("execute_tool", tool.name) as span:
+                run = await (self._coroutine if tool.is_async else self._function)(
+                    tool, arguments, conversation, deadline
+                )
+                if span:
+                    _tell(span, tool, arguments, run)
             return dataclasses.replace(run, seconds=time.monotonic() - begun)
 
     # ------------------------------------------------------------------ functions
@@ -184,3 +189,13 @@ class Runner:
             return self._late(tool, deadline)
         self._give_up(ended, tool, conversation)
         return self._late(tool, deadline, still_running=True)
+
+
+def _tell(span: telemetry.Span, tool: ToolBase, arguments: dict[str, Any], run: Run) -> None:
+    """Say in a span what became of a call."""
+    span.set({"gen_ai.tool.name": tool.name, "gen_ai.tool.type": "function"})
+    if run.status != ToolStatus.OK:
+        span.fail(run.status.name.lower())
+    if telemetry.content():
+        said = json.dumps(arguments, ensure_ascii=False, default=str)
+        span.set({"gen_ai.tool.call.arguments": said, "gen_ai.tool.call.result": run.text})

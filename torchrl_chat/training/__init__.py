@@ -18,6 +18,7 @@ from torchrl_chat.training.scoring import (
     sequence_log_probs,
     teacher_of,
 )
+from torchrl_chat.training.terms import TokenTerms
 from torchrl_chat.training.updates import NotFiniteError, Step, take_step
 from torchrl_chat.training.view import training_view
 
@@ -27,6 +28,7 @@ __all__ = [
     "NotFiniteError",
     "Scores",
     "Step",
+    "TokenTerms",
     "distillation_advantages",
     "gae",
     "group_advantages",

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from torchrl_chat import ranks
 from torchrl_chat.training.losses import numbered
 from torchrl_chat.training.surrogates import Tokens
 
@@ -48,7 +49,8 @@ def importance_weights(
     Returns:
         the weights, float (N, T) without gradient, 0 where the mask is false; and for logging ``"mismatch"`` and
         ``"mismatch_max"`` (mean and maximum of the absolute difference of log-probs), ``"mismatch_ess"`` (effective sample
-        size a token), and ``"beyond"`` (the share of tokens with a weight outside the bounds).
+        size a token), and ``"beyond"`` (the share of tokens with a weight outside the bounds). What is logged is that of the tokens
+        of all processes (:mod:`torchrl_chat.ranks`), which call this together; some may have no rows.
 
     Raises:
         ValueError: the shapes disagree, or a setting is out of range.
@@ -79,12 +81,23 @@ def importance_weights(
         weight = log_weight.exp()
         outside = (weight < low) | (weight > high)
         kept = torch.where(outside, 0.0, weight) if beyond == "mask" else weight.clamp(low, high)
-        count, chosen = mask.sum().clamp(min=1), own[mask]
-        ess = (2 * chosen.logsumexp(0) - (2 * chosen).logsumexp(0)).exp() / count
-        metrics = {
-            "mismatch": own.abs().sum() / count,
-            "mismatch_max": own.abs().max() if own.numel() else own.new_zeros(()),
-            "mismatch_ess": ess if len(chosen) else torch.ones_like(ess),
-            "beyond": (outside & mask).sum() / count,
-        }
-        return torch.where(mask, kept, 0.0), metrics
+        return torch.where(mask, kept, 0.0), _figures(own[mask], outside[mask])
+
+
+def _figures(log_ratio: torch.Tensor, outside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is logged of the sampled tokens of all processes, given this one's, (K,) each."""
+    log_ratio, outside, kind, device = log_ratio.cpu().double(), outside.cpu(), log_ratio.dtype, log_ratio.device
+    apart = log_ratio.abs()
+    # The effective sample size is no mean: its parts are sums over all tokens, of numbers that do not overflow.
+    top = ranks.most(float(log_ratio.max())) if len(log_ratio) else ranks.most(-torch.inf)
+    ratio = (log_ratio - top).exp()
+    parts = torch.stack((torch.ones_like(apart), apart, outside.double(), ratio, ratio.square()))
+    count, total, beyond, one, two = ranks.total(parts.sum(-1)).unbind()
+    most = ranks.most(float(apart.max()) if len(apart) else 0.0)
+    found = {
+        "mismatch": total / count.clamp(min=1),
+        "mismatch_max": total.new_tensor(most),
+        "mismatch_ess": one.square() / (two * count) if count else torch.ones_like(count),
+        "beyond": beyond / count.clamp(min=1),
+    }
+    return {name: value.to(device, kind) for name, value in found.items()}

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from torchrl_chat.access import is_loopback
 from torchrl_chat.endpoint import shown_url
 from torchrl_chat.openenv.client.errors import ConnectFailed
-from torchrl_chat.openenv.protocol import is_loopback
 
 if TYPE_CHECKING:
     from torchrl_chat.openenv.client.connection import Connection

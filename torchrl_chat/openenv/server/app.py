@@ -23,11 +23,11 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, WebSocketRoute
 
+from torchrl_chat.access import Guard, OwnNames
 from torchrl_chat.openenv.models import ChatAction, ChatObservation, ChatState
 from torchrl_chat.openenv.protocol import ServerLimits
 from torchrl_chat.openenv.server.catalog import Catalog
 from torchrl_chat.openenv.server.http import Routes
-from torchrl_chat.openenv.server.security import Guard, OwnNames
 from torchrl_chat.openenv.server.sessions import SessionTable
 from torchrl_chat.openenv.server.sockets import Endpoint
 

@@ -13,11 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from torchrl_chat.access import Guard
 from torchrl_chat.openenv.models import CloseRequest, KeepingResetRequest, State, StepRequest, TaskRequest
 from torchrl_chat.openenv.protocol import ErrorCode, ProtocolError, checked, dumps, loads
 from torchrl_chat.openenv.server import mcp
 from torchrl_chat.openenv.server.catalog import Catalog, Entry, Handler, page
-from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
+from torchrl_chat.openenv.server.metrics import PROMETHEUS
+from torchrl_chat.openenv.server.security import Bucket, address_of
 from torchrl_chat.openenv.server.sessions import ServerSession, SessionTable
 
 _MAX_ADDRESSES = 10_000  # whose rates are known
@@ -30,7 +32,6 @@ _STATUS = {
     ErrorCode.FACTORY_ERROR: 500,
     ErrorCode.SESSION_ERROR: 404,
 }
-_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _OPEN = frozenset({"/health"})  # what load balancers ask without a token
 
 
@@ -72,7 +73,7 @@ class Routes:
             ),
             Entry(
                 "/metrics",
-                lambda _: Response(sessions.metrics.text(), media_type=_PROMETHEUS),
+                lambda _: Response(sessions.metrics.text(), media_type=PROMETHEUS),
                 "Counters for Prometheus",
             ),
             Entry("/mcp", self._mcp, "JSON-RPC 2.0: openenv/session/create and openenv/session/close", dict),

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("torchrl_chat.openenv")
 _GRACE = 0.25  # seconds
+_COUNTERS = {
+    "requests_total": ("Requests answered, by kind.", ["kind"]),
+    "errors_total": ("Error replies, by code.", ["code"]),
+    "sessions_opened_total": ("Sessions opened.", []),
+    "sessions_closed_total": ("Sessions closed, by reason.", ["reason"]),
+    "bytes_sent_total": ("Bytes of replies over WebSockets.", []),
+    "refused_total": ("Requests refused before they reached a session, by reason.", ["reason"]),
+}
 
 
 class ServerSession:
@@ -151,7 +159,7 @@ class ServerSession:
         finally:
             self.used = time.monotonic()
             if name != "state":
-                self._sessions.metrics.took(self.used - started)
+                self._sessions.metrics.took("step_seconds", self.used - started)
 
     async def _run(self, name: str, arguments: dict[str, Any]) -> Any:
         env, most = self.env, self._sessions.limits.step_seconds
@@ -213,7 +221,7 @@ class SessionTable:
     ):
         self.action_cls = action_cls
         self.limits = limits
-        self.metrics = Metrics()
+        self.metrics = Metrics("torchrl_chat_openenv_", _COUNTERS, {"step_seconds": "Time of a step or reset."})
         self.workers = Workers(workers)
         self.draining = False
         self._factory = factory

@@ -9,9 +9,10 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from torchrl_chat.access import Guard
 from torchrl_chat.openenv.protocol import CloseCode, ErrorCode, ProtocolError, parse_frame
 from torchrl_chat.openenv.server import mcp
-from torchrl_chat.openenv.server.security import Bucket, Guard, address_of
+from torchrl_chat.openenv.server.security import Bucket, address_of
 from torchrl_chat.openenv.server.sessions import ServerSession, SessionTable
 
 _GONE = (WebSocketDisconnect, RuntimeError, OSError)  # what sending to a closed socket raises

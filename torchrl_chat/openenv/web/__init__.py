@@ -1,8 +1,8 @@
-"""The web page: an environment played by hand, and rollout files looked at. Plain files, served as they are."""
+"""The web page: an environment played by hand, and the viewer of rollout files beside it. Plain files, served as they are."""
 
 try:
-    from torchrl_chat.openenv.web.routes import viewer_app, web_routes
+    from torchrl_chat.openenv.web.routes import web_routes
 except ModuleNotFoundError as error:
     raise ImportError(f"the web page needs {error.name}: pip install 'torchrl_chat[serve]'") from error
 
-__all__ = ["viewer_app", "web_routes"]
+__all__ = ["web_routes"]

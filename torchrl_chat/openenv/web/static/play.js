@@ -235,7 +235,7 @@ const letModelAnswer = () =>
     if (byId("answer").hidden || !session.id) return;
     byId("hint").textContent = "the model answers …";
     const prompt = episode.sequences.at(-1)?.ids.length ?? 0;
-    const { tokens, log_probs } = await (await ask(`answer?session_id=${encodeURIComponent(session.id)}`, undefined, "POST")).json();
+    const { tokens, log_probs } = await (await ask(`answer?session_id=${encodeURIComponent(session.id)}`, { method: "POST" })).json();
     episode.answers.push({ start: prompt, log_probs });
     await act({ tokens });
   });

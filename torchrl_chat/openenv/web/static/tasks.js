@@ -66,7 +66,7 @@ export class TaskPicker {
     const split = byId("split").value;
     this.#rows = [];
     this.#loading = null;
-    const { num_tasks: count } = await askJSON(`../${encodeURIComponent(this.#env)}/num_tasks`, { split });
+    const { num_tasks: count } = await askJSON(`../${encodeURIComponent(this.#env)}/num_tasks`, { body: { split } });
     this.#count = count;
     byId("task-count").textContent = `of ${count.toLocaleString("en")}`;
   }
@@ -75,7 +75,7 @@ export class TaskPicker {
     const split = byId("split").value;
     for (let start = this.#rows.length; start < this.#count; start += PAGE) {
       const stop = Math.min(this.#count, start + PAGE);
-      const found = await askJSON(`../${encodeURIComponent(this.#env)}/task_range`, { split, start, stop });
+      const found = await askJSON(`../${encodeURIComponent(this.#env)}/task_range`, { body: { split, start, stop } });
       if (split !== byId("split").value) return;
       this.#rows.push(...found.tasks.map((task, i) => ({ index: task.index ?? start + i, text: question(task) })));
     }

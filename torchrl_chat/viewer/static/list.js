@@ -11,7 +11,7 @@ export class VirtualList {
   #current = -1;
   #asked = false;
 
-  /** `draw(row)` gives the children of a row; `onChoose(row)` is called when another one is chosen. */
+  /** `draw(row)` gives the children of a row; `onChoose(row)` is called when another one is chosen. Rows are known by their `id`. */
   constructor(element, draw, onChoose) {
     this.element = element;
     this.draw = draw;
@@ -38,14 +38,37 @@ export class VirtualList {
     return this.#rows.length;
   }
 
-  /** Show other rows; the chosen one stays chosen if it is among them. */
-  set(rows) {
+  get rows() {
+    return this.#rows;
+  }
+
+  /** The row of an id, if it is listed. */
+  find(id) {
+    return this.#rows.find((row) => row.id === id);
+  }
+
+  /** Show other rows; the chosen one stays chosen if it is among them. `still`: what is seen stays where it is. */
+  set(rows, { still = false } = {}) {
     const before = this.current;
+    const { scrollTop } = this.element;
+    const top = this.#rows[Math.floor(scrollTop / HEIGHT)];
     this.#rows = rows;
-    this.#current = before ? rows.indexOf(before) : -1;
+    const placeOf = (row) => (row ? rows.findIndex((other) => other.id === row.id) : -1);
+    this.#current = placeOf(before);
     this.#space.style.height = `${rows.length * HEIGHT}px`;
-    if (this.#current < 0) this.element.scrollTop = 0;
+    const moved = still ? placeOf(top) : -1;
+    if (moved >= 0) this.element.scrollTop = moved * HEIGHT + (scrollTop % HEIGHT);
+    else if (this.#current < 0) this.element.scrollTop = 0;
     else this.#reveal();
+    this.#draw();
+  }
+
+  /** Mark a row as chosen without telling of it; null marks none. */
+  mark(row) {
+    const place = row === null ? -1 : this.#rows.indexOf(row);
+    if (place === this.#current) return;
+    this.#current = place;
+    if (place >= 0) this.#reveal();
     this.#draw();
   }
 
@@ -55,12 +78,6 @@ export class VirtualList {
     this.#reveal();
     this.#draw();
     this.onChoose(this.current);
-  }
-
-  chooseRow(row) {
-    const place = this.#rows.indexOf(row);
-    if (place >= 0) this.choose(place);
-    else this.onChoose(row); // the filters hide it
   }
 
   move(by) {

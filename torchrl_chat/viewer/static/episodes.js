@@ -2,47 +2,80 @@
 
 import { textOf } from "./messages.js";
 
-const CHUNK = 8 << 20; // bytes read at once
 const VERSION = 1; // of the format that is understood: docs/reference/rollouts.md
 const TITLE = 200;
 const FIELDS = "version id row group place query reference messages reward success stop error sampled_tokens metadata".split(" ");
 
-/** The index of a rollout file: `entries`, in its order, and `problems`, the lines that were left out. */
-export async function readIndex(blob, onProgress = () => {}, signal = undefined) {
-  const decoder = new TextDecoder();
-  const entries = [];
-  const problems = [];
-  let rest = new Uint8Array(0); // of a line that goes on in the next chunk
-  let place = 0;
-  for (let offset = 0; offset < blob.size; offset += CHUNK) {
-    const fresh = new Uint8Array(await blob.slice(offset, offset + CHUNK).arrayBuffer());
-    signal?.throwIfAborted();
-    const bytes = rest.length ? joined(rest, fresh) : fresh;
-    const base = offset - rest.length; // where `bytes` begins in the file
-    const last = offset + CHUNK >= blob.size;
-    let start = 0;
-    while (start < bytes.length) {
-      let end = bytes.indexOf(10, start);
-      const whole = end >= 0;
-      if (!whole) {
-        if (!last) break;
-        end = bytes.length;
-      }
-      place += 1;
-      const line = decoder.decode(bytes.subarray(start, end));
-      if (line.trim()) {
-        try {
-          entries.push(entryOf(light(line), { line: place, start: base + start, end: base + end, order: entries.length }));
-        } catch (error) {
-          problems.push({ line: place, why: whole ? error.message : "it was not written to its end" });
-        }
-      }
-      start = end + 1;
-    }
-    rest = start < bytes.length ? bytes.slice(start) : new Uint8Array(0);
-    onProgress(Math.min(offset + CHUNK, blob.size), entries.length);
+/**
+ * The index of a rollout file, which may grow: `entries`, in its order, and `problems`, the lines that were left out. It is told
+ * of the file piece by piece, each where the one before ended.
+ */
+export class Index {
+  entries = [];
+  #left = []; // lines that are no episode
+  #rest = new Uint8Array(0); // of a line that goes on in the next piece
+  #line = 0;
+  #closed = true; // whether the last line has its newline
+  #decoder = new TextDecoder();
+  #broken = null; // why the last line is none, as long as it has no end
+
+  /** Where the first line begins that was not read to its end. */
+  at = 0;
+
+  get problems() {
+    return this.#broken ? [...this.#left, this.#broken] : this.#left;
   }
-  return { entries, problems };
+
+  /** Take the next bytes of the file. */
+  add(fresh) {
+    const bytes = this.#rest.length ? joined(this.#rest, fresh) : fresh;
+    let start = 0;
+    for (let end; (end = bytes.indexOf(10, start)) >= 0; start = end + 1) this.#take(bytes, start, end, true);
+    this.at += start;
+    this.#rest = start < bytes.length ? bytes.slice(start) : new Uint8Array(0);
+    this.#broken = null;
+  }
+
+  /** There is no more of the file for now: its last line may lack its newline. */
+  end() {
+    this.#broken = null;
+    if (!this.#rest.length) return;
+    const bytes = this.#rest;
+    if (this.#take(bytes, 0, bytes.length, false)) {
+      this.at += bytes.length;
+      this.#rest = new Uint8Array(0);
+    }
+  }
+
+  /** What was read of the unfinished line counts no more. */
+  cut() {
+    this.#rest = new Uint8Array(0);
+    this.#broken = null;
+  }
+
+  #take(bytes, start, end, whole) {
+    const text = this.#decoder.decode(bytes.subarray(start, end));
+    if (!this.#closed && !text.trim()) {
+      this.#closed = whole; // the newline of a line that was read without it
+      return true;
+    }
+    this.#line += 1;
+    if (!text.trim()) return true;
+    const base = this.at; // of `bytes` in the file
+    try {
+      this.entries.push(entryOf(light(text), { line: this.#line, start: base + start, end: base + end, order: this.entries.length }));
+    } catch (error) {
+      const why = { line: this.#line, why: whole ? error.message : "it was not written to its end" };
+      if (whole) this.#left.push(why);
+      else {
+        this.#line -= 1;
+        this.#broken = why;
+        return false;
+      }
+    }
+    this.#closed = whole;
+    return true;
+  }
 }
 
 /** The whole episode of an entry. */
@@ -103,36 +136,22 @@ function entryOf(episode, at) {
   );
   const asked = textsOf(query ?? messages?.find?.((message) => message?.role === "user")?.content);
   const step = metadata?.step ?? null;
+  const task = metadata?.dataset ?? metadata?.task ?? null;
   return {
     ...at,
     id: String(episode.id ?? at.line),
     row: episode.row ?? null,
     group: episode.group === null || episode.group === undefined ? null : `${metadata?.policy ?? ""}|${step ?? ""}|${episode.group}`,
+    question: `${task ?? ""}\n${asked.join("\n")}`, // the same in another run
     place: episode.place ?? null,
     reward: episode.reward ?? null,
     success: episode.success ?? null,
     stop: String(episode.stop ?? "unknown"),
+    task: task === null ? null : String(task),
+    failed: Boolean(episode.grade_failure),
     sampled: episode.sampled_tokens ?? null,
     step,
     title: (asked.join(" ") || said[0] || "").slice(0, TITLE).replace(/\s+/g, " ").trim(),
     text: [episode.id, ...asked, textOf(reference), episode.error ?? "", ...said].join("\n").toLowerCase(),
   };
-}
-
-/** The entries that pass: `words` occur, `success` ("true", "false", "null") and `stop` are as asked; sorted. */
-export function choose(entries, { words = "", success = "", stop = "", sort = "file" } = {}) {
-  const wanted = words.trim().toLowerCase();
-  const found = entries.filter(
-    (entry) =>
-      (!success || String(entry.success) === success) &&
-      (!stop || entry.stop === stop) &&
-      (!wanted || entry.text.includes(wanted)),
-  );
-  if (sort === "file") return found;
-  const key = sort.replace(/^-/, "");
-  const sign = sort.startsWith("-") ? -1 : 1;
-  return found.sort((a, b) => {
-    if (a[key] === null || b[key] === null) return (a[key] === null) - (b[key] === null) || a.order - b.order; // unknown last
-    return sign * (a[key] - b[key]) || a.order - b.order;
-  });
 }

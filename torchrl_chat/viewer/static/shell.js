@@ -97,13 +97,17 @@ function askToken(reason) {
   });
 }
 
-/** A response of this server that is fine; asks for the token where one is needed. Throws what the server says. */
-export async function ask(path, body = undefined, method = body === undefined ? "GET" : "POST") {
+/**
+ * A response of this server that is fine; asks for the token where one is needed. Throws what the server says.
+ * `options` are those of fetch, and `body`, a value that is sent as JSON.
+ */
+export async function ask(path, { body = undefined, method = body === undefined ? "GET" : "POST", headers = {}, signal } = {}) {
   for (;;) {
-    const headers = token() ? { authorization: `Bearer ${token()}` } : {};
-    const options = { method, headers, cache: "no-store" };
+    const sent = { ...headers };
+    if (token()) sent.authorization = `Bearer ${token()}`;
+    const options = { method, headers: sent, cache: "no-store", signal };
     if (body !== undefined) {
-      headers["content-type"] = "application/json";
+      sent["content-type"] = "application/json";
       options.body = JSON.stringify(body);
     }
     const response = await fetch(path, options);
