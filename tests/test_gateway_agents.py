@@ -366,7 +366,7 @@ def test_the_agent_of_the_examples_plays_the_tool_task():
 
     def make():
         return make_env(
-            "python-tool", limits={"max_turn_tokens": 50}, seed=1, tokenizer=tokenizer, input_mode="tokens", num_envs=5,
+            "python-tool", limits={"max_turn_tokens": 50}, seed=1, tokenizer=tokenizer, input_mode="tokens", num_envs=8,
             repeats=4, group_repeats=True,
         )  # fmt: skip
 
