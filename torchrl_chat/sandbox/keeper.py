@@ -25,7 +25,7 @@ from torchrl_chat.sandbox.settings import Settings
 
 _TICK = 0.04  # seconds between two looks at the sums
 _CALM = 0.25  # seconds between them while everything stands still
-_SETTLE = 0.2  # seconds to wait at most until all have taken the signal that stops them
+_SETTLE = 1.0  # seconds to wait at most, on a machine however busy, until all have taken the signal that stops them
 _AWAKE = 0.1  # seconds of processor time that a session may take between its calls, before it is ended
 _OWN = 48 << 20  # bytes that interpreters bring along and share
 
