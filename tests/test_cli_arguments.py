@@ -145,7 +145,6 @@ sys.exit(main({words!r}))
         (["grade", "FILE"], ["math_verify", "latex2sympy2_extended"], "math"),
         (["grade", "FILE", "--task", "ifeval"], ["py3langid"], "ifeval"),
         (["view", "."], ["starlette", "uvicorn", "websockets"], "serve"),
-        (["view", "."], ["orjson"], "serve"),
         (["serve"], ["pydantic", "pydantic_core"], "serve"),
         (["play"], ["uvicorn", "h11"], "serve"),
         (["eval", "--dataset", "reasoning-gym:chain_sum"], ["reasoning_gym"], "reasoning-gym"),

@@ -167,6 +167,7 @@ def test_markdown_and_code_on_request(tab, tmp_path):
         assert page.locator("#detail img, #detail script, .rendered b, #detail iframe").count() == 0
         page.wait_for_url("**text=rendered")
         page.keyboard.press("m")
+        page.expect(page.locator(".rendered")).to_have_count(0)
         page.expect(raw.locator("p")).to_have_text(TEXT.strip())
 
 
@@ -282,6 +283,7 @@ def test_the_tree_of_an_agents_calls(tab, agents_file):
         )
         page.keyboard.press("t")
         page.keyboard.press("t")
+        page.wait_for_url("**view=tree*")  # a view that is left at once is no step that "back" would take
         tree = page.get_by_role("tree").first
         rows = tree.get_by_role("treeitem")
         levels = rows.evaluate_all(

@@ -50,6 +50,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         ModuleNotFoundError: there is no shtab, which every installation brings.
 
     Example:
+        >>> import argparse
         >>> parser = argparse.ArgumentParser("greet")
         >>> _ = parser.add_argument("--how", choices=["warmly", "briefly"])
         >>> "warmly briefly" in script(parser, "bash")

@@ -21,9 +21,11 @@ class ChatClient(GenericClient):
     Arguments and behaviour are those of :class:`GenericClient`; ``delta`` is on.
 
     Example:
+        >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)  # the server's
         >>> with ChatClient(url) as client:  # "http://localhost:8000", say
         ...     result = client.reset()
-        ...     action = client.message_to_action({"role": "user", "content": "Hello!"})
+        ...     action = client.message_to_action({"role": "user", "content": "Hello!"}, tokenizer)
         ...     print(client.step(action).observation.messages)
         [{'role': 'user', 'content': 'Hello!'}]
     """
