@@ -91,6 +91,12 @@ def of_the_day(*values, share: int | None = None) -> list:
     ]
 
 
+def by_date(place: int, share: int):
+    """A decorator of a test that runs on each ``share``-th day, and in ``make test-all``: others of its kind run on the days between."""
+    today = (datetime.date.fromisoformat(DAY).toordinal() - place) % share == 0
+    return (lambda test: test) if today else pytest.mark.full
+
+
 PARTS = ("corpus", "services", "learn", "openenv", "vllm")
 
 

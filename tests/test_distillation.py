@@ -95,7 +95,9 @@ def test_another_tokenizer_is_refused(tmp_path):
         main([*QUICK, "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "run")], "train")
 
 
-@pytest.mark.parametrize(("divergence", "steps"), [("sampled", "40"), ("forward", "12")])
+@pytest.mark.parametrize(
+    ("divergence", "steps"), [pytest.param("sampled", "40", marks=pytest.mark.full), ("forward", "12")]
+)
 def test_a_student_comes_near_its_teacher(tmp_path, divergence, steps):
     """Without any reward; the teacher is what it was at the end."""
     main([*QUICK, "--steps", "1", "--seed", "7", "--out", str(tmp_path / "teacher")], "train")
