@@ -94,6 +94,15 @@ class World:
             "clock": time.time() > 1.6e9,
         }
 
+    def hear_out(self) -> None:
+        """Take what has been said to the listeners, as if nobody had."""
+        for listener in self.listeners.values():
+            while select.select([listener], [], [], 0)[0]:
+                if listener.type == socket.SOCK_STREAM:
+                    listener.accept()[0].close()
+                else:
+                    listener.recv(100)
+
     def names(self) -> str:
         """What an attacker would have found out, as assignments."""
         values = {

@@ -152,7 +152,7 @@ def test_an_engine_that_dies_is_told_to_its_agents_alone():
 
 # It answers three requests, and keeps all others waiting; with "well" it answers all.
 ENGINE = """
-import itertools, json, sys, time
+import itertools, json, os, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 numbers = itertools.count(1)
 class Handler(BaseHTTPRequestHandler):
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))["token_ids"]
         if sys.argv[2] != "well" and next(numbers) > 3:
-            print("waits", flush=True)
+            os.write(1, b"waits\\n")  # one write: two that wait at once would mix their lines
             time.sleep(600)
         content = [{"token_id": i, "logprob": -0.25} for i in (asked[-1], 2)]
         choice = {"index": 0, "token_ids": [asked[-1], 2], "finish_reason": "stop", "logprobs": {"content": content}}

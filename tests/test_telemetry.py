@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from torchrl_chat import ChatEnv, telemetry
 from torchrl_chat.endpoint import Endpoint
 from torchrl_chat.gateway import Gateway
+from torchrl_chat.gateway.app import Front
 from torchrl_chat.gateway.calls import Refusal
 from torchrl_chat.policies import TransformersPolicy
 from torchrl_chat.rewards import Episode, Grader
@@ -232,6 +233,27 @@ async def test_what_is_said_stands_in_spans_only_if_the_conventions_variable_ask
     assert json.loads(said["parts"][0]["arguments"]) == {"q": SECRET}
     assert SECRET in found["execute_tool look"].attributes["gen_ai.tool.call.arguments"]
     assert session.turns == 1
+
+
+def test_a_fault_of_the_gateway_s_own_is_counted(monkeypatch):
+    openai = pytest.importorskip("openai")
+    templates = templates_of()
+
+    def broken(*_):
+        raise RuntimeError("a fault of ours")
+
+    with Gateway(Recorder(templates, lambda ask: "one two"), templates.plain.tokenizer) as gateway:
+        client = client_of(gateway.session(), max_retries=0)
+        monkeypatch.setattr(Front, "_agent", broken)
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.chat.completions.create(model="m", messages=[user("hi")])
+        request = urllib.request.Request(
+            f"{gateway.url}/metrics", headers={"Authorization": f"Bearer {gateway.token}"}
+        )
+        with urllib.request.urlopen(request) as reply:
+            status = refused.value.status_code
+            assert f'calls_total{{dialect="chat completions",status="{status}"}} 1.0' in reply.read().decode()
+        assert status >= 500
 
 
 def test_prometheus_reads_what_a_gateway_counts():

@@ -12,19 +12,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from web_pages import HOSTILE, episode, sampled_text, viewer
+from web_pages import HOSTILE, browsing, episode, sampled_text, viewer
 
 from torchrl_chat.rollouts import as_line, read_rollouts
 from torchrl_chat.viewer import viewer_app
 
 pytestmark = pytest.mark.services
-
-
-def browsing(tab, url, path):
-    page = tab(f"{url}/web/rollouts")
-    page.locator("#local").set_input_files(path)
-    page.expect(page.locator("#status")).to_contain_text("read in")
-    return page
 
 
 def rewards(page):

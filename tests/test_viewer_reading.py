@@ -13,19 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from agents import ask, calling, result, session_of, system, templates_of, user
 from axe_playwright_python.sync_playwright import Axe
-from web_pages import HOSTILE, episode, viewer, write_episodes
+from web_pages import HOSTILE, browsing, episode, viewer, write_episodes
 
 from torchrl_chat.gateway import episodes
 from torchrl_chat.rollouts import as_line, read_rollouts, write_rollouts
 
 pytestmark = pytest.mark.services
-
-
-def browsing(tab, url, path):
-    page = tab(f"{url}/web/rollouts")
-    page.locator("#local").set_input_files(path)
-    page.expect(page.locator("#status")).to_contain_text("read in")
-    return page
 
 
 BOUNDS = {  # between the shades, of how far a number is from the light end

@@ -173,3 +173,11 @@ def arguments_of(command, arguments):
     commands = parser.add_subparsers()
     command.add_parser(commands)
     return parser.parse_args([command.__name__.rpartition(".")[2], *arguments])
+
+
+def browsing(tab, url, path):
+    """A page in which a file of this machine is open."""
+    page = tab(f"{url}/web/rollouts")
+    page.locator("#local").set_input_files(path)
+    page.expect(page.locator("#status")).to_contain_text("read in")
+    return page

@@ -144,7 +144,10 @@ class Front:
             raise
         except Exception as error:  # a fault of ours is one request's, and its client is told so
             _log.error("a request failed", extra={"failure": type(error).__name__}, exc_info=_log.isEnabledFor(10))
-            await self._refuse(send, dialect, Refusal("the gateway failed; its log names the error.", Kind.ENGINE))
+            ours = Refusal("the gateway failed; its log names the error.", Kind.ENGINE)
+            await self._refuse(send, dialect, ours)
+            if spoken is not None:
+                self._counting.call(spoken.name, ours.status, begun)
 
     @staticmethod
     def _method(request: Request, *methods: str) -> None:

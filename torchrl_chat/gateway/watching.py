@@ -19,6 +19,8 @@ _PROVIDER = "torchrl_chat"
 
 async def watched(answering: Awaitable[Reply], session: Session, call: Call) -> Reply:
     """The reply to a request, with a span of the turn: ``chat MODEL``, of the conversation that is the session."""
+    if not telemetry.on():
+        return await answering
     with telemetry.inference("chat", call.model, _PROVIDER) as span:
         span.set({"gen_ai.conversation.id": session.name})
         more = {"choice.count": call.n if call.n != 1 else None, "stream": call.stream or None}

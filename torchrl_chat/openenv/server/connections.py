@@ -16,11 +16,26 @@ LOST = "torchrl_chat.lost"
 """The extension of an ASGI scope under which a future stands that is done when the client has left, where the server has it."""
 
 
-class _Timed(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol with a limit for the arrival of each request, headers and body."""
+class Arrival:
+    """A limit for the time in which a request arrives, of any of uvicorn's protocols."""
 
     request_seconds: float
+    loop: Any
+    transport: Any
     _arrival: asyncio.TimerHandle | None = None
+
+    def _wait(self) -> None:
+        if self._arrival is None:
+            self._arrival = self.loop.call_later(self.request_seconds, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+
+
+class _Timed(Arrival, H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with a limit for the arrival of each request, headers and body."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -36,15 +51,6 @@ class _Timed(H11Protocol):
             self._wait()
         else:
             self._stop()  # the request is here, or the connection is a WebSocket's now
-
-    def _wait(self) -> None:
-        if self._arrival is None:
-            self._arrival = self.loop.call_later(self.request_seconds, self.transport.close)
-
-    def _stop(self) -> None:
-        if self._arrival is not None:
-            self._arrival.cancel()
-            self._arrival = None
 
 
 def timed_protocol(request_seconds: float) -> Any:

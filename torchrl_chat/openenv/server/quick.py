@@ -12,7 +12,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from torchrl_chat.openenv.server.connections import LOST
+from torchrl_chat.openenv.server.connections import LOST, Arrival
 
 _MOST = (
     64 * 1024
@@ -53,11 +53,9 @@ class Corked:
             self._transport.write(data)
 
 
-class QuickProtocol(HttpToolsProtocol):
+class QuickProtocol(Arrival, HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol over ``httptools``, with limits for the arrival of each request and for the size of its headers."""
 
-    request_seconds: float
-    _arrival: asyncio.TimerHandle | None = None
     _beside = 0  # bytes of the present request that are no body
     _whole = False
 
@@ -128,17 +126,8 @@ class QuickProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer is whole: nothing is waited for."""
-        self.transport.flush()  # type: ignore[attr-defined]
+        self.transport.flush()
         super().on_response_complete()
-
-    def _wait(self) -> None:
-        if self._arrival is None:
-            self._arrival = self.loop.call_later(self.request_seconds, self.transport.close)
-
-    def _stop(self) -> None:
-        if self._arrival is not None:
-            self._arrival.cancel()
-            self._arrival = None
 
 
 def quick_protocol(request_seconds: float) -> Any:
