@@ -196,6 +196,7 @@ def test_what_is_killed_leaves_nobody_connected(box):
         "s.sendall(b'here')\ntime.sleep(100)"
     )
     clients: list[socket.socket] = []
+    said: list[bytes] = []
     there = threading.Event()
 
     def opened(listener: socket.socket) -> None:
@@ -203,6 +204,9 @@ def test_what_is_killed_leaves_nobody_connected(box):
             with listener:
                 for _ in range(8):
                     clients.append(listener.accept()[0])
+            for client in clients:  # all have said it, and none is killed before it could
+                client.settimeout(30)
+                said.append(client.recv(10))
             there.set()
 
         threading.Thread(target=serve, daemon=True).start()
@@ -214,10 +218,9 @@ def test_what_is_killed_leaves_nobody_connected(box):
     command.kill()
     running.join(30)
     assert not running.is_alive()
+    assert said == [b"here"] * 8
     for client in clients:
-        client.settimeout(10)
         with client, contextlib.suppress(ConnectionResetError):
-            assert client.recv(10) == b"here"
             assert client.recv(10) == b""
 
 

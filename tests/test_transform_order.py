@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import itertools
 import pickle
@@ -496,13 +497,14 @@ def test_a_resume_after_appending():
     assert again.reset()["episode_row"].item() == 2
 
 
-def test_the_lines_of_the_readme():
-    """The four lines about transforms, as they stand there."""
-    text = (Path(torchrl_chat.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^ *(env = env\.append_transform\(.*\).*)$", text, re.MULTILINE)
-    imported = re.findall(r"^ *(from torchrl_chat\.transforms import .*)$", text, re.MULTILINE)
+def test_the_lines_of_the_documentation():
+    """The four transforms of the page on tools, in the order in which they stand there."""
+    page = (Path(torchrl_chat.__file__).parents[1] / "docs/environment/tools.md").read_text(encoding="utf-8")
+    block = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    statements = [ast.unparse(node) for node in ast.parse(block).body]
+    lines = [line for line in statements if line.startswith("env = env.append_transform(")]
+    imported = [line for line in statements if line.startswith("from torchrl_chat.transforms ")]
     assert len(lines) == 4
-    assert imported
 
     def search(words: str) -> str:
         """Searches.
