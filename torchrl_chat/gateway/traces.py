@@ -59,8 +59,9 @@ def training_trace(session: Session) -> dict[str, Any]:
         ...     reply = client.chat.completions.create(model="policy", messages=ask)
         ...     session.finish(reward=1.0)
         ...     trace = training_trace(session.session)
-        >>> [len(turn["completion_token_ids"]) for turn in trace["turns"]]
-        [4]
+        >>> [turn] = trace["turns"]
+        >>> len(turn["loss_mask"]) == len(turn["prompt_token_ids"]) + len(turn["per_token_logps"])
+        True
     """
     turns: list[dict[str, Any]] = []
     for sequence, (_, trained) in enumerate(session.tree.sequences()):
