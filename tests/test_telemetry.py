@@ -235,6 +235,23 @@ async def test_what_is_said_stands_in_spans_only_if_the_conventions_variable_ask
     assert session.turns == 1
 
 
+def test_a_turn_is_a_part_of_the_trace_that_its_agent_names(spans):
+    pytest.importorskip("openai")
+    templates = templates_of()
+    with Gateway(Recorder(templates, lambda ask: "one two"), templates.plain.tokenizer) as gateway:
+        client = client_of(gateway.session(), max_retries=0)
+
+        def turn(**headers):
+            client.chat.completions.create(model="m", messages=[user("hi")], extra_headers=headers)
+            return spans()["chat m"]
+
+        trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+        found = turn(traceparent=f"00-{trace}-{parent}-01")
+        assert (found.context.trace_id, found.parent.span_id) == (int(trace, 16), int(parent, 16))
+        assert turn(traceparent="00-no-trace-01").parent is None  # what cannot be read is no fault of the request
+        assert turn().parent is None
+
+
 def test_a_fault_of_the_gateway_s_own_is_counted(monkeypatch):
     openai = pytest.importorskip("openai")
     templates = templates_of()

@@ -13,10 +13,11 @@ The conventions are those of github.com/open-telemetry/semantic-conventions-gena
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 CAPTURE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
@@ -86,6 +87,25 @@ def on() -> bool:
 def content() -> bool:
     """Whether spans may hold what was said, by the conventions' own variable."""
     return os.environ.get(CAPTURE, "").upper() in ("SPAN_ONLY", "SPAN_AND_EVENT")
+
+
+@contextlib.contextmanager
+def behind(headers: Mapping[str, str]) -> Iterator[None]:
+    """Spans made within belong to the trace that a request's headers name (W3C Trace Context), where spans are made.
+
+    Args:
+        headers: the request's, by their names in lower case: ``traceparent``, ``tracestate``, or what the program's propagators read.
+    """
+    if not on():
+        yield
+        return
+    from opentelemetry import context, propagate
+
+    token = context.attach(propagate.extract(headers))
+    try:
+        yield
+    finally:
+        context.detach(token)
 
 
 def span(operation: str, subject: str = "", kind: Kind = "INTERNAL") -> Span:

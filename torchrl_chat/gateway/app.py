@@ -24,6 +24,7 @@ from typing import Any
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from torchrl_chat import telemetry
 from torchrl_chat.access import Guard, OwnNames
 from torchrl_chat.gateway.bodies import Bodies
 from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
@@ -179,7 +180,8 @@ class Front:
         if counts:
             await _send(send, 200, dialect.count(await session.count(call)))
             return
-        exchange = session.open(call, digest=body.digest)
+        with telemetry.behind(request.headers):  # the turn is a part of its agent's trace
+            exchange = session.open(call, digest=body.digest)
         exchange.waiting += 1
         lost = request.scope.get("extensions", {}).get(LOST)
         gone = asyncio.ensure_future(_gone(request.receive)) if lost is None else lost
