@@ -16,7 +16,8 @@ from openai import DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 
 from torchrl_chat.conversation import Turn
 from torchrl_chat.gateway.calls import Asked, Call, Reply
-from torchrl_chat.gateway.sessions import Session, Settings
+from torchrl_chat.gateway.sessions import Session
+from torchrl_chat.gateway.settings import Settings
 from torchrl_chat.gateway.templates import Templates
 
 TOOLS = (

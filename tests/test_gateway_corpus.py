@@ -8,7 +8,8 @@ import pytest
 from agents import Recorder, ask, check_law, result, user
 from conftest import CORPUS, corpus_tokenizer, of_the_day
 
-from torchrl_chat.gateway.sessions import Session, Settings
+from torchrl_chat.gateway.sessions import Session
+from torchrl_chat.gateway.settings import Settings
 from torchrl_chat.gateway.templates import Templates
 
 FUNCTION = {

@@ -9,7 +9,8 @@ from agents import THINKING, TOOLS, ask, asked, calling, check_law, run, session
 
 from torchrl_chat.conversation import Limits, StopReason
 from torchrl_chat.gateway.calls import Call, Kind, Refusal
-from torchrl_chat.gateway.sessions import Names, Settings
+from torchrl_chat.gateway.sessions import Names
+from torchrl_chat.gateway.settings import Settings
 
 
 @run

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from random_templates import features, made, source, tokenizer
 
 from torchrl_chat.gateway.calls import Call, Refusal
-from torchrl_chat.gateway.sessions import Session, Settings
+from torchrl_chat.gateway.sessions import Session
+from torchrl_chat.gateway.settings import Settings
 from torchrl_chat.gateway.templates import Templates
 
 WORD = re.compile(r"w[0-9]+x|r[0-9]+x")  # of a message; of a reasoning

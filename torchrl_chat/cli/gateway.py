@@ -137,7 +137,7 @@ def make_gateway(arguments: argparse.Namespace) -> Any:
     """
     from torchrl_chat.conversation import Limits
     from torchrl_chat.gateway import Gateway, Settings
-    from torchrl_chat.gateway.sessions import AGENTS
+    from torchrl_chat.gateway.settings import AGENTS
     from torchrl_chat.openenv.protocol import ServerLimits
 
     engine, tokenizer = _engine(arguments)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torchrl_chat.gateway.policies import PolicyEngine
     from torchrl_chat.gateway.rewarding import Rewarder
     from torchrl_chat.gateway.serve import Gateway, Served
-    from torchrl_chat.gateway.sessions import Session, Settings
+    from torchrl_chat.gateway.sessions import Session
+    from torchrl_chat.gateway.settings import Settings
     from torchrl_chat.gateway.traces import Finding, Recorded, read_trace, training_trace
 
 _HOMES = {
@@ -33,7 +34,8 @@ _HOMES = {
     "policies": "PolicyEngine",
     "rewarding": "Rewarder",
     "serve": "Gateway Served",
-    "sessions": "Session Settings",
+    "sessions": "Session",
+    "settings": "Settings",
     "traces": "Finding Recorded read_trace training_trace",
 }
 

@@ -34,7 +34,7 @@ from torchrl_chat.gateway.desk import Desk, Nobody
 from torchrl_chat.gateway.policies import PolicyEngine
 from torchrl_chat.gateway.rewarding import Rewarder
 from torchrl_chat.gateway.serve import Gateway
-from torchrl_chat.gateway.sessions import Settings
+from torchrl_chat.gateway.settings import Settings
 from torchrl_chat.openenv.protocol import ServerLimits
 from torchrl_chat.policies.policy import Policy
 from torchrl_chat.seeds import PLACE, SEED

@@ -24,7 +24,8 @@ from torchrl_chat.gateway.engines import Engine
 from torchrl_chat.gateway.finished import episodes
 from torchrl_chat.gateway.policies import engine_of
 from torchrl_chat.gateway.rewarding import Rewarder
-from torchrl_chat.gateway.sessions import Session, Settings
+from torchrl_chat.gateway.sessions import Session
+from torchrl_chat.gateway.settings import Settings
 from torchrl_chat.gateway.table import Table, report
 from torchrl_chat.gateway.templates import Templates
 from torchrl_chat.openenv.protocol import ServerLimits

@@ -14,38 +14,33 @@ import asyncio
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torchrl_chat import telemetry
-from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn, answer, append
+from torchrl_chat.conversation import StopReason, Transcript, Turn, answer, append
 from torchrl_chat.conversation.limits import NO_LIMIT
 from torchrl_chat.gateway.bodies import Bodies
-from torchrl_chat.gateway.calls import Call, Choice, Finish, Kind, Refusal, Reply, ToolCall, Usage
+from torchrl_chat.gateway.calls import Call, Kind, Refusal, Reply, Usage
 from torchrl_chat.gateway.ends import checked_end
 from torchrl_chat.gateway.engines import Ask, Engine
 from torchrl_chat.gateway.exchanges import Exchange, Exchanges
 from torchrl_chat.gateway.matching import said
+from torchrl_chat.gateway.settings import Settings
 from torchrl_chat.gateway.streaming import Teller
 from torchrl_chat.gateway.templates import Templates
-from torchrl_chat.gateway.tree import Answer, CallName, Match, Tree
+from torchrl_chat.gateway.tree import Answer, Match, Tree
 from torchrl_chat.gateway.watching import sampled, watched
-from torchrl_chat.gateway.wording import for_ledger, stopped, turn_kind
+from torchrl_chat.gateway.wording import for_ledger, stopped, told, turn_kind
 from torchrl_chat.messages import MessageError
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 
 _log = logging.getLogger("torchrl_chat.gateway")
-
-AGENTS = frozenset({"max_tokens", "stop"})
-"""What an agent may set unless the session says otherwise: where its answers end, not how they are sampled."""
-
 
 _USED_UP = (StopReason.MAX_TURNS, StopReason.MAX_TOKENS, StopReason.MAX_TOOL_CALLS)
 
@@ -59,34 +54,6 @@ class Names:
     def __call__(self) -> str:
         """A new one."""
         return f"{self._begin}{next(self._count):08x}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a session decides, and its agent does not.
-
-    Raises:
-        ValueError: a value that it cannot have.
-    """
-
-    limits: Limits = field(default_factory=Limits)
-    """What the episode may take; counted over all of its sequences, but for ``max_context``, which each sequence has."""
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that the engine gets with each request, of those that it takes."""
-    allow: frozenset[str] = AGENTS
-    """Names of the settings that the agent may choose; others of its settings are not looked at."""
-    history: Literal["keep", "template"] = "keep"
-    """Whether the past stays as it was sampled, or is written anew as the template does it, in a sequence of its own."""
-    max_choices: int = 16
-    """How many answers one request may ask for."""
-    patience: float = 5.0
-    """Seconds that sampling goes on for a client that has left: it may come back, with a retry."""
-
-    def __post_init__(self) -> None:
-        if self.history not in ("keep", "template"):
-            raise ValueError(f"history={self.history!r}: expected 'keep' or 'template'.")
-        if self.max_choices < 1:
-            raise ValueError(f"max_choices is {self.max_choices}: expected at least 1.")
 
 
 class Session:
@@ -451,7 +418,7 @@ class Session:
                 [after] = answer([prompt], [turn], template)
             except ValueError as error:
                 raise Refusal(f"what the engine sampled cannot be entered: {error}", Kind.ENGINE) from error
-            choice, names = self._told(after, stop, call, template)
+            choice, names = told(after, stop, call, template, self._names)
             given = Answer(
                 exchange.name,
                 key,
@@ -505,46 +472,6 @@ class Session:
             stop = StopReason.MAX_TURNS  # there is no further sequence to make room in
         if stop not in (StopReason.RUNNING, StopReason.CONTEXT_FULL) and not self.stop:
             self.stop = stop
-
-    def _told(
-        self, after: Transcript, stop: str | None, call: Call, template: ChatTemplate
-    ) -> tuple[Choice, dict[str, CallName]]:
-        """An answer as the agent is told it, and its calls by the ids that it is told."""
-        message = after.messages[-1]
-        names: dict[str, CallName] = {}
-        calls = []
-        for made in message.get("tool_calls") or ():
-            function, own = made["function"], f"call_{self._names()}"
-            names[own] = CallName(made["id"], function["name"])
-            arguments = function["arguments"]
-            if not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            calls.append(ToolCall(own, function["name"], arguments))
-        content = message.get("content") or ""
-        reasoning = message.get("reasoning_content")
-        if stop is not None:  # it stands at the end of what was sampled, wherever that is
-            content, reasoning = content.partition(stop)[0], reasoning and reasoning.partition(stop)[0]
-        finish: Finish = "tool_calls" if calls else "stop" if after.ended or stop is not None else "length"
-        ids: tuple[int, ...] = ()
-        pieces: tuple[str, ...] = ()
-        log_probs: tuple[float, ...] | None = None
-        if call.told.get("log_probs") or call.told.get("ids"):
-            last = after.spans[-1]
-            row = after.tokens[last.start : last.end].tolist()
-            ids, pieces = tuple(row), tuple(template.codec.decode([[token] for token in row]))
-            if after.scored:
-                log_probs = tuple(after.log_probs[last.start : last.end].tolist())
-        told = Choice(
-            None if calls and not content.strip() else content,
-            reasoning,
-            tuple(calls),
-            finish,
-            stop,
-            ids,
-            pieces,
-            log_probs,
-        )
-        return told, names
 
     def _note(self, finding: str) -> None:
         if len(self.findings) < 1000 and (not self.findings or finding not in self.findings[-8:]):

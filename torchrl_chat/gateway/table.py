@@ -15,7 +15,8 @@ from typing import Any
 from torchrl_chat.conversation import StopReason
 from torchrl_chat.gateway.calls import Kind, Refusal
 from torchrl_chat.gateway.engines import Engine
-from torchrl_chat.gateway.sessions import Names, Session, Settings
+from torchrl_chat.gateway.sessions import Names, Session
+from torchrl_chat.gateway.settings import Settings
 from torchrl_chat.gateway.templates import Templates
 from torchrl_chat.openenv.protocol import ServerLimits
 

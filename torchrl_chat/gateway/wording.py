@@ -1,13 +1,14 @@
-"""What an agent says as a ledger has it, and what was sampled up to where its agent wants it to stop."""
+"""What an agent says as a ledger has it, and what was sampled as its agent is told it."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from torchrl_chat.conversation import Turn
+from torchrl_chat.conversation import Transcript, Turn
+from torchrl_chat.gateway.calls import Call, Choice, Finish, ToolCall
 from torchrl_chat.gateway.matching import POLICY
 from torchrl_chat.gateway.tree import CallName, Match
 from torchrl_chat.messages import Message
@@ -107,3 +108,43 @@ def stopped(turn: Turn, stops: Sequence[str], template: ChatTemplate) -> tuple[s
     log_probs = None if turn.log_probs is None else turn.log_probs[:low]
     versions = tuple(span for span in turn.versions if span[0] < low)
     return stop, Turn(turn.ids[:low], log_probs, None, "stop", turn.limit, versions)
+
+
+def told(
+    after: Transcript, stop: str | None, call: Call, template: ChatTemplate, names: Callable[[], str]
+) -> tuple[Choice, dict[str, CallName]]:
+    """The last answer of a ledger as its agent is told it, and its calls by the ids that the agent is told.
+
+    Args:
+        after: the ledger.
+        stop: the agent's stop string that ended it, which it is not told.
+        call: the request.
+        template: reads single tokens, where the agent asks for them.
+        names: makes names for calls that no other call has.
+    """
+    message = after.messages[-1]
+    known: dict[str, CallName] = {}
+    calls = []
+    for made in message.get("tool_calls") or ():
+        function, own = made["function"], f"call_{names()}"
+        known[own] = CallName(made["id"], function["name"])
+        arguments = function["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append(ToolCall(own, function["name"], arguments))
+    content = message.get("content") or ""
+    reasoning = message.get("reasoning_content")
+    if stop is not None:  # it stands at the end of what was sampled, wherever that is
+        content, reasoning = content.partition(stop)[0], reasoning and reasoning.partition(stop)[0]
+    finish: Finish = "tool_calls" if calls else "stop" if after.ended or stop is not None else "length"
+    ids: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
+    log_probs: tuple[float, ...] | None = None
+    if call.told.get("log_probs") or call.told.get("ids"):
+        last = after.spans[-1]
+        row = after.tokens[last.start : last.end].tolist()
+        ids, pieces = tuple(row), tuple(template.codec.decode([[token] for token in row]))
+        if after.scored:
+            log_probs = tuple(after.log_probs[last.start : last.end].tolist())
+    shown = None if calls and not content.strip() else content
+    return Choice(shown, reasoning, tuple(calls), finish, stop, ids, pieces, log_probs), known
