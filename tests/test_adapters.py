@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 
 import pytest
 import torch
 import zoo
+from recipe_runs import jsonl
+from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
 from torchrl_chat.learner.adapters import Reference, merged_weights, whole, with_lora
@@ -15,6 +19,7 @@ from torchrl_chat.learner.precision import compute_in
 from torchrl_chat.learner.recomputing import recompute_activations
 from torchrl_chat.models.passes import ModelError
 from torchrl_chat.recipes import checkpoints as saving
+from torchrl_chat.recipes import grpo
 from torchrl_chat.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(12).reshape(1, 12) + 3
@@ -139,6 +144,59 @@ def saved_numbers(model) -> tuple[int, list[torch.Tensor]]:
     count = sum(kept.values())
     loss.backward()
     return count, [w.grad.clone() for w in model.base_model.parameters() if w.grad is not None]
+
+
+class TestQuantizedBase:
+    @pytest.fixture(scope="class")
+    def base(self, tmp_path_factory):
+        """A model of the tiny kind whose linear layers have eight bits, in a folder."""
+        pytest.importorskip("torchao")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import AutoModelForCausalLM, TorchAoConfig
+
+        tokenizer = tiny_tokenizer()
+        whole, few = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("eight-bits")
+        tiny_model(len(tokenizer), hidden=128).save_pretrained(whole)
+        few_bits = TorchAoConfig(Int8WeightOnlyConfig())
+        AutoModelForCausalLM.from_pretrained(whole, quantization_config=few_bits).save_pretrained(few)
+        tokenizer.save_pretrained(few)
+        return few
+
+    @staticmethod
+    def train(monkeypatch, *words):
+        monkeypatch.setattr("sys.argv", ["grpo", *map(str, words)])
+        grpo.main()
+
+    def test_an_adapter_on_it_is_trained_and_goes_on(self, base, tmp_path, monkeypatch):
+        """The reference of the KL divergence is what is under it, and checkpoints hold the adapter alone."""
+        given = ["--model", base, "--dataset", "digits", "--lora", 4, "--kl", 0.1, "--lr", 1e-2, "--group-size", 4]
+        given += ["--prompts", 4, "--eval", 4, "--max-new-tokens", 4, "--save-every", 1, "--steps", 3]
+        self.train(monkeypatch, *given, "--out", tmp_path / "whole")
+        rows = jsonl(tmp_path / "whole" / "metrics.jsonl")
+        trained = [row for row in rows if "loss" in row]
+        assert trained
+        assert all(row["mismatch"] < 1e-5 for row in trained)  # what samples is what is trained
+        last = saving.checkpoints(tmp_path / "whole" / "checkpoints")[-1]
+        weights = load_file(last / "adapter_model.safetensors")
+        assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        assert sum(weight.numel() for weight in weights.values()) < 30_000
+        shutil.copytree(tmp_path / "whole", tmp_path / "again")
+        shutil.rmtree(saving.checkpoints(tmp_path / "again" / "checkpoints")[-1])
+        self.train(monkeypatch, *given, "--out", tmp_path / "again", "--resume")
+        again = load_file(saving.checkpoints(tmp_path / "again" / "checkpoints")[-1] / "adapter_model.safetensors")
+        assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            ((), "quantized: they cannot be trained. Give --lora 16"),
+            (("--lora", 4, "--merge"), "quantized: --merge would round the adapter away"),
+            (("--lora", 4, "--backend", "vllm"), "quantized: --backend vllm is sent whole weights"),
+        ],
+    )
+    def test_what_it_cannot_do_is_said_before_anything_is_done(self, words, told, base, tmp_path, monkeypatch):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            self.train(monkeypatch, "--model", base, *words, "--out", tmp_path / "run")
 
 
 class TestCheckpointing:

@@ -21,6 +21,11 @@ def is_adapted(model: Any) -> bool:
     return callable(getattr(model, "disable_adapter", None))
 
 
+def is_quantized(model: Any) -> bool:
+    """Whether weights of a model have few bits, as its checkpoint or its load gave them: they cannot be trained, an adapter on them can."""
+    return bool(getattr(unwrapped(model), "is_quantized", False))
+
+
 def with_lora(model: Any, rank: int, alpha: int = 32, targets: str = "all-linear") -> Any:
     """A PEFT model around a model, whose weights are frozen.
 

@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_chat import gallery, ranks, tiny
-from torchrl_chat.learner.adapters import merged_weights, whole, with_lora
+from torchrl_chat.learner.adapters import is_quantized, merged_weights, whole, with_lora
 from torchrl_chat.learner.memory import room_for
 from torchrl_chat.learner.optimizers import make_adamw, set_rate
 from torchrl_chat.learner.precision import compute_in
@@ -59,6 +59,8 @@ def _prepared(config: RunConfig) -> tuple[Any, Any]:
     """The model, before it is parted."""
     ranks.begin(config.device)
     model, tokenizer = _make_model(config)
+    if is_quantized(model) and (wrong := _asks_too_much(config)):
+        raise ValueError(f"the weights of {config.model} are quantized: {wrong}")
     if config.checkpointing:
         recompute_activations(model)
     if config.lora:
@@ -67,6 +69,24 @@ def _prepared(config: RunConfig) -> tuple[Any, Any]:
         model = with_lora(model, config.lora, config.lora_alpha, config.lora_targets)
         torch.set_rng_state(random_state)
     return _computing(config, model), tokenizer
+
+
+def _asks_too_much(config: RunConfig) -> str | None:
+    """What a run asks of a quantized model that it cannot do; ``None`` where it asks for nothing such."""
+    if not config.lora:
+        return "they cannot be trained. Give --lora 16 for an adapter on them, or a --model that is not quantized."
+    if config.merge:
+        return (
+            "--merge would round the adapter away with them. Train without it, and merge the adapter of the last checkpoint into the "
+            "model that they were made of: peft's PeftModel.from_pretrained, then merge_and_unload."
+        )
+    if config.backend == "vllm":
+        return (
+            "--backend vllm is sent whole weights after each step, and they are none. Give --backend transformers."
+        )
+    if ranks.count() > 1:
+        return "they cannot lie in parts on several processes. Train in one process."
+    return None
 
 
 def _computing(config: RunConfig, model: Any) -> Any:
