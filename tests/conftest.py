@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import datetime
 import functools
@@ -91,10 +92,17 @@ def of_the_day(*values, share: int | None = None) -> list:
     ]
 
 
-def by_date(place: int, share: int):
-    """A decorator of a test that runs on each ``share``-th day, and in ``make test-all``: others of its kind run on the days between."""
-    today = (datetime.date.fromisoformat(DAY).toordinal() - place) % share == 0
-    return (lambda test: test) if today else pytest.mark.full
+def leave_to_other_days(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked ``by_day(share, place=0)``, leave each ``share``-th: the others are for other days, and ``make test-all``."""
+    day, seen = datetime.date.fromisoformat(DAY).toordinal(), collections.Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("by_day")) is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        [share], place = mark.args, mark.kwargs.get("place", 0)
+        if (seen[test] + place - day) % share:
+            item.add_marker(pytest.mark.full)
+        seen[test] += 1
 
 
 PARTS = ("corpus", "services", "learn", "openenv", "vllm")
@@ -167,6 +175,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     Those of a template, in whichever file: its tokenizer is loaded once. And those of a file that share what it starts
     once: a server, a sandbox, a browser.
     """
+    leave_to_other_days(items)
     for item in items:
         if name := template_of(item) or started_once(item):
             item.add_marker(pytest.mark.xdist_group(name))

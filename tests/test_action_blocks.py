@@ -93,6 +93,7 @@ def new_of(kind: str, count: int) -> list[dict]:
 
 @pytest.mark.parametrize("case", CLOSES)
 @pytest.mark.parametrize("content", ["", "I look."])
+@pytest.mark.by_day(3)
 def test_ids_that_stop_at_the_end_of_the_block_go_on_with_the_templates_end(case, content):
     template = ChatTemplate(tokenizer_of(case))
     prompt = template.render([ASKED])

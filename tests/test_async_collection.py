@@ -89,6 +89,7 @@ def test_the_others_finish_while_one_waits(gate, mode):
     collector.shutdown()
 
 
+@pytest.mark.by_day(3)
 def test_what_arrives_is_what_one_environment_plays(gate, mode):
     gate.open.set()
     collector = collect(gate, mode, turns=8)
@@ -126,6 +127,7 @@ def test_first_episodes_are_dropped_by_the_collector(gate):
         assert batch["episode_epoch"].flatten().tolist() == [0 if again else 1]
 
 
+@pytest.mark.by_day(3, place=1)
 def test_processes(gate):
     """The same over a pool of processes, where an environment and its ledgers go through queues."""
     pool = AsyncEnvPool(

@@ -224,7 +224,8 @@ class TestReport:
         assert any("the same as of user turns" in line for line in few)
 
 
-@pytest.mark.parametrize("name", of_the_day(*all_corpus(), share=3))
+@pytest.mark.parametrize("name", all_corpus())
+@pytest.mark.by_day(6)
 def test_every_development_template(name):
     """Whatever a template does, the audit tells it and raises nothing; user turns are proved on all of them."""
     report = audit(corpus_tokenizer(name))

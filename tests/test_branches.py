@@ -31,6 +31,7 @@ def check_trained_once(transcript, sampled):
 
 
 @pytest.mark.parametrize("name", all_corpus())
+@pytest.mark.by_day(3)
 def test_a_branch_is_what_the_template_writes(name):
     """On every development template: canonical answers with reasoning, three turns deep."""
     env = ChatEnv(input_mode="tokens", tokenizer=corpus_tokenizer(name), history_policy="template")
@@ -181,6 +182,7 @@ class TestKeepAndTemplate:
 
 @pytest.mark.parametrize("name", all_corpus())
 @pytest.mark.parametrize("reasons", [False, True], ids=["call", "thought and call"])
+@pytest.mark.by_day(3, place=1)
 def test_tool_turns_under_the_template_policy(name, reasons):
     """A call in the template's own form, its result, and one more question: every token trained once."""
     kwargs = {"tools": [TOOL]}

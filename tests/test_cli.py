@@ -82,6 +82,7 @@ def test_same_seed_same_run(tmp_path):
     assert "seconds_sampling" not in of_the_run(first[0])
 
 
+@pytest.mark.by_day(3, place=2)
 def test_ctrl_c_keeps_what_there_is(tmp_path):
     command = [sys.executable, "-m", "torchrl_chat.cli.main", "train", "--steps", "100000", "--eval", "8"]
     process = subprocess.Popen(

@@ -155,6 +155,7 @@ sys.exit(main({words!r}))
         ),
     ],
 )
+@pytest.mark.by_day(3)
 def test_a_missing_extra_is_named(words, blocked, extra, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"response": "1", "answer": "1"}\n')
     words = [str(tmp_path / "rows.jsonl") if word == "FILE" else word for word in words]

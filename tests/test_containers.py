@@ -50,6 +50,7 @@ def check_rollout(td: TensorDict) -> None:
 
 class TestVectorized:
     @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.by_day(2, place=1)
     def test_serial_env(self, mode, workers):
         env = SerialEnv(workers, functools.partial(make_env, mode))
         td = env.rollout(3, make_policy(), break_when_any_done=False)
@@ -68,6 +69,7 @@ class TestVectorized:
             torch.manual_seed(seed)
             check_rollout(SerialEnv(2, factory).rollout(3, policy, break_when_any_done=False))
 
+    @pytest.mark.by_day(3)
     def test_parallel_env(self, mode):
         """Without shared buffers, since rows differ in length; in processes of their own."""
         env = ParallelEnv(2, functools.partial(make_env, mode), use_buffers=False, mp_start_method="forkserver")
@@ -87,6 +89,7 @@ class TestVectorized:
             pytest.param("tokens", "multiprocessing", marks=pytest.mark.full),
         ],
     )
+    @pytest.mark.by_day(2)
     def test_async_env_pool(self, mode, backend):
         """``stack="lazy"``, since rows differ in length; one conversation an environment, as torchrl's collectors use it."""
         pool = AsyncEnvPool([functools.partial(make_env, mode, 1)] * 3, backend=backend, stack="lazy")

@@ -210,6 +210,7 @@ def controls_in(name: str, ids: list[int], place: str = "user") -> list[int]:
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.by_day(3)
 def test_look_alikes_stay_text(name, place):
     template, build = template_of(name), PLACES[place]
     innocent = ids_of(template, *build(name, "WORDSQ7"))
@@ -254,6 +255,7 @@ def squashed(text: str) -> str:
 
 
 @pytest.mark.parametrize("place", ["user", "next_user"])
+@pytest.mark.by_day(3, place=1)
 def test_without_the_guard_look_alikes_are_control_tokens(name, place):
     messages, new = PLACES[place](name, forgeries(name)["edges"])
     ids = ids_of(template_of(name, guard=False), messages, new)
@@ -404,6 +406,7 @@ def gone_on(template: ChatTemplate, text: str, reason: str | None, head: str = "
     return read.message, template.codec.decode([[*ids, *read.ending.ids, *follow.ids]])[0]
 
 
+@pytest.mark.by_day(2)
 def test_a_complete_call_without_the_token_that_ended_its_turn(name):
     """Engines take the stop token away: the call stays a call, and the ledger gets the token as unsampled."""
     template = ChatTemplate(corpus_tokenizer(name), tools=[ADD])

@@ -94,6 +94,7 @@ print("\\f" + json.dumps(said))
 """
 
 
+@pytest.mark.by_day(2)
 def test_a_missing_extra_is_named_in_one_sentence(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"response": "7", "answer": "7"}\n')
     wanted = {

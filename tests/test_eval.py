@@ -409,6 +409,7 @@ class TestCommand:
         assert json.loads((tmp_path / "summary.json").read_text())["accuracy"] == 1.0
 
 
+@pytest.mark.by_day(3)
 def test_going_on_after_kill_9_is_as_if_nothing_had_been(tmp_path):
     """A sampling policy, killed with batches in the file and the next under way: the file ends up the same."""
     text = tiny_tokenizer(TEXT_ALPHABET)
@@ -451,6 +452,7 @@ main(sys.argv[1:])
     assert again == whole
 
 
+@pytest.mark.by_day(3, place=1)
 def test_ctrl_c_sums_up_what_there_is(tmp_path):
     command = ["eval", "--dataset", "countdown", "--limit", "400", "--batch", "2", "--max-new-tokens", "100"]
     process = subprocess.Popen(

@@ -274,6 +274,7 @@ class TestEnv:
         assert td["next", "reward"].flatten().tolist() == [0.0, 1.0]
 
     @pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.full)])
+    @pytest.mark.by_day(3)
     def test_all_real_rows(self, mode, split):
         """The gold answer, as the policy's response, gets 1; the gold plus one gets 0."""
         path = need_shared(f"data/gsm8k/{split}.jsonl")

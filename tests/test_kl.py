@@ -73,6 +73,7 @@ def expected_turns(rollout, model, kind):
 
 class TestInTheEnvironment:
     @pytest.mark.parametrize("kind", of_the_day("k1", "k2", "k3"))
+    @pytest.mark.by_day(2)
     def test_the_penalty_of_each_turn(self, mode, rows, policy, reference, kind):
         bare = roll(make_env(mode, rows), policy)
         td = roll(make_env(mode, rows).append_transform(RetrieveKL(reference, coeff=0.3, kind=kind)), policy)
@@ -89,6 +90,7 @@ class TestInTheEnvironment:
                 assert not penalty[:-count].any()  # earlier turns have been charged
                 assert taken[i, t] == pytest.approx(0.3 * penalty.sum().item(), abs=1e-4)
 
+    @pytest.mark.by_day(2, place=1)
     def test_at_the_end_of_the_episode(self, mode, rows, policy, reference):
         each = roll(make_env(mode, rows).append_transform(RetrieveKL(reference)), policy)
         asked = []
@@ -176,6 +178,7 @@ class TestInTheEnvironment:
 
 class TestElsewhere:
     @pytest.mark.parametrize("whole", [False, True], ids=["turns", "trajectories"])
+    @pytest.mark.by_day(3)
     def test_behind_a_collector(self, mode, policy, reference, whole):
         def collect(env, **options):
             torch.manual_seed(0)
@@ -203,6 +206,7 @@ class TestElsewhere:
             assert torch.allclose(one, two, atol=1e-5)
 
     @pytest.mark.parametrize("on", ["sample", "extend"])
+    @pytest.mark.by_day(3, place=1)
     def test_in_a_replay_buffer_of_steps(self, mode, policy, reference, on):
         steps = roll(make_env(mode, 4), policy).reshape(-1)
         before = steps["next", "reward"].clone()
@@ -237,6 +241,7 @@ class TestElsewhere:
         )
 
     @pytest.mark.parametrize("options", [{}, {"layout": "padded"}, {"layout": "padded", "side": "left"}], ids=str)
+    @pytest.mark.by_day(2)
     def test_on_training_views(self, rows, policy, reference, options):
         steps = roll(make_env("tokens", rows), policy)
         view = training_view(steps, turns=True, **options)

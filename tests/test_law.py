@@ -82,6 +82,7 @@ relaxed = settings(
 @pytest.mark.parametrize("name", CORPUS)
 @relaxed
 @given(conversations=st.lists(turns, min_size=1, max_size=3))
+@pytest.mark.by_day(2)
 def test_law_on_real_tokenizers(name, conversations):
     run_law(corpus_tokenizer(name), conversations)
 

@@ -128,6 +128,7 @@ class TestBothTransports:
         assert "'a' must be an integer, not the string \"one\"" in wrong.content
         assert "'b' is missing (integer)" in wrong.content
 
+    @pytest.mark.by_day(2, place=1)
     def test_a_hanging_tool_delays_nobody(self, server, make):
         toolbox = make(server, deadline=2.0)
         ask(toolbox, "add", a=1, b=1)  # connected
@@ -145,6 +146,7 @@ class TestBothTransports:
         toolbox = make(server)
         assert [ask(toolbox, "remember", n, note=n).content for n in "ab"] == ["a", "a,b"]
 
+    @pytest.mark.by_day(2)
     def test_conversations_do_not_mix(self, server, make):
         count = 64 if isinstance(server, str) else 6  # a process each
         toolbox = make(server, per_conversation=True, deadline=60.0, connect_timeout=60.0)
@@ -288,6 +290,7 @@ class TestServers:
         assert not any(map(alive, pids))
         assert int(ask(toolbox, "whoami", "a").content) not in pids  # used again, it starts anew
 
+    @pytest.mark.by_day(2)
     def test_those_that_take_long_to_end_end_at_once(self, make):
         toolbox = make([*STDIO, "slow"], per_conversation=True, connect_timeout=60.0)
         rows = [call("add", a=1, b=1)] * 4

@@ -100,6 +100,7 @@ def refused(work, *given, **options):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.by_day(2)
 def test_every_architecture_is_right_or_refused(name):
     model, right = zoo.make(name), {}
     critics = {trunk: refused(PolicyAndValue, model, trunk) for trunk in ("shared", "separate")}
@@ -706,6 +707,7 @@ def by_beginnings(model, ids):
 
 @pytest.mark.parametrize("length", [16, 24, 40])
 @pytest.mark.parametrize("layout", ["ragged", "padded", "left", "packed"])
+@pytest.mark.by_day(3)
 def test_rows_that_cross_a_ropes_limit_are_scored_as_they_were_sampled(length, layout):
     """Rows below it, above it and across it, in one batch."""
     model = longrope(length)
@@ -785,6 +787,7 @@ class TestTrees:
     @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss", "gemma3", "mamba"])
     @pytest.mark.parametrize("most", [None, 100])
     @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.by_day(2)
     def test_log_probs_and_gradients_are_those_of_the_rows(self, name, most):
         """Two groups, of two turns; where the model cannot share, the sequences are taken apart."""
         model = zoo.make(name)
@@ -815,6 +818,7 @@ class TestTrees:
         ],
     )
     @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.by_day(2, place=1)
     def test_views_of_rows_share_what_they_begin_with(self, name, options, view):
         """A group, an answer that is there twice, and one that begins otherwise: in the places of the view."""
         model = zoo.make(name)

@@ -31,6 +31,7 @@ def base_tokenizer(name: str):
 
 @pytest.mark.parametrize("base", ["tiny", *BASES])
 @pytest.mark.parametrize("name", NAMED)
+@pytest.mark.by_day(2)
 def test_every_kind_of_turn_is_proved(base, name):
     tokenizer = base_tokenizer(base)
     template = ChatTemplate(tokenizer, chat_template=name)
@@ -134,6 +135,7 @@ def test_the_audit_warns_of_chatml_on_a_tokenizer_without_its_tokens():
 @pytest.mark.parametrize(
     "token", ["<start_of_turn>", "</s>", "<｜User｜>", "[gMASK]", "<|a_token_of_calls|>", "<end_turn>"]
 )
+@pytest.mark.by_day(2)
 def test_the_forms_that_special_tokens_have(token):
     source = CHATML.replace("<|im_end|>\n{% endfor %}", token + "{% endfor %}")
     if token == "<|a_token_of_calls|>":

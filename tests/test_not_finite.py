@@ -208,6 +208,7 @@ def finite_checkpoints(folder) -> int:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.by_day(2)
 def test_a_run_goes_on_behind_a_bad_step(tmp_path, monkeypatch, name):
     """The weights behind it are bit for bit those before it, and steps are taken before and after."""
     module = example(name)

@@ -457,6 +457,7 @@ def policy_for(tokenizer, **options):
 @pytest.mark.parametrize(
     "kind", [SerialEnv, functools.partial(ParallelEnv, use_buffers=False, mp_start_method="forkserver")]
 )
+@pytest.mark.by_day(3)
 def test_under_batched_envs(server, mode, kind):
     factory = functools.partial(
         OpenEnvChatEnv, server.url, adapter=PARROT, tokenizer=bpe_tokenizer(), input_mode=mode, batch_size=(2,)

@@ -237,6 +237,7 @@ def test_our_client_with_echo_env(stock, version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.by_day(2, place=1)
 def test_our_client_with_the_environment_of_openenv_init(stock, version):
     with GenericClient(stock("demo_env", version)) as client:
         client.reset()
@@ -388,6 +389,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("client", ["GenericEnvClient", "chat_env"])
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.by_day(2)
 def test_their_clients_with_our_server(ours, request, version, client):
     command = [need_python(version), "-c", PEER, ours("chat")]
     if client == "chat_env":
@@ -402,6 +404,7 @@ def test_their_clients_with_our_server(ours, request, version, client):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.by_day(2)
 def test_their_validators(ours, tmp_path, version):
     """Of a server that runs, and of the folder that their command line takes."""
     script = str(Path(need_python(version)).with_name("openenv"))
@@ -576,6 +579,7 @@ def train(env, steps=3):
     return env.transform[-1].steps, policy.model.state_dict()
 
 
+@pytest.mark.by_day(2, place=1)
 def test_grpo_is_the_same_over_a_server(ours):
     """The same seeds give the same transcripts, rewards and weights, local and over the server in another process."""
 

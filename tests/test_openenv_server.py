@@ -544,6 +544,7 @@ def test_a_port_that_others_reach_needs_a_token_or_a_word():
         serve.make_app(arguments("--env", "no_such_module:make"))
 
 
+@pytest.mark.by_day(2)
 def test_the_command_serves_until_sigterm_and_finishes_steps(tmp_path):
     (tmp_path / "slow_env.py").write_text(
         "import time\n"

@@ -36,6 +36,7 @@ def test_templates_know_no_torchrl():
     assert "torchrl" not in imported_by("import torchrl_chat.templates")
 
 
+@pytest.mark.by_day(2)
 def test_optional_packages_are_not_imported():
     loaded = imported_by("import torchrl_chat.envs, torchrl_chat.policies")
     loaded -= imported_by("import torchrl.envs")  # which takes ray, where it is installed
@@ -107,6 +108,7 @@ class TestMessages:
             as_messages(value)
 
 
+@pytest.mark.by_day(2, place=1)
 def test_examples_run():
     data = need_shared("data/gsm8k/test.jsonl")
     gsm8k = ("--data", str(data), "--questions", "2", "--max-new-tokens", "8")

@@ -306,6 +306,7 @@ def test_sixteen_that_hang_cost_what_one_costs(pool):
     assert pool.failures == {"timeout": 17}
 
 
+@pytest.mark.by_day(2, place=1)
 def test_more_hang_than_there_are_spare_workers(mark):
     with VerifierPool(act, workers=2, deadline=4 * DEADLINE, spare=2) as pool:
         outcomes = pool.map([("sleep",) if i < 5 else (i,) for i in range(16)])
@@ -520,6 +521,7 @@ def in_a_child(pool, queue, mark):
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 @pytest.mark.parametrize("daemon", [False, True], ids=["", "daemon"])
+@pytest.mark.by_day(2)
 def test_in_a_child_of_multiprocessing(pool, mark, method, daemon):
     context = multiprocessing.get_context(method)
     queue = context.Queue()

@@ -244,6 +244,7 @@ SINGLE = [
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("f", SINGLE, ids=label)
+@pytest.mark.by_day(2)
 def test_one_feature_is_extended_exactly(f, talk):
     """What templates do one at a time is no reason to refuse, but for what :func:`may_refuse` names."""
     refusals = must_hold(f, TALKS[talk])

@@ -306,6 +306,7 @@ VARIANTS = {
 @pytest.mark.parametrize(
     "name", ["dapo", *(pytest.param(name, marks=pytest.mark.full) for name in ("grpo", "lora"))]
 )
+@pytest.mark.by_day(2, place=1)
 def test_a_run_in_two_processes_is_that_of_one(tmp_path, name):
     words = ["--steps", "3", *VARIANTS[name]]
     in_ranks(1, run, "grpo", str(tmp_path / "one"), *words)
@@ -317,6 +318,7 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path, name):
     ("before", "after"),
     [(2, 1), *(pytest.param(*counts, marks=pytest.mark.full) for counts in ((2, 2), (2, 3), (1, 2), (3, 1)))],
 )
+@pytest.mark.by_day(2)
 def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path, before, after):
     """The same episodes in the same order, and the curve of one process."""
     words = ["--steps", "4", *VARIANTS["grpo"]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OBJECT_STORE, by_date, need_shared, skip_without
+from conftest import OBJECT_STORE, need_shared, skip_without
 from torchrl.data import LazyStackStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.objectives.llm.grpo import MCAdvantage
@@ -75,6 +75,7 @@ def local_answers(rows, batches: int, **policy) -> dict[tuple, list[int]]:
 EPOCH = {(0, row, place) for row in range(ROWS) for place in range(2)}
 
 
+@pytest.mark.by_day(3)
 def test_a_killed_worker_loses_nothing(collectors, rows):
     buffer = ReplayBuffer(storage=LazyStackStorage(2 * ROWS), batch_size=4)
     collector = collectors(rows, workers=2, batches=12, replay_buffer=buffer, collect=ray_run.slowly)
@@ -125,7 +126,7 @@ def all_episodes(rows, batches: int) -> list[tuple]:
     return [episode for _ in range(batches) for episode in episodes_of(env.reset())]
 
 
-@by_date(1, 3)
+@pytest.mark.by_day(3, place=1)
 def test_new_weights_and_what_the_learner_gets(collectors, rows):
     collector = collectors(rows, workers=1, batches=4, collect=ray_run.play_and_tell, env=ray_run.graded_env)
     batches = iter(collector)
@@ -150,7 +151,7 @@ def test_new_weights_and_what_the_learner_gets(collectors, rows):
         next(iter(collector))
 
 
-@by_date(1, 3)
+@pytest.mark.by_day(3, place=1)
 def test_a_sandbox_runs_where_the_worker_is(collectors, rows):
     try:
         Sandbox("namespaces").start().close()
@@ -169,7 +170,8 @@ def gone(pids: list[int], seconds: float = 20.0) -> bool:
     return False
 
 
-@by_date(0, 3)
+@pytest.mark.by_day(3)
+@pytest.mark.by_day(3, place=1)
 def test_an_error_loses_its_batch_to_nobody(collectors, rows):
     bad = episodes_of(ray_run.make_env(rows).reset())[0][1]  # a row of the first batch
     collector = collectors(rows, workers=1, batches=3, policy=functools.partial(ray_run.odd_policy, bad))
@@ -189,7 +191,7 @@ def test_an_error_loses_its_batch_to_nobody(collectors, rows):
         resumed.load_state_dict(state)
 
 
-@by_date(2, 3)
+@pytest.mark.by_day(3, place=2)
 def test_a_full_buffer_loses_nothing(collectors, rows):
     class Full:
         """A buffer that has no room, once."""
@@ -216,7 +218,8 @@ def test_a_full_buffer_loses_nothing(collectors, rows):
     assert sorted(e for batch in buffer.batches for e in episodes_of(batch)) == sorted(all_episodes(rows, 3))
 
 
-@by_date(0, 3)
+@pytest.mark.by_day(3)
+@pytest.mark.by_day(3, place=2)
 def test_a_run_that_cannot_begin(collectors, rows):
     with pytest.raises((OSError, WorkersLostError), match="no such disk"):
         next(iter(collectors(rows, env=ray_run.broken_env, workers=1)))
@@ -261,7 +264,7 @@ class TestTorchRLsOwn:
         for collector in made:
             ray.kill(collector._collector)
 
-    @by_date(2, 3)
+    @pytest.mark.by_day(3, place=2)
     def test_iteration_ends(self, make):
         collector = make(sync_iter=False)
         assert [batch.numel() for batch in collector] == [4, 4, 4]

@@ -45,6 +45,7 @@ class TestRowsThatDependOnTheProcess:
         ("task", "mode"),
         [(UNSTABLE[0], "text"), (UNSTABLE[0], "history"), *((task, "tokens") for task in UNSTABLE)],
     )
+    @pytest.mark.by_day(2)
     def test_right_answers_are_right(self, task, mode):
         """The grader's process, with another order of sets, has the row that was asked."""
         env = ReasoningGymEnv(
@@ -57,6 +58,7 @@ class TestRowsThatDependOnTheProcess:
         assert [verdict.correct for verdict in env.score([td["answer"][5], "?"], [5, 5])] == [True, False]
         env.close()
 
+    @pytest.mark.by_day(2)
     def test_a_run_goes_on_with_its_own_questions(self, tmp_path):
         """Saved in one process, gone on with in another: what is asked next, and what is right."""
         settings = {"task": "polynomial_multiplication", "size": 9, "seed": 5, "shuffle": True}
@@ -133,6 +135,7 @@ class TestTasksThatAreGradedHere:
             small += value < 1e-3
         assert small > 0
 
+    @pytest.mark.by_day(2, place=1)
     def test_in_an_environment(self, mode):
         for task in ("coin_flip", "game_of_life_halting"):
             env = ReasoningGymEnv(task, size=4, seed=2, tokenizer=bpe_tokenizer(), input_mode=mode, num_envs=4)
@@ -209,6 +212,7 @@ class TestAnswersThatCannotBeRead:
         assert [(v.failure, v.correct) for v in verdicts] == [(None, False)] * 4
         assert [v.answer for v in verdicts] == answers
 
+    @pytest.mark.by_day(2, place=1)
     def test_in_an_environment(self):
         env = ReasoningGymEnv("prime_factorization", size=2, seed=1, num_envs=2, tokenizer=bpe_tokenizer())
         td = env.reset()
@@ -255,6 +259,7 @@ class TestFloors:
                 assert [v.score for v in verdicts] == [expected] * 3
                 assert [v.answer for v in verdicts] == [None] * 3
 
+    @pytest.mark.by_day(2, place=1)
     def test_in_an_environment(self):
         for floors, expected in ((True, 0.05), (False, 0.0)):
             env = ReasoningGymEnv("sentence_reordering", size=2, seed=1, tokenizer=bpe_tokenizer(), floors=floors)

@@ -486,6 +486,7 @@ class TestValues:
         ),
     ],
 )
+@pytest.mark.by_day(2, place=1)
 def test_every_option_runs_and_the_books_agree(tmp_path, monkeypatch, name, options):
     monkeypatch.setattr(sys, "argv", [name, *QUICK, "--steps", "2", "--out", str(tmp_path), *options])
     script(name).main()
@@ -592,6 +593,7 @@ def half_graded(settings, tokenizer, fails: str | None):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("fails", ["02468aelst(", None], ids=["some", "all"])
 @pytest.mark.parametrize("name", [*RECIPES, "python_tool"])
+@pytest.mark.by_day(2)
 def test_what_cannot_be_graded_ends_no_run(tmp_path, monkeypatch, name, fails):
     """Microbatches, minibatches and whole batches without a trained token."""
     module = script(name)

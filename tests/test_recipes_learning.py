@@ -11,15 +11,8 @@ pytestmark = [pytest.mark.learn, pytest.mark.timeout(1500)]
 SEEDS = (0, 1, 2)
 
 
-# In every run the recipe of ``make train``, and one of the others: another recipe on the next day, and in time with every seed.
-GRPO, *OTHERS = RECIPES
-BY_DAY = [
-    *of_the_day(*((GRPO, seed) for seed in SEEDS)),
-    *of_the_day(*((name, seed) for seed in SEEDS for name in OTHERS)),
-]
-
-
-@pytest.mark.parametrize(("name", "seed"), BY_DAY)
+# A recipe in every run, another on the next day, and in time each with every seed.
+@pytest.mark.parametrize(("name", "seed"), of_the_day(*((name, seed) for seed in SEEDS for name in RECIPES)))
 def test_digits(tmp_path, name, seed):
     learns_the_digits(tmp_path / "run", name, "transformers", seed)
 

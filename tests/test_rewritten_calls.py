@@ -88,6 +88,7 @@ def unspaced(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", all_corpus())
+@pytest.mark.by_day(3)
 def test_the_past_is_the_templates_own(name):
     template = template_of(name)
     for k, arguments in enumerate(ARGUMENTS):

@@ -251,6 +251,7 @@ class TestCtrlC:
         assert capsys.readouterr().err == "interrupted\n"
 
     @pytest.mark.parametrize("name", SCRIPTS)
+    @pytest.mark.by_day(2)
     def test_every_script(self, tmp_path, monkeypatch, capsys, name):
         """A checkpoint behind the step in which it was pressed; --resume goes on."""
         module, played = example(name), []
@@ -276,6 +277,7 @@ class TestCtrlC:
         module.main()
         assert [row["step"] for row in jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
+    @pytest.mark.by_day(2, place=1)
     def test_as_from_a_terminal(self, tmp_path):
         """A process that is sent the signal ends with the code of an interrupted one, and without a traceback."""
         command = [sys.executable, str(ROOT / "examples" / "grpo.py"), *words("grpo", "--steps", "100000")[1:]]
@@ -406,6 +408,7 @@ class TestProgress:
         assert "\r" in capsys.readouterr().err
 
 
+@pytest.mark.by_day(3)
 def test_train_is_seen_by_the_viewer_and_says_nothing_of_others(tmp_path):
     """What a user sees without a terminal: lines of ours only. And ``view runs/`` opens the run's conversations."""
     pytest.importorskip("starlette", reason="needs the extra: torchrl_chat[serve]")

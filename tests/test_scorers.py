@@ -509,6 +509,7 @@ class TestCode:
              "    x: int\ndef f(x): return A(x=x).x ** 2", 1.0),
         ],
     )  # fmt: skip
+    @pytest.mark.by_day(2)
     def test_asserts(self, code, share):
         whole = CodeVerifier(subprocess_runner, deadline=3.0).grade(code, self.MBPP)
         part = CodeVerifier(subprocess_runner, partial=True, deadline=3.0).grade(code, self.MBPP)
@@ -621,6 +622,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.by_day(3)
 def test_a_megabyte_of_anything_is_linear(text):
 
     def work(text: str) -> None:

@@ -141,6 +141,7 @@ class TestContainers:
             assert td[key].shape == td["next", key].shape == (rows, 3)
 
     @pytest.mark.parametrize("kind", [SerialEnv, ParallelEnv])
+    @pytest.mark.by_day(2, place=1)
     def test_vectorized(self, mode, kind):
         """The states of the workers, and what each plays, one shard a worker."""
         makers = [functools.partial(make, mode, num_envs=2, shard=(i, 2)) for i in range(2)]
@@ -462,6 +463,7 @@ class TestDataloaders:
 
     @pytest.mark.parametrize("first", of_the_day(0, 1, 2))
     @pytest.mark.parametrize("name", LOADERS)
+    @pytest.mark.by_day(2)
     def test_resume_anywhere(self, name, first):
         """From each third place of two epochs the next two come as without the interruption; a pickled copy goes on too."""
         slow = "workers" in name  # a worker process takes its time to end

@@ -235,6 +235,7 @@ class TestLayouts:
 
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     @pytest.mark.parametrize("options", LAYOUTS, ids=str)
+    @pytest.mark.by_day(2)
     def test_the_same_log_probs(self, rollout, policy, options, attention):
         """In every layout, those that were reported while sampling: nothing of a neighbour or of the future leaks."""
         model = policy.model

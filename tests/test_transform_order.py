@@ -424,6 +424,7 @@ class TestAppending:
             marks(env)
 
     @pytest.mark.parametrize("use", ["kept", "reset", "chained", "pickled", "stepped"])
+    @pytest.mark.by_day(3)
     def test_nothing_is_said_of_one_that_is_used(self, make, use):
         env = make()
         one = env.append_transform(Mark("a"))

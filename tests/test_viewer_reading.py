@@ -429,6 +429,7 @@ STATES = [
 @pytest.mark.parametrize(
     "states", [STATES[:1], pytest.param(STATES[1:], marks=pytest.mark.full)], ids=["tokens", "others"]
 )
+@pytest.mark.by_day(2)
 def test_axe_finds_nothing(tab, tmp_path, agents_file, theme, states):
     """axe-core's rules, contrast (WCAG 2.2, 1.4.3: 4.5 to 1) among them, on each way to look at an episode."""
     rng = random.Random(1)

@@ -318,6 +318,7 @@ class TestExactVLLMWrapper:
                 self.wrapper(engine, **options)
 
 
+@pytest.mark.by_day(2, place=1)
 def test_asynchronous_engine(checkpoint):
     """An engine in a process of its own: the same acceptance, weights through shared memory."""
     act = VLLMPolicy.from_pretrained(

@@ -49,6 +49,7 @@ def test_two_processes_with_an_engine_each_are_one(tmp_path):
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.by_day(2)
 def test_kill_and_resume(tmp_path, kills):
     once = ["--minibatch", "16", "--epochs", "1", "--max_new_tokens", "4"]  # one update a step
     arguments = [*QUICK, "--backend", "vllm", *once]

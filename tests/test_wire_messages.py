@@ -23,6 +23,7 @@ def talk(**form) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", all_corpus())
+@pytest.mark.by_day(3)
 def test_no_content_beside_calls_renders_like_an_empty_one(name):
     template = ChatTemplate(corpus_tokenizer(name))
     try:
