@@ -113,6 +113,23 @@ class TestRows:
             assert "Say five." in env.reset()["text"].prompt[0]
             assert rewards(env, texts) == [0.0, 1.0]
 
+    def test_columns_of_other_names(self, here):
+        (here / "own.jsonl").write_text(
+            json.dumps({"ask": "Be brief.", "most": 5, "answer": "of another question"}) + "\n"
+        )
+        keys = {"data_key": "ask", "reference_key": "most"}
+        env = made("own.jsonl", reward="graders.py:brief", settings=keys)
+        td = env.reset()
+        assert (list(td["query"]), list(td["answer"])) == (["Be brief."] * 2, [5] * 2)
+        assert rewards(env, ["abcde", "abcdef"]) == [1.0, 0.0]
+        assert [verdict.score for verdict in env.score(["abcdef"])] == [0.0]
+        for given, said in (
+            ({}, "names its column"),
+            (keys | {"reference_key": "least"}, "looked for least; it has"),
+        ):
+            with pytest.raises(KeyError, match=said):
+                made("own.jsonl", reward="graders.py:brief", settings=given).reset()
+
     def test_specs_are_what_comes(self, here):
         check_env_specs(made("rows.jsonl", reward="graders.py:brief"))
 

@@ -66,7 +66,8 @@ def guide() -> str:
             "module:function, called as function(response, reference), which returns a number (from 1 on it counts as right) or a",
             f"torchrl_chat.rewards.Verdict; a class of such; or a verifier by name: {', '.join(_verifiers())}.",
             "--option NAME=VALUE ... are settings of the task, as JSON or text: system_prompt, those of its verifier (last_number=true",
-            "for gsm8k), those of a generator (numbers=[3] for countdown, max_terms=3 for reasoning-gym:chain_sum), size (rows made).",
+            "for gsm8k), those of a generator (numbers=[3] for countdown, max_terms=3 for reasoning-gym:chain_sum), size (rows made), and of",
+            "rows of yours the columns of question and reference where they have other names (data_key=ask reference_key=gold).",
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -97,6 +98,7 @@ class TaskEnv(GradedEnv):
             dataset=dataset, name=name, split=split, collate_fn=collate_fn or self.columns_of, **kwargs
         )
         self.__dict__["_source"] = (dataset, name, split)
+        self.__dict__["_collate"] = collate_fn or self.columns_of
         self._graded(verifier, **grading)
 
     @classmethod
@@ -158,7 +160,7 @@ class TaskEnv(GradedEnv):
         if references is None:
             if "_source" not in self.__dict__:
                 raise ValueError("an environment over a dataloader has no dataset order: pass references=[...].")
-            references = self.columns_of(list(load_rows(*self.__dict__["_source"])))["answer"]
+            references = self.__dict__["_collate"](list(load_rows(*self.__dict__["_source"])))["answer"]
         return self._scored(predictions, references)
 
 
@@ -248,35 +250,70 @@ class RowsEnv(TaskEnv):
     """Rows of yours, graded by a verifier of yours.
 
     A row has its question as ``query``, ``question``, ``problem`` or ``prompt`` (a text, or a list of messages), and perhaps a
-    reference as ``reference``, ``answer`` or ``solution``; the verifier gets ``None`` for one that has none.
+    reference as ``reference``, ``answer`` or ``solution``; the verifier gets ``None`` for one that has none. ``data_key`` and
+    ``reference_key`` name other columns. In the environment they are ``"query"`` and ``"answer"``.
 
     Keyword Args:
         dataset: as for :class:`DatasetChatEnv`.
         verifier: see :mod:`torchrl_chat.rewards.verdict`.
+        data_key: the column of the question.
+        reference_key: the column of the reference.
 
     The others are as for :class:`TaskEnv`.
 
     Raises:
+        KeyError: a row has no question, or not the column of ``reference_key``.
         TypeError: there is no verifier.
 
     Example:
         >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> def short(response, reference):
-        ...     return float(len(response) < 100)
-        >>> env = RowsEnv(dataset=[{"prompt": "Be brief."}], verifier=short, tokenizer=tokenizer, input_mode="tokens")
+        ...     return float(len(response) < reference)
+        >>> rows = [{"instruction": "Be brief.", "characters": 100}]
+        >>> keys = {"data_key": "instruction", "reference_key": "characters"}
+        >>> env = RowsEnv(dataset=rows, verifier=short, **keys, tokenizer=tokenizer, input_mode="tokens")
     """
 
     TASK = Task("rows", "")
     SYSTEM_PROMPT = None
 
-    def __init__(self, *, dataset: Any, verifier: Any, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        dataset: Any,
+        verifier: Any,
+        data_key: str | None = None,
+        reference_key: str | None = None,
+        **kwargs: Any,
+    ):
         if verifier is None:
             raise TypeError(
                 "rows of yours have no verifier of their own: pass verifier=..., called with (response, reference)."
             )
-        super().__init__(dataset=dataset, verifier=verifier, **{"split": None} | kwargs)
+        columns = functools.partial(_columns_of_rows, data_key, reference_key)
+        super().__init__(dataset=dataset, verifier=verifier, **{"split": None, "collate_fn": columns} | kwargs)
 
-    @classmethod
-    def _reference_of(cls, row: dict[str, Any]) -> Any:
-        return next((row[key] for key in cls.TASK.references if row.get(key) is not None), None)
+
+def _columns_of_rows(
+    data_key: str | None, reference_key: str | None, rows: Sequence[dict[str, Any]]
+) -> dict[str, list[Any]]:
+    """Rows of the user's to columns; a function of this module, so that an environment with its names can be pickled."""
+    task = RowsEnv.TASK
+    questions = task.questions if data_key is None else (data_key,)
+    references = task.references if reference_key is None else (reference_key,)
+    columns = {key: column for key, column in collate(rows).items() if key not in {*questions, *references}}
+    columns["query"], columns["answer"] = [], []
+    for row in rows:
+        there = ", ".join(key for key, value in row.items() if value is not None)
+        question = next((row[key] for key in questions if row.get(key) is not None), None)
+        if question is None:
+            raise KeyError(
+                f"a row has no question: looked for {', '.join(questions)}; it has {there}. data_key (--option data_key=NAME) names its "
+                f"column."
+            )
+        if reference_key is not None and reference_key not in row:
+            raise KeyError(f"a row has no reference: looked for {reference_key}; it has {there}.")
+        columns["query"].append(question)
+        columns["answer"].append(next((row[key] for key in references if row.get(key) is not None), None))
+    return columns
