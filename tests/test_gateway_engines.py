@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import threading
+import warnings
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from torchrl_chat.gateway.engines import Ask
 from torchrl_chat.policies import Policy
 from torchrl_chat.rewards import NumberVerifier, Verdict, grades
 from torchrl_chat.rollouts import read_rollouts, write_rollouts
-from torchrl_chat.tiny import tiny_model, tiny_tokenizer
+from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
 from torchrl_chat.training import sequence_log_probs
 
 
@@ -403,6 +404,36 @@ def test_an_end_that_is_told_may_fail_and_what_is_told_is_not_kept():
 
 
 def test_an_engine_needs_a_tokenizer():
-    templates = templates_of()
-    with pytest.raises(ValueError, match="has no tokenizer"):
-        Gateway(ScriptedEngine(["x"], templates.plain))
+    class Mute:
+        settings: frozenset[str] = frozenset()
+
+        async def sample(self, ask):
+            raise AssertionError("nobody asks")
+
+        async def aclose(self):
+            pass
+
+    with pytest.raises(ValueError, match="a Mute has no tokenizer"):
+        Gateway(Mute())
+    tokenizer = tiny_tokenizer()
+    assert Gateway(ScriptedEngine(["x"], tokenizer)).templates.plain.tokenizer is tokenizer
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_an_agent_whose_tools_the_template_does_not_write_is_told(writes):
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    engine = ScriptedEngine(["7"], tiny_tokenizer(TEXT_ALPHABET, tools=writes))
+    with warnings.catch_warnings(record=True) as caught, Gateway(engine) as gateway:
+        warnings.simplefilter("always")
+        session = gateway.session()
+        chat(session, [{"role": "user", "content": "?"}], tools=[tool])
+        told = [text for text in session.report["findings"] if "no answer is read as a call" in text]
+    assert len(told) == len([w for w in caught if "does not write the tools" in str(w.message)]) == 1 - writes
+
+
+def test_a_script_that_is_at_its_end_says_so():
+    engine = ScriptedEngine(["7"], tiny_tokenizer())
+    ask = Ask(torch.tensor([1]))
+    assert asyncio.run(engine.sample(ask)).text == "7"
+    with pytest.raises(IndexError, match="has 1 texts, and was asked for one more"):
+        asyncio.run(engine.sample(ask))

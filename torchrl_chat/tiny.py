@@ -19,17 +19,36 @@ TINY_TEMPLATE = (
 )
 """A chat template as small as they come: one special token opens a message, one closes it."""
 
+TINY_TOOL_TEMPLATE = (
+    "{% if tools %}<|system|>Tools: {{ tools | tojson }}<|end|>{% endif %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>\n"
+    "{\"name\": \"{{ call['function']['name'] }}\", \"arguments\": {{ call['function']['arguments'] | tojson }}}"
+    "\n</tool_call>{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""The same with tools, whose calls are spelled as Qwen's models spell them."""
+
 _SPECIAL = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 DIGIT_ALPHABET = "0123456789last(,)= "
 TOOL_ALPHABET = "0123456789 \nadmulsbpythonri()*+-`"
 TEXT_ALPHABET = "\n\t" + "".join(map(chr, range(32, 127)))
 
 
-def tiny_tokenizer(alphabet: str = DIGIT_ALPHABET) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(alphabet: str = DIGIT_ALPHABET, *, tools: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer with one token a character, a few special tokens and :data:`TINY_TEMPLATE`.
 
     Args:
         alphabet: the characters that it knows; others become ``<|unk|>``.
+
+    Keyword Args:
+        tools: whether its template is :data:`TINY_TOOL_TEMPLATE`, which writes tools and their calls; it needs an alphabet that can
+            spell them, such as :data:`TEXT_ALPHABET`.
+
+    Example:
+        >>> ask = [{"role": "user", "content": "6 * 7?"}]
+        >>> tiny_tokenizer(TEXT_ALPHABET, tools=True).apply_chat_template(ask, tokenize=False)
+        '<|user|>6 * 7?<|end|>'
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +65,7 @@ def tiny_tokenizer(alphabet: str = DIGIT_ALPHABET) -> PreTrainedTokenizerFast:
         unk_token="<|unk|>",
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = TINY_TEMPLATE
+    tokenizer.chat_template = TINY_TOOL_TEMPLATE if tools else TINY_TEMPLATE
     return tokenizer
 
 

@@ -184,13 +184,8 @@ class ChatEnv(Appending, Editing, FreshRows, FlatStepping, EnvBase):
         self.template = ChatTemplate(tokenizer, **self.template_kwargs) if tokenizer is not None else None
         if self.template is not None:
             self.tokenizer = self.template.tokenizer  # of a processor, its tokenizer
-            if untold := self.template.unwritten_tools():
-                warnings.warn(
-                    f"The chat template does not write the tools that it is given ({', '.join(untold)}): the model is told nothing of them. Say it "
-                    "in the system prompt, or take a template that knows tools (template_kwargs={'chat_template': ...}).",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            if said := self.template.tools_warning:
+                warnings.warn(said, RuntimeWarning, stacklevel=2)
         self._make_specs()
 
     def _make_specs(self) -> None:

@@ -69,16 +69,19 @@ class ScriptedEngine:
 
     Args:
         script: takes an :class:`Ask`; returns the text of the answer, special tokens and calls spelled as the template has them, or a
-            :class:`~torchrl_chat.conversation.Turn`; or an awaitable of either. A list says its texts one after the other.
-        template: for texts: its tokenizer makes the ids.
+            :class:`~torchrl_chat.conversation.Turn`; or an awaitable of either. A list says its texts one after the other, over all
+            sessions.
+        template: for texts: a tokenizer with a chat template, or a :class:`~torchrl_chat.ChatTemplate`.
         log_prob: the log-prob of every id; ``None`` for none.
 
+    Raises:
+        IndexError: when asked once more than a list has texts.
+
     Example:
-        >>> from torchrl_chat import ChatTemplate
+        >>> from torchrl_chat.gateway import Gateway
         >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
-        >>> template = ChatTemplate(tokenizer)
-        >>> engine = ScriptedEngine(lambda ask: f"You said {ask.messages[-1]['content']!r}.", template)
+        >>> gateway = Gateway(ScriptedEngine(lambda ask: f"You said {ask.messages[-1]['content']!r}.", tokenizer))
     """
 
     settings: frozenset[str] = frozenset()
@@ -86,15 +89,22 @@ class ScriptedEngine:
     def __init__(
         self,
         script: Callable[[Ask], Any] | Sequence[str],
-        template: ChatTemplate,
+        template: Any,
         log_prob: float | None = -0.5,
     ):
-        self._template, self._log_prob = template, log_prob
+        self._template = template if isinstance(template, ChatTemplate) else ChatTemplate(template)
+        self._log_prob, self.tokenizer = log_prob, self._template.tokenizer
         if callable(script):
             self._script = script
         else:
-            lines = iter(script)
-            self._script = lambda ask: next(lines)
+            count, texts = len(script), iter(script)
+
+            def following(ask: Ask) -> str:
+                for text in texts:
+                    return text
+                raise IndexError(f"the script has {count} texts, and was asked for one more.")
+
+            self._script = following
         self.asked: list[Ask] = []
 
     async def sample(self, ask: Ask) -> Turn:

@@ -287,6 +287,8 @@ class Session:
                     "the tools of the answer that the request goes on from are not known any more.", param="tools"
                 )
             template = await asyncio.to_thread(self._template, key, tools)
+        if template.tools_warning:
+            self._note(template.tools_warning)
         match = self.tree.match(key, call.messages, previous, call.instructions)
         prompt = await self._proving((key, "prompt", *turn_kind(match)), self._written, match, template)
         return prompt, match, template, key

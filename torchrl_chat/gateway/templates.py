@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -72,10 +73,15 @@ class Templates:
 
         Raises:
             ChatTemplateError: there is no chat template.
+
+        Warns:
+            RuntimeWarning: it does not write the tools.
         """
         if (template := self.get(key)) is not None:
             return template
         template = ChatTemplate(self._tokenizer, tools=list(tools) or None, **self._options)
+        if template.tools_warning:
+            warnings.warn(template.tools_warning, RuntimeWarning, stacklevel=2)
         with self._lock:
             if self._made.get(key) is None:
                 self._made[key] = template

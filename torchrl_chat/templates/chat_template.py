@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -143,6 +144,26 @@ class ChatTemplate:
         names = [schema.get("function", schema).get("name", "") for schema in self._tools]
         told = self.renderer.tried([{"role": "user", "content": "?"}], True)
         return [name for name in names if name not in told]
+
+    @functools.cached_property
+    def tools_warning(self) -> str:
+        """What goes wrong with tools under this template, and what to do; "" where it writes all that it was given.
+
+        Example:
+            >>> from torchrl_chat import Toolbox
+            >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
+            >>> def add(a: int, b: int) -> int:
+            ...     return a + b
+            >>> tools = Toolbox([add]).schemas
+            >>> ChatTemplate(tiny_tokenizer(TEXT_ALPHABET, tools=True), tools=tools).tools_warning
+            ''
+        """
+        if not (untold := self.unwritten_tools()):
+            return ""
+        said = f"The chat template does not write the tools that it is given ({', '.join(untold)}): the model is told nothing of them"
+        if self.parser.reads_calls or not self.parser.parse_calls:
+            return f"{said}. Say it in the system prompt, or take a template that writes tools (its option chat_template=...)."
+        return f"{said}, and no answer is read as a call. Take a template that writes tools (its option chat_template=...)."
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a first prompt.

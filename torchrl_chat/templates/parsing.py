@@ -146,6 +146,16 @@ class AnswerParser:
         end = prompt.rstrip()
         return any(end.endswith(opening.rstrip()) for opening in self.openings)
 
+    @property
+    def reads_calls(self) -> bool:
+        """Whether the template has a format of calls; without one each is text to it.
+
+        Example:
+            >>> AnswerParser("{{ '<tool_call>' }}").reads_calls, AnswerParser("{{ content }}").reads_calls
+            (True, False)
+        """
+        return bool(self.formats or self.channels or self.bare_json or self.schema is not None)
+
     def parse(self, text: str, opened: bool = False, values: Values | None = None) -> ParsedAnswer:
         """Take one answer apart.
 
