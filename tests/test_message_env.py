@@ -17,8 +17,19 @@ from chat_rows import ledgers, respond
 from conftest import CALLS_TEMPLATE, bpe_tokenizer
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_chat import Budget, MessageChatEnv, MessageEnv, StopReason, columns, load_state, play, save_state
+from torchrl_chat import (
+    Budget,
+    ChatTemplate,
+    MessageChatEnv,
+    MessageEnv,
+    StopReason,
+    columns,
+    load_state,
+    play,
+    save_state,
+)
 from torchrl_chat.conversation import Reply
+from torchrl_chat.gallery import tiny_tokenizer_for
 from torchrl_chat.named import named
 from torchrl_chat.openenv import ChatAction
 from torchrl_chat.openenv.gallery import factory_of
@@ -507,5 +518,19 @@ def test_a_template_that_writes_no_tools_is_told():
         def step(self, message):
             return None, 0.0, True
 
-    with pytest.warns(RuntimeWarning, match=r"does not write the tools that it is given \(buy\)"):
+    with pytest.warns(
+        RuntimeWarning, match=r"does not write the tools that it is given \(buy\).*no answer is read as a call"
+    ):
         MessageChatEnv(Shop, tokenizer=tiny_tokenizer(TEXT_ALPHABET), input_mode="text")
+    reads = tiny_tokenizer(TEXT_ALPHABET, tools=True)
+    reads.chat_template = reads.chat_template.replace("{{ tools | tojson }}", "")
+    with pytest.warns(RuntimeWarning, match="Say it in the system prompt"):
+        MessageChatEnv(Shop, tokenizer=reads, input_mode="text")
+
+
+def test_the_tiny_tokenizer_of_the_command_line_writes_tools():
+    """A user's environment with tools is tried with the tiny model first."""
+    tokenizer = tiny_tokenizer_for("examples/shop.py:Shop")
+    assert ChatTemplate(tokenizer, tools=[{"name": "buy"}]).unwritten_tools() == []
+    plain = [{"role": "user", "content": "?"}]
+    assert ChatTemplate(tokenizer).render(plain) == ChatTemplate(tiny_tokenizer(TEXT_ALPHABET)).render(plain)

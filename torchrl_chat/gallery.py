@@ -183,9 +183,10 @@ def _verifier(reward: str, settings: dict[str, Any]) -> Any:
     return made(**{key: settings.pop(key) for key in list(settings) if key in known})
 
 
-def tiny_alphabet(name: str) -> str:
-    """The characters that a tiny tokenizer needs for an environment."""
-    return {"digits": tiny.DIGIT_ALPHABET, "python-tool": tiny.TOOL_ALPHABET}.get(name, tiny.TEXT_ALPHABET)
+def tiny_tokenizer_for(name: str) -> Any:
+    """The tiny tokenizer with the characters that an environment needs, and with tools where those can spell them."""
+    alphabet = {"digits": tiny.DIGIT_ALPHABET, "python-tool": tiny.TOOL_ALPHABET}.get(name, tiny.TEXT_ALPHABET)
+    return tiny.tiny_tokenizer(alphabet, tools=alphabet is tiny.TEXT_ALPHABET)
 
 
 def make_env(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchrl_chat import pretrained
-from torchrl_chat.gallery import NAMES, ROWS, tiny_alphabet
+from torchrl_chat.gallery import NAMES, ROWS, tiny_tokenizer_for
 from torchrl_chat.options import TEMPLATE_HELP, whole
 
 
@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokenizer: str) -> None:
 def load_tokenizer(name: str, env: str) -> Any:
     """The tokenizer of a name or folder; ``"tiny"`` has the characters that the environment needs."""
     if name == "tiny":
-        from torchrl_chat import tiny
-
-        return tiny.tiny_tokenizer(tiny_alphabet(env))
+        return tiny_tokenizer_for(env)
     return pretrained.load_tokenizer(name)
 
 

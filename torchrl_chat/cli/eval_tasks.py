@@ -61,7 +61,7 @@ def _transformers(arguments: argparse.Namespace, settings: dict[str, Any]) -> An
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.model == "tiny":
-        made = tiny.tiny_tokenizer(gallery.tiny_alphabet(arguments.dataset))
+        made = gallery.tiny_tokenizer_for(arguments.dataset)
         tokenizer: Any = with_template(made, arguments.chat_template)
         model = tiny.tiny_model(len(tokenizer), seed=arguments.seed, context=8192)
     else:

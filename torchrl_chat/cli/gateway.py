@@ -181,7 +181,8 @@ def _engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from torchrl_chat import pretrained, tiny
 
     if arguments.model == "tiny":
-        tokenizer: Any = pretrained.with_template(tiny.tiny_tokenizer(tiny.TEXT_ALPHABET), arguments.chat_template)
+        made = tiny.tiny_tokenizer(tiny.TEXT_ALPHABET, tools=True)  # agents bring tools
+        tokenizer: Any = pretrained.with_template(made, arguments.chat_template)
     else:
         tokenizer = pretrained.load_tokenizer(arguments.model, arguments.chat_template)
     if arguments.server:

@@ -105,7 +105,7 @@ def _make_model(config: RunConfig) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     device = _device(config)
     if config.model == "tiny":
-        made = tiny.tiny_tokenizer(gallery.tiny_alphabet(config.dataset))
+        made = gallery.tiny_tokenizer_for(config.dataset)
         tokenizer: Any = with_template(made, config.chat_template)
         # vLLM on the CPU has attention for heads of 32 and more; hidden size 128 has such.
         model = tiny.tiny_model(len(tokenizer), hidden=128, seed=config.seed, context=4096)
