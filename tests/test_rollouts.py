@@ -33,6 +33,7 @@ from torchrl_chat.pieces import TokenPieces
 from torchrl_chat.playing import play
 from torchrl_chat.rollouts import as_line, episodes, mend, plain, read_rollouts, runs, write_rollouts
 from torchrl_chat.templates.codec import codec_of
+from torchrl_chat.transforms import EndOfDialogue
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)  # lone surrogates among them
 
@@ -193,6 +194,19 @@ class TestPlay:
         assert [row["stop"] for row in episodes(play(chat("tokens", 2), policy))] == ["max_turns"] * 2
         with pytest.raises(ValueError, match="max_turns is 0"):
             play(env, policy, max_turns=0)
+
+    def test_nobody_ends_it(self):
+        """An answer that nobody replies to is followed by another: said, unless that is what was asked for."""
+        rows = [{"query": "a"}, {"query": "b"}]
+        env = DatasetChatEnv(dataset=rows, tokenizer=bpe_tokenizer(), input_mode="tokens", num_envs=2)
+        policy = Script(env, lambda *_: "hm")
+        with pytest.warns(RuntimeWarning, match="2 of 2 conversations have not ended after 64 turns"):
+            finished = play(env, policy)
+        assert [len(transcript.spans) for transcript in finished["transcript"]] == [64] * 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            play(env, policy, max_turns=2)
+            play(env.append_transform(EndOfDialogue()), policy)
 
     def test_origin(self):
         env = chat("tokens", 2, repeats=2)

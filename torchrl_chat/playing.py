@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_chat import columns
 
+_MAX_TURNS = 64
 _OWN = {"next", "_step", "_reset", "done", "terminated", "truncated", "reward"}
 
 
@@ -20,7 +22,7 @@ def play(
     policy: Callable[[TensorDictBase], TensorDictBase],
     tensordict: TensorDictBase | None = None,
     *,
-    max_turns: int = 64,
+    max_turns: int | None = None,
 ) -> TensorDictBase:
     """Play every conversation of a batch to its end, each row once.
 
@@ -35,7 +37,7 @@ def play(
         tensordict: what ``env.reset()`` returned; ``None`` resets here.
 
     Keyword Args:
-        max_turns: after so many turns a conversation that has not ended is left as it is.
+        max_turns: after so many turns a conversation that has not ended is left as it is; 64 if ``None``, with a warning then.
 
     Returns:
         The finished rows, of the environment's batch size: for each row what its last step wrote under ``"next"`` and,
@@ -48,16 +50,22 @@ def play(
     Raises:
         ValueError: ``max_turns`` is not positive, or the rewards of two turns have different shapes.
 
+    Warns:
+        RuntimeWarning: conversations have not ended, and ``max_turns`` was not given: nothing in the environment ends them.
+
     Example:
         >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy
+        >>> from torchrl_chat.transforms import EndOfDialogue
         >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_model, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
-        >>> finished = play(env, policy)
-        >>> [transcript.messages[-1]["role"] for transcript in finished["transcript"]]
-        ['assistant']
+        >>> finished = play(env.append_transform(EndOfDialogue()), policy)
+        >>> [[message["role"] for message in transcript.messages] for transcript in finished["transcript"]]
+        [['user', 'assistant']]
     """
+    told = max_turns is not None
+    max_turns = _MAX_TURNS if max_turns is None else max_turns
     if max_turns < 1:
         raise ValueError(f"max_turns is {max_turns}: expected at least 1.")
     if hasattr(type(env), "play_episodes"):  # not of an environment in it, which would leave out its transforms
@@ -83,6 +91,14 @@ def play(
         finished = last if finished is None else _where(asked, last, finished)
         done = td["next", "done"].reshape(*batch, -1).any(-1).cpu()
         live = stepped & ~done
+        if turn == max_turns - 1 and live.any() and not told:
+            warnings.warn(
+                f"{int(live.sum())} of {live.numel()} conversations have not ended after {max_turns} turns: does anything in the environment end them? "
+                "An answer that is graded does (RewardTransform), one that nobody replies to (EndOfDialogue), a limit (Budget, "
+                "StepCounter); or say play(..., max_turns=...).",
+                RuntimeWarning,
+                stacklevel=3,  # torch.no_grad is between
+            )
         if not live.any() or turn == max_turns - 1:
             break
         td = env.step_mdp(td)

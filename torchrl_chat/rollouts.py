@@ -77,7 +77,7 @@ def episodes(
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
-        >>> [episode] = episodes(play(env, policy), tokenizer)
+        >>> [episode] = episodes(play(env, policy, max_turns=1), tokenizer)
         >>> episode["version"], episode["stop"]
         (1, 'running')
     """
@@ -187,7 +187,7 @@ def write_rollouts(
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
-        >>> write_rollouts("rollouts.jsonl", play(env, policy), tokenizer, metadata={"step": 3})
+        >>> write_rollouts("rollouts.jsonl", play(env, policy, max_turns=1), tokenizer, metadata={"step": 3})
         1
     """
     lines = [as_line(episode) for episode in episodes(td_next, tokenizer, **options)]
@@ -258,7 +258,7 @@ def read_rollouts(
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
-        >>> _ = write_rollouts("read.jsonl", play(env, policy), tokenizer)
+        >>> _ = write_rollouts("read.jsonl", play(env, policy, max_turns=1), tokenizer)
         >>> [episode["success"] for episode in read_rollouts("read.jsonl")]
         [None]
     """

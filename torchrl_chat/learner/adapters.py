@@ -186,7 +186,7 @@ class Reference:
             >>> model = tiny_model(len(tokenizer))
             >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
             >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
-            >>> view = training_view(play(env, policy), layout="padded")
+            >>> view = training_view(play(env, policy, max_turns=1), layout="padded")
             >>> reference = Reference(model)
             >>> with reference.scoring() as model:
             ...     view["reference"] = sequence_log_probs(model, view).log_probs

@@ -85,7 +85,7 @@ def learn(
         >>> model = tiny_model(len(tokenizer))
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
-        >>> view = training_view(play(env, policy), layout="padded")
+        >>> view = training_view(play(env, policy, max_turns=1), layout="padded")
         >>> def loss_of(part, counts):
         ...     scores = sequence_log_probs(model, part)
         ...     return -masked_mean(scores.log_probs, scores.mask, denominator=counts.tokens), {}

@@ -111,7 +111,7 @@ def sequence_log_probs(
         >>> model = tiny_model(len(tokenizer))
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
-        >>> view = training_view(play(env, policy), layout="padded")
+        >>> view = training_view(play(env, policy, max_turns=1), layout="padded")
         >>> scores = sequence_log_probs(model, view)
         >>> ratio = (scores.log_probs - view["log_probs"].full).exp()[scores.mask]
     """
@@ -168,7 +168,7 @@ def teacher_of(model: Any, view: TensorDictBase, *, max_tokens: int | None = Non
         >>> model = tiny_model(len(tokenizer))
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
-        >>> view = training_view(play(env, policy), layout="padded")
+        >>> view = training_view(play(env, policy, max_turns=1), layout="padded")
         >>> teacher = tiny_model(len(tokenizer))
         >>> taught = teacher_of(teacher, view)
         >>> divergence = sequence_log_probs(model, view, teacher=taught).divergence
@@ -209,7 +209,7 @@ def of_columns(
         >>> model = tiny_model(len(tokenizer))
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
-        >>> view = training_view(play(env, policy), layout="padded")
+        >>> view = training_view(play(env, policy, max_turns=1), layout="padded")
         >>> view["advantage"] = torch.ones_like(view["log_probs"].full)
         >>> own = {"advantage": view["advantage"], "share": token_shares(scored(view))}
         >>> loss = of_columns(lambda scores, own, mask: -(scores.log_probs * own["advantage"] * own["share"]).sum(), own)
@@ -295,7 +295,7 @@ def microbatches(view: TensorDictBase, max_tokens: int, needed: torch.Tensor | N
         >>> model = tiny_model(len(tokenizer))
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
-        >>> view = training_view(play(env, policy), layout="padded")
+        >>> view = training_view(play(env, policy, max_turns=1), layout="padded")
         >>> old, advantage = view["log_probs"].full, torch.ones(len(view))
         >>> total = view["masks"].all_assistant_mask.sum()
         >>> for rows in microbatches(view, 16384):

@@ -31,7 +31,7 @@ class PolicyAndValue(nn.Module):
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=1)
         >>> policy = TransformersPolicy(model, tokenizer, max_new_tokens=4)
         >>> actor_critic = PolicyAndValue(model)
-        >>> scores, values = actor_critic(training_view(play(env, policy), layout="padded"))
+        >>> scores, values = actor_critic(training_view(play(env, policy, max_turns=1), layout="padded"))
     """
 
     def __init__(self, model: Any, trunk: Literal["shared", "separate"] = "shared"):

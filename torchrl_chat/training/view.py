@@ -108,7 +108,7 @@ def training_view(
         >>> tokenizer = tiny_tokenizer(TEXT_ALPHABET)
         >>> policy = TransformersPolicy(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=4)
         >>> env = DatasetChatEnv(dataset=[{"query": "2 + 2?"}], tokenizer=tokenizer, input_mode="tokens", num_envs=2)
-        >>> training_view(play(env, policy))["episode"].tolist()
+        >>> training_view(play(env, policy, max_turns=1))["episode"].tolist()
         [0, 1]
     """
     _check(layout, side, multiple_of, max_tokens)
