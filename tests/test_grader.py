@@ -404,3 +404,16 @@ class TestOddVerdicts:
             assert scores(grader.grade(episodes("7"))) == [0.0]
         assert WeightedSum({"a": Slow()}).isolate
         assert not WeightedSum({"a": NumberVerifier()}).isolate
+
+
+@pytest.mark.parametrize("wrong", [lambda response: 1.0, lambda response, reference, row: 1.0, lambda: 1.0])
+def test_what_cannot_be_called_with_an_answer_is_refused_before_the_first_grade(wrong):
+    with pytest.raises(TypeError, match=r"cannot be called with \(response, reference\): .*@grades\(\"episode\"\)"):
+        Grader(wrong)
+    with pytest.raises(TypeError, match="cannot be called"):
+        WeightedSum({"right": wrong})
+
+
+@pytest.mark.parametrize("right", [lambda *answer: 1.0, lambda response, reference=None, **more: 1.0, max])
+def test_what_can_is_a_verifier(right):
+    assert as_verifier(right) is right

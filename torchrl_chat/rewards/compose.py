@@ -223,7 +223,7 @@ def as_verifier(value: Any) -> Any:
     """A verifier from whatever may stand for one: a verifier, or a rubric known by its parameters' names.
 
     Raises:
-        TypeError: the value cannot be called.
+        TypeError: the value cannot be called, or not with a response and a reference.
     """
     if not callable(value):
         raise TypeError(
@@ -232,10 +232,20 @@ def as_verifier(value: Any) -> Any:
     if hasattr(value, "grades"):
         return value
     try:
-        names = [name for name in inspect.signature(value).parameters if name != "self"]
+        signature = inspect.signature(value)
     except (TypeError, ValueError):  # some built-in functions have no signature
         return value
-    return Rubric(value) if names[:2] == ["action", "observation"] else value
+    names = [name for name in signature.parameters if name != "self"]
+    if names[:2] == ["action", "observation"]:
+        return Rubric(value)
+    try:
+        signature.bind("response", "reference")
+    except TypeError as error:  # of each grade it would be the failure of a row, and a reward of 0
+        raise TypeError(
+            f"{getattr(value, '__name__', type(value).__name__)}{signature} cannot be called with (response, reference): {error}. "
+            '@grades("episode") is for a verifier that is called with the episode.'
+        ) from None
+    return value
 
 
 def grade_here(verifier: Any, episodes: Sequence[Episode]) -> list[Verdict]:
