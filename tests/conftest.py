@@ -96,10 +96,13 @@ def leave_to_other_days(items: list[pytest.Item]) -> None:
     """Of the cases of a test that is marked ``by_day(share, place=0)``, leave each ``share``-th: the others are for other days, and ``make test-all``."""
     day, seen = datetime.date.fromisoformat(DAY).toordinal(), collections.Counter()
     for item in items:
-        if (mark := item.get_closest_marker("by_day")) is None:
+        marks = list(item.iter_markers("by_day"))
+        if not marks:
             continue
         test = item.nodeid.partition("[")[0]
-        [share], place = mark.args, mark.kwargs.get("place", 0)
+        if len(marks) > 1 or len(marks[0].args) != 1 or marks[0].kwargs.keys() - {"place"}:
+            raise pytest.UsageError(f"{test}: expected one mark by_day(share, place=...).")
+        [share], place = marks[0].args, marks[0].kwargs.get("place", 0)
         if (seen[test] + place - day) % share:
             item.add_marker(pytest.mark.full)
         seen[test] += 1

@@ -192,11 +192,15 @@ class TestQuantizedBase:
             ((), "quantized: they cannot be trained. Give --lora 16"),
             (("--lora", 4, "--merge"), "quantized: --merge would round the adapter away"),
             (("--lora", 4, "--backend", "vllm"), "quantized: --backend vllm is sent whole weights"),
+            (("--lora", 4), "quantized: they cannot lie in parts on several processes"),
         ],
     )
     def test_what_it_cannot_do_is_said_before_anything_is_done(self, words, told, base, tmp_path, monkeypatch):
+        if "processes" in told:
+            monkeypatch.setattr("torchrl_chat.ranks.count", lambda: 2)
         with pytest.raises(ValueError, match=re.escape(told)):
             self.train(monkeypatch, "--model", base, *words, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 class TestCheckpointing:

@@ -14,7 +14,7 @@ import torch
 from agents import Recorder, calling, check_law, client_of, templates_of
 from endpoint_server import serving
 
-from torchrl_chat import TransformersPolicy, training_view
+from torchrl_chat import ChatTemplate, TransformersPolicy, training_view
 from torchrl_chat.conversation import Limits, StopReason, Turn
 from torchrl_chat.gateway import Gateway, PolicyEngine, RemoteEngine, Rewarder, ScriptedEngine, Settings, episodes
 from torchrl_chat.gateway.engines import Ask
@@ -417,18 +417,31 @@ def test_an_engine_needs_a_tokenizer():
         Gateway(Mute())
     tokenizer = tiny_tokenizer()
     assert Gateway(ScriptedEngine(["x"], tokenizer)).templates.plain.tokenizer is tokenizer
+    with pytest.raises(ValueError, match="has no tokenizer"):  # a template's options would be lost
+        Gateway(ScriptedEngine(["x"], ChatTemplate(tokenizer, chat_template="plain")))
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_an_agent_whose_tools_the_template_does_not_write_is_told(writes):
-    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
-    engine = ScriptedEngine(["7"], tiny_tokenizer(TEXT_ALPHABET, tools=writes))
-    with warnings.catch_warnings(record=True) as caught, Gateway(engine) as gateway:
-        warnings.simplefilter("always")
+def test_an_agent_whose_tools_the_template_does_not_write_is_told(writes, caplog):
+    """Once a session and a set of tools, whatever else is found; in the log once, without names."""
+
+    def tool(name):
+        return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+
+    engine = ScriptedEngine(["7"] * 22, tiny_tokenizer(TEXT_ALPHABET, tools=writes))
+    with warnings.catch_warnings(), Gateway(engine) as gateway:
+        warnings.simplefilter("error")
         session = gateway.session()
-        chat(session, [{"role": "user", "content": "?"}], tools=[tool])
+        for turn in range(20):  # each a sequence of its own, which is a finding, too
+            chat(session, [{"role": "user", "content": f"{turn}?"}], tools=[tool("now")])
+        chat(session, [{"role": "user", "content": "?"}], tools=[tool("then")])
         told = [text for text in session.report["findings"] if "no answer is read as a call" in text]
-    assert len(told) == len([w for w in caught if "does not write the tools" in str(w.message)]) == 1 - writes
+        assert ["now" in text for text in told] == ([] if writes else [True, False])
+        assert len(session.report["findings"]) > 10
+        chat(gateway.session(), [{"role": "user", "content": "?"}], tools=[tool("now")])
+    logged = [record.getMessage() for record in caplog.records if "does not write the tools" in record.getMessage()]
+    assert len(logged) == 1 - writes
+    assert "now" not in "".join(logged)
 
 
 def test_a_script_that_is_at_its_end_says_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 import sys
 import threading
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from torchrl_chat.rewards import (
     Episode,
+    ExactMatch,
     Gate,
     Grader,
     NumberVerifier,
@@ -408,10 +410,18 @@ class TestOddVerdicts:
 
 @pytest.mark.parametrize("wrong", [lambda response: 1.0, lambda response, reference, row: 1.0, lambda: 1.0])
 def test_what_cannot_be_called_with_an_answer_is_refused_before_the_first_grade(wrong):
-    with pytest.raises(TypeError, match=r"cannot be called with \(response, reference\): .*@grades\(\"episode\"\)"):
+    with pytest.raises(TypeError, match=r"cannot be called with \(response, reference\): ") as refused:
         Grader(wrong)
+    one = list(inspect.signature(wrong).parameters) == ["response"]
+    assert ('marked @grades("episode")' in str(refused.value)) == one
     with pytest.raises(TypeError, match="cannot be called"):
         WeightedSum({"right": wrong})
+
+
+def test_a_class_is_no_verifier():
+    for kind in (NumberVerifier, ExactMatch):  # the second can be called with two arguments
+        with pytest.raises(TypeError, match=rf"{kind.__name__} is a class: give .* {kind.__name__}\(\.\.\.\)"):
+            Grader(kind)
 
 
 @pytest.mark.parametrize("right", [lambda *answer: 1.0, lambda response, reference=None, **more: 1.0, max])

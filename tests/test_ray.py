@@ -170,7 +170,6 @@ def gone(pids: list[int], seconds: float = 20.0) -> bool:
     return False
 
 
-@pytest.mark.by_day(3)
 @pytest.mark.by_day(3, place=1)
 def test_an_error_loses_its_batch_to_nobody(collectors, rows):
     bad = episodes_of(ray_run.make_env(rows).reset())[0][1]  # a row of the first batch
@@ -218,7 +217,6 @@ def test_a_full_buffer_loses_nothing(collectors, rows):
     assert sorted(e for batch in buffer.batches for e in episodes_of(batch)) == sorted(all_episodes(rows, 3))
 
 
-@pytest.mark.by_day(3)
 @pytest.mark.by_day(3, place=2)
 def test_a_run_that_cannot_begin(collectors, rows):
     with pytest.raises((OSError, WorkersLostError), match="no such disk"):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import of_the_day
 from recipe_runs import QUICK, RECIPES, jsonl, run_killed, same_run, script
 from tensordict import TensorDict
 
@@ -457,36 +456,23 @@ class TestValues:
         ("grpo", ["--variant", "dapo", "--max_new_tokens", "8", "--overlong", "4", "--kl", "0.1"]),
         ("grpo", ["--variant", "dr-grpo", "--kl", "0.1", "--kl_kind", "k2", "--entropy", "0"]),
         ("grpo", ["--variant", "cispo", "--correction", "icepop", "--max_new_tokens", "4"]),
-        *of_the_day(
-            (
-                "grpo",
-                [
-                    "--variant",
-                    "gspo",
-                    "--normalize",
-                    "mean",
-                    "--correction",
-                    "tis",
-                    "--correction_level",
-                    "sequence",
-                ],
-            ),
-            (
-                "grpo",
-                ["--surrogate", "reinforce", "--normalize", "batch", "--leave_one_out", "--correction", "mis"],
-            ),
+        (
+            "grpo",
+            ["--variant", "gspo", "--normalize", "mean", "--correction", "tis", "--correction_level", "sequence"],
+        ),
+        (
+            "grpo",
+            ["--surrogate", "reinforce", "--normalize", "batch", "--leave_one_out", "--correction", "mis"],
         ),
         ("ppo", ["--kl", "0.1", "--max_new_tokens", "4", "--max_tokens", "60"]),
         ("ppo", ["--trunk", "separate"]),
         ("expert_iteration", ["--restart"]),
         ("grpo", ["--lora", "4", "--checkpointing", "--kl", "0.1", "--merge", "--dtype", "bfloat16"]),
-        *of_the_day(
-            ("ppo", ["--lora", "4", "--kl", "0.1", "--trunk", "separate"]),
-            ("expert_iteration", ["--lora", "4", "--lora_targets", "q_proj,v_proj", "--restart"]),
-        ),
+        ("ppo", ["--lora", "4", "--kl", "0.1", "--trunk", "separate"]),
+        ("expert_iteration", ["--lora", "4", "--lora_targets", "q_proj,v_proj", "--restart"]),
     ],
 )
-@pytest.mark.by_day(2, place=1)
+@pytest.mark.by_day(3)
 def test_every_option_runs_and_the_books_agree(tmp_path, monkeypatch, name, options):
     monkeypatch.setattr(sys, "argv", [name, *QUICK, "--steps", "2", "--out", str(tmp_path), *options])
     script(name).main()

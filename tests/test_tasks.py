@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
-from conftest import of_the_day
+from conftest import bpe_tokenizer, of_the_day
 from run_books import example, jsonl
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_chat import gallery
+from torchrl_chat import columns, gallery
 from torchrl_chat.cli import main as cli
+from torchrl_chat.envs import RowsEnv
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
 
 GRADER = """
@@ -129,6 +131,57 @@ class TestRows:
         ):
             with pytest.raises(KeyError, match=said):
                 made("own.jsonl", reward="graders.py:brief", settings=given).reset()
+
+    def test_columns_of_other_names_for_a_task_that_is_here(self, here):
+        (here / "sums.jsonl").write_text(json.dumps({"ask": "6 * 7?", "gold": "#### 42", "answer": "no"}) + "\n")
+        keys = {"data_key": "ask", "reference_key": "gold"}
+        env = made("sums.jsonl", reward="gsm8k", settings={**keys, "last_number": True})
+        assert list(env.reset()["query"]) == ["6 * 7?"] * 2
+        assert rewards(env, ["It is 42", "43"]) == [1.0, 0.0]
+
+    def test_a_subclass_s_columns_are_its_own(self):
+        class Shouted(RowsEnv):
+            @classmethod
+            def columns_of(cls, rows):
+                columns = super().columns_of(rows)
+                return columns | {"query": [query.upper() for query in columns["query"]]}
+
+            @classmethod
+            def _reference_of(cls, row):
+                return len(row["query"])
+
+        rows = [{"ask": "hi there"}]
+        options = {"verifier": lambda response, reference: 1.0, "tokenizer": bpe_tokenizer(), "input_mode": "text"}
+        td = Shouted(dataset=rows, data_key="ask", **options).reset()
+        assert (list(td["query"]), list(td["answer"])) == (["HI THERE"], [8])
+        assert RowsEnv.columns_of([{"prompt": "x"}]) == {"query": ["x"], "answer": [None]}
+
+    def test_an_empty_question_ends_its_row_alone(self):
+        rows = [{"prompt": text, "gold": "x"} for text in ("a", None, "c", "d")]
+        keys = {"data_key": "prompt", "reference_key": "gold"}
+        for given in ({"reference_key": "gold"}, keys):
+            env = RowsEnv(
+                dataset=rows, verifier=lambda response, reference: 1.0, tokenizer=bpe_tokenizer(), input_mode="text",
+                num_envs=4, shuffle=False, **given,
+            )  # fmt: skip
+            with pytest.warns(RuntimeWarning):
+                td = env.reset()
+            assert ["query" in why for why in columns.read_objects(td["env_failure"], td.batch_size)] == [
+                k == 1 for k in range(4)
+            ]
+
+    @pytest.mark.parametrize(
+        ("code", "said"),
+        [
+            ("def one(response):\n    return 1.0\n", "one(response) cannot be called with (response, reference)"),
+            ("class one:\n    def __call__(self, response):\n        return 1.0\n", "cannot be called with"),
+        ],
+    )
+    def test_a_reward_that_cannot_be_called_is_refused_before_anything_is_loaded(self, here, code, said):
+        (here / "wrong.py").write_text(code)
+        with pytest.raises(ValueError, match=re.escape("reward='wrong.py:one': ")) as refused:
+            gallery.check_name("rows.jsonl", reward="wrong.py:one")
+        assert said in str(refused.value)
 
     def test_specs_are_what_comes(self, here):
         check_env_specs(made("rows.jsonl", reward="graders.py:brief"))

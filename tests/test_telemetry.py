@@ -252,6 +252,20 @@ def test_a_turn_is_a_part_of_the_trace_that_its_agent_names(spans):
         assert turn().parent is None
 
 
+def test_a_span_that_a_server_has_made_itself_stays_the_parent(spans):
+    """Instrumentation of a server reads the headers before us; propagators may look for names in any case."""
+    trace = pytest.importorskip("opentelemetry.trace")
+    tracer = trace.get_tracer("server")
+    with (
+        tracer.start_as_current_span("POST") as around,
+        telemetry.behind({"traceparent": f"00-{1:032x}-{2:016x}-01"}),
+    ):
+        assert trace.get_current_span() is around
+    with telemetry.behind({"traceparent": f"00-{1:032x}-{2:016x}-01"}):
+        assert trace.get_current_span().get_span_context().trace_id == 1
+    assert not trace.get_current_span().get_span_context().is_valid
+
+
 def test_a_fault_of_the_gateway_s_own_is_counted(monkeypatch):
     openai = pytest.importorskip("openai")
     templates = templates_of()

@@ -177,10 +177,19 @@ def _verifier(reward: str, settings: dict[str, Any]) -> Any:
                 f"reward={reward!r} is a {type(made).__name__}: expected a function, or a class of such."
             )
         if not isinstance(made, type):
-            return made
+            return _checked(reward, made)
         kind = made
     known = inspect.signature(kind).parameters
-    return made(**{key: settings.pop(key) for key in list(settings) if key in known})
+    return _checked(reward, made(**{key: settings.pop(key) for key in list(settings) if key in known}))
+
+
+def _checked(reward: str, verifier: Any) -> Any:
+    from torchrl_chat.rewards.compose import as_verifier
+
+    try:
+        return as_verifier(verifier)
+    except TypeError as error:
+        raise ValueError(f"reward={reward!r}: {error}") from None
 
 
 def tiny_tokenizer_for(name: str) -> Any:

@@ -51,7 +51,7 @@ def play(
         ValueError: ``max_turns`` is not positive, or the rewards of two turns have different shapes.
 
     Warns:
-        RuntimeWarning: conversations have not ended, and ``max_turns`` was not given: nothing in the environment ends them.
+        RuntimeWarning: conversations have not ended, and ``max_turns`` was not given: perhaps nothing in the environment ends them.
 
     Example:
         >>> from torchrl_chat import DatasetChatEnv, TransformersPolicy

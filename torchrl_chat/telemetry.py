@@ -96,12 +96,17 @@ def behind(headers: Mapping[str, str]) -> Iterator[None]:
     Args:
         headers: the request's, by their names in lower case: ``traceparent``, ``tracestate``, or what the program's propagators read.
     """
-    if not on():
-        yield
+    if not on() or sys.modules["opentelemetry.trace"].get_current_span().get_span_context().is_valid:
+        yield  # a server that makes spans of its own has read them
         return
     from opentelemetry import context, propagate
+    from opentelemetry.propagators.textmap import DefaultGetter
 
-    token = context.attach(propagate.extract(headers))
+    class Lower(DefaultGetter):
+        def get(self, carrier: Mapping[str, Any], key: str) -> list[str] | None:
+            return super().get(carrier, key.lower())
+
+    token = context.attach(propagate.extract(headers, context.get_current(), Lower()))
     try:
         yield
     finally:

@@ -63,13 +63,16 @@ class TaskEnv(GradedEnv):
             there is none but that somebody replies; :class:`~torchrl_chat.transforms.Budget` has further ones.
         compute_reward: whether rewards are computed.
         verifier: another verifier than the task's.
+        data_key: the column of the question, where it has another name than those that the task looks for. In the environment it
+            is ``"query"``, and the reference ``"answer"``.
+        reference_key: the column of the reference.
         failure_score, on_failure, deadline, workers: as for :class:`~torchrl_chat.RewardTransform`.
         options: options of the task's verifier.
 
     The others are as for :class:`DatasetChatEnv`.
 
     Raises:
-        KeyError: a row has no question or no reference; the message names the columns that were looked for.
+        KeyError: a row has no column of the question or of the reference; the message names those that were looked for.
         TypeError: an option that the verifier does not have.
     """
 
@@ -85,6 +88,8 @@ class TaskEnv(GradedEnv):
         split: str | Sequence[str] | None = "train",
         collate_fn: Callable[[Any], Any] | None = None,
         verifier: Any = None,
+        data_key: str | None = None,
+        reference_key: str | None = None,
         **kwargs: Any,
     ):
         verifier, grading = self._grading(verifier, kwargs, OPTIONS)
@@ -94,11 +99,13 @@ class TaskEnv(GradedEnv):
             name = self.CONFIG
         if kwargs.get("ray_backend") and kwargs.get("dataloader_actor_name") is None:
             kwargs["dataloader_actor_name"] = f"{self.TASK.name}_dataloader"
-        super().__init__(
-            dataset=dataset, name=name, split=split, collate_fn=collate_fn or self.columns_of, **kwargs
-        )
+        columns = collate_fn or self.columns_of
+        given = (("question", data_key, self.TASK.questions), ("reference", reference_key, self.TASK.references))
+        if names := [each for each in given if each[1] is not None]:
+            columns = functools.partial(_renamed, columns, names)
+        super().__init__(dataset=dataset, name=name, split=split, collate_fn=columns, **kwargs)
         self.__dict__["_source"] = (dataset, name, split)
-        self.__dict__["_collate"] = collate_fn or self.columns_of
+        self.__dict__["_collate"] = columns
         self._graded(verifier, **grading)
 
     @classmethod
@@ -250,16 +257,13 @@ class RowsEnv(TaskEnv):
     """Rows of yours, graded by a verifier of yours.
 
     A row has its question as ``query``, ``question``, ``problem`` or ``prompt`` (a text, or a list of messages), and perhaps a
-    reference as ``reference``, ``answer`` or ``solution``; the verifier gets ``None`` for one that has none. ``data_key`` and
-    ``reference_key`` name other columns. In the environment they are ``"query"`` and ``"answer"``.
+    reference as ``reference``, ``answer`` or ``solution``; the verifier gets ``None`` for one that has none.
 
     Keyword Args:
         dataset: as for :class:`DatasetChatEnv`.
         verifier: see :mod:`torchrl_chat.rewards.verdict`.
-        data_key: the column of the question.
-        reference_key: the column of the reference.
 
-    The others are as for :class:`TaskEnv`.
+    The others are as for :class:`TaskEnv`: ``data_key`` and ``reference_key`` name other columns.
 
     Raises:
         KeyError: a row has no question, or not the column of ``reference_key``.
@@ -278,42 +282,33 @@ class RowsEnv(TaskEnv):
     TASK = Task("rows", "")
     SYSTEM_PROMPT = None
 
-    def __init__(
-        self,
-        *,
-        dataset: Any,
-        verifier: Any,
-        data_key: str | None = None,
-        reference_key: str | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *, dataset: Any, verifier: Any, **kwargs: Any):
         if verifier is None:
             raise TypeError(
                 "rows of yours have no verifier of their own: pass verifier=..., called with (response, reference)."
             )
-        columns = functools.partial(_columns_of_rows, data_key, reference_key)
-        super().__init__(dataset=dataset, verifier=verifier, **{"split": None, "collate_fn": columns} | kwargs)
+        super().__init__(dataset=dataset, verifier=verifier, **{"split": None} | kwargs)
+
+    @classmethod
+    def _reference_of(cls, row: dict[str, Any]) -> Any:
+        return next((row[key] for key in cls.TASK.references if row.get(key) is not None), None)
 
 
-def _columns_of_rows(
-    data_key: str | None, reference_key: str | None, rows: Sequence[dict[str, Any]]
-) -> dict[str, list[Any]]:
-    """Rows of the user's to columns; a function of this module, so that an environment with its names can be pickled."""
-    task = RowsEnv.TASK
-    questions = task.questions if data_key is None else (data_key,)
-    references = task.references if reference_key is None else (reference_key,)
-    columns = {key: column for key, column in collate(rows).items() if key not in {*questions, *references}}
-    columns["query"], columns["answer"] = [], []
+def _renamed(
+    collate_fn: Callable[[Any], Any],
+    names: Sequence[tuple[str, str, Sequence[str]]],
+    rows: Sequence[dict[str, Any]],
+) -> Any:
+    """Rows to columns, theirs under the names that a task looks for; a function of this module, so that an environment can be pickled."""
+    under = []
     for row in rows:
-        there = ", ".join(key for key, value in row.items() if value is not None)
-        question = next((row[key] for key in questions if row.get(key) is not None), None)
-        if question is None:
-            raise KeyError(
-                f"a row has no question: looked for {', '.join(questions)}; it has {there}. data_key (--option data_key=NAME) names its "
-                f"column."
-            )
-        if reference_key is not None and reference_key not in row:
-            raise KeyError(f"a row has no reference: looked for {reference_key}; it has {there}.")
-        columns["query"].append(question)
-        columns["answer"].append(next((row[key] for key in references if row.get(key) is not None), None))
-    return columns
+        found = dict(row)
+        for what, key, known in names:
+            if key not in row:
+                there = ", ".join(name for name, value in row.items() if value is not None)
+                raise KeyError(f"a row has no {what}: looked for {key}; it has {there}.")
+            for name in (key, *known):
+                found.pop(name, None)
+        found.update((known[0], row[key]) for _, key, known in names)
+        under.append(found)
+    return collate_fn(under)

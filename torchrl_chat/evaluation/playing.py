@@ -61,7 +61,7 @@ class DatasetRun:
         batch: int = 32,
         limit: int | None = None,
         tokens: bool = True,
-        max_turns: int = 64,
+        max_turns: int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ):
         for name, value in (("batch", batch), ("limit", limit)):

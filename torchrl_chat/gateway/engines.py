@@ -71,7 +71,8 @@ class ScriptedEngine:
         script: takes an :class:`Ask`; returns the text of the answer, special tokens and calls spelled as the template has them, or a
             :class:`~torchrl_chat.conversation.Turn`; or an awaitable of either. A list says its texts one after the other, over all
             sessions.
-        template: for texts: a tokenizer with a chat template, or a :class:`~torchrl_chat.ChatTemplate`.
+        template: for texts: a tokenizer with a chat template, which a gateway then finds here; or a :class:`~torchrl_chat.ChatTemplate`, whose
+            tokenizer and options the gateway is given, too.
         log_prob: the log-prob of every id; ``None`` for none.
 
     Raises:
@@ -92,8 +93,10 @@ class ScriptedEngine:
         template: Any,
         log_prob: float | None = -0.5,
     ):
-        self._template = template if isinstance(template, ChatTemplate) else ChatTemplate(template)
-        self._log_prob, self.tokenizer = log_prob, self._template.tokenizer
+        self._template, self._log_prob = template, log_prob
+        if not isinstance(template, ChatTemplate):
+            self._template = ChatTemplate(template)
+            self.tokenizer = self._template.tokenizer  # of a template, whoever has it has its options
         if callable(script):
             self._script = script
         else:

@@ -113,6 +113,7 @@ class Session:
         self._names = names or Names()
         self._exchanges = Exchanges()
         self._broken: dict[bytes, str] = {}
+        self._untold: set[bytes] = set()
 
     def __repr__(self) -> str:
         state = self.stop.word if self.finished or self.stop else "running"
@@ -245,6 +246,9 @@ class Session:
                 else:
                     exchange.prompt.cancel()
             raise
+        if template.tools_warning and key not in self._untold:
+            self._untold.add(key)
+            self._note(template.tools_warning)
         if match.kind != "continues":
             self.report[match.kind] += 1
             self._note(f"answer {self.turns}: {match.kind}: {match.reason}.")
@@ -287,8 +291,6 @@ class Session:
                     "the tools of the answer that the request goes on from are not known any more.", param="tools"
                 )
             template = await asyncio.to_thread(self._template, key, tools)
-        if template.tools_warning:
-            self._note(template.tools_warning)
         match = self.tree.match(key, call.messages, previous, call.instructions)
         prompt = await self._proving((key, "prompt", *turn_kind(match)), self._written, match, template)
         return prompt, match, template, key

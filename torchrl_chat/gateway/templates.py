@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import orjson
 
 from torchrl_chat.templates import ChatTemplate
+
+_log = logging.getLogger("torchrl_chat.gateway")
 
 _PROVED = 10_000  # kinds of turn that are remembered; one that is not is written in a thread once more
 _MOST = 64  # sets of tools that are remembered; one that is not is made anew, and its proofs are kept elsewhere
@@ -34,6 +36,7 @@ class Templates:
         self._made: OrderedDict[bytes, ChatTemplate] = OrderedDict()
         self._lock = threading.Lock()
         self._proved: set[Hashable] = set()
+        self._warned = False
         self.plain = self.of(b"")
 
     @staticmethod
@@ -73,15 +76,15 @@ class Templates:
 
         Raises:
             ChatTemplateError: there is no chat template.
-
-        Warns:
-            RuntimeWarning: it does not write the tools.
         """
         if (template := self.get(key)) is not None:
             return template
         template = ChatTemplate(self._tokenizer, tools=list(tools) or None, **self._options)
-        if template.tools_warning:
-            warnings.warn(template.tools_warning, RuntimeWarning, stacklevel=2)
+        if template.tools_warning and not self._warned:
+            self._warned = True
+            _log.warning(
+                "the chat template does not write the tools that agents bring; findings of their sessions say more"
+            )
         with self._lock:
             if self._made.get(key) is None:
                 self._made[key] = template

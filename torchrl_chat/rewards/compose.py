@@ -6,6 +6,7 @@ to be run (in a worker process, on an event loop, or here); see :class:`~torchrl
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -225,6 +226,8 @@ def as_verifier(value: Any) -> Any:
     Raises:
         TypeError: the value cannot be called, or not with a response and a reference.
     """
+    if isinstance(value, type):
+        raise TypeError(f"{value.__name__} is a class: give a verifier that is made of it, {value.__name__}(...).")
     if not callable(value):
         raise TypeError(
             f"{value!r:.80} is no verifier: expected a callable (response, reference) -> Verdict or number."
@@ -241,10 +244,12 @@ def as_verifier(value: Any) -> Any:
     try:
         signature.bind("response", "reference")
     except TypeError as error:  # of each grade it would be the failure of a row, and a reward of 0
-        raise TypeError(
-            f"{getattr(value, '__name__', type(value).__name__)}{signature} cannot be called with (response, reference): {error}. "
-            '@grades("episode") is for a verifier that is called with the episode.'
-        ) from None
+        name = getattr(value, "__name__", type(value).__name__)
+        told = f"{name}{signature} cannot be called with (response, reference): {error}."
+        with contextlib.suppress(TypeError):
+            signature.bind("episode")
+            told += ' One that is called with the episode is marked @grades("episode").'
+        raise TypeError(told) from None
     return value
 
 

@@ -72,7 +72,7 @@ class Task:
         return kind(**dict(self.defaults) | options)
 
     def question_of(self, row: Mapping[str, Any]) -> Any:
-        """The question of a row.
+        """The question of a row; ``None`` where the column is there and empty, which is this row's affair.
 
         Raises:
             KeyError: no column that may hold it is there.
@@ -80,6 +80,8 @@ class Task:
         for key in self.questions:
             if row.get(key) is not None:
                 return row[key]
+        if any(key in row for key in self.questions):
+            return None
         raise KeyError(self._missing(row, "question", self.questions))
 
     def reference_of(self, row: Mapping[str, Any]) -> Any:
@@ -99,7 +101,9 @@ class Task:
 
     def _missing(self, row: Mapping[str, Any], what: str, keys: tuple[str, ...]) -> str:
         there = ", ".join(key for key, value in row.items() if value is not None)
-        return f"a row of task {self.name!r} has no {what}: looked for {', '.join(keys)}; it has {there}."
+        told = f"a row of task {self.name!r} has no {what}: looked for {', '.join(keys)}; it has {there}."
+        key = "data_key" if what == "question" else "reference_key"
+        return f"{told} {key} (--option {key}=NAME) names its column."
 
 
 TASKS = {

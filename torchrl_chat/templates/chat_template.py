@@ -104,6 +104,7 @@ class ChatTemplate:
         )
         self._rewriter = Rewriter(self._bridge, self.parser, self.close)
         peer = RenderersParser(tokenizer, self.codec, renderer, tools) if renderer else None
+        self._peer = peer is not None
         self._reader = Reader(self.renderer, self.parser, peer, self._follower.close)
         reserved = _RESERVED & template_kwargs.keys()
         if reserved:
@@ -130,6 +131,8 @@ class ChatTemplate:
     def unwritten_tools(self) -> list[str]:
         """The names of the tools it was given that it does not write into a first prompt: a model is told nothing of them.
 
+        None where the template refuses such a prompt, with a system message and without: then nothing is known.
+
         Example:
             >>> from torchrl_chat import Toolbox
             >>> from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
@@ -142,8 +145,10 @@ class ChatTemplate:
         if not self._tools:
             return []
         names = [schema.get("function", schema).get("name", "") for schema in self._tools]
-        told = self.renderer.tried([{"role": "user", "content": "?"}], True)
-        return [name for name in names if name not in told]
+        asked = {"role": "user", "content": "?"}
+        system = {"role": "system", "content": "?"}  # which some templates ask for
+        told = self.renderer.tried([asked], True) or self.renderer.tried([system, asked], True)
+        return [name for name in names if name not in told] if told else []
 
     @functools.cached_property
     def tools_warning(self) -> str:
@@ -161,7 +166,7 @@ class ChatTemplate:
         if not (untold := self.unwritten_tools()):
             return ""
         said = f"The chat template does not write the tools that it is given ({', '.join(untold)}): the model is told nothing of them"
-        if self.parser.reads_calls or not self.parser.parse_calls:
+        if self._peer or self.parser.reads_calls or not self.parser.parse_calls:
             return f"{said}. Say it in the system prompt, or take a template that writes tools (its option chat_template=...)."
         return f"{said}, and no answer is read as a call. Take a template that writes tools (its option chat_template=...)."
 
