@@ -101,7 +101,7 @@ class TaskEnv(GradedEnv):
             kwargs["dataloader_actor_name"] = f"{self.TASK.name}_dataloader"
         columns = collate_fn or self.columns_of
         given = (("question", data_key, self.TASK.questions), ("reference", reference_key, self.TASK.references))
-        if names := [each for each in given if each[1] is not None]:
+        if names := [(what, key, known) for what, key, known in given if key is not None]:
             columns = functools.partial(_renamed, columns, names)
         super().__init__(dataset=dataset, name=name, split=split, collate_fn=columns, **kwargs)
         self.__dict__["_source"] = (dataset, name, split)
