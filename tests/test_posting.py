@@ -143,3 +143,67 @@ def test_what_is_no_address_is_refused():
     for url, headers in (("ftp://x", {}), ("http://", {}), ("http://x/", {"A": "b\r\nC: d"})):
         with pytest.raises(ValueError, match="address"):
             Poster(url, headers)
+
+
+def chunked(*events, after=b"", last=b"0\r\n\r\n", done=True, headers=b""):
+    data = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events] + [b"data: [DONE]\n\n"] * done
+    head = (
+        b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n" + headers + b"\r\n"
+    )
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in data) + last + after
+
+
+@pytest.mark.parametrize(
+    ("how", "connections"),
+    [
+        ({}, 1),
+        ({"done": False}, 1),
+        ({"headers": b"Connection: close\r\n"}, 4),
+        ({"last": b""}, 4),  # the body does not end in time
+        ({"after": chunked({"n": "of nobody"})}, 4),  # what nobody asked for is nobody's answer
+    ],
+)
+def test_streams_follow_each_other_on_a_connection_that_was_read_to_its_end(how, connections):
+    async def all_of_it():
+        async with serving(lambda body, number: chunked({"n": body["n"]}, {"more": number}, **how)) as server:
+            poster = Poster(server["url"], retries=0)
+            for n in range(4):
+                assert [event async for event in poster.stream({"n": n})] == [{"n": n}, {"more": n + 1}]
+            assert server["connections"] == connections
+            await poster.aclose()
+
+    run(all_of_it)
+
+
+def test_an_answer_that_is_no_stream_keeps_its_connection_too():
+    async def all_of_it():
+        async with serving(lambda body, number: plain(body["n"])) as server:
+            poster = Poster(server["url"], retries=0)
+            assert [[event async for event in poster.stream({"n": n})] for n in range(3)] == [[0], [1], [2]]
+            assert server["connections"] == 1
+            await poster.aclose()
+
+    run(all_of_it)
+
+
+def test_whoever_stops_reading_a_stream_hangs_up():
+    async def all_of_it():
+        async with serving(lambda body, number: chunked({"n": 1}, {"n": 2})) as server:
+            poster = Poster(server["url"], retries=0)
+            for _ in range(2):
+                events = poster.stream({})
+                assert await anext(events) == {"n": 1}
+                await events.aclose()
+            assert server["connections"] == 2
+
+    run(all_of_it)
+
+
+def test_a_stream_on_a_connection_that_the_server_closed_meanwhile_begins_anew():
+    async def all_of_it():
+        async with serving(lambda body, number: None if number == 2 else chunked({"n": number})) as server:
+            poster = Poster(server["url"], retries=0)
+            assert [[event async for event in poster.stream({})] for _ in range(2)] == [[{"n": 1}], [{"n": 3}]]
+            assert (server["requests"], server["connections"]) == (3, 2)
+
+    run(all_of_it)

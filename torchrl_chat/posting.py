@@ -26,6 +26,7 @@ _AGAIN = frozenset({408, 409, 429})  # and whatever is an error of the server
 _IDLE = 30.0  # seconds for which a connection is kept; servers close theirs, uvicorn after 5 by default
 _LONGEST = 120.0  # seconds that a server may ask us to wait
 _HEAD = 2**20  # bytes of an answer's headers, at most
+_LAST = 0.1  # seconds in which the end of a stream's body is waited for, when its last event has come
 
 
 class PostError(RuntimeError):
@@ -92,6 +93,7 @@ class Poster:
         self._head = ("\r\n".join(lines) + "\r\nContent-Length: ").encode("latin-1")
         self._retries, self._timeout, self._pause = retries, timeout, pause
         self._idle: list[tuple[float, _Line]] = []
+        self._streams: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, body: Any) -> Any:
         """What the server answers to a body, both as JSON values; arrays of numbers (numpy's) in a body are lists.
@@ -106,26 +108,33 @@ class Poster:
     async def stream(self, body: Any) -> AsyncIterator[Any]:
         """What the server answers to a body, event by event (server-sent events), as JSON values; an answer that is no stream is one event.
 
-        Over a connection of its own. Nothing is tried again once the answer has begun. Whoever stops reading closes the connection, by
-        which a server knows.
+        A connection that was read to its end is kept for the next one. Nothing is tried again once the answer has begun. Whoever stops
+        reading closes the connection, by which a server knows.
 
         Raises:
             PostError, OSError, ValueError: as of :meth:`post`.
         """
         reader, writer, head = await self._tried(self._streaming, body)
-        pieces = self._timed(_pieces(reader, head))
+        pieces, whole = self._timed(_pieces(reader, head)), False
         try:
             if b"text/event-stream" not in (_header(head, b"content-type") or b""):
-                yield _loaded(b"".join([piece async for piece in pieces]))
+                raw = b"".join([piece async for piece in pieces])
+                whole = True
+                yield _loaded(raw)
                 return
             async for data in _events(pieces):
                 if data == b"[DONE]":
+                    whole = await _ended(pieces)
                     return
                 yield _loaded(data)
+            whole = True
         except EOFError:
             raise ConnectionError("the connection was lost") from None
         finally:
-            writer.close()
+            if whole and _goes_on(head):
+                self._streams.append((time.monotonic(), reader, writer))
+            else:
+                writer.close()
 
     async def _timed(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pieces of an answer, each of which comes in time."""
@@ -178,9 +187,29 @@ class Poster:
         return await self._sent(line, message, self._timeout - (time.monotonic() - begun))
 
     async def _streaming(self, message: bytes) -> tuple[int, bytes, Any]:
-        """One try, up to where the answer begins: its connection; of a refusal, its text."""
+        """One try, up to where the answer begins: its connection; of a refusal, its text.
+
+        On a connection that the server has closed meanwhile, once more on a new one.
+        """
+        while self._streams:
+            since, reader, writer = self._streams.pop()
+            if time.monotonic() - since >= _IDLE or not _is_quiet(reader):
+                writer.close()
+                continue
+            try:
+                return await self._answering(reader, writer, message)
+            except TimeoutError:
+                raise
+            except OSError:
+                break
         async with asyncio.timeout(self._timeout):
             reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._context(), limit=_HEAD)
+        return await self._answering(reader, writer, message)
+
+    async def _answering(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
+    ) -> tuple[int, bytes, Any]:
+        async with asyncio.timeout(self._timeout):
             try:
                 writer.write(message)
                 status = 100
@@ -230,7 +259,10 @@ class Poster:
         """Close the connections that are kept."""
         for _, line in self._idle:
             line.close()
+        for _, _, writer in self._streams:
+            writer.close()
         self._idle.clear()
+        self._streams.clear()
 
 
 class _Line(asyncio.Protocol):
@@ -367,6 +399,35 @@ def _header(head: bytes, name: bytes) -> bytes | None:
 
 
 # ---------------------------------------------------------------------- streams
+def _goes_on(head: bytes) -> bool:
+    """Whether something can be asked over a connection when the body behind this head was read."""
+    if head.startswith(b"HTTP/1.0") or (_header(head, b"connection") or b"").lower() == b"close":
+        return False
+    chunked = (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked")
+    return chunked or _header(head, b"content-length") is not None
+
+
+def _is_quiet(reader: asyncio.StreamReader) -> bool:
+    """Whether nothing has come that nobody asked for, an end included: a read would have to wait."""
+    reading = reader.read(1)
+    try:
+        reading.send(None)
+    except Exception:  # it has returned, or failed
+        return False
+    reading.close()
+    return True
+
+
+async def _ended(pieces: AsyncIterator[bytes]) -> bool:
+    """Whether a body ends, now that its last event has come."""
+    with contextlib.suppress(TimeoutError, EOFError, OSError, ValueError):
+        async with asyncio.timeout(_LAST):
+            async for _ in pieces:
+                pass
+            return True
+    return False
+
+
 async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[bytes]:
     """The body behind a head, as it comes."""
     length = _header(head, b"content-length")
