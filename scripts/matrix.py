@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -150,9 +151,9 @@ def install_torch(uv: Path, python: Path, kind: str, wanted: str | None, cuda: b
 
 
 def versions(uv: Path, python: Path) -> dict[str, str]:
-    return dict(
-        line.split("==") for line in run(uv, "pip", "freeze", "--python", python).stdout.split() if "==" in line
-    )
+    # Not "freeze", which tells of what was installed from a file where that was, and no version.
+    found = run(uv, "pip", "list", "--format", "json", "--python", python).stdout
+    return {package["name"]: package["version"] for package in json.loads(found)}
 
 
 def try_cell(uv: Path, cell: Cell, wheel: Path, folder: Path, given: argparse.Namespace) -> None:
