@@ -190,7 +190,7 @@ class TestQuantizedBase:
         ("words", "told"),
         [
             ((), "quantized: they cannot be trained. Give --lora 16"),
-            (("--lora", 4, "--merge"), "quantized: --merge would round the adapter away"),
+            (("--lora", 4, "--merge"), "quantized: --merge would quantize the sum with the adapter again"),
             (("--lora", 4, "--backend", "vllm"), "quantized: --backend vllm is sent whole weights"),
             (("--lora", 4), "quantized: they cannot lie in parts on several processes"),
         ],

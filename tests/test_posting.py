@@ -207,3 +207,23 @@ def test_a_stream_on_a_connection_that_the_server_closed_meanwhile_begins_anew()
             assert (server["requests"], server["connections"]) == (3, 2)
 
     run(all_of_it)
+
+
+def test_connections_that_the_server_has_closed_are_not_kept_for_ever(monkeypatch):
+    """Of many streams at once; the next one lets go of those that are of no use."""
+
+    async def all_of_it():
+        async with serving(lambda body, number: chunked({"n": number})) as server:
+            poster = Poster(server["url"], retries=0)
+
+            async def whole():
+                return [event async for event in poster.stream({})]
+
+            await asyncio.gather(*(whole() for _ in range(5)))
+            assert len(poster._streams) == server["connections"] == 5
+            monkeypatch.setattr("torchrl_chat.posting._IDLE", 0.0)
+            await whole()
+            assert len(poster._streams) == 1
+            await poster.aclose()
+
+    run(all_of_it)

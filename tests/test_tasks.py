@@ -12,7 +12,7 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_chat import columns, gallery
 from torchrl_chat.cli import main as cli
-from torchrl_chat.envs import RowsEnv
+from torchrl_chat.envs import HumanEvalEnv, MMLUProEnv, RowsEnv
 from torchrl_chat.tiny import TEXT_ALPHABET, tiny_tokenizer
 
 GRADER = """
@@ -169,6 +169,12 @@ class TestRows:
             assert ["query" in why for why in columns.read_objects(td["env_failure"], td.batch_size)] == [
                 k == 1 for k in range(4)
             ]
+
+    def test_an_empty_question_is_none_whatever_is_written_around_it(self):
+        choices = {"question": None, "options": ["1", "2"], "answer": "B", "answer_index": 1}
+        assert MMLUProEnv.columns_of([choices])["query"] == [None]
+        problem = {"prompt": None, "test": "def check(f): pass", "entry_point": "f"}
+        assert HumanEvalEnv.columns_of([problem])["query"] == [None]
 
     @pytest.mark.parametrize(
         ("code", "said"),

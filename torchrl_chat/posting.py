@@ -131,10 +131,16 @@ class Poster:
         except EOFError:
             raise ConnectionError("the connection was lost") from None
         finally:
-            if whole and _goes_on(head):
-                self._streams.append((time.monotonic(), reader, writer))
+            if whole and not _is_last(head) and (_is_chunked(head) or _header(head, b"content-length") is not None):
+                self._keep(reader, writer)
             else:
                 writer.close()
+
+    def _keep(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Keep a stream's connection for the next one; of those that are kept, the oldest may be of no use by now."""
+        while self._streams and not _is_fresh(*self._streams[0][:2]):
+            self._streams.pop(0)[2].close()
+        self._streams.append((time.monotonic(), reader, writer))
 
     async def _timed(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pieces of an answer, each of which comes in time."""
@@ -193,43 +199,19 @@ class Poster:
         """
         while self._streams:
             since, reader, writer = self._streams.pop()
-            if time.monotonic() - since >= _IDLE or not _is_quiet(reader):
+            if not _is_fresh(since, reader):
                 writer.close()
                 continue
             try:
-                return await self._answering(reader, writer, message)
+                async with asyncio.timeout(self._timeout):
+                    return await _begun(reader, writer, message)
             except TimeoutError:
                 raise
             except OSError:
                 break
         async with asyncio.timeout(self._timeout):
             reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._context(), limit=_HEAD)
-        return await self._answering(reader, writer, message)
-
-    async def _answering(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
-    ) -> tuple[int, bytes, Any]:
-        async with asyncio.timeout(self._timeout):
-            try:
-                writer.write(message)
-                status = 100
-                while 100 <= status < 200:
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    status = int(head[9:12])
-                if status < 300:
-                    return status, head, (reader, writer, head)
-                told = b"".join([piece async for piece in _pieces(reader, head)])
-                writer.close()
-                return status, head, told
-            except EOFError:
-                writer.close()
-                raise ConnectionError("the connection was lost") from None
-            except (ValueError, asyncio.LimitOverrunError):
-                writer.close()
-                raise ConnectionError("the server does not speak HTTP/1.1") from None
-            except BaseException:
-                writer.close()
-                raise
+            return await _begun(reader, writer, message)
 
     def _context(self) -> ssl.SSLContext | None:
         if self._secure and self._ssl is None:
@@ -347,7 +329,7 @@ class _Line(asyncio.Protocol):
                 continue
             self._head = head
             length = _header(head, b"content-length")
-            if (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked"):
+            if _is_chunked(head):
                 self._chunks = []
             elif length is not None:
                 self._length = _size(length, 10)
@@ -372,7 +354,7 @@ class _Line(asyncio.Protocol):
 
     def _tell(self, body: bytes | bytearray, more: bool = False) -> None:
         head = self._head
-        if more or (_header(head, b"connection") or b"").lower() == b"close" or head.startswith(b"HTTP/1.0"):
+        if more or _is_last(head):
             self.close()
         if self._answer is not None and not self._answer.done():
             self._answer.set_result((int(head[9:12]), head, body))
@@ -389,6 +371,15 @@ def _size(word: bytes | bytearray, base: int) -> int:
     return size
 
 
+def _is_last(head: bytes) -> bool:
+    """Whether the server hangs up behind this answer."""
+    return (_header(head, b"connection") or b"").lower() == b"close" or head.startswith(b"HTTP/1.0")
+
+
+def _is_chunked(head: bytes) -> bool:
+    return (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked")
+
+
 def _header(head: bytes, name: bytes) -> bytes | None:
     lower = head.lower()
     at = lower.find(b"\r\n" + name + b":")
@@ -399,20 +390,40 @@ def _header(head: bytes, name: bytes) -> bytes | None:
 
 
 # ---------------------------------------------------------------------- streams
-def _goes_on(head: bytes) -> bool:
-    """Whether something can be asked over a connection when the body behind this head was read."""
-    if head.startswith(b"HTTP/1.0") or (_header(head, b"connection") or b"").lower() == b"close":
+async def _begun(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
+) -> tuple[int, bytes, Any]:
+    """Ask over a connection, up to where the answer begins."""
+    try:
+        writer.write(message)
+        status = 100
+        while 100 <= status < 200:
+            head = await reader.readuntil(b"\r\n\r\n")
+            status = int(head[9:12])
+        if status < 300:
+            return status, head, (reader, writer, head)
+        told = b"".join([piece async for piece in _pieces(reader, head)])
+        writer.close()
+        return status, head, told
+    except EOFError:
+        writer.close()
+        raise ConnectionError("the connection was lost") from None
+    except (ValueError, asyncio.LimitOverrunError):
+        writer.close()
+        raise ConnectionError("the server does not speak HTTP/1.1") from None
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _is_fresh(since: float, reader: asyncio.StreamReader) -> bool:
+    """Whether something may be asked over a connection: nothing has come that nobody asked for, an end included."""
+    if time.monotonic() - since >= _IDLE:
         return False
-    chunked = (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked")
-    return chunked or _header(head, b"content-length") is not None
-
-
-def _is_quiet(reader: asyncio.StreamReader) -> bool:
-    """Whether nothing has come that nobody asked for, an end included: a read would have to wait."""
     reading = reader.read(1)
     try:
         reading.send(None)
-    except Exception:  # it has returned, or failed
+    except (StopIteration, OSError):  # there is something, or it is broken: a read of what is quiet waits
         return False
     reading.close()
     return True
@@ -431,7 +442,7 @@ async def _ended(pieces: AsyncIterator[bytes]) -> bool:
 async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[bytes]:
     """The body behind a head, as it comes."""
     length = _header(head, b"content-length")
-    if (_header(head, b"transfer-encoding") or b"").lower().endswith(b"chunked"):
+    if _is_chunked(head):
         while size := _size((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
             yield (await reader.readexactly(size + 2))[:-2]
         while (await reader.readuntil(b"\r\n")) != b"\r\n":

@@ -14,6 +14,7 @@ The conventions are those of github.com/open-telemetry/semantic-conventions-gena
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -100,17 +101,24 @@ def behind(headers: Mapping[str, str]) -> Iterator[None]:
         yield  # a server that makes spans of its own has read them
         return
     from opentelemetry import context, propagate
+
+    token = context.attach(propagate.extract(headers, getter=_lower()))
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
+@functools.cache
+def _lower() -> Any:
+    """Reads headers whose names are in lower case, however a propagator spells them."""
     from opentelemetry.propagators.textmap import DefaultGetter
 
     class Lower(DefaultGetter):
         def get(self, carrier: Mapping[str, Any], key: str) -> list[str] | None:
             return super().get(carrier, key.lower())
 
-    token = context.attach(propagate.extract(headers, context.get_current(), Lower()))
-    try:
-        yield
-    finally:
-        context.detach(token)
+    return Lower()
 
 
 def span(operation: str, subject: str = "", kind: Kind = "INTERNAL") -> Span:

@@ -174,7 +174,8 @@ class HumanEvalEnv(LocalTaskEnv):
         """Rows of the dataset to columns, the prompt as a request."""
         columns = super().columns_of(rows)
         columns["query"] = [
-            f"Complete this function. Answer with all of it, in one fenced block of Python.\n\n```python\n{query}```"
+            query  # None is no function, and this row's affair
+            and f"Complete this function. Answer with all of it, in one fenced block of Python.\n\n```python\n{query}```"
             for query in columns["query"]
         ]
         return columns
@@ -189,8 +190,8 @@ def _choice_columns(task: Task, order: int | None, rows: Sequence[dict[str, Any]
     return {**columns, "query": [query for query, _ in shown], "answer": [reference for _, reference in shown]}
 
 
-def _shown(task: Task, order: int | None, row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The question with its choices, and the reference."""
+def _shown(task: Task, order: int | None, row: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The question with its choices, and the reference; ``None`` for a question that is empty."""
     question = task.question_of(row)
     choices, answer = _choices_of(task, row)
     verify = MultipleChoice()
@@ -208,7 +209,7 @@ def _shown(task: Task, order: int | None, row: Mapping[str, Any]) -> tuple[str, 
     told: Any = answer if right is None else verify.letters[places.index(right)]
     shown = [choices[place] for place in places]
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(verify.letters, shown, strict=False))
-    return f"{question}\n\n{lines}", {"answer": told, "choices": shown}
+    return None if question is None else f"{question}\n\n{lines}", {"answer": told, "choices": shown}
 
 
 def _choices_of(task: Task, row: Mapping[str, Any]) -> tuple[list[str], Any]:

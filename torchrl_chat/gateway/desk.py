@@ -22,6 +22,7 @@ from torchrl_chat.conversation import Transcript, Turn
 from torchrl_chat.conversation.limits import NO_LIMIT
 from torchrl_chat.gateway.agents import Agent, end_of, end_session, finish_all
 from torchrl_chat.gateway.engines import Ask
+from torchrl_chat.gateway.policies import settle
 from torchrl_chat.gateway.serve import Gateway, Served
 from torchrl_chat.seeds import SEED
 
@@ -80,16 +81,7 @@ class _Episode:
         """Answer what is asked."""
         _, loop, future = self._asked.popleft()
         with contextlib.suppress(RuntimeError):  # a loop that is closed waits for nothing
-            loop.call_soon_threadsafe(_set, future, turn)
-
-
-def _set(future: asyncio.Future[Turn], turn: Turn | Exception) -> None:
-    if future.done():
-        return
-    if isinstance(turn, Exception):
-        future.set_exception(turn)
-    else:
-        future.set_result(turn)
+            loop.call_soon_threadsafe(settle, future, turn)
 
 
 class Desk:

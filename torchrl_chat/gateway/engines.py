@@ -103,9 +103,9 @@ class ScriptedEngine:
             count, texts = len(script), iter(script)
 
             def following(ask: Ask) -> str:
-                for text in texts:
-                    return text
-                raise IndexError(f"the script has {count} texts, and was asked for one more.")
+                if (text := next(texts, None)) is None:
+                    raise IndexError(f"the script has {count} texts, and was asked for one more.")
+                return text
 
             self._script = following
         self.asked: list[Ask] = []

@@ -252,14 +252,19 @@ def _of_version(turn: Any, version: int | None) -> Turn | Exception:
     return turn if turn.versions or version is None else dataclasses.replace(turn, versions=((0, version),))
 
 
+def settle(future: asyncio.Future[Turn], result: Turn | Exception) -> None:
+    """Give what was sampled to whoever waits for it, if somebody still does."""
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
 def _tell(results: list[tuple[asyncio.Future[Turn], Turn | Exception]]) -> None:
     for future, result in results:
-        if future.done():
-            continue
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+        settle(future, result)
 
 
 def engine_of(policy: Any) -> Any:

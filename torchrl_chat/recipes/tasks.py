@@ -77,8 +77,8 @@ def _asks_too_much(config: RunConfig) -> str | None:
         return "they cannot be trained. Give --lora 16 for an adapter on them, or a --model that is not quantized."
     if config.merge:
         return (
-            "--merge would round the adapter away with them. Train without it, and merge the adapter of the last checkpoint into the "
-            "model that they were made of: peft's PeftModel.from_pretrained, then merge_and_unload."
+            "--merge would quantize the sum with the adapter again, another model. Train without it, and merge the adapter of the last "
+            "checkpoint into the model that they were made of: peft's PeftModel.from_pretrained, then merge_and_unload."
         )
     if config.backend == "vllm":
         return (

@@ -103,7 +103,7 @@ class Task:
         there = ", ".join(key for key, value in row.items() if value is not None)
         told = f"a row of task {self.name!r} has no {what}: looked for {', '.join(keys)}; it has {there}."
         key = "data_key" if what == "question" else "reference_key"
-        return f"{told} {key} (--option {key}=NAME) names its column."
+        return f"{told} {key} names its column (--option {key}=NAME of train and eval)."
 
 
 TASKS = {
