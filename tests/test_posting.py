@@ -175,6 +175,43 @@ def test_streams_follow_each_other_on_a_connection_that_was_read_to_its_end(how,
     run(all_of_it)
 
 
+def test_a_stream_that_comes_byte_by_byte_is_read_as_it_comes():
+    async def all_of_it():
+        async with serving(lambda body, number: chunked({"n": number}, headers=b"X: y\r\n")) as server:
+            poster = Poster(server["url"], retries=0)
+            opened = poster._opened
+
+            async def slowly():
+                line = await opened()
+                received = line.data_received
+                line.data_received = lambda data: [received(data[i : i + 1]) for i in range(len(data))]
+                return line
+
+            poster._opened = slowly
+            assert [[event async for event in poster.stream({})] for _ in range(2)] == [[{"n": 1}], [{"n": 2}]]
+            assert server["connections"] == 1
+
+    run(all_of_it)
+
+
+@pytest.mark.parametrize("how", ["post", "stream", "events"])
+def test_a_request_has_a_deadline_over_all_its_tries(how):
+    async def all_of_it():
+        async def answer(body, number):
+            if how == "events":
+                return chunked(last=b"", done=False)
+            return plain({}, 503)
+
+        async with serving(answer) as server:
+            poster = Poster(server["url"], retries=1000, pause=0.02, timeout=5, deadline=0.3)
+            ends = poster.post({}) if how == "post" else anext(poster.stream({}))
+            with pytest.raises(TimeoutError, match=r"no reply within 0\.3 s, with all tries"):
+                await ends
+            assert (server["requests"] > 1) == (how != "events")
+
+    run(all_of_it)
+
+
 def test_an_answer_that_is_no_stream_keeps_its_connection_too():
     async def all_of_it():
         async with serving(lambda body, number: plain(body["n"])) as server:
@@ -188,13 +225,18 @@ def test_an_answer_that_is_no_stream_keeps_its_connection_too():
 
 def test_whoever_stops_reading_a_stream_hangs_up():
     async def all_of_it():
-        async with serving(lambda body, number: chunked({"n": 1}, {"n": 2})) as server:
+        async with serving(lambda body, number: chunked({"n": 1}, {"n": 2}, last=body["last"].encode())) as server:
             poster = Poster(server["url"], retries=0)
-            for _ in range(2):
-                events = poster.stream({})
+            for last, connections in (
+                ("", 1),
+                ("", 2),
+                ("0\r\n\r\n", 3),
+                ("", 3),
+            ):  # the third was there as a whole
+                events = poster.stream({"last": last})
                 assert await anext(events) == {"n": 1}
                 await events.aclose()
-            assert server["connections"] == 2
+                assert server["connections"] == connections
 
     run(all_of_it)
 
@@ -220,10 +262,10 @@ def test_connections_that_the_server_has_closed_are_not_kept_for_ever(monkeypatc
                 return [event async for event in poster.stream({})]
 
             await asyncio.gather(*(whole() for _ in range(5)))
-            assert len(poster._streams) == server["connections"] == 5
+            assert len(poster._idle) == server["connections"] == 5
             monkeypatch.setattr("torchrl_chat.posting._IDLE", 0.0)
             await whole()
-            assert len(poster._streams) == 1
+            assert len(poster._idle) == 1
             await poster.aclose()
 
     run(all_of_it)

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import json
 import logging
+import operator
 import os
 import re
 import threading
@@ -163,9 +164,9 @@ class Usage:
     """Tokens written by the model."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reply:
-    """What an endpoint replied to one request."""
+    """What an endpoint replied to one request; not to be written to."""
 
     text: str = ""
     """What the model said; empty where it only called tools."""
@@ -354,7 +355,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         else:
             key = self.api_key if self.api_key is not None else os.environ.get("OPENAI_API_KEY") or "none"
             headers = {"Authorization": login or f"Bearer {key}", **self.extra.get("extra_headers", {})}
-            poster = Poster(url, headers, retries=self.retries, timeout=self.timeout)
+            poster = Poster(url, headers, retries=self.retries, timeout=self.timeout, deadline=self.deadline)
             slots = asyncio.Semaphore(self.concurrency)
         with self._lock:
             for old in [old for old in self._posters if old.is_closed()]:
@@ -431,54 +432,70 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         told: Callable[[list[int]], None] | None,
     ) -> Reply:
         client, slots = self._beside() if api == "generate" else self.here()
-        secrets = self.secrets
         async with slots:
             self.count(calls=1)
             try:
-                async with asyncio.timeout(self.deadline) as limit:
-                    if told is not None and api == "generate" and hasattr(client, "stream"):
-                        reply = await self._heard(client.stream({**request, **_STREAMED}), told)
-                    elif told is not None and api == "completions":
-                        chunks = await client.completions.create(**request, **_STREAMED)
-                        async with chunks:
-                            reply = await self._heard((chunk.model_dump() async for chunk in chunks), told)
-                    elif api == "generate":
-                        reply = self._generated(await client.post(dict(request)))
-                    else:
-                        endpoint = client.chat.completions if api == "chat" else client.completions
-                        reply = self._received(await endpoint.create(**request), secrets, text)
+                if isinstance(client, Poster):  # it keeps the deadline itself
+                    reply = await self._posted(client, request, told)
+                else:
+                    reply = await self._by_library(client, request, api, text, told)
             except Exception as error:  # the library's errors, and whatever it stumbles over in a malformed reply
                 self.count(failed=1)
                 _log.debug("%s did not reply (%s)", self.model, type(error).__name__)
-                if isinstance(error, TimeoutError) and limit.expired():
-                    raise TimeoutError(f"no reply within {self.deadline:g} s, with all tries") from None
-                if str(error) in secrets:  # what a server says of a key that it refuses
+                if str(error) in (secrets := self.secrets):  # what a server says of a key that it refuses
                     raise RuntimeError(f"{type(error).__name__}: {secrets.hide(str(error))}") from None
                 raise
         _log.debug("%s replied %r (%s)", self.model, reply.text, reply.finish_reason)
         return reply
 
+    async def _posted(
+        self, poster: Poster, request: Mapping[str, Any], told: Callable[[list[int]], None] | None
+    ) -> Reply:
+        if told is None:
+            return self._generated(await poster.post(request))
+        return await self._heard(poster.stream({**request, **_STREAMED}), told)
+
+    async def _by_library(
+        self,
+        client: Any,
+        request: Mapping[str, Any],
+        api: Literal["chat", "completions", "generate"],
+        text: bool,
+        told: Callable[[list[int]], None] | None,
+    ) -> Reply:
+        try:
+            async with asyncio.timeout(self.deadline) as limit:
+                if api == "generate":
+                    return self._generated(await client.post(request))
+                if told is not None and api == "completions":
+                    chunks = await client.completions.create(**request, **_STREAMED)
+                    async with chunks:
+                        return await self._heard((chunk.model_dump() async for chunk in chunks), told)
+                endpoint = client.chat.completions if api == "chat" else client.completions
+                return self._received(await endpoint.create(**request), text)
+        except TimeoutError:
+            if limit.expired():
+                raise TimeoutError(f"no reply within {self.deadline:g} s, with all tries") from None
+            raise
+
     def _generated(self, body: Any) -> Reply:
         """The reply of vLLM's route for ids."""
         [choice] = body["choices"]
         entries = (choice.get("logprobs") or {}).get("content")
-        usage = body.get("usage") or {}
-        self.count(**{f"{what}_tokens": usage.get(f"{what}_tokens") or 0 for what in ("prompt", "completion")})
         return Reply(
             choice.get("text") or "",
             choice.get("finish_reason"),
             list(choice["token_ids"] or ()),
-            None if entries is None else [float(entry["logprob"]) for entry in entries],
+            None if entries is None else [*map(float, map(_LOG_PROB, entries))],
             versions=_versions(choice.get("weight_versions")),
-            tokens=(usage.get("prompt_tokens"), usage.get("completion_tokens")),
+            tokens=self._used(body.get("usage")),
         )
 
     async def _heard(self, events: AsyncGenerator[Any, None], told: Callable[[list[int]], None]) -> Reply:
         """The reply of a stream of ids, which is told of as it grows."""
         ids: list[int] = []
         scores: list[float] | None = []
-        last, versions = None, None
-        usage: Mapping[str, Any] = {}
+        last, versions, usage = None, None, None
         async with contextlib.aclosing(events):
             async for event in events:
                 if event.get("error"):
@@ -492,14 +509,23 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                     if new:
                         ids += new
                         told(list(ids))
+                        # Whoever passes it on does so before more is made of it: a turn of the loop to write, and one to send.
+                        await asyncio.sleep(0)
+                        await asyncio.sleep(0)
         if last is None:
             raise ConnectionError("the stream ended before the answer did")
-        self.count(**{f"{what}_tokens": usage.get(f"{what}_tokens") or 0 for what in ("prompt", "completion")})
-        tokens = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-        return Reply("", last, ids, scores, versions=_versions(versions), tokens=tokens)
+        return Reply("", last, ids, scores, versions=_versions(versions), tokens=self._used(usage))
 
-    def _received(self, completion: Any, secrets: Secrets, needed: bool) -> Reply:
-        usage = getattr(completion, "usage", None)
+    def _used(self, usage: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+        """How many tokens the model read and wrote, as far as a reply tells it; they are counted."""
+        if not usage:
+            return None, None
+        read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        self.count(prompt_tokens=read or 0, completion_tokens=written or 0)
+        return read, written
+
+    def _received(self, completion: Any, needed: bool) -> Reply:
+        secrets, usage = self.secrets, getattr(completion, "usage", None)
         read, written = (getattr(usage, f"{what}_tokens", None) or 0 for what in ("prompt", "completion"))
         self.count(prompt_tokens=read, completion_tokens=written)
         choices = getattr(completion, "choices", None)
@@ -542,6 +568,7 @@ class _ByLibrary:
         """The client is closed by whoever made it."""
 
 
+_LOG_PROB = operator.itemgetter("logprob")
 _STREAMED: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 

@@ -12,7 +12,7 @@ import json
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -25,8 +25,9 @@ except ImportError:
 _AGAIN = frozenset({408, 409, 429})  # and whatever is an error of the server
 _IDLE = 30.0  # seconds for which a connection is kept; servers close theirs, uvicorn after 5 by default
 _LONGEST = 120.0  # seconds that a server may ask us to wait
-_HEAD = 2**20  # bytes of an answer's headers, at most
+_MOST = 2**20  # bytes of an answer's headers
 _LAST = 0.1  # seconds in which the end of a stream's body is waited for, when its last event has come
+_HEAD, _PIECE, _WHOLE = range(3)  # what of an answer is waited for: its headers, more of its body, all of it
 
 
 class PostError(RuntimeError):
@@ -57,6 +58,7 @@ class Poster:
     Keyword Args:
         retries: how often a request is tried again, after 408, 409, 429, errors of the server and lost connections.
         timeout: seconds for one try.
+        deadline: seconds for all tries of a request, and for the whole of a stream.
         pause: seconds before the first retry, twice as many before each further one, up to 8; where the server says how long
             (``Retry-After``), that.
 
@@ -76,6 +78,7 @@ class Poster:
         *,
         retries: int = 4,
         timeout: float = 60.0,
+        deadline: float = float("inf"),
         pause: float = 0.5,
     ):
         parts = urlsplit(url)
@@ -91,9 +94,8 @@ class Poster:
             raise ValueError("a header or the address has a line break.")
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in told.items())]
         self._head = ("\r\n".join(lines) + "\r\nContent-Length: ").encode("latin-1")
-        self._retries, self._timeout, self._pause = retries, timeout, pause
+        self._retries, self._timeout, self._deadline, self._pause = retries, timeout, deadline, pause
         self._idle: list[tuple[float, _Line]] = []
-        self._streams: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, body: Any) -> Any:
         """What the server answers to a body, both as JSON values; arrays of numbers (numpy's) in a body are lists.
@@ -103,56 +105,62 @@ class Poster:
             OSError: it cannot be reached; ``TimeoutError`` among them.
             ValueError: what it answers is no JSON.
         """
-        return _loaded(await self._tried(self._exchange, body))
+        line = await self._tried(body, time.monotonic() + self._deadline, _WHOLE)
+        raw = line.taken()
+        self._keep(line)
+        return _loaded(raw)
 
-    async def stream(self, body: Any) -> AsyncIterator[Any]:
+    async def stream(self, body: Any) -> AsyncGenerator[Any, None]:
         """What the server answers to a body, event by event (server-sent events), as JSON values; an answer that is no stream is one event.
 
-        A connection that was read to its end is kept for the next one. Nothing is tried again once the answer has begun. Whoever stops
-        reading closes the connection, by which a server knows.
+        Nothing is tried again once the answer has begun. Whoever stops reading closes the connection, by which a server knows.
 
         Raises:
             PostError, OSError, ValueError: as of :meth:`post`.
         """
-        reader, writer, head = await self._tried(self._streaming, body)
-        pieces, whole = self._timed(_pieces(reader, head)), False
+        until = time.monotonic() + self._deadline
+        line = await self._tried(body, until, _HEAD)
+        pieces = self._pieces(line, until)
         try:
-            if b"text/event-stream" not in (_header(head, b"content-type") or b""):
-                raw = b"".join([piece async for piece in pieces])
-                whole = True
-                yield _loaded(raw)
+            if b"text/event-stream" not in (_header(line.head, b"content-type") or b""):
+                yield _loaded(b"".join([piece async for piece in pieces]))
                 return
             async for data in _events(pieces):
                 if data == b"[DONE]":
-                    whole = await _ended(pieces)
+                    with contextlib.suppress(OSError):
+                        await line.wait(_WHOLE, _LAST)
                     return
                 yield _loaded(data)
-            whole = True
-        except EOFError:
-            raise ConnectionError("the connection was lost") from None
         finally:
-            if whole and not _is_last(head) and (_is_chunked(head) or _header(head, b"content-length") is not None):
-                self._keep(reader, writer)
-            else:
-                writer.close()
+            self._keep(line)
 
-    def _keep(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Keep a stream's connection for the next one; of those that are kept, the oldest may be of no use by now."""
-        while self._streams and not _is_fresh(*self._streams[0][:2]):
-            self._streams.pop(0)[2].close()
-        self._streams.append((time.monotonic(), reader, writer))
-
-    async def _timed(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Pieces of an answer, each of which comes in time."""
+    async def _pieces(self, line: _Line, until: float) -> AsyncIterator[bytes]:
+        """The body of an answer, as it comes."""
         while True:
-            async with asyncio.timeout(self._timeout):
-                piece = await anext(pieces, None)
-            if piece is None:
+            if piece := line.taken():
+                yield piece
+            elif line.whole:
                 return
-            yield piece
+            else:
+                try:
+                    await line.wait(_PIECE, self._left(until))
+                except TimeoutError:
+                    self._left(until)
+                    raise
 
-    async def _tried(self, exchange: Callable[[bytes], Awaitable[tuple[int, bytes, Any]]], body: Any) -> Any:
-        """What an exchange has for an answer, tried again as often as it may be."""
+    def _left(self, until: float) -> float:
+        """Seconds for what is tried next.
+
+        Raises:
+            TimeoutError: there are none.
+        """
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no reply within {self._deadline:g} s, with all tries")
+        return min(left, self._timeout)
+
+    async def _tried(self, body: Any, until: float, what: int) -> _Line:
+        """The connection with the answer to a body, as much of it as is waited for; tried again as often as it may be, until a time."""
         if orjson is None:
             raw = json.dumps(body, default=lambda array: array.tolist()).encode()
         else:
@@ -161,66 +169,49 @@ class Poster:
         for tried in range(self._retries + 1):
             wait: float | None = None
             try:
-                status, head, answer = await exchange(message)
+                line = await self._asked(message, self._left(until), what)
+                if line.status < 300:
+                    return line
+                await line.wait(_WHOLE, self._left(until))
             except OSError as error:  # a timeout is one
+                self._left(until)
                 failure: Exception = error
             else:
-                if status < 300:
-                    return answer
-                failure = PostError(status, answer[:400].decode(errors="replace"))
+                status = line.status
+                failure = PostError(status, line.taken()[:400].decode(errors="replace"))
+                with contextlib.suppress(ValueError):
+                    wait = float(_header(line.head, b"retry-after") or b"none")
+                self._keep(line)
                 if status not in _AGAIN and status < 500:
                     raise failure
-                with contextlib.suppress(ValueError):
-                    wait = float(_header(head, b"retry-after") or b"none")
             if tried == self._retries or (wait is not None and wait > _LONGEST):
                 raise failure
-            await asyncio.sleep(wait or min(self._pause * 2**tried, 8.0) * (1 - random.random() / 4))
+            wait = wait or min(self._pause * 2**tried, 8.0) * (1 - random.random() / 4)
+            await asyncio.sleep(min(wait, max(until - time.monotonic(), 0)))
         raise AssertionError  # the loop returns, or raises
 
-    async def _exchange(self, message: bytes) -> tuple[int, bytes, bytes | bytearray]:
+    async def _asked(self, message: bytes, timeout: float, what: int) -> _Line:
         """One try; on a connection that the server has closed meanwhile, once more on a new one."""
         line = self._kept()
         if line is not None:
             try:
-                return await self._sent(line, message, self._timeout)
+                await line.ask(message, timeout, what)
+                return line
             except TimeoutError:
                 raise
             except OSError:
                 pass
         begun = time.monotonic()
-        async with asyncio.timeout(self._timeout):
+        async with asyncio.timeout(timeout):
             line = await self._opened()
-        return await self._sent(line, message, self._timeout - (time.monotonic() - begun))
-
-    async def _streaming(self, message: bytes) -> tuple[int, bytes, Any]:
-        """One try, up to where the answer begins: its connection; of a refusal, its text.
-
-        On a connection that the server has closed meanwhile, once more on a new one.
-        """
-        while self._streams:
-            since, reader, writer = self._streams.pop()
-            if not _is_fresh(since, reader):
-                writer.close()
-                continue
-            try:
-                async with asyncio.timeout(self._timeout):
-                    return await _begun(reader, writer, message)
-            except TimeoutError:
-                raise
-            except OSError:
-                break
-        async with asyncio.timeout(self._timeout):
-            reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._context(), limit=_HEAD)
-            return await _begun(reader, writer, message)
-
-    def _context(self) -> ssl.SSLContext | None:
-        if self._secure and self._ssl is None:
-            self._ssl = ssl.create_default_context()
-        return self._ssl
+        await line.ask(message, timeout - (time.monotonic() - begun), what)
+        return line
 
     async def _opened(self) -> _Line:
+        if self._secure and self._ssl is None:
+            self._ssl = ssl.create_default_context()
         loop = asyncio.get_running_loop()
-        _, line = await loop.create_connection(_Line, self._host, self._port, ssl=self._context())
+        _, line = await loop.create_connection(_Line, self._host, self._port, ssl=self._ssl)
         return line
 
     def _kept(self) -> _Line | None:
@@ -231,20 +222,21 @@ class Poster:
             line.close()
         return None
 
-    async def _sent(self, line: _Line, message: bytes, timeout: float) -> tuple[int, bytes, bytes | bytearray]:
-        status, head, body = await line.ask(message, timeout)
-        if not line.lost:
-            self._idle.append((time.monotonic(), line))
-        return status, head, body
+    def _keep(self, line: _Line) -> None:
+        """Keep a connection whose answer was read to its end; of those that are kept, the oldest may be of no use by now."""
+        now = time.monotonic()
+        while self._idle and (now - self._idle[0][0] >= _IDLE or self._idle[0][1].lost):
+            self._idle.pop(0)[1].close()
+        if line.whole and not line.lost:
+            self._idle.append((now, line))
+        else:
+            line.close()
 
     async def aclose(self) -> None:
         """Close the connections that are kept."""
         for _, line in self._idle:
             line.close()
-        for _, _, writer in self._streams:
-            writer.close()
         self._idle.clear()
-        self._streams.clear()
 
 
 class _Line(asyncio.Protocol):
@@ -252,35 +244,62 @@ class _Line(asyncio.Protocol):
 
     Attributes:
         lost: whether nothing more can be asked over it.
+        head: the status and the headers of the answer, once they are there.
+        status: its HTTP status.
+        whole: whether all of it is there.
     """
 
     def __init__(self) -> None:
         self.lost = False
         self._transport: asyncio.Transport
-        self._answer: asyncio.Future[tuple[int, bytes, bytes | bytearray]] | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._begin()
+        self.whole = True
 
     def _begin(self) -> None:
+        self.head, self.status, self.whole = b"", 0, False
         self._held = bytearray()  # what has come of the answer and was not read yet
-        self._head = b""  # its status and headers, once they are there
-        self._length: int | None = None  # of its body, where that is told before
-        self._chunks: list[bytes] | None = None  # its body so far, where it comes in chunks
+        self._length: int | None = None  # of the rest of its body, where that is told before
+        self._chunked = False
+        self._pieces: list[bytes] = []  # its body, as far as it was read and not taken yet
+        self._failure: Exception | None = None
+        self._what = _WHOLE
 
-    async def ask(self, message: bytes, timeout: float) -> tuple[int, bytes, bytes | bytearray]:
-        """Status, headers and body of the answer to a message.
+    async def ask(self, message: bytes, timeout: float, what: int) -> None:
+        """Send a message, and wait for its answer.
+
+        Args:
+            message: the request.
+            timeout: seconds.
+            what: as of :meth:`wait`.
 
         Raises:
-            OSError: there is none, or it is no HTTP/1.1; ``TimeoutError`` after so many seconds.
+            OSError: as of :meth:`wait`.
         """
         if self.lost:
             raise ConnectionError("the connection was lost")
-        loop = asyncio.get_running_loop()
         self._begin()
-        self._answer = answer = loop.create_future()
+        if what == _WHOLE:  # behind whatever else is asked at the same time: an engine is woken once for all of it
+            asyncio.get_running_loop().call_soon(self._write, message)
+        else:  # somebody reads along
+            self._write(message)
+        await self.wait(what, timeout)
+
+    async def wait(self, what: int, timeout: float) -> None:
+        """Wait for the head of the answer, for more of its body, or for all of it.
+
+        Raises:
+            OSError: it does not come, or is no HTTP/1.1; ``TimeoutError`` after so many seconds. The connection is closed.
+        """
+        if self._failure is None and self._there(what):
+            return
+        loop = asyncio.get_running_loop()
+        self._what, self._waiter = what, loop.create_future()
         timer = loop.call_later(timeout, self._fail, TimeoutError(f"no answer within {timeout:g} s"))
-        self._transport.write(message)
+        if self._failure is not None:
+            self._waiter.set_exception(self._failure)
         try:
-            return await answer
+            await self._waiter
         except (
             BaseException
         ):  # of a request that was given up, too, the answer is not to be taken for the next one's
@@ -288,12 +307,35 @@ class _Line(asyncio.Protocol):
             raise
         finally:
             timer.cancel()
-            self._answer = None
+            self._waiter = None
+
+    def taken(self) -> bytes:
+        """What has come of the body since it was asked last."""
+        pieces, self._pieces = self._pieces, []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
         """Hang up."""
         self.lost = True
         self._transport.close()
+
+    def _write(self, message: bytes) -> None:
+        if not self.lost:
+            self._transport.write(message)
+
+    def _there(self, what: int) -> bool:
+        return self.whole or (what == _HEAD and self.head != b"") or (what == _PIECE and self._pieces != [])
+
+    def _tell(self) -> None:
+        if self._waiter is not None and not self._waiter.done() and self._there(self._what):
+            self._waiter.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        if self.whole:
+            return
+        self._failure = self._failure or error
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(self._failure)
 
     # ------------------------------------------------------------------ what the event loop calls
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -301,67 +343,72 @@ class _Line(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
-        if self._head and self._length is None and self._chunks is None and error is None:
-            self._tell(self._held)  # the end of the body is the connection's
+        if self.head and self._length is None and not self._chunked and error is None:
+            self.whole = True  # the end of the body is the connection's
+            self._tell()
         self._fail(error if isinstance(error, OSError) else ConnectionError("the connection was lost"))
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None:  # nobody has asked
+        if self.whole:  # nobody has asked
             self.close()
             return
         self._held += data
         try:
-            self._read()
+            if self.head or self._read_head():
+                self._read_body()
         except ValueError:
             self._fail(ConnectionError("the server does not speak HTTP/1.1"))
+        self._tell()
 
     # ------------------------------------------------------------------ reading
-    def _read(self) -> None:
-        while not self._head:
-            end = self._held.find(b"\r\n\r\n")
-            if end < 0:
-                if len(self._held) > _HEAD:
-                    raise ValueError
-                return
+    def _read_head(self) -> bool:
+        while (end := self._held.find(b"\r\n\r\n")) >= 0:
             head = bytes(self._held[: end + 4])
             del self._held[: end + 4]
-            if 100 <= int(head[9:12]) < 200:  # it says that there will be an answer
+            status = int(head[9:12])
+            if 100 <= status < 200:  # it says that there will be an answer
                 continue
-            self._head = head
+            self.head, self.status = head, status
             length = _header(head, b"content-length")
-            if _is_chunked(head):
-                self._chunks = []
-            elif length is not None:
+            self._chunked = _is_chunked(head)
+            if length is not None and not self._chunked:
                 self._length = _size(length, 10)
-        if self._length is not None and len(self._held) >= self._length:
-            more = len(self._held) > self._length
-            self._tell(self._held[: self._length] if more else self._held, more)
-        elif self._chunks is not None:
-            self._read_chunks(self._chunks)
+            return True
+        if len(self._held) > _MOST:
+            raise ValueError
+        return False
 
-    def _read_chunks(self, found: list[bytes]) -> None:
+    def _read_body(self) -> None:
+        if self._chunked:
+            self._read_chunks()
+            return
+        most = len(self._held) if self._length is None else min(self._length, len(self._held))
+        if most:
+            self._pieces.append(bytes(self._held[:most]))
+            del self._held[:most]
+        if self._length is not None:
+            self._length -= most
+            if not self._length:
+                self._end(len(self._held) > 0)
+
+    def _read_chunks(self) -> None:
         while (line := self._held.find(b"\r\n")) >= 0:
             size = _size(self._held[:line].partition(b";")[0], 16)
             if not size:  # what trails ends with an empty line
                 end = line if self._held[line + 2 : line + 4] == b"\r\n" else self._held.find(b"\r\n\r\n", line)
                 if end >= 0:
-                    self._tell(b"".join(found), len(self._held) > end + 4)
+                    self._end(len(self._held) > end + 4)
                 return
             if len(self._held) < line + 2 + size + 2:
                 return
-            found.append(bytes(self._held[line + 2 : line + 2 + size]))
+            self._pieces.append(bytes(self._held[line + 2 : line + 2 + size]))
             del self._held[: line + 2 + size + 2]
 
-    def _tell(self, body: bytes | bytearray, more: bool = False) -> None:
-        head = self._head
-        if more or _is_last(head):
+    def _end(self, more: bool) -> None:
+        self.whole = True
+        # What comes behind it was not asked for, and is not to be taken for the next answer.
+        if more or (_header(self.head, b"connection") or b"").lower() == b"close" or self.head[:8] == b"HTTP/1.0":
             self.close()
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result((int(head[9:12]), head, body))
-
-    def _fail(self, error: Exception) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error)
 
 
 def _size(word: bytes | bytearray, base: int) -> int:
@@ -369,11 +416,6 @@ def _size(word: bytes | bytearray, base: int) -> int:
     if size < 0:
         raise ValueError
     return size
-
-
-def _is_last(head: bytes) -> bool:
-    """Whether the server hangs up behind this answer."""
-    return (_header(head, b"connection") or b"").lower() == b"close" or head.startswith(b"HTTP/1.0")
 
 
 def _is_chunked(head: bytes) -> bool:
@@ -387,71 +429,6 @@ def _header(head: bytes, name: bytes) -> bytes | None:
         return None
     begin = at + len(name) + 3
     return head[begin : head.index(b"\r\n", begin)].strip()
-
-
-# ---------------------------------------------------------------------- streams
-async def _begun(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
-) -> tuple[int, bytes, Any]:
-    """Ask over a connection, up to where the answer begins."""
-    try:
-        writer.write(message)
-        status = 100
-        while 100 <= status < 200:
-            head = await reader.readuntil(b"\r\n\r\n")
-            status = int(head[9:12])
-        if status < 300:
-            return status, head, (reader, writer, head)
-        told = b"".join([piece async for piece in _pieces(reader, head)])
-        writer.close()
-        return status, head, told
-    except EOFError:
-        writer.close()
-        raise ConnectionError("the connection was lost") from None
-    except (ValueError, asyncio.LimitOverrunError):
-        writer.close()
-        raise ConnectionError("the server does not speak HTTP/1.1") from None
-    except BaseException:
-        writer.close()
-        raise
-
-
-def _is_fresh(since: float, reader: asyncio.StreamReader) -> bool:
-    """Whether something may be asked over a connection: nothing has come that nobody asked for, an end included."""
-    if time.monotonic() - since >= _IDLE:
-        return False
-    reading = reader.read(1)
-    try:
-        reading.send(None)
-    except (StopIteration, OSError):  # there is something, or it is broken: a read of what is quiet waits
-        return False
-    reading.close()
-    return True
-
-
-async def _ended(pieces: AsyncIterator[bytes]) -> bool:
-    """Whether a body ends, now that its last event has come."""
-    with contextlib.suppress(TimeoutError, EOFError, OSError, ValueError):
-        async with asyncio.timeout(_LAST):
-            async for _ in pieces:
-                pass
-            return True
-    return False
-
-
-async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[bytes]:
-    """The body behind a head, as it comes."""
-    length = _header(head, b"content-length")
-    if _is_chunked(head):
-        while size := _size((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-            yield (await reader.readexactly(size + 2))[:-2]
-        while (await reader.readuntil(b"\r\n")) != b"\r\n":
-            pass  # what trails
-    elif length is not None:
-        yield await reader.readexactly(_size(length, 10))
-    else:
-        while piece := await reader.read(1 << 16):
-            yield piece
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
