@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torchrl_chat import telemetry
 from torchrl_chat.access import Guard, OwnNames
 from torchrl_chat.gateway.bodies import Bodies
-from torchrl_chat.gateway.calls import Call, Dialect, Kind, Refusal, Reply, dumps, loads
+from torchrl_chat.gateway.calls import Call, Dialect, EventWriter, Kind, Refusal, Reply, Usage, dumps, loads
 from torchrl_chat.gateway.counting import LEFT, Counting
 from torchrl_chat.gateway.dialects import DIALECTS
 from torchrl_chat.gateway.exchanges import Exchange
@@ -38,6 +38,7 @@ from torchrl_chat.openenv.server.metrics import PROMETHEUS
 
 _log = logging.getLogger("torchrl_chat.gateway")
 _PING = 15.0  # seconds of silence in a stream, after which a comment is sent
+_SOON = 0.005  # seconds for which a stream waits, so as to begin with what is told first: a packet less before it
 _SESSION = re.compile(r"^/s/([^/]+)(/.*)$")
 Finisher = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
 
@@ -174,14 +175,15 @@ class Front:
             raise Refusal("the body is no JSON object.")
         call = dialect.parse(body.value, request.headers)
         session = known or self.table.find(name, key)  # what cannot be read makes none
-        session.bodies.keep(body, call.messages)
         if not call.model:
             call = dataclasses.replace(call, model=self.model)
         if counts:
+            session.keep(body, call.messages)
             await _send(send, 200, dialect.count(await session.count(call)))
             return
         with telemetry.behind(request.headers):  # the turn is a part of its agent's trace
             exchange = session.open(call, digest=body.digest)
+        asyncio.get_running_loop().call_soon(session.keep, body, call.messages)  # when the engine is asked
         exchange.waiting += 1
         lost = request.scope.get("extensions", {}).get(LOST)
         gone = asyncio.ensure_future(_gone(request.receive)) if lost is None else lost
@@ -205,34 +207,59 @@ class Front:
     async def _stream(
         self, send: Send, dialect: Dialect, call: Call, exchange: Exchange, gone: asyncio.Future[None]
     ) -> None:
-        await _first(exchange.prompt, gone)
-        if not exchange.prompt.done():
-            raise Gone
-        if exchange.prompt.cancelled():
-            raise _given_up()
-        usage = exchange.prompt.result()  # what is refused is refused before the stream begins
-        writer = dialect.events(call)
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        assert exchange.task is not None
+        bell, progress = _Bell(exchange.task, gone), exchange.progress
+        progress.listeners.append(bell.ring)
+        try:
+            if not exchange.prompt.done():
+                await bell.rung()
+            if not exchange.prompt.done():
+                raise Gone if gone.done() else _given_up()
+            if exchange.prompt.cancelled():
+                raise _given_up()
+            usage = exchange.prompt.result()  # what is refused is refused before the stream begins
+            await self._told(send, dialect.events(call), call, exchange, gone, bell, usage)
+        finally:
+            progress.listeners.remove(bell.ring)
+            bell.close()
+
+    @staticmethod
+    async def _told(
+        send: Send,
+        writer: EventWriter,
+        call: Call,
+        exchange: Exchange,
+        gone: asyncio.Future[None],
+        bell: _Bell,
+        usage: Usage,
+    ) -> None:
+        """Tell an answer as it grows."""
         assert exchange.task is not None
         progress, seen = exchange.progress, 0
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         news = writer.begin(exchange.name, exchange.created, call.model, usage)
         try:
+            if not progress.told:
+                await bell.rung(_SOON)
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             while not exchange.done:
-                await send({"type": "http.response.body", "body": news or writer.ping(), "more_body": True})
-                await _first(exchange.task, progress.news(seen), gone, timeout=_PING)
                 if gone.done():
                     raise Gone
-                news, seen = b"".join(map(writer.delta, progress.told[seen:])), len(progress.told)
+                news += b"".join(map(writer.delta, progress.told[seen:]))
+                seen = len(progress.told)
+                await send({"type": "http.response.body", "body": news or writer.ping(), "more_body": True})
+                news = b""
+                if len(progress.told) == seen:
+                    await bell.rung(_PING)
             reply = exchange.task.result()
             last = [*map(writer.delta, [*progress.told[seen:], *progress.rest(reply)]), writer.end(reply)]
         except Refusal as refusal:
-            await send({"type": "http.response.body", "body": writer.fail(refusal)})
+            await send({"type": "http.response.body", "body": news + writer.fail(refusal)})
             return
         except asyncio.CancelledError:
             if not exchange.done:
                 raise
-            await send({"type": "http.response.body", "body": writer.fail(_given_up())})
+            await send({"type": "http.response.body", "body": news + writer.fail(_given_up())})
             return
         if gone.done():
             raise Gone
@@ -360,25 +387,50 @@ async def _unless(gone: asyncio.Future[None], exchange: Exchange) -> Reply:
     return exchange.task.result()
 
 
-async def _first(*awaited: asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait until one of them is done, or for some seconds."""
-    loop = asyncio.get_running_loop()
-    woken: asyncio.Future[None] = loop.create_future()
+class _Bell:
+    """Wakes whoever waits, when one of some futures is done, or it is rung.
 
-    def wake(_: Any = None) -> None:
-        if not woken.done():
-            woken.set_result(None)
+    Args:
+        awaited: the futures.
+    """
 
-    timer = None if timeout is None else loop.call_later(timeout, wake)
-    for each in awaited:
-        each.add_done_callback(wake)
-    try:
-        await woken
-    finally:
-        if timer is not None:
-            timer.cancel()
+    def __init__(self, *awaited: asyncio.Future[Any]):
+        self._awaited = awaited
+        self._woken: asyncio.Future[None] | None = None
         for each in awaited:
-            each.remove_done_callback(wake)
+            each.add_done_callback(self.ring)
+
+    def ring(self, _: Any = None) -> None:
+        """Wake it now; where nobody waits, nothing happens."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    async def rung(self, timeout: float | None = None) -> None:
+        """Wait until it is rung, or for some seconds; not at all where one of the futures is done."""
+        if any(each.done() for each in self._awaited):
+            return
+        loop = asyncio.get_running_loop()
+        self._woken = loop.create_future()
+        timer = None if timeout is None else loop.call_later(timeout, self.ring)
+        try:
+            await self._woken
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def close(self) -> None:
+        """Let go of the futures."""
+        for each in self._awaited:
+            each.remove_done_callback(self.ring)
+
+
+async def _first(*awaited: asyncio.Future[Any]) -> None:
+    """Wait until one of them is done."""
+    bell = _Bell(*awaited)
+    try:
+        await bell.rung()
+    finally:
+        bell.close()
 
 
 async def _send(

@@ -24,7 +24,7 @@ from typing import Any
 from torchrl_chat import telemetry
 from torchrl_chat.conversation import StopReason, Transcript, Turn, answer, append
 from torchrl_chat.conversation.limits import NO_LIMIT
-from torchrl_chat.gateway.bodies import Bodies
+from torchrl_chat.gateway.bodies import Bodies, Body
 from torchrl_chat.gateway.calls import Call, Kind, Refusal, Reply, Usage
 from torchrl_chat.gateway.ends import checked_end
 from torchrl_chat.gateway.engines import Ask, Engine
@@ -36,7 +36,7 @@ from torchrl_chat.gateway.templates import Templates
 from torchrl_chat.gateway.tree import Answer, Match, Tree
 from torchrl_chat.gateway.watching import sampled, watched
 from torchrl_chat.gateway.wording import for_ledger, stopped, told, turn_kind
-from torchrl_chat.messages import MessageError
+from torchrl_chat.messages import Message, MessageError
 from torchrl_chat.seeds import mixed
 from torchrl_chat.templates import ChatTemplate, ChatTemplateError
 
@@ -225,6 +225,11 @@ class Session:
         """The answer of a name."""
         return self.tree.names.get(name)
 
+    def keep(self, body: Body, messages: Sequence[Message]) -> None:
+        """Remember how a body begins, for the next one; ``messages`` are what its history was read as."""
+        if not self.finished:
+            self.bodies.keep(body, messages)
+
     async def count(self, call: Call) -> int:
         """How many tokens the prompt of a request has; nothing is sampled."""
         prompt, _, _, _ = await self._prompt(call)
@@ -253,6 +258,7 @@ class Session:
             self.report[match.kind] += 1
             self._note(f"answer {self.turns}: {match.kind}: {match.reason}.")
         exchange.prompt.set_result(Usage(len(prompt), 0, _kept(match)))
+        exchange.progress.ring()
         begun = time.perf_counter()
         try:
             turns = await self._sampled(asks)

@@ -7,8 +7,7 @@ whole. An engine that tells nothing costs nothing: its answer comes in one piece
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torchrl_chat.conversation import Transcript
 from torchrl_chat.conversation.answering import prompt_end
@@ -24,7 +23,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.told: list[Delta] = []
-        self._waiting: set[asyncio.Future[None]] = set()
+        self.listeners: list[Callable[[], None]] = []
+        """Called whenever there is more."""
         self._said: dict[tuple[int, str], str] = {}
 
     def grow(self, choice: int, kind: str, text: str) -> None:
@@ -34,19 +34,12 @@ class Progress:
             return
         self._said[choice, kind] = text
         self.told.append(Delta(choice, kind, text[len(known) :]))  # type: ignore[arg-type]
-        for future in self._waiting:
-            if not future.done():
-                future.set_result(None)
-        self._waiting.clear()
+        self.ring()
 
-    def news(self, seen: int) -> asyncio.Future[None]:
-        """Done when there are more deltas than so many."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if len(self.told) > seen:
-            future.set_result(None)
-        else:
-            self._waiting.add(future)
-        return future
+    def ring(self) -> None:
+        """Call all listeners."""
+        for listener in self.listeners:
+            listener()
 
     def rest(self, reply: Reply) -> list[Delta]:
         """What is still to be told, now that the answer is whole."""
