@@ -101,7 +101,7 @@ def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> t
             errors[i] = ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
-    if len(flat) and (np.minimum.reduce(flat) < 0 or np.maximum.reduce(flat) >= vocab_size):
+    if len(flat) and int(np.maximum.reduce(flat.view(np.uint64))) >= vocab_size:  # below 0 is beyond all of them
         for i, row in ids.items():
             if reason := _outside(row.tolist(), vocab_size):
                 errors.setdefault(i, ResponseError(f"row {i}: {reason}"))

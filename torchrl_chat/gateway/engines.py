@@ -23,7 +23,7 @@ from torchrl_chat.messages import Message
 from torchrl_chat.templates import ChatTemplate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """What an engine is asked for: one answer."""
 

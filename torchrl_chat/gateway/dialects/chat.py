@@ -46,6 +46,7 @@ _NUMBERS = {
     "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (0.0, 10.0),
 }
+_SETTINGS = frozenset(_NUMBERS) | {"seed", "top_k", "max_completion_tokens", "max_tokens", "response_format"}
 # What is asked for and cannot be left out unseen: the agent would take what comes for what it wanted.
 _REFUSED = {
     "functions": "'functions' is the older form of 'tools': send 'tools'.",
@@ -295,6 +296,8 @@ def _tools(tools: Sequence[Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
+    if _SETTINGS.isdisjoint(body):
+        return {}
     found: dict[str, Any] = settings(body, _NUMBERS, ("seed", "top_k"))
     asked = [number(body, key, 1, whole=True) for key in ("max_completion_tokens", "max_tokens")]
     if limits := [limit for limit in asked if limit is not None]:

@@ -28,6 +28,8 @@ def refuse(body: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
     Raises:
         Refusal: it has one.
     """
+    if reasons.keys().isdisjoint(body):
+        return
     for key, reason in reasons.items():
         if body.get(key):
             raise Refusal(reason, param=key)

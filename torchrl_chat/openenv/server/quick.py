@@ -36,7 +36,7 @@ class Corked:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Write soon, together with what else is written until then."""
+        """Write soon, together with what else is written until then: a client of many requests is woken once for all of them."""
         if not self._waiting:
             self._loop.call_soon(self.flush)
         self._waiting.append(data)
@@ -123,11 +123,6 @@ class QuickProtocol(Arrival, HttpToolsProtocol):
         self._whole, self._beside = True, 0
         super().on_message_complete()
         self.flow.resume_reading()  # a large body has stopped it; that the client leaves is still to be seen
-
-    def on_response_complete(self) -> None:
-        """An answer is whole: nothing is waited for."""
-        self.transport.flush()
-        super().on_response_complete()
 
 
 def quick_protocol(request_seconds: float) -> Any:
