@@ -9,9 +9,12 @@ once from a few prepared answers: as vLLM's ``/inference/v1/generate`` for ours,
 ``make peers`` makes), with prompts that extend each other, its best case.
 
 Each server is a process of its own. Both run at the same time, and are asked in turns: a turn of all sessions of the one, the same turn of
-all sessions of the other, so that whatever else the machine does is shared. The client is the same for both, and does next to nothing: it
-keeps its history as bytes. Its own CPU and the engine's are told apart from the server's, which is that of all threads of its process;
-ours does the tokenizing, too, which with OpenEnv the engine does.
+all sessions of the other, so that whatever else the machine does is shared. So that processes do not push each other from core to core, the
+servers have one core, and the client and the engine another, where there are two; neither server has work for a second one.
+
+The client is the same for both. What an agent itself does, writing a request and reading an answer, it does between the turns: the clock
+runs from the first byte of a turn's first request to the last byte of its last answer. The client's CPU and the engine's are told apart from the
+server's, which is that of all threads of its process; ours does the tokenizing, too, which with OpenEnv the engine does.
 
 Rates and CPU are medians of the rounds; of a turn's CPU, the least of the rounds, as other processes only add to it. "flat" is that at
 turns 19 and 20, divided by turns 2 and 3. Memory is what the server's process has grown by in the first round, after a warm run, divided by
@@ -187,6 +190,20 @@ def process(python: str | Path, script: str, port: int, health: str, *arguments:
         running.wait(60)
 
 
+@contextlib.contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """What begins here, threads and processes, stays on this core, if there is another one, too."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if len(cores) < 2:
+        yield
+        return
+    os.sched_setaffinity(0, {cores[number]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time of all threads of a process."""
     found = 0
@@ -245,6 +262,13 @@ class Client(asyncio.Protocol):
 
     async def turn(self, number: int, stream: bool = False) -> float:
         """One call; seconds until the whole answer is there, or with ``stream`` its first words."""
+        await self.prepare(number, stream)
+        took = await self.ask()
+        self.read()
+        return took
+
+    async def prepare(self, number: int, stream: bool = False) -> None:
+        """Write a request."""
         import orjson
 
         loop = asyncio.get_running_loop()
@@ -253,14 +277,28 @@ class Client(asyncio.Protocol):
         asked = " ".join(f"w{(number * 20 + i) % 3000}" for i in range(20))
         self.history += (b"," if number else b"") + orjson.dumps({"role": "user", "content": asked})
         body = self.history + (b'],"stream":true}' if stream else b"]}")
-        self.held, self.stream, self.first = bytearray(), stream, 0.0
-        self.told: asyncio.Future[str] = loop.create_future()
+        self.message = self.head + b"%d\r\n\r\n" % len(body) + body
+        self.held, self.stream, self.first, self.body, self.end = bytearray(), stream, 0.0, 0, 0
+        self.told: asyncio.Future[None] = loop.create_future()
+
+    async def ask(self) -> float:
+        """Send it; seconds as of :meth:`turn`."""
         begun = time.perf_counter()
-        self.transport.write(self.head + b"%d\r\n\r\n" % len(body) + body)
-        self.last = await self.told
-        took = (self.first if stream else time.perf_counter()) - begun
+        self.transport.write(self.message)
+        await self.told
+        return (self.first if self.stream else time.perf_counter()) - begun
+
+    def read(self) -> None:
+        """Read the answer."""
+        import orjson
+
+        if self.stream:
+            events = [line[6:] for line in self.held.split(b"\n") if line.startswith(b'data: {"')]
+            deltas = [choice["delta"] for event in events for choice in orjson.loads(event)["choices"]]
+            self.last = "".join(delta.get("content") or "" for delta in deltas)
+        else:
+            self.last = orjson.loads(self.held[self.body :])["choices"][0]["message"]["content"]
         self.history += b"," + orjson.dumps({"role": "assistant", "content": self.last})
-        return took
 
     def connection_made(self, transport: Any) -> None:
         """asyncio's: it is open."""
@@ -273,25 +311,26 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio's: a part of an answer."""
-        import orjson
-
         self.held += data
-        head = self.held.find(b"\r\n\r\n")
-        if head < 0:
-            return
-        if not self.held.startswith(b"HTTP/1.1 200"):
-            self.transport.close()
-        elif self.stream:
+        if not self.body:
+            head = self.held.find(b"\r\n\r\n") + 4
+            if head < 4:
+                return
+            if not self.held.startswith(b"HTTP/1.1 200"):
+                self.transport.close()
+                return
+            self.body = head
+            if not self.stream:
+                [length] = re.findall(rb"(?i)content-length: ?(\d+)", self.held[:head])
+                self.end = head + int(length)
+        if not self.stream:
+            whole = len(self.held) == self.end
+        else:
             if not self.first and re.search(rb'"content": ?"[^"]', self.held):
                 self.first = time.perf_counter()
-            if self.held.endswith(b"\r\n0\r\n\r\n"):
-                events = [line[6:] for line in self.held.split(b"\n") if line.startswith(b'data: {"')]
-                deltas = [choice["delta"] for event in events for choice in orjson.loads(event)["choices"]]
-                self.told.set_result("".join(delta.get("content") or "" for delta in deltas))
-        else:
-            at = self.held.lower().index(b"content-length:") + 15
-            if len(self.held) == head + 4 + int(self.held[at : self.held.index(b"\r", at)]):
-                self.told.set_result(orjson.loads(self.held[head + 4 :])["choices"][0]["message"]["content"])
+            whole = self.held.endswith(b"\r\n0\r\n\r\n")
+        if whole:
+            self.told.set_result(None)
 
     def close(self) -> None:
         """Hang up."""
@@ -334,9 +373,13 @@ async def play(systems: Mapping[str, tuple[int, int]], engine: int, sessions: in
     for turn in range(TURNS):
         for system in sorted(systems, reverse=turn % 2 > 0):
             _, pid = systems[system]
+            for agent in agents[system]:
+                await agent.prepare(turn)
             before = cpu_seconds(pid), cpu_seconds(engine), time.process_time(), time.perf_counter()
-            await asyncio.gather(*(agent.turn(turn) for agent in agents[system]))
+            await asyncio.gather(*(agent.ask() for agent in agents[system]))
             after = cpu_seconds(pid), cpu_seconds(engine), time.process_time(), time.perf_counter()
+            for agent in agents[system]:
+                agent.read()
             spent[system].append(tuple(b - a for a, b in zip(before, after, strict=True)))
     found = {}
     for system, (_, pid) in systems.items():
@@ -409,12 +452,15 @@ def main() -> None:
         first, end = save_tokenizer(Path(folder))
         stub = free_port()
         numbers = map(str, (stub, TOKENS, ANSWERS, first, end))
-        engine = stack.enter_context(process(sys.executable, STUB, stub, "/v1/models", *numbers))
+        with on_core(1):
+            engine = stack.enter_context(process(sys.executable, STUB, stub, "/v1/models", *numbers))
         systems = {}
         for system, python in pythons.items():
             script, port = {"ours": OURS, "openenv": THEIRS, "stack": STACK}[system], free_port()
             arguments = (folder, str(port), str(stub), given.profile or "")
-            systems[system] = port, stack.enter_context(process(python, script, port, "/health", *arguments))
+            with on_core(0):
+                systems[system] = port, stack.enter_context(process(python, script, port, "/health", *arguments))
+        stack.enter_context(on_core(1))
         run(warm(systems))
         for _ in range(rounds):
             for count in counts:
