@@ -10,7 +10,7 @@ once from a few prepared answers: as vLLM's ``/inference/v1/generate`` for ours,
 
 Each server is a process of its own. Both run at the same time, and are asked in turns: a turn of all sessions of the one, the same turn of
 all sessions of the other, so that whatever else the machine does is shared. So that processes do not push each other from core to core, the
-servers have one core, and the client and the engine another, where there are two; neither server has work for a second one.
+servers have one core then, and the client and the engine another, where there are two; neither server has work for a second one.
 
 The client is the same for both. What an agent itself does, writing a request and reading an answer, it does between the turns: the clock
 runs from the first byte of a turn's first request to the last byte of its last answer. The client's CPU and the engine's are told apart from the
@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +191,24 @@ def process(python: str | Path, script: str, port: int, health: str, *arguments:
 
 
 @contextlib.contextmanager
-def on_core(number: int) -> Iterator[None]:
-    """What begins here, threads and processes, stays on this core, if there is another one, too."""
+def apart(servers: Sequence[int], others: Sequence[int]) -> Iterator[None]:
+    """Servers have one core meanwhile, and other processes another, if there are two."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if len(cores) < 2:
-        yield
-        return
-    os.sched_setaffinity(0, {cores[number]})
+    parts = [(servers, cores[:1]), (others, cores[1:2])] if len(cores) > 1 else []
     try:
+        for pids, own in parts:
+            keep_on(pids, own)
         yield
     finally:
-        os.sched_setaffinity(0, cores)
+        for pids, _ in parts:
+            keep_on(pids, cores)
+
+
+def keep_on(pids: Sequence[int], cores: Sequence[int]) -> None:
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(int(thread.name), cores)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -452,19 +459,18 @@ def main() -> None:
         first, end = save_tokenizer(Path(folder))
         stub = free_port()
         numbers = map(str, (stub, TOKENS, ANSWERS, first, end))
-        with on_core(1):
-            engine = stack.enter_context(process(sys.executable, STUB, stub, "/v1/models", *numbers))
+        engine = stack.enter_context(process(sys.executable, STUB, stub, "/v1/models", *numbers))
         systems = {}
         for system, python in pythons.items():
             script, port = {"ours": OURS, "openenv": THEIRS, "stack": STACK}[system], free_port()
             arguments = (folder, str(port), str(stub), given.profile or "")
-            with on_core(0):
-                systems[system] = port, stack.enter_context(process(python, script, port, "/health", *arguments))
-        stack.enter_context(on_core(1))
+            systems[system] = port, stack.enter_context(process(python, script, port, "/health", *arguments))
         run(warm(systems))
         for _ in range(rounds):
             for count in counts:
-                for system, found in run(play(systems, engine, count)).items():
+                with apart([pid for _, pid in systems.values()], [engine, os.getpid()]):
+                    played = run(play(systems, engine, count))
+                for system, found in played.items():
                     runs.setdefault((count, system), []).append(found)
             firsts.append(run(first_tokens(systems, stub)))
     found = result(runs, firsts)

@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: addresses, bodies, streams, and clients that leave.
+"""The gateway as an ASGI application: addresses, keys and bodies; how answers reach whoever waits is in :mod:`~torchrl_chat.gateway.delivering`.
 
     POST /s/NAME/v1/chat/completions     an agent's request; /v1/chat/completions where its key names the session
     GET  /s/NAME/v1/models               the model
@@ -27,24 +27,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torchrl_chat import telemetry
 from torchrl_chat.access import Guard, OwnNames
 from torchrl_chat.gateway.bodies import Bodies
-from torchrl_chat.gateway.calls import Call, Dialect, EventWriter, Kind, Refusal, Reply, Usage, dumps, loads
+from torchrl_chat.gateway.calls import Dialect, Kind, Refusal, dumps, loads
 from torchrl_chat.gateway.counting import LEFT, Counting
+from torchrl_chat.gateway.delivering import Gone, Stream, left, whole
 from torchrl_chat.gateway.dialects import DIALECTS
-from torchrl_chat.gateway.exchanges import Exchange
 from torchrl_chat.gateway.sessions import Session
 from torchrl_chat.gateway.table import Table, report
-from torchrl_chat.openenv.server.connections import LOST
+from torchrl_chat.openenv.server.connections import FLUSH, LOST
 from torchrl_chat.openenv.server.metrics import PROMETHEUS
 
 _log = logging.getLogger("torchrl_chat.gateway")
-_PING = 15.0  # seconds of silence in a stream, after which a comment is sent
-_SOON = 0.005  # seconds for which a stream waits, so as to begin with what is told first: a packet less before it
+_LATER = 0.001  # seconds after which a body is remembered: when the engine is asked, and not before
 _SESSION = re.compile(r"^/s/([^/]+)(/.*)$")
 Finisher = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
-
-
-class Gone(Exception):
-    """The client has left: nobody is there to be told anything."""
 
 
 class Request:
@@ -183,17 +178,16 @@ class Front:
             return
         with telemetry.behind(request.headers):  # the turn is a part of its agent's trace
             exchange = session.open(call, digest=body.digest)
-        asyncio.get_running_loop().call_soon(session.keep, body, call.messages)  # when the engine is asked
+        asyncio.get_running_loop().call_later(_LATER, session.keep, body, call.messages)
         exchange.waiting += 1
-        lost = request.scope.get("extensions", {}).get(LOST)
-        gone = asyncio.ensure_future(_gone(request.receive)) if lost is None else lost
+        extensions: Mapping[str, Any] = request.scope.get("extensions", {})
+        lost = extensions.get(LOST)
+        gone = asyncio.ensure_future(left(request.receive)) if lost is None else lost
         try:
             if call.stream:
-                await self._stream(send, dialect, call, exchange, gone)
+                await Stream(exchange, dialect.events(call), call.model, gone).tell(send, extensions.get(FLUSH))
             else:
-                reply = await _unless(gone, exchange)
-                if gone.done():
-                    raise Gone
+                reply = await whole(exchange, gone)
                 await _send(send, 200, dialect.write(call, reply))
                 exchange.deliver()
         finally:
@@ -203,68 +197,6 @@ class Front:
             if exchange.seconds:
                 self._counting.sampled(exchange.seconds)
                 exchange.seconds = 0.0  # whoever tries again waits no second time
-
-    async def _stream(
-        self, send: Send, dialect: Dialect, call: Call, exchange: Exchange, gone: asyncio.Future[None]
-    ) -> None:
-        assert exchange.task is not None
-        bell, progress = _Bell(exchange.task, gone), exchange.progress
-        progress.listeners.append(bell.ring)
-        try:
-            if not exchange.prompt.done():
-                await bell.rung()
-            if not exchange.prompt.done():
-                raise Gone if gone.done() else _given_up()
-            if exchange.prompt.cancelled():
-                raise _given_up()
-            usage = exchange.prompt.result()  # what is refused is refused before the stream begins
-            await self._told(send, dialect.events(call), call, exchange, gone, bell, usage)
-        finally:
-            progress.listeners.remove(bell.ring)
-            bell.close()
-
-    @staticmethod
-    async def _told(
-        send: Send,
-        writer: EventWriter,
-        call: Call,
-        exchange: Exchange,
-        gone: asyncio.Future[None],
-        bell: _Bell,
-        usage: Usage,
-    ) -> None:
-        """Tell an answer as it grows."""
-        assert exchange.task is not None
-        progress, seen = exchange.progress, 0
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        news = writer.begin(exchange.name, exchange.created, call.model, usage)
-        try:
-            if not progress.told:
-                await bell.rung(_SOON)
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            while not exchange.done:
-                if gone.done():
-                    raise Gone
-                news += b"".join(map(writer.delta, progress.told[seen:]))
-                seen = len(progress.told)
-                await send({"type": "http.response.body", "body": news or writer.ping(), "more_body": True})
-                news = b""
-                if len(progress.told) == seen:
-                    await bell.rung(_PING)
-            reply = exchange.task.result()
-            last = [*map(writer.delta, [*progress.told[seen:], *progress.rest(reply)]), writer.end(reply)]
-        except Refusal as refusal:
-            await send({"type": "http.response.body", "body": news + writer.fail(refusal)})
-            return
-        except asyncio.CancelledError:
-            if not exchange.done:
-                raise
-            await send({"type": "http.response.body", "body": news + writer.fail(_given_up())})
-            return
-        if gone.done():
-            raise Gone
-        await send({"type": "http.response.body", "body": b"".join([news, *last])})
-        exchange.deliver()
 
     # ------------------------------------------------------------------ drivers, and everybody
     async def _driver(self, request: Request, name: str | None, inner: str) -> Any:
@@ -363,74 +295,6 @@ def _is_driver(table: Table, request: Request) -> bool:
     except Refusal:
         return False
     return True
-
-
-def _given_up() -> Refusal:
-    return Refusal("the request was given up: the session is finished, or the gateway closes.", Kind.GONE)
-
-
-async def _gone(receive: Receive) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless(gone: asyncio.Future[None], exchange: Exchange) -> Reply:
-    """The reply of an exchange, unless its client leaves first."""
-    assert exchange.task is not None
-    if not exchange.task.done():
-        await _first(exchange.task, gone)
-    if not exchange.task.done():
-        raise Gone
-    if exchange.task.cancelled():
-        raise _given_up()
-    return exchange.task.result()
-
-
-class _Bell:
-    """Wakes whoever waits, when one of some futures is done, or it is rung.
-
-    Args:
-        awaited: the futures.
-    """
-
-    def __init__(self, *awaited: asyncio.Future[Any]):
-        self._awaited = awaited
-        self._woken: asyncio.Future[None] | None = None
-        for each in awaited:
-            each.add_done_callback(self.ring)
-
-    def ring(self, _: Any = None) -> None:
-        """Wake it now; where nobody waits, nothing happens."""
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
-
-    async def rung(self, timeout: float | None = None) -> None:
-        """Wait until it is rung, or for some seconds; not at all where one of the futures is done."""
-        if any(each.done() for each in self._awaited):
-            return
-        loop = asyncio.get_running_loop()
-        self._woken = loop.create_future()
-        timer = None if timeout is None else loop.call_later(timeout, self.ring)
-        try:
-            await self._woken
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    def close(self) -> None:
-        """Let go of the futures."""
-        for each in self._awaited:
-            each.remove_done_callback(self.ring)
-
-
-async def _first(*awaited: asyncio.Future[Any]) -> None:
-    """Wait until one of them is done."""
-    bell = _Bell(*awaited)
-    try:
-        await bell.rung()
-    finally:
-        bell.close()
 
 
 async def _send(

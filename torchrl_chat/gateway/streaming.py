@@ -70,8 +70,8 @@ class Teller:
         self, progress: Progress, choice: int, template: ChatTemplate, prompt: Transcript, stops: Sequence[str]
     ):
         self._progress, self._choice, self._template = progress, choice, template
-        self._end: list[int] | None
-        self._prompt, self._end = prompt, None  # most engines tell nothing, and then nothing is looked at
+        self._ends: list[list[int]] | None
+        self._prompt, self._ends = prompt, None  # most engines tell nothing, and then nothing is looked at
         self._stops = [stop for stop in stops if stop]
         self._held = max([_HELD, *map(len, stops)])
         self._next = _LEAST
@@ -81,9 +81,9 @@ class Teller:
         if len(ids) < self._next:
             return
         self._next = len(ids) + max(_LEAST, len(ids) // 8)
-        if self._end is None:
-            self._end = prompt_end(self._prompt)
-        [parsed] = self._template.parse_batch([list(ids)], [self._prompt.course], ["length"], [self._end])
+        if self._ends is None and self._template.parser.openings:
+            self._ends = [prompt_end(self._prompt)]
+        [parsed] = self._template.parse_batch([list(ids)], [self._prompt.course], ["length"], self._ends)
         message, tell = parsed.message, self._progress.grow
         content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
         if any(stop in content or stop in reasoning for stop in self._stops):

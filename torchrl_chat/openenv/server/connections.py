@@ -14,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOST = "torchrl_chat.lost"
 """The extension of an ASGI scope under which a future stands that is done when the client has left, where the server has it."""
+FLUSH = "torchrl_chat.flush"
+"""The extension under which a function stands that sends at once what was written, where the server waits for more."""
 
 
 class Arrival:

@@ -12,7 +12,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from torchrl_chat.openenv.server.connections import LOST, Arrival
+from torchrl_chat.openenv.server.connections import FLUSH, LOST, Arrival
 
 _MOST = (
     64 * 1024
@@ -109,7 +109,7 @@ class QuickProtocol(Arrival, HttpToolsProtocol):
         """A request begins."""
         self._whole = False
         super().on_message_begin()
-        self.scope["extensions"] = {LOST: self._lost}  # type: ignore[dict-item]
+        self.scope["extensions"] = {LOST: self._lost, FLUSH: self.transport.flush}  # type: ignore[dict-item]
 
     def on_body(self, body: bytes) -> None:
         """A part of its body."""
