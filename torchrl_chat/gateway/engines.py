@@ -220,8 +220,8 @@ class RemoteEngine(Endpoint):
         if ask.stop:
             settings["stop"] = list(ask.stop)
         if self.api == "generate":
-            extra = {name: value for name, value in self.extra.items() if name != "extra_headers"}
-            sampling = {**extra, **settings, "logprobs": 1, "stop_token_ids": self.stop_ids}
+            sampling = {**self.extra, **settings, "logprobs": 1, "stop_token_ids": self.stop_ids}
+            sampling.pop("extra_headers", None)
             request: dict[str, Any] = {
                 "model": self.model,
                 "token_ids": ask.ids.numpy(),

@@ -46,7 +46,7 @@ _NUMBERS = {
     "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (0.0, 10.0),
 }
-_SETTINGS = frozenset(_NUMBERS) | {"seed", "top_k", "max_completion_tokens", "max_tokens", "response_format"}
+_USUAL = frozenset({"model", "messages", "stream"})
 # What is asked for and cannot be left out unseen: the agent would take what comes for what it wanted.
 _REFUSED = {
     "functions": "'functions' is the older form of 'tools': send 'tools'.",
@@ -70,43 +70,20 @@ class ChatCompletions:
     # ------------------------------------------------------------------ reading
     def parse(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Call:
         """See :class:`~torchrl_chat.gateway.calls.Dialect`."""
-        refuse(body, _REFUSED)
-        modalities = given(body, "modalities", list, "a list of words")
-        if modalities is not None and modalities != ["text"]:
-            raise Refusal("'modalities' has others than 'text': this model writes text.", param="modalities")
         messages = given(body, "messages", list, "a list of messages")
         if not messages:
             raise Refusal("'messages' is absent or empty: give at least one message.", param="messages")
-        tools = _tools(given(body, "tools", list, "a list of tools") or ())
-        notes: list[str] = []
-        if body.get("parallel_tool_calls") is False:
-            notes.append("'parallel_tool_calls': false is not enforced: what the policy samples is what it says.")
-        if not shows_tools(body.get("tool_choice"), tools, notes):
-            tools = ()
-        stream = given(body, "stream", bool, "true or false") or False
-        options = given(body, "stream_options", dict, "an object") or {}
-        log_probs = given(body, "logprobs", bool, "true or false") or False
-        if number(body, "top_logprobs", 0, 20, whole=True):
-            raise Refusal(
-                "'top_logprobs' is not to be had: log-probs are those of the sampled tokens alone.",
-                param="top_logprobs",
-            )
+        further = (
+            {} if body.keys() <= _USUAL else _further(body)
+        )  # looking for all that there may be takes its time
         idempotency, retry = retries(headers)
         return Call(
             messages=_messages(messages),
-            tools=tools,
-            asked=Asked(_settings(body), stop_strings(body, "stop", (str, list))),
-            stream=stream,
-            n=number(body, "n", 1, 128, whole=True) or 1,
+            stream=given(body, "stream", bool, "true or false") or False,
             model=text_of(given(body, "model", str, "a string") or "", "model"),
             key=idempotency,
             retry=retry,
-            told={
-                "usage": bool(options.get("include_usage")),
-                "log_probs": log_probs,
-                "ids": bool(given(body, "return_token_ids", bool, "true or false")),
-                "notes": tuple(notes),
-            },
+            **further,
         )
 
     # ------------------------------------------------------------------ writing
@@ -212,6 +189,38 @@ class ChatEvents:
 
 
 # ---------------------------------------------------------------------- parts of a request
+def _further(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request says beside its messages, as fields of the call."""
+    refuse(body, _REFUSED)
+    modalities = given(body, "modalities", list, "a list of words")
+    if modalities is not None and modalities != ["text"]:
+        raise Refusal("'modalities' has others than 'text': this model writes text.", param="modalities")
+    tools = _tools(given(body, "tools", list, "a list of tools") or ())
+    notes: list[str] = []
+    if body.get("parallel_tool_calls") is False:
+        notes.append("'parallel_tool_calls': false is not enforced: what the policy samples is what it says.")
+    if not shows_tools(body.get("tool_choice"), tools, notes):
+        tools = ()
+    options = given(body, "stream_options", dict, "an object") or {}
+    log_probs = given(body, "logprobs", bool, "true or false") or False
+    if number(body, "top_logprobs", 0, 20, whole=True):
+        raise Refusal(
+            "'top_logprobs' is not to be had: log-probs are those of the sampled tokens alone.",
+            param="top_logprobs",
+        )
+    return {
+        "tools": tools,
+        "asked": Asked(_settings(body), stop_strings(body, "stop", (str, list))),
+        "n": number(body, "n", 1, 128, whole=True) or 1,
+        "told": {
+            "usage": bool(options.get("include_usage")),
+            "log_probs": log_probs,
+            "ids": bool(given(body, "return_token_ids", bool, "true or false")),
+            "notes": tuple(notes),
+        },
+    }
+
+
 def _messages(said: Sequence[Any]) -> tuple[Message, ...]:
     read, known = begun(said)
     return (*known, *(_message(said[i], f"messages[{i}]") for i in range(read, len(said))))
@@ -296,8 +305,6 @@ def _tools(tools: Sequence[Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
-    if _SETTINGS.isdisjoint(body):
-        return {}
     found: dict[str, Any] = settings(body, _NUMBERS, ("seed", "top_k"))
     asked = [number(body, key, 1, whole=True) for key in ("max_completion_tokens", "max_tokens")]
     if limits := [limit for limit in asked if limit is not None]:
