@@ -27,6 +27,7 @@ from torchrl_chat.conversation import (
     begin,
     edit,
 )
+from torchrl_chat.conversation.turn import check_turns
 from torchrl_chat.openenv import ChatAction, ChatEnvironment
 from torchrl_chat.templates.codec import codec_of
 
@@ -111,6 +112,21 @@ class TestPure:
         assert after.messages == (USER, {"role": "assistant", "content": "hi"})
         assert len(after) == 0
         assert append([after], [[USER]], None)[0].messages[-1] == USER
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_ids_of_any_integers_are_checked(self, dtype, count):
+        good, below, beyond = (torch.tensor([3] * (count - 1) + [last], dtype=dtype) for last in (4, -1, 9))
+        errors = {}
+        ids, _ = check_turns({0: Turn(good), 1: Turn(below), 2: Turn(beyond)}, 9, errors)
+        assert {row: str(error).partition(" at ")[0] for row, error in errors.items()} == {
+            1: "row 1: the response has id -1",
+            2: "row 2: the response has id 9",
+        }
+        assert ids[0].tolist() == good.tolist()
+        errors = {}
+        check_turns({0: Turn(good)}, 9, errors)
+        assert not errors
 
     def test_a_turn_is_begun_and_edited(self, template):
         [after] = answer([started(template)], [turn_of(template, "one two three")], template)

@@ -179,17 +179,25 @@ def test_a_stream_that_comes_byte_by_byte_is_read_as_it_comes():
     async def all_of_it():
         async with serving(lambda body, number: chunked({"n": number}, headers=b"X: y\r\n")) as server:
             poster = Poster(server["url"], retries=0)
-            opened = poster._opened
+            opened, seen = poster._opened, []
 
             async def slowly():
                 line = await opened()
-                received = line.data_received
-                line.data_received = lambda data: [received(data[i : i + 1]) for i in range(len(data))]
+                received, loop = line.data_received, asyncio.get_running_loop()
+
+                def one_by_one(data):
+                    if data:
+                        received(data[:1])
+                        seen.append(len(line._pieces))
+                        loop.call_soon(one_by_one, data[1:])
+
+                line.data_received = one_by_one
                 return line
 
             poster._opened = slowly
             assert [[event async for event in poster.stream({})] for _ in range(2)] == [[{"n": 1}], [{"n": 2}]]
             assert server["connections"] == 1
+            assert max(seen) == 1  # each piece was taken before the next one came
 
     run(all_of_it)
 
@@ -208,6 +216,57 @@ def test_a_request_has_a_deadline_over_all_its_tries(how):
             with pytest.raises(TimeoutError, match=r"no reply within 0\.3 s, with all tries"):
                 await ends
             assert (server["requests"] > 1) == (how != "events")
+
+    run(all_of_it)
+
+
+def test_the_deadline_counts_a_connection_that_was_lost_on_the_way():
+    async def all_of_it():
+        async def answer(body, number):
+            await asyncio.sleep(0 if number == 1 else 0.3)
+            return None if number == 2 else plain(number)
+
+        async with serving(answer) as server:
+            poster = Poster(server["url"], retries=0, deadline=0.45)
+            assert await poster.post({}) == 1
+            with pytest.raises(TimeoutError, match=r"no reply within 0\.45 s"):
+                await poster.post({})
+
+    run(all_of_it)
+
+
+def test_a_stream_that_never_ends_has_a_deadline_too_and_is_read_no_faster_than_it_is_taken():
+    """The server writes as fast as it can; whoever reads is slower."""
+
+    async def all_of_it():
+        written = 0
+
+        async def flood(reader, writer):
+            nonlocal written
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+            event = b"data: " + json.dumps({"x": "y" * 10_000}).encode() + b"\n\n"
+            with contextlib.suppress(OSError):
+                while True:
+                    writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+                    await writer.drain()
+                    written += len(event)
+
+        server = await asyncio.start_server(flood, "127.0.0.1", 0)
+        poster = Poster(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", deadline=0.5)
+        taken = 0
+
+        async def slowly():
+            nonlocal taken
+            async for _ in poster.stream({}):
+                taken += 1
+                await asyncio.sleep(0.01)
+
+        with pytest.raises(TimeoutError, match=r"no reply within 0\.5 s"):
+            await slowly()
+        assert 0 < taken <= 51
+        assert written < 2**25  # the buffers of the kernel, and ours
+        server.close()
 
     run(all_of_it)
 

@@ -452,7 +452,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         self, poster: Poster, request: Mapping[str, Any], told: Callable[[list[int]], None] | None
     ) -> Reply:
         if told is None:
-            return self._generated(await poster.post(request))
+            return self._generated(await poster.post(dict(request)))
         return await self._heard(poster.stream({**request, **_STREAMED}), told)
 
     async def _by_library(
@@ -509,7 +509,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                     if new:
                         ids += new
                         told(list(ids))
-                        # Whoever passes it on does so before more is made of it: a turn of the loop to write, and one to send.
+                        # Whoever passes it on does so before more is made of it: a turn of the loop to write, one more to send.
                         await asyncio.sleep(0)
                         await asyncio.sleep(0)
         if last is None:

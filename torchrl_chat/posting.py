@@ -25,7 +25,7 @@ except ImportError:
 _AGAIN = frozenset({408, 409, 429})  # and whatever is an error of the server
 _IDLE = 30.0  # seconds for which a connection is kept; servers close theirs, uvicorn after 5 by default
 _LONGEST = 120.0  # seconds that a server may ask us to wait
-_MOST = 2**20  # bytes of an answer's headers
+_MOST = 2**20  # bytes of an answer's headers; and of a stream, that are there and were not read yet
 _LAST = 0.1  # seconds in which the end of a stream's body is waited for, when its last event has come
 _HEAD, _PIECE, _WHOLE = range(3)  # what of an answer is waited for: its headers, more of its body, all of it
 
@@ -130,6 +130,8 @@ class Poster:
                     with contextlib.suppress(OSError):
                         await line.wait(_WHOLE, _LAST)
                     return
+                if not line.whole:
+                    self._left(until)
                 yield _loaded(data)
         finally:
             self._keep(line)
@@ -137,13 +139,14 @@ class Poster:
     async def _pieces(self, line: _Line, until: float) -> AsyncIterator[bytes]:
         """The body of an answer, as it comes."""
         while True:
+            left = 0.0 if line.whole else self._left(until)
             if piece := line.taken():
                 yield piece
             elif line.whole:
                 return
             else:
                 try:
-                    await line.wait(_PIECE, self._left(until))
+                    await line.wait(_PIECE, left)
                 except TimeoutError:
                     self._left(until)
                     raise
@@ -192,6 +195,7 @@ class Poster:
 
     async def _asked(self, message: bytes, timeout: float, what: int) -> _Line:
         """One try; on a connection that the server has closed meanwhile, once more on a new one."""
+        begun = time.monotonic()
         line = self._kept()
         if line is not None:
             try:
@@ -201,8 +205,7 @@ class Poster:
                 raise
             except OSError:
                 pass
-        begun = time.monotonic()
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(timeout - (time.monotonic() - begun)):
             line = await self._opened()
         await line.ask(message, timeout - (time.monotonic() - begun), what)
         return line
@@ -253,6 +256,7 @@ class _Line(asyncio.Protocol):
         self.lost = False
         self._transport: asyncio.Transport
         self._waiter: asyncio.Future[None] | None = None
+        self._paused = False
         self._begin()
         self.whole = True
 
@@ -262,6 +266,8 @@ class _Line(asyncio.Protocol):
         self._length: int | None = None  # of the rest of its body, where that is told before
         self._chunked = False
         self._pieces: list[bytes] = []  # its body, as far as it was read and not taken yet
+        self._ready = 0  # how many bytes these are
+        self._resume()
         self._failure: Exception | None = None
         self._what = _WHOLE
 
@@ -295,7 +301,9 @@ class _Line(asyncio.Protocol):
             return
         loop = asyncio.get_running_loop()
         self._what, self._waiter = what, loop.create_future()
-        timer = loop.call_later(timeout, self._fail, TimeoutError(f"no answer within {timeout:g} s"))
+        timer = loop.call_later(timeout, self._late, timeout)
+        if what == _WHOLE:
+            self._resume()
         if self._failure is not None:
             self._waiter.set_exception(self._failure)
         try:
@@ -311,7 +319,8 @@ class _Line(asyncio.Protocol):
 
     def taken(self) -> bytes:
         """What has come of the body since it was asked last."""
-        pieces, self._pieces = self._pieces, []
+        pieces, self._pieces, self._ready = self._pieces, [], 0
+        self._resume()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
@@ -329,6 +338,15 @@ class _Line(asyncio.Protocol):
     def _tell(self) -> None:
         if self._waiter is not None and not self._waiter.done() and self._there(self._what):
             self._waiter.set_result(None)
+
+    def _late(self, timeout: float) -> None:
+        if self._waiter is not None and not self._waiter.done():  # what has come meanwhile came in time
+            self._fail(TimeoutError(f"no answer within {timeout:g} s"))
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
 
     def _fail(self, error: Exception) -> None:
         if self.whole:
@@ -358,6 +376,9 @@ class _Line(asyncio.Protocol):
                 self._read_body()
         except ValueError:
             self._fail(ConnectionError("the server does not speak HTTP/1.1"))
+        if self._what != _WHOLE and self._ready > _MOST and not self.whole and not self._paused:
+            self._paused = True  # whoever reads along is slower than the server
+            self._transport.pause_reading()
         self._tell()
 
     # ------------------------------------------------------------------ reading
@@ -384,7 +405,7 @@ class _Line(asyncio.Protocol):
             return
         most = len(self._held) if self._length is None else min(self._length, len(self._held))
         if most:
-            self._pieces.append(bytes(self._held[:most]))
+            self._add(bytes(self._held[:most]))
             del self._held[:most]
         if self._length is not None:
             self._length -= most
@@ -398,11 +419,18 @@ class _Line(asyncio.Protocol):
                 end = line if self._held[line + 2 : line + 4] == b"\r\n" else self._held.find(b"\r\n\r\n", line)
                 if end >= 0:
                     self._end(len(self._held) > end + 4)
-                return
+                    return
+                break
             if len(self._held) < line + 2 + size + 2:
                 return
-            self._pieces.append(bytes(self._held[line + 2 : line + 2 + size]))
+            self._add(bytes(self._held[line + 2 : line + 2 + size]))
             del self._held[: line + 2 + size + 2]
+        if len(self._held) > _MOST:  # neither a size nor what trails is as long
+            raise ValueError
+
+    def _add(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._ready += len(piece)
 
     def _end(self, more: bool) -> None:
         self.whole = True

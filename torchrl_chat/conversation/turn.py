@@ -101,7 +101,8 @@ def check_turns(turns: Mapping[int, Turn], vocab_size: int, errors: Errors) -> t
             errors[i] = ResponseError(
                 f"row {i}: the response is empty. A policy that has nothing to say samples its end-of-turn token."
             )
-    if len(flat) and int(np.maximum.reduce(flat.view(np.uint64))) >= vocab_size:  # below 0 is beyond all of them
+    # As unsigned numbers, those below 0 are beyond all ids.
+    if len(flat) and int(np.maximum.reduce(flat.astype(np.int64, copy=False).view(np.uint64))) >= vocab_size:
         for i, row in ids.items():
             if reason := _outside(row.tolist(), vocab_size):
                 errors.setdefault(i, ResponseError(f"row {i}: {reason}"))

@@ -37,7 +37,7 @@ from torchrl_chat.openenv.server.connections import FLUSH, LOST
 from torchrl_chat.openenv.server.metrics import PROMETHEUS
 
 _log = logging.getLogger("torchrl_chat.gateway")
-_LATER = 0.001  # seconds after which a body is remembered: when the engine is asked, and not before
+_LATER = 0.001  # seconds after which a body is remembered: by then most requests are the engine's
 _SESSION = re.compile(r"^/s/([^/]+)(/.*)$")
 Finisher = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
 

@@ -5,8 +5,8 @@ into a :class:`Call`, writes a :class:`Reply` as a body or as events, and spells
 errors. It knows neither sessions nor tokens. What a conversation is, which request continues which, what is sampled and what is
 trained is decided behind it, once for all dialects.
 
-None of these values is written to, once it is made. Nothing but this sentence says so: a frozen dataclass is made several times as slowly, and
-each request makes ten values.
+None of these values is written to, once it is made. Of most, nothing but this sentence says so: a frozen dataclass is made several times as
+slowly, and each request makes some.
 """
 
 from __future__ import annotations

@@ -108,10 +108,10 @@ class Stream:
         exchange, writer, told, seen = self._exchange, self._writer, self._exchange.progress.told, 0
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         news = writer.begin(exchange.name, exchange.created, self._model, usage)
+        if not told:
+            await self._bell.rung(_SOON)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            if not told:
-                await self._bell.rung(_SOON)
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
             while not exchange.done:
                 if self._gone.done():
                     raise Gone
