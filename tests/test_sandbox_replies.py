@@ -161,7 +161,8 @@ def test_one_that_cannot_be_built_does_not_lose_the_others(box, monkeypatch):
     monkeypatch.setattr(box.warden(), "take", gone)
     results = box.run_many(["1", "2", "3"])
     assert [result.value for result in results] in (["1", None, "3"], ["1", "2", "3"])
-    assert results[1].status == "not_run" or results[1].value == "2"
+    # Killed while it is made or while it runs, which takes as long as the other: or it has run by then.
+    assert results[1].value == "2" or results[1].status in ("not_run", "crash")
 
 
 def test_what_never_ran_has_no_grade():
