@@ -206,9 +206,10 @@ def apart(servers: Sequence[int], others: Sequence[int]) -> Iterator[None]:
 
 def keep_on(pids: Sequence[int], cores: Sequence[int]) -> None:
     for pid in pids:
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(int(thread.name), cores)
+        with contextlib.suppress(OSError):  # one that has ended
+            for thread in [*Path(f"/proc/{pid}/task").iterdir()]:
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(int(thread.name), cores)
 
 
 def cpu_seconds(pid: int) -> float:

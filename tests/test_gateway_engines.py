@@ -236,6 +236,24 @@ def of_ids(body, number):
     return 200, json.dumps(whole).encode()
 
 
+def test_what_a_server_read_and_wrote_is_counted_whatever_is_wrong_with_its_reply():
+    def broken(body, number):
+        status, raw = of_ids(body, number)
+        whole = json.loads(raw)
+        del whole["choices"][0]["logprobs"]["content"][0]["logprob"]
+        return status, json.dumps({**whole, "usage": {"prompt_tokens": 7, "completion_tokens": 3}}).encode()
+
+    with serving() as server:
+        server.script = broken
+        engine = RemoteEngine("m", server.url, "k", retries=0)
+        with Gateway(engine, tiny_tokenizer()) as gateway, gateway.session() as session:
+            with pytest.raises(Exception, match="the engine failed"):
+                chat(session, [{"role": "user", "content": "last(1)="}])
+            usage = engine.usage
+            assert usage.calls == usage.failed > 0  # the agent's library tries again
+            assert (usage.prompt_tokens, usage.completion_tokens) == (7 * usage.calls, 3 * usage.calls)
+
+
 @pytest.mark.parametrize("api", ["generate", "completions"])
 def test_a_server_gets_the_very_ids_and_gives_some(api):
     with serving() as server:

@@ -88,6 +88,20 @@ def test_answers_of_every_form_are_read(form):
     run(all_of_it)
 
 
+def test_no_content_is_not_waited_for():
+    async def all_of_it():
+        async with serving(
+            lambda body, number: b"HTTP/1.1 204 X\r\n\r\n" if number == 1 else plain(number)
+        ) as server:
+            poster = Poster(server["url"], retries=0, timeout=30)
+            with pytest.raises(ValueError, match="JSON|empty|Expecting|unexpected"):
+                await asyncio.wait_for(poster.post({}), 10)
+            assert await poster.post({}) == 2
+            assert server["connections"] == 1
+
+    run(all_of_it)
+
+
 @pytest.mark.parametrize("first", [plain({}, 500), plain({}, 429, "Retry-After: 0.01"), None, b"no HTTP\r\n\r\n"])
 def test_what_may_pass_is_tried_again(first):
     async def all_of_it():
@@ -266,6 +280,36 @@ def test_a_stream_that_never_ends_has_a_deadline_too_and_is_read_no_faster_than_
             await slowly()
         assert 0 < taken <= 51
         assert written < 2**25  # the buffers of the kernel, and ours
+        server.close()
+
+    run(all_of_it)
+
+
+@pytest.mark.parametrize("after", [b"fffffff\r\n", b"no size\r\n"], ids=["one chunk", "no HTTP"])
+def test_what_nobody_takes_is_not_held(after):
+    """Behind the first event comes a chunk without end, or what is none."""
+
+    async def all_of_it():
+        written = 0
+
+        async def flood(reader, writer):
+            nonlocal written
+            await reader.readuntil(b"\r\n\r\n")
+            head, last = chunked({"n": 1}, last=b"", done=False), b"x" * 100_000
+            writer.write(head + after)
+            with contextlib.suppress(OSError):
+                while not writer.is_closing():
+                    writer.write(last)
+                    await writer.drain()
+                    written += len(last)
+
+        server = await asyncio.start_server(flood, "127.0.0.1", 0)
+        poster = Poster(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+        events = poster.stream({})
+        assert await anext(events) == {"n": 1}
+        await asyncio.sleep(0.5)
+        assert written < 2**25  # the buffers of the kernel, and ours
+        await events.aclose()
         server.close()
 
     run(all_of_it)

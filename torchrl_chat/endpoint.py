@@ -481,6 +481,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     def _generated(self, body: Any) -> Reply:
         """The reply of vLLM's route for ids."""
         [choice] = body["choices"]
+        tokens = self._used(body.get("usage"))  # they were read and written, whatever else is missing
         entries = (choice.get("logprobs") or {}).get("content")
         return Reply(
             choice.get("text") or "",
@@ -488,7 +489,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
             list(choice["token_ids"] or ()),
             None if entries is None else [*map(float, map(_LOG_PROB, entries))],
             versions=_versions(choice.get("weight_versions")),
-            tokens=self._used(body.get("usage")),
+            tokens=tokens,
         )
 
     async def _heard(self, events: AsyncGenerator[Any, None], told: Callable[[list[int]], None]) -> Reply:
@@ -509,9 +510,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                     if new:
                         ids += new
                         told(list(ids))
-                        # Whoever passes it on does so before more is made of it: a turn of the loop to write, one more to send.
-                        await asyncio.sleep(0)
-                        await asyncio.sleep(0)
+                        await asyncio.sleep(0)  # whoever passes it on does so before more is made of it
         if last is None:
             raise ConnectionError("the stream ended before the answer did")
         return Reply("", last, ids, scores, versions=_versions(versions), tokens=self._used(usage))

@@ -27,6 +27,7 @@ _IDLE = 30.0  # seconds for which a connection is kept; servers close theirs, uv
 _LONGEST = 120.0  # seconds that a server may ask us to wait
 _MOST = 2**20  # bytes of an answer's headers; and of a stream, that are there and were not read yet
 _LAST = 0.1  # seconds in which the end of a stream's body is waited for, when its last event has come
+_EARLY = 0.002  # seconds by which timers come early: uvloop's count whole milliseconds
 _HEAD, _PIECE, _WHOLE = range(3)  # what of an answer is waited for: its headers, more of its body, all of it
 
 
@@ -120,23 +121,24 @@ class Poster:
         """
         until = time.monotonic() + self._deadline
         line = await self._tried(body, until, _HEAD)
-        pieces = self._pieces(line, until)
         try:
-            if b"text/event-stream" not in (_header(line.head, b"content-type") or b""):
-                yield _loaded(b"".join([piece async for piece in pieces]))
-                return
-            async for data in _events(pieces):
-                if data == b"[DONE]":
-                    with contextlib.suppress(OSError):
-                        await line.wait(_WHOLE, _LAST)
+            async with contextlib.aclosing(self._pieces(line, until)) as pieces:
+                if b"text/event-stream" not in (_header(line.head, b"content-type") or b""):
+                    yield _loaded(b"".join([piece async for piece in pieces]))
                     return
-                if not line.whole:
-                    self._left(until)
-                yield _loaded(data)
+                async with contextlib.aclosing(_events(pieces)) as events:
+                    async for data in events:
+                        if data == b"[DONE]":
+                            with contextlib.suppress(OSError):
+                                await line.wait(_WHOLE, _LAST)
+                            return
+                        if not line.whole:
+                            self._left(until)
+                        yield _loaded(data)
         finally:
             self._keep(line)
 
-    async def _pieces(self, line: _Line, until: float) -> AsyncIterator[bytes]:
+    async def _pieces(self, line: _Line, until: float) -> AsyncGenerator[bytes, None]:
         """The body of an answer, as it comes."""
         while True:
             left = 0.0 if line.whole else self._left(until)
@@ -158,7 +160,7 @@ class Poster:
             TimeoutError: there are none.
         """
         left = until - time.monotonic()
-        if left <= 0:
+        if left <= _EARLY:
             raise TimeoutError(f"no reply within {self._deadline:g} s, with all tries")
         return min(left, self._timeout)
 
@@ -302,8 +304,7 @@ class _Line(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self._what, self._waiter = what, loop.create_future()
         timer = loop.call_later(timeout, self._late, timeout)
-        if what == _WHOLE:
-            self._resume()
+        self._resume()
         if self._failure is not None:
             self._waiter.set_exception(self._failure)
         try:
@@ -344,9 +345,9 @@ class _Line(asyncio.Protocol):
             self._fail(TimeoutError(f"no answer within {timeout:g} s"))
 
     def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
+        if self._paused and not self.lost:
             self._transport.resume_reading()
+        self._paused = False
 
     def _fail(self, error: Exception) -> None:
         if self.whole:
@@ -375,11 +376,15 @@ class _Line(asyncio.Protocol):
             if self.head or self._read_head():
                 self._read_body()
         except ValueError:
+            self._tell()  # what came before it is good
             self._fail(ConnectionError("the server does not speak HTTP/1.1"))
-        if self._what != _WHOLE and self._ready > _MOST and not self.whole and not self._paused:
+            self.close()
+            return
+        self._tell()
+        waits = self._waiter is not None and not self._waiter.done()
+        if not (waits or self.whole or self._paused) and self._ready + len(self._held) > _MOST:
             self._paused = True  # whoever reads along is slower than the server
             self._transport.pause_reading()
-        self._tell()
 
     # ------------------------------------------------------------------ reading
     def _read_head(self) -> bool:
@@ -390,8 +395,8 @@ class _Line(asyncio.Protocol):
             if 100 <= status < 200:  # it says that there will be an answer
                 continue
             self.head, self.status = head, status
-            length = _header(head, b"content-length")
-            self._chunked = _is_chunked(head)
+            length = b"0" if status in (204, 304) else _header(head, b"content-length")
+            self._chunked = status not in (204, 304) and _is_chunked(head)
             if length is not None and not self._chunked:
                 self._length = _size(length, 10)
             return True
@@ -459,7 +464,7 @@ def _header(head: bytes, name: bytes) -> bytes | None:
     return head[begin : head.index(b"\r\n", begin)].strip()
 
 
-async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     """The data of server-sent events, whose lines come in pieces cut anywhere."""
     held, data = b"", []
     async for piece in pieces:

@@ -96,7 +96,7 @@ class Stream:
     async def _prompt(self) -> Usage:
         """The prompt's tokens, when it stands."""
         prompt = self._exchange.prompt
-        if not prompt.done():
+        while not (prompt.done() or self._task.done() or self._gone.done()):
             await self._bell.rung()
         if not prompt.done() and self._gone.done():
             raise Gone
