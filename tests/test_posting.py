@@ -115,6 +115,35 @@ def test_what_may_pass_is_tried_again(first):
     run(all_of_it)
 
 
+@pytest.mark.parametrize("told", ["nan", "inf", "-1", "Wed, 21 Oct 2026 07:28:00 GMT"])
+def test_a_server_that_does_not_say_how_long_in_seconds_is_waited_for_as_others_are(told):
+    async def all_of_it():
+        first = plain({}, 429, f"Retry-After: {told}")
+        async with serving(lambda body, number: first if number == 1 else plain(number)) as server:
+            assert await asyncio.wait_for(Poster(server["url"], pause=0.01).post({}), 10) == 2
+
+    run(all_of_it)
+
+
+def test_the_body_of_a_refusal_has_the_time_of_its_try():
+    async def all_of_it():
+        async def half(reader, writer):
+            with contextlib.suppress(EOFError, OSError):
+                await reader.readuntil(b"\r\n\r\n")
+                await asyncio.sleep(0.5)
+                writer.write(b"HTTP/1.1 503 X\r\nContent-Length: 10\r\n\r\nhalf")
+                await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(half, "127.0.0.1", 0)
+        poster = Poster(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", retries=0, timeout=1.0)
+        with pytest.raises(TimeoutError, match=r"no answer within 0\."):  # what its head has left of the second
+            await anext(poster.stream({}))
+        server.close()
+
+    run(all_of_it)
+
+
 def test_a_refusal_is_told_at_once():
     async def all_of_it():
         async with serving(lambda body, number: plain({"error": "no such model"}, 404)) as server:
@@ -322,6 +351,29 @@ def test_an_answer_that_is_no_stream_keeps_its_connection_too():
             assert [[event async for event in poster.stream({"n": n})] for n in range(3)] == [[0], [1], [2]]
             assert server["connections"] == 1
             await poster.aclose()
+
+    run(all_of_it)
+
+
+@pytest.mark.parametrize("deadline", [0.2, 30.0])
+def test_an_answer_that_is_no_stream_may_come_in_parts(deadline):
+    async def all_of_it():
+        async def parts(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            raw = plain({"n": "x" * 1000})
+            for at in range(0, len(raw), 200):
+                writer.write(raw[at : at + 200])
+                await asyncio.sleep(0.05)
+
+        server = await asyncio.start_server(parts, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        events = Poster(url, retries=0, timeout=10, deadline=deadline).stream({})
+        if deadline < 1:
+            with pytest.raises(TimeoutError, match=r"no reply within 0\.2 s, with all tries"):
+                await anext(events)
+        else:
+            assert [event async for event in events] == [{"n": "x" * 1000}]
+        server.close()
 
     run(all_of_it)
 

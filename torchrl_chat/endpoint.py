@@ -503,14 +503,13 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                     raise RuntimeError(f"the server broke off: {str(event['error'])[:200]}")
                 usage = event.get("usage") or usage
                 for choice in event.get("choices") or ():
-                    new = choice.get("token_ids") or []
-                    found = _streamed_scores(choice.get("logprobs"))
-                    scores = None if scores is None or found is None or len(found) != len(new) else scores + found
-                    last, versions = choice.get("finish_reason") or last, choice.get("weight_versions") or versions
-                    if new:
+                    if new := choice.get("token_ids") or []:
                         ids += new
                         told(list(ids))
                         await asyncio.sleep(0)  # whoever passes it on does so before more is made of it
+                    found = _streamed_scores(choice.get("logprobs"))
+                    scores = None if scores is None or found is None or len(found) != len(new) else scores + found
+                    last, versions = choice.get("finish_reason") or last, choice.get("weight_versions") or versions
         if last is None:
             raise ConnectionError("the stream ended before the answer did")
         return Reply("", last, ids, scores, versions=_versions(versions), tokens=self._used(usage))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import ssl
 import time
@@ -122,36 +123,50 @@ class Poster:
         until = time.monotonic() + self._deadline
         line = await self._tried(body, until, _HEAD)
         try:
-            async with contextlib.aclosing(self._pieces(line, until)) as pieces:
-                if b"text/event-stream" not in (_header(line.head, b"content-type") or b""):
-                    yield _loaded(b"".join([piece async for piece in pieces]))
-                    return
-                async with contextlib.aclosing(_events(pieces)) as events:
-                    async for data in events:
-                        if data == b"[DONE]":
-                            with contextlib.suppress(OSError):
-                                await line.wait(_WHOLE, _LAST)
-                            return
-                        if not line.whole:
-                            self._left(until)
-                        yield _loaded(data)
+            if b"text/event-stream" not in (_header(line.head, b"content-type") or b""):
+                await self._waited(line, _WHOLE, until)
+                yield _loaded(line.taken())
+                return
+            async with (
+                contextlib.aclosing(self._pieces(line, until)) as pieces,
+                contextlib.aclosing(_events(pieces)) as events,
+            ):
+                async for data in events:
+                    if data == b"[DONE]":
+                        with contextlib.suppress(OSError):
+                            await line.wait(_WHOLE, _LAST)
+                        return
+                    if not line.whole:
+                        self._left(until)
+                    yield _loaded(data)
         finally:
             self._keep(line)
 
     async def _pieces(self, line: _Line, until: float) -> AsyncGenerator[bytes, None]:
         """The body of an answer, as it comes."""
         while True:
-            left = 0.0 if line.whole else self._left(until)
+            if not line.whole:
+                self._left(until)
             if piece := line.taken():
                 yield piece
             elif line.whole:
                 return
             else:
-                try:
-                    await line.wait(_PIECE, left)
-                except TimeoutError:
-                    self._left(until)
-                    raise
+                await self._waited(line, _PIECE, until)
+
+    async def _waited(self, line: _Line, what: int, until: float) -> None:
+        """Wait for more of an answer that has begun.
+
+        Raises:
+            OSError: it does not come; of a ``TimeoutError`` it is told whether the deadline is what has passed.
+        """
+        if line.whole:
+            return
+        try:
+            await line.wait(what, self._left(until))
+        except TimeoutError:
+            self._left(until)
+            raise
 
     def _left(self, until: float) -> float:
         """Seconds for what is tried next.
@@ -174,18 +189,18 @@ class Poster:
         for tried in range(self._retries + 1):
             wait: float | None = None
             try:
-                line = await self._asked(message, self._left(until), what)
+                ends = time.monotonic() + self._left(until)
+                line = await self._asked(message, ends - time.monotonic(), what)
                 if line.status < 300:
                     return line
-                await line.wait(_WHOLE, self._left(until))
+                await line.wait(_WHOLE, ends - time.monotonic())
             except OSError as error:  # a timeout is one
                 self._left(until)
                 failure: Exception = error
             else:
                 status = line.status
                 failure = PostError(status, line.taken()[:400].decode(errors="replace"))
-                with contextlib.suppress(ValueError):
-                    wait = float(_header(line.head, b"retry-after") or b"none")
+                wait = _seconds(_header(line.head, b"retry-after"))
                 self._keep(line)
                 if status not in _AGAIN and status < 500:
                     raise failure
@@ -449,6 +464,14 @@ def _size(word: bytes | bytearray, base: int) -> int:
     if size < 0:
         raise ValueError
     return size
+
+
+def _seconds(word: bytes | None) -> float | None:
+    """How long a server asks us to wait; ``None`` where it does not say so in seconds."""
+    with contextlib.suppress(ValueError):
+        if word is not None and math.isfinite(told := float(word)) and told >= 0:
+            return told
+    return None
 
 
 def _is_chunked(head: bytes) -> bool:
