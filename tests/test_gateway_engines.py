@@ -15,7 +15,7 @@ from agents import Recorder, calling, check_law, client_of, templates_of
 from endpoint_server import serving
 
 from torchrl_chat import ChatTemplate, TransformersPolicy, training_view
-from torchrl_chat.conversation import Limits, StopReason, Turn
+from torchrl_chat.conversation import Limits, StopReason, Transcript, Turn
 from torchrl_chat.gateway import Gateway, PolicyEngine, RemoteEngine, Rewarder, ScriptedEngine, Settings, episodes
 from torchrl_chat.gateway.engines import Ask
 from torchrl_chat.policies import Policy
@@ -86,6 +86,15 @@ def test_what_waits_is_sampled_together_and_a_bad_row_fails_alone():
     assert found[0].versions == found[2].versions == ((0, 3),)
     assert isinstance(found[-1], asyncio.CancelledError)
     assert engine.batches == {1: 1, 2: 2}
+
+
+def test_a_prompt_is_a_ledger_or_ids():
+    messages = [{"role": "user", "content": "hi"}]
+    ledger = Transcript.start([7, 8, 9], messages)
+    whole, bare = Ask(ledger), Ask(torch.tensor([7, 8, 9]))
+    assert whole.ids.tolist() == bare.ids.tolist() == whole.id_array.tolist() == bare.id_array.tolist() == [7, 8, 9]
+    assert (whole.ledger, [*whole.messages]) == (ledger, messages)
+    assert (bare.ledger, [*bare.messages]) == (None, [])
 
 
 def test_weights_change_between_batches_and_spans_tell_which():

@@ -6,6 +6,8 @@ import copy
 import pickle
 import threading
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +38,16 @@ class TestValue:
         assert t.tokens.tolist() == [1, 2, 3, 7, 8, 9, 4, 5]
         assert t.ended is None
         assert [m["role"] for m in t.messages] == ["user", "assistant", "user"]
+
+    def test_ids_are_had_without_a_tensor_too(self):
+        t = answered(Transcript.start([1, 2, 3], QUESTION), [7, 8]).appended([4], QUESTION)
+        ids = t.token_array
+        assert ids.tolist() == t.tokens.tolist() == [1, 2, 3, 7, 8, 9, 4]
+        assert ids.dtype == np.int64
+        with pytest.raises(ValueError, match="read-only"):
+            ids[0] = 5
+        answered(t, [5])  # the ledger itself is written to as before
+        assert ids.tolist() == t.token_array.tolist()
 
     def test_earlier_values_stay(self):
         start = Transcript.start([1, 2, 3], QUESTION)

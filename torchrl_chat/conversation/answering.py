@@ -81,7 +81,7 @@ def answer(
 
 def prompt_end(transcript: Transcript) -> list[int]:
     """The last ids in front of the policy's turn: they tell whether the prompt has opened the reasoning."""
-    return transcript.tokens[: transcript.open][-OPENING_IDS:].tolist()
+    return transcript.token_array[: transcript.open][-OPENING_IDS:].tolist()
 
 
 def _said(transcript: Transcript, text: str) -> Transcript:
@@ -98,7 +98,7 @@ def _tokenized(
     if not places:
         return turns
     texts = [str(turns[i].text) for i in places]
-    after = [int(transcripts[i].tokens[-1]) if len(transcripts[i]) else None for i in places]
+    after = [int(transcripts[i].token_array[-1]) if len(transcripts[i]) else None for i in places]
 
     def encode(some: Sequence[int]) -> list[list[int]]:
         return template.codec.encode_continuation([texts[k] for k in some], [after[k] for k in some])
@@ -141,7 +141,7 @@ def _parsed(
 
 def _begun(transcript: Transcript) -> list[int]:
     """The words of a turn that the environment has begun: it is read as a whole."""
-    return transcript.tokens[transcript.open :].tolist()
+    return transcript.token_array[transcript.open :].tolist()
 
 
 def _entered(

@@ -206,6 +206,13 @@ class Transcript:
         return self.tape.tensor(IDS)[: self.length]
 
     @property
+    def token_array(self) -> np.ndarray:
+        """:attr:`tokens` as an array of numpy's, which costs a fraction: int64 of shape (T,), a view that cannot be written to."""
+        view = self.tape.arrays[IDS][: self.length]
+        view.flags.writeable = False
+        return view
+
+    @property
     def mask(self) -> torch.Tensor:
         """True exactly on the tokens that the policy sampled; bool of shape (T,)."""
         return self.tape.tensor(MASK)[: self.length]

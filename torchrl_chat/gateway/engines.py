@@ -27,10 +27,8 @@ from torchrl_chat.templates import ChatTemplate
 class Ask:
     """What an engine is asked for: one answer."""
 
-    ids: torch.Tensor
-    """The prompt, int64 (P,), on the CPU: a view of a ledger, not to be written to."""
-    messages: Sequence[Message] = ()
-    """The same as messages, for engines that read words (a script); ids are what counts."""
+    prompt: Transcript | torch.Tensor
+    """What it goes on from: a ledger, or its ids alone, int64 (P,), on the CPU. Engines read it by the properties below."""
     limit: int | None = None
     """How many tokens may be sampled; ``None``: as many as the engine's own settings allow."""
     seed: int | None = None
@@ -41,8 +39,26 @@ class Ask:
     """Strings that end the answer. An engine may stop there, or not look at them: what is beyond is cut off."""
     told: Callable[[Sequence[int]], None] | None = None
     """Takes the ids sampled so far, whenever there are more; called in the event loop. An engine need not call it."""
-    ledger: Transcript | None = None
-    """The same prompt as a ledger: what of it was sampled, and how likely that was."""
+
+    @property
+    def ledger(self) -> Transcript | None:
+        """The prompt as a ledger: what of it was sampled, and how likely that was."""
+        return self.prompt if isinstance(self.prompt, Transcript) else None
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        """The prompt as messages, for engines that read words (a script); ids are what counts. Empty without a ledger."""
+        return self.prompt.messages if isinstance(self.prompt, Transcript) else ()
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The prompt's ids, int64 (P,), on the CPU: a view of a ledger, not to be written to."""
+        return self.prompt.tokens if isinstance(self.prompt, Transcript) else self.prompt
+
+    @property
+    def id_array(self) -> np.ndarray:
+        """:attr:`ids` as an array of numpy's, for engines that send them somewhere: no tensor is made of them."""
+        return self.prompt.token_array if isinstance(self.prompt, Transcript) else self.prompt.numpy()
 
 
 class Engine(Protocol):
@@ -119,7 +135,7 @@ class ScriptedEngine:
         if isinstance(said, Turn):
             return said
         codec = self._template.codec
-        [ids] = codec.encode_continuation([said], [int(ask.ids[-1])])
+        [ids] = codec.encode_continuation([said], [int(ask.id_array[-1])])
         reason = "stop"
         if not ids or ids[-1] not in self._template.stop_ids:
             ids = [
@@ -224,13 +240,13 @@ class RemoteEngine(Endpoint):
             sampling.pop("extra_headers", None)
             request: dict[str, Any] = {
                 "model": self.model,
-                "token_ids": ask.ids.numpy(),
+                "token_ids": ask.id_array,
                 "sampling_params": sampling,
             }
         else:
             own = {name: settings.pop(name) for name in [*settings] if name in _BEYOND_OPENAI}
             body = {"return_token_ids": True, "stop_token_ids": self.stop_ids, **own}
-            request = self.request(prompt=ask.ids.tolist(), logprobs=1, **settings)
+            request = self.request(prompt=ask.id_array.tolist(), logprobs=1, **settings)
             request["extra_body"] = {**request.get("extra_body", {}), **body}
         reply = await self.ask(request, self.api, text=False, told=ask.told)
         if not reply.ids:

@@ -379,7 +379,7 @@ class Session:
             seed = None if self.seed is None else self.seed if number == 0 else mixed(self.seed, "sample", number)
             limit = None if left >= NO_LIMIT else left
             told = Teller(exchange.progress, choice, template, prompt, stop) if call.stream else None
-            asks.append(Ask(prompt.tokens, prompt.messages, limit, seed, sampling, stop, told, prompt))
+            asks.append(Ask(prompt, limit, seed, sampling, stop, told))
         return asks, [left] * call.n
 
     async def _sampled(self, asks: Sequence[Ask]) -> list[Turn]:

@@ -54,5 +54,5 @@ async def sampled(engine: Engine, ask: Ask, model: str = "") -> Turn:
         if span:
             span.set(telemetry.asked(ask.settings, seed=ask.seed, max_tokens=ask.limit))
             count = None if turn.ids is None else len(turn.ids)
-            span.set(telemetry.used(len(ask.ids), count, [turn.finish_reason]))
+            span.set(telemetry.used(len(ask.prompt), count, [turn.finish_reason]))
     return turn
