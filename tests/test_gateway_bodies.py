@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import time
 
+import httpx
 import pytest
 from dialects import Script, served
 from hypothesis import given, settings
@@ -137,13 +140,58 @@ def test_what_is_held_is_bounded():
     assert len(bodies) < 2**22 + 10**6
 
 
-def test_a_finished_session_holds_no_body():
-    import httpx
+def asking(session, raw):
+    auth = {"Authorization": f"Bearer {session.api_key}"}
+    response = httpx.post(f"{session.base_url}/chat/completions", content=raw, headers=auth, timeout=60)
+    assert response.status_code == 200
+    return response.json()["choices"][0]["message"]
+
+
+def test_the_request_after_an_answer_is_read_from_where_its_own_ended():
+    """However soon it comes: a body is remembered by the time its answer has gone out."""
+
+    class Watched(Bodies):
+        def __init__(self):
+            super().__init__()
+            self.known = []
+
+        def read(self, *given):
+            body = super().read(*given)
+            self.known.append(len(getattr(body.value["messages"], "known", ())))
+            return body
 
     with served(Script()) as gateway:
         session = gateway.session()
-        url, auth = f"{session.base_url}/chat/completions", {"Authorization": f"Bearer {session.api_key}"}
-        assert httpx.post(url, content=raw_of([user("hi")]), headers=auth).status_code == 200
+        session.session.bodies = Watched()
+        messages = []
+        for turn in range(5):
+            messages.append(user(f"turn {turn}"))
+            messages.append(asking(session, raw_of(messages)))
+        assert session.session.bodies.known == [0, 1, 3, 5, 7]
+
+
+def test_a_body_is_remembered_while_its_answer_is_sampled():
+    script, seen = Script(), []
+    with served(script) as gateway:
+        session = gateway.session()
+
+        async def slow(ask):
+            until = time.monotonic() + 60
+            while not len(session.session.bodies) and time.monotonic() < until:
+                await asyncio.sleep(0.001)
+            seen.append(len(session.session.bodies))
+            return "done"
+
+        script.lines = slow
+        asking(session, raw_of([user("hi")]))
+        assert seen[0] > 0
+
+
+def test_a_finished_session_holds_no_body():
+    with served(Script()) as gateway:
+        session = gateway.session()
+        asking(session, raw_of([user("hi")]))
+        asking(session, raw_of([user("on")]))  # by then the first was remembered
         assert len(session.session.bodies)
         session.finish(1.0)
         assert not len(session.session.bodies)

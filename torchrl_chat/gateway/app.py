@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import re
 import time
@@ -37,7 +38,7 @@ from torchrl_chat.openenv.server.connections import FLUSH, LOST
 from torchrl_chat.openenv.server.metrics import PROMETHEUS
 
 _log = logging.getLogger("torchrl_chat.gateway")
-_LATER = 0.001  # seconds after which a body is remembered: by then most requests are the engine's
+_LATER = 0.005  # seconds after which a body is remembered, if its answer has not gone out before: by then most requests are the engine's
 _SESSION = re.compile(r"^/s/([^/]+)(/.*)$")
 Finisher = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
 
@@ -178,7 +179,7 @@ class Front:
             return
         with telemetry.behind(request.headers):  # the turn is a part of its agent's trace
             exchange = session.open(call, digest=body.digest)
-        asyncio.get_running_loop().call_later(_LATER, session.keep, body, call.messages)
+        keeping = _Later(_LATER, functools.partial(session.keep, body, call.messages))
         exchange.waiting += 1
         extensions: Mapping[str, Any] = request.scope.get("extensions", {})
         lost = extensions.get(LOST)
@@ -197,6 +198,7 @@ class Front:
             if exchange.seconds:
                 self._counting.sampled(exchange.seconds)
                 exchange.seconds = 0.0  # whoever tries again waits no second time
+            keeping.now()
 
     # ------------------------------------------------------------------ drivers, and everybody
     async def _driver(self, request: Request, name: str | None, inner: str) -> Any:
@@ -279,6 +281,23 @@ class Front:
         if not isinstance(body, dict):
             raise Refusal("the body is no JSON object.")
         return body
+
+
+class _Later:
+    """Does something once: after some seconds, or when it is told to."""
+
+    __slots__ = ("_function", "_timer")
+
+    def __init__(self, seconds: float, function: Callable[[], None]):
+        self._function: Callable[[], None] | None = function
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.now)
+
+    def now(self) -> None:
+        """Do it, if it is not done yet."""
+        self._timer.cancel()
+        function, self._function = self._function, None
+        if function is not None:
+            function()
 
 
 def _key(request: Request) -> str:
