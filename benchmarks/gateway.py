@@ -107,7 +107,7 @@ except ImportError:
 """
 
 OURS = """
-import cProfile, gc, os, signal, sys
+import cProfile, gc, os, signal, sys, time
 from transformers import AutoTokenizer
 from torchrl_chat.gateway import Gateway, RemoteEngine
 from torchrl_chat.openenv.protocol import ServerLimits
@@ -123,7 +123,8 @@ else:
     gateway.start()
 gc.collect(), gc.freeze(), gc.set_threshold(20_000, 20, 20)  # as torchrl-chat gateway does
 while True:
-    signal.pause()
+    time.sleep(2)
+    gateway.take()  # what has ended is its driver's
 """
 
 THEIRS = """
@@ -259,10 +260,11 @@ class Client(asyncio.Protocol):
         port: of the server.
         path: where it asks.
         key: what it shows.
+        end: how its session ends, as method and path; ``None`` where there is none.
     """
 
-    def __init__(self, port: int, path: str, key: str):
-        self.port = port
+    def __init__(self, port: int, path: str, key: str, end: tuple[str, str] | None = None):
+        self.port, self.leaving = port, end
         head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\n"
         self.head = (head + "content-type: application/json\r\ncontent-length: ").encode()
         self.history = bytearray(b'{"model":"m","messages":[')
@@ -342,15 +344,20 @@ class Client(asyncio.Protocol):
             self.told.set_result(None)
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, and end the session: a server holds no more of them in the last round than in the first."""
         self.transport.close()
+        if self.leaving is not None:
+            method, path = self.leaving
+            driven(self.port, path, method)
 
 
-def posted(port: int, path: str, key: str) -> Any:
+def driven(port: int, path: str, method: str = "POST") -> Any:
+    """What a server answers to its driver."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{path}",
         data=b"{}",
-        headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
+        headers={"authorization": "Bearer driver", "content-type": "application/json"},
+        method=method,
     )
     return json.loads(urllib.request.urlopen(request, timeout=60).read())
 
@@ -359,10 +366,12 @@ def client_of(system: str, port: int) -> Client:
     """A new session of a server, and its agent."""
     if system == "stack":
         return Client(port, "/v1/chat/completions", "none")
-    made = posted(port, "/sessions", "driver")
+    made = driven(port, "/sessions")
     if system == "ours":
-        return Client(port, f"/s/{made['name']}/v1/chat/completions", made["api_key"])
-    return Client(port, "/v1/chat/completions", made["session_id"])
+        name = f"/s/{made['name']}"
+        return Client(port, f"{name}/v1/chat/completions", made["api_key"], ("POST", f"{name}/finish"))
+    name = made["session_id"]
+    return Client(port, "/v1/chat/completions", name, ("DELETE", f"/sessions/{name}"))
 
 
 async def warm(systems: Mapping[str, tuple[int, int]]) -> None:
@@ -392,8 +401,6 @@ async def play(systems: Mapping[str, tuple[int, int]], engine: int, sessions: in
             spent[system].append(tuple(b - a for a, b in zip(before, after, strict=True)))
     found = {}
     for system, (_, pid) in systems.items():
-        for agent in agents[system]:
-            agent.close()
         assert all(len(agent.last.split()) == TOKENS - 1 for agent in agents[system])
         cpu, engines, client, seconds = (sum(column) for column in zip(*spent[system], strict=True))
         calls = sessions * TURNS
@@ -405,6 +412,8 @@ async def play(systems: Mapping[str, tuple[int, int]], engine: int, sessions: in
             "cpu_ms_by_turn": [1e3 * turn[0] / sessions for turn in spent[system]],
             "kb_per_session": (resident(pid) - memory[system]) / sessions / 1024,
         }
+        for agent in agents[system]:
+            agent.close()
     return found
 
 
