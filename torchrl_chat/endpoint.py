@@ -12,7 +12,6 @@ import base64
 import contextlib
 import json
 import logging
-import operator
 import os
 import re
 import threading
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
-from torchrl_chat import telemetry
+from torchrl_chat import replies, telemetry
 from torchrl_chat.posting import Poster, goes_through_proxy
 
 RESERVED = ("model", "messages", "temperature", "max_tokens", "n", "stream", "timeout")
@@ -355,7 +354,14 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         else:
             key = self.api_key if self.api_key is not None else os.environ.get("OPENAI_API_KEY") or "none"
             headers = {"Authorization": login or f"Bearer {key}", **self.extra.get("extra_headers", {})}
-            poster = Poster(url, headers, retries=self.retries, timeout=self.timeout, deadline=self.deadline)
+            poster = Poster(
+                url,
+                headers,
+                retries=self.retries,
+                timeout=self.timeout,
+                deadline=self.deadline,
+                decode=replies.decoded,
+            )
             slots = asyncio.Semaphore(self.concurrency)
         with self._lock:
             for old in [old for old in self._posters if old.is_closed()]:
@@ -399,6 +405,8 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                 :class:`~torchrl_chat.posting.PostError` or ``OSError``.
             RuntimeError: the same, where the error repeats the key: it is hidden.
         """
+        if not telemetry.on():
+            return await self._asked(request, api, text, told)
         operation = "chat" if api == "chat" else "text_completion"
         with telemetry.inference(
             operation, self.model, "vllm" if api == "generate" else "openai", "CLIENT"
@@ -441,6 +449,8 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                     reply = await self._by_library(client, request, api, text, told)
             except Exception as error:  # the library's errors, and whatever it stumbles over in a malformed reply
                 self.count(failed=1)
+                if isinstance(error, replies.MalformedReply):
+                    self._used(error.usage)
                 _log.debug("%s did not reply (%s)", self.model, type(error).__name__)
                 if str(error) in (secrets := self.secrets):  # what a server says of a key that it refuses
                     raise RuntimeError(f"{type(error).__name__}: {secrets.hide(str(error))}") from None
@@ -466,11 +476,13 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
         try:
             async with asyncio.timeout(self.deadline) as limit:
                 if api == "generate":
-                    return self._generated(await client.post(request))
+                    return self._generated(replies.converted(await client.post(request)))
                 if told is not None and api == "completions":
                     chunks = await client.completions.create(**request, **_STREAMED)
                     async with chunks:
-                        return await self._heard((chunk.model_dump() async for chunk in chunks), told)
+                        return await self._heard(
+                            (replies.converted(chunk.model_dump()) async for chunk in chunks), told
+                        )
                 endpoint = client.chat.completions if api == "chat" else client.completions
                 return self._received(await endpoint.create(**request), text)
         except TimeoutError:
@@ -478,47 +490,51 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                 raise TimeoutError(f"no reply within {self.deadline:g} s, with all tries") from None
             raise
 
-    def _generated(self, body: Any) -> Reply:
+    def _generated(self, reply: replies.Sampled) -> Reply:
         """The reply of vLLM's route for ids."""
-        [choice] = body["choices"]
-        tokens = self._used(body.get("usage"))  # they were read and written, whatever else is missing
-        entries = (choice.get("logprobs") or {}).get("content")
+        tokens = self._used(reply.usage)  # they were read and written, whatever else is missing
+        [choice] = reply.choices
+        ids, scores = choice.token_ids or [], choice.log_probs
         return Reply(
-            choice.get("text") or "",
-            choice.get("finish_reason"),
-            list(choice["token_ids"] or ()),
-            None if entries is None else [*map(float, map(_LOG_PROB, entries))],
-            versions=_versions(choice.get("weight_versions")),
+            choice.text or "",
+            choice.finish_reason,
+            ids,
+            scores if len(scores) == len(ids) else None,
+            versions=choice.versions,
             tokens=tokens,
         )
 
-    async def _heard(self, events: AsyncGenerator[Any, None], told: Callable[[list[int]], None]) -> Reply:
+    async def _heard(
+        self, events: AsyncGenerator[replies.Sampled, None], told: Callable[[list[int]], None]
+    ) -> Reply:
         """The reply of a stream of ids, which is told of as it grows."""
         ids: list[int] = []
-        scores: list[float] | None = []
-        last, versions, usage = None, None, None
+        scores: list[float] = []
+        scored, last, usage = True, None, None
+        versions: tuple[tuple[int, int | None], ...] = ()
         async with contextlib.aclosing(events):
             async for event in events:
-                if event.get("error"):
-                    raise RuntimeError(f"the server broke off: {str(event['error'])[:200]}")
-                usage = event.get("usage") or usage
-                for choice in event.get("choices") or ():
-                    if new := choice.get("token_ids") or []:
-                        ids += new
+                if event.error:
+                    raise RuntimeError(f"the server broke off: {str(event.error)[:200]}")
+                usage = event.usage or usage
+                for choice in event.choices:
+                    if choice.token_ids:
+                        ids += choice.token_ids
                         told(list(ids))
                         await asyncio.sleep(0)  # whoever passes it on does so before more is made of it
-                    found = _streamed_scores(choice.get("logprobs"))
-                    scores = None if scores is None or found is None or len(found) != len(new) else scores + found
-                    last, versions = choice.get("finish_reason") or last, choice.get("weight_versions") or versions
+                    found = choice.log_probs
+                    scored = scored and len(found) == len(choice.token_ids or ())
+                    scores += found
+                    last, versions = choice.finish_reason or last, choice.versions or versions
         if last is None:
             raise ConnectionError("the stream ended before the answer did")
-        return Reply("", last, ids, scores, versions=_versions(versions), tokens=self._used(usage))
+        return Reply("", last, ids, scores if scored else None, versions=versions, tokens=self._used(usage))
 
-    def _used(self, usage: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+    def _used(self, usage: replies.Tokens | None) -> tuple[int | None, int | None]:
         """How many tokens the model read and wrote, as far as a reply tells it; they are counted."""
-        if not usage:
+        if usage is None:
             return None, None
-        read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        read, written = usage.prompt_tokens, usage.completion_tokens
         self.count(prompt_tokens=read or 0, completion_tokens=written or 0)
         return read, written
 
@@ -566,25 +582,7 @@ class _ByLibrary:
         """The client is closed by whoever made it."""
 
 
-_LOG_PROB = operator.itemgetter("logprob")
 _STREAMED: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-
-
-def _versions(spans: Any) -> tuple[tuple[int, int | None], ...]:
-    """Which weights sampled what, as vLLM tells it."""
-    return tuple(
-        (int(span["start"]), int(span["version"]) if str(span["version"]).isdecimal() else None)
-        for span in spans or ()
-    )
-
-
-def _streamed_scores(reported: Any) -> list[float] | None:
-    """The log-probs of a piece of a stream, in either form; ``None`` where one is not told."""
-    reported = reported or {}
-    values = reported.get("token_logprobs")
-    if values is None:
-        values = [entry.get("logprob") for entry in reported.get("content") or ()]
-    return None if any(value is None for value in values) else [float(value) for value in values]
 
 
 def _parsed(call: Any) -> dict[str, Any]:

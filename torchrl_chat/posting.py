@@ -13,7 +13,7 @@ import math
 import random
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -61,6 +61,7 @@ class Poster:
         retries: how often a request is tried again, after 408, 409, 429, errors of the server and lost connections.
         timeout: seconds for one try.
         deadline: seconds for all tries of a request, and for the whole of a stream.
+        decode: makes a value of an answer's JSON, or of that of an event of a stream; ``None``: what JSON has.
         pause: seconds before the first retry, twice as many before each further one, up to 8; where the server says how long
             (``Retry-After``), that.
 
@@ -82,6 +83,7 @@ class Poster:
         timeout: float = 60.0,
         deadline: float = float("inf"),
         pause: float = 0.5,
+        decode: Callable[[bytes], Any] | None = None,
     ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -97,10 +99,11 @@ class Poster:
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in told.items())]
         self._head = ("\r\n".join(lines) + "\r\nContent-Length: ").encode("latin-1")
         self._retries, self._timeout, self._deadline, self._pause = retries, timeout, deadline, pause
+        self._decode = decode or _loaded
         self._idle: list[tuple[float, _Line]] = []
 
     async def post(self, body: Any) -> Any:
-        """What the server answers to a body, both as JSON values; arrays of numbers (numpy's) in a body are lists.
+        """What the server answers to a body; arrays of numbers (numpy's) in a body are lists.
 
         Raises:
             PostError: the server refuses, or fails each time.
@@ -110,10 +113,10 @@ class Poster:
         line = await self._tried(body, time.monotonic() + self._deadline, _WHOLE)
         raw = line.taken()
         self._keep(line)
-        return _loaded(raw)
+        return self._decode(raw)
 
     async def stream(self, body: Any) -> AsyncGenerator[Any, None]:
-        """What the server answers to a body, event by event (server-sent events), as JSON values; an answer that is no stream is one event.
+        """What the server answers to a body, event by event (server-sent events); an answer that is no stream is one event.
 
         Nothing is tried again once the answer has begun. Whoever stops reading closes the connection, by which a server knows.
 
@@ -125,7 +128,7 @@ class Poster:
         try:
             if b"text/event-stream" not in (_header(line.head, b"content-type") or b""):
                 await self._waited(line, _WHOLE, until)
-                yield _loaded(line.taken())
+                yield self._decode(line.taken())
                 return
             async with (
                 contextlib.aclosing(self._pieces(line, until)) as pieces,
@@ -138,7 +141,7 @@ class Poster:
                         return
                     if not line.whole:
                         self._left(until)
-                    yield _loaded(data)
+                    yield self._decode(data)
         finally:
             self._keep(line)
 

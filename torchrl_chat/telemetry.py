@@ -90,16 +90,19 @@ def content() -> bool:
     return os.environ.get(CAPTURE, "").upper() in ("SPAN_ONLY", "SPAN_AND_EVENT")
 
 
-@contextlib.contextmanager
-def behind(headers: Mapping[str, str]) -> Iterator[None]:
+def behind(headers: Mapping[str, str]) -> contextlib.AbstractContextManager[None]:
     """Spans made within belong to the trace that a request's headers name (W3C Trace Context), where spans are made.
 
     Args:
         headers: the request's, by their names in lower case: ``traceparent``, ``tracestate``, or what the program's propagators read.
     """
     if not on() or sys.modules["opentelemetry.trace"].get_current_span().get_span_context().is_valid:
-        yield  # a server that makes spans of its own has read them
-        return
+        return _NO_TRACE  # a server that makes spans of its own has read them
+    return _behind(headers)
+
+
+@contextlib.contextmanager
+def _behind(headers: Mapping[str, str]) -> Iterator[None]:
     from opentelemetry import context, propagate
 
     token = context.attach(propagate.extract(headers, getter=_lower()))
@@ -107,6 +110,9 @@ def behind(headers: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         context.detach(token)
+
+
+_NO_TRACE = contextlib.nullcontext()
 
 
 @functools.cache

@@ -1,0 +1,129 @@
+"""What a server that samples ids replies, whole or piece by piece: of its JSON, as much as is read.
+
+The entry of a token has four fields, and one of them counts: the others are skipped while they are read, which takes half of the time
+that values of all of it take, and is told apart from what they should be with their places.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+
+class Entry(msgspec.Struct, gc=False):
+    """A token's log-prob, as chat completions and vLLM's route for ids tell it."""
+
+    logprob: float
+
+
+class LogProbs(msgspec.Struct):
+    """The log-probs of a choice, in either form."""
+
+    content: list[Entry] | None = None
+    token_logprobs: list[float | None] | None = None
+
+
+class Weights(msgspec.Struct):
+    """From which token on which weights have sampled, as vLLM tells it."""
+
+    start: int
+    version: str | int | None = None
+
+
+class Choice(msgspec.Struct):
+    """An answer, or a piece of one."""
+
+    token_ids: list[int] | None = None
+    logprobs: LogProbs | None = None
+    finish_reason: str | None = None
+    text: str | None = None
+    weight_versions: list[Weights] | None = None
+
+    @property
+    def log_probs(self) -> list[float]:
+        """The log-prob of each token; none at all where one of them is not told."""
+        told = self.logprobs
+        if told is None:
+            return []
+        if (values := told.token_logprobs) is not None:
+            return [] if None in values else values  # type: ignore[return-value]
+        return [entry.logprob for entry in told.content or ()]
+
+    @property
+    def versions(self) -> tuple[tuple[int, int | None], ...]:
+        """The weights as a ledger has them: ``(start, version)``, ``None`` for a version that is no number."""
+        return tuple(
+            (each.start, int(each.version) if str(each.version).isdecimal() else None)  # type: ignore[arg-type]
+            for each in self.weight_versions or ()
+        )
+
+
+class Tokens(msgspec.Struct):
+    """How many tokens the model read and wrote."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Sampled(msgspec.Struct):
+    """A reply, or an event of a stream."""
+
+    choices: list[Choice] = []
+    usage: Tokens | None = None
+    error: Any = None
+
+
+class MalformedReply(ValueError):
+    """A reply is not what it should be; the text names the place in it.
+
+    Attributes:
+        usage: how many tokens it cost all the same.
+    """
+
+    def __init__(self, reason: str, usage: Tokens | None = None):
+        super().__init__(f"the server's reply is malformed: {reason}")
+        self.usage = usage
+
+
+_DECODER = msgspec.json.Decoder(Sampled)
+
+
+def decoded(raw: bytes) -> Sampled:
+    """A reply from its JSON.
+
+    Raises:
+        MalformedReply: it is none.
+
+    Example:
+        >>> reply = decoded(b'{"choices": [{"token_ids": [7], "logprobs": {"content": [{"token": "a", "logprob": -0.5}]}}]}')
+        >>> reply.choices[0].token_ids, reply.choices[0].log_probs
+        ([7], [-0.5])
+    """
+    try:
+        return _DECODER.decode(raw)
+    except msgspec.ValidationError as error:
+        raise _malformed(error, json.loads(raw)) from None
+    except msgspec.DecodeError as error:
+        raise MalformedReply(f"it is no JSON ({error}).") from None
+
+
+def converted(value: Any) -> Sampled:
+    """A reply from its JSON value, as a library has read it.
+
+    Raises:
+        MalformedReply: it is none.
+    """
+    try:
+        return msgspec.convert(value, Sampled)
+    except msgspec.ValidationError as error:
+        raise _malformed(error, value) from None
+
+
+def _malformed(error: Exception, value: Any) -> MalformedReply:
+    usage = value.get("usage") if isinstance(value, dict) else None
+    try:
+        return MalformedReply(f"{error}.", msgspec.convert(usage, Tokens | None))
+    except msgspec.ValidationError:
+        return MalformedReply(f"{error}.")
