@@ -76,8 +76,9 @@ def tools_used():
     toolbox = Toolbox([look])
     calls = [{"id": f"c{k}", "type": "function", "function": {"name": "look", "arguments": {"q": q}}}
              for k, q in enumerate([SECRET, f"wrong {SECRET}"])]  # fmt: skip
-    with toolbox:
-        toolbox.run(calls)
+    with toolbox:  # one after the other: the last span is the second call's
+        for call in calls:
+            toolbox.run([call])
 
 
 def graded():
