@@ -493,7 +493,9 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
     def _generated(self, reply: replies.Sampled) -> Reply:
         """The reply of vLLM's route for ids."""
         tokens = self._used(reply.usage)  # they were read and written, whatever else is missing
-        [choice] = reply.choices
+        if len(choices := reply.choices or []) != 1:
+            raise replies.MalformedReply(f"it has {len(choices)} choices, and one was asked for.")
+        [choice] = choices
         ids, scores = choice.token_ids or [], choice.log_probs
         return Reply(
             choice.text or "",
@@ -517,7 +519,7 @@ concurrency=32, retries=4, timeout=60.0, deadline=300.0)
                 if event.error:
                     raise RuntimeError(f"the server broke off: {str(event.error)[:200]}")
                 usage = event.usage or usage
-                for choice in event.choices:
+                for choice in event.choices or ():
                     if choice.token_ids:
                         ids += choice.token_ids
                         told(list(ids))

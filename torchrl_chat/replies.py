@@ -1,12 +1,14 @@
 """What a server that samples ids replies, whole or piece by piece: of its JSON, as much as is read.
 
-The entry of a token has four fields, and one of them counts: the others are skipped while they are read, which takes half of the time
-that values of all of it take, and is told apart from what they should be with their places.
+The entry of a token has four fields, and one of them counts: the others are skipped, which takes half of the time that values of all of
+it take. What is not as it should be is told by its place.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -70,9 +72,13 @@ class Tokens(msgspec.Struct):
 class Sampled(msgspec.Struct):
     """A reply, or an event of a stream."""
 
-    choices: list[Choice] = []
+    choices: list[Choice] | None = None
     usage: Tokens | None = None
     error: Any = None
+
+
+class _Cost(msgspec.Struct):
+    usage: Tokens | None = None
 
 
 class MalformedReply(ValueError):
@@ -98,13 +104,14 @@ def decoded(raw: bytes) -> Sampled:
 
     Example:
         >>> reply = decoded(b'{"choices": [{"token_ids": [7], "logprobs": {"content": [{"token": "a", "logprob": -0.5}]}}]}')
-        >>> reply.choices[0].token_ids, reply.choices[0].log_probs
+        >>> [choice] = reply.choices
+        >>> choice.token_ids, choice.log_probs
         ([7], [-0.5])
     """
     try:
         return _DECODER.decode(raw)
     except msgspec.ValidationError as error:
-        raise _malformed(error, json.loads(raw)) from None
+        raise _malformed(error, functools.partial(msgspec.json.decode, raw)) from None
     except msgspec.DecodeError as error:
         raise MalformedReply(f"it is no JSON ({error}).") from None
 
@@ -118,12 +125,12 @@ def converted(value: Any) -> Sampled:
     try:
         return msgspec.convert(value, Sampled)
     except msgspec.ValidationError as error:
-        raise _malformed(error, value) from None
+        raise _malformed(error, functools.partial(msgspec.convert, value)) from None
 
 
-def _malformed(error: Exception, value: Any) -> MalformedReply:
-    usage = value.get("usage") if isinstance(value, dict) else None
-    try:
-        return MalformedReply(f"{error}.", msgspec.convert(usage, Tokens | None))
-    except msgspec.ValidationError:
-        return MalformedReply(f"{error}.")
+def _malformed(error: Exception, read: Callable[..., _Cost]) -> MalformedReply:
+    """What is wrong, with what it cost, where that can be read."""
+    usage = None
+    with contextlib.suppress(msgspec.ValidationError):
+        usage = read(type=_Cost).usage
+    return MalformedReply(f"{error}.", usage)
