@@ -18,9 +18,9 @@ server's, which is that of all threads of its process; ours does the tokenizing,
 
 There are as many calls of each number of sessions: four rounds of 16 for one of 64, and eight of those. Rates and CPU are medians of the
 rounds; of a turn's CPU, the least of the rounds, as other processes only add to it. "flat" is that at turns 19 and 20, divided by turns 2
-and 3: a turn of 16 sessions is some 13 ms, and of five rounds of the same code it was anything from 0.9 to 1.4. Memory is what the server's
-process has grown by in the first round, after a warm run, divided by the sessions. The first streamed token is that of one session alone, the
-least of the turns of eight in each round, less what the engine takes when it is asked directly.
+and 3; a turn of 16 sessions takes milliseconds, hence so many rounds. Memory is what the server's process has grown by in the first round,
+after a warm run, divided by the sessions. The first streamed token is that of one session alone, the least of the turns of eight in each
+round, less what the engine takes when it is asked directly.
 """
 
 from __future__ import annotations

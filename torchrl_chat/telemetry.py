@@ -77,6 +77,7 @@ class Span:
 
 
 _NONE = Span()
+_NO_TRACE = contextlib.nullcontext()
 
 
 def on() -> bool:
@@ -110,9 +111,6 @@ def _behind(headers: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         context.detach(token)
-
-
-_NO_TRACE = contextlib.nullcontext()
 
 
 @functools.cache

@@ -99,7 +99,7 @@ def _check_answered(row: int, transcript: Transcript) -> None:
 
 def _rewritten(transcript: Transcript, new: list[Message], template: ChatTemplate) -> Transcript:
     """The transcript with the past as the template writes it once ``new`` follows: a branch, if that differs."""
-    tokens = transcript.tokens.tolist()
+    tokens = transcript.token_array.tolist()
     rewritten = template.rewrite(tokens, transcript.spans, transcript.messages, new)
     if rewritten is None:
         return transcript

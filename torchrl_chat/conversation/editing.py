@@ -20,7 +20,7 @@ def answer_text(transcript: Transcript, template: ChatTemplate) -> str:
     """
     _check_answered(transcript)
     span = transcript.spans[-1]
-    text = template.codec.decode([transcript.tokens[span.start : span.end].tolist()])[0]
+    text = template.codec.decode([transcript.token_array[span.start : span.end].tolist()])[0]
     if transcript.stop is not None and transcript.stop != BY_TEXT:
         text = text.removesuffix(template.codec.token_text(transcript.stop))
     return text
@@ -39,7 +39,7 @@ def edit(transcript: Transcript, template: ChatTemplate, position: int, words: s
     """
     _check_answered(transcript)
     codec, span = template.codec, transcript.spans[-1]
-    ids = transcript.tokens[span.start : span.end].tolist()
+    ids = transcript.token_array[span.start : span.end].tolist()
     text = codec.decode([ids])[0]
     keep = codec.place_of(ids, position + 1) - 1
     while not text.startswith(kept := codec.decode([ids[:keep]])[0]):  # never within a character

@@ -399,7 +399,7 @@ class Transcript:
             text: the text of the new sequence, where the transcript keeps its text.
         """
         last = self.spans[-1]
-        kept = self.tokens[: last.start + keep].tolist()
+        kept = self.token_array[: last.start + keep].tolist()
         span = last._replace(end=len(kept) + len(ids), stop=None)
         messages = (*self.messages[: last.message], message)
         return self.branched([*kept, *ids], (*self.spans[:-1], span), text)._replace(
@@ -421,7 +421,7 @@ class Transcript:
         begun = None if self.open is None else len(ids) - (self.length - self.open)
         if begun is not None and (begun < 0 or not torch.equal(ids[begun:], self.tokens[self.open :])):
             raise ValueError(
-                f"the policy is to go on with a turn that begins with the ids {self.tokens[self.open :].tolist()}, and the "
+                f"the policy is to go on with a turn that begins with the ids {self.token_array[self.open :].tolist()}, and the "
                 f"prompt that it reports ends otherwise: {ids[-8:].tolist()}."
             )
         shared = min(self.length, len(ids))

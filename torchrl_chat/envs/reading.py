@@ -251,7 +251,7 @@ def shown_text(transcript: Transcript, template: ChatTemplate | None) -> str:
     """The text of a conversation's prompt; decoded where an environment of another mode did not keep it."""
     if transcript.text is not None or template is None:
         return transcript.text or ""
-    return template.codec.decode([transcript.tokens.tolist()])[0]
+    return template.codec.decode([transcript.token_array.tolist()])[0]
 
 
 def _versions(column: Any, batch_size: torch.Size) -> list[Versions]:

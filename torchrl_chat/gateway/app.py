@@ -38,7 +38,7 @@ from torchrl_chat.openenv.server.connections import FLUSH, LOST
 from torchrl_chat.openenv.server.metrics import PROMETHEUS
 
 _log = logging.getLogger("torchrl_chat.gateway")
-_LATER = 0.005  # seconds after which a body is remembered, if its answer has not gone out before: by then most requests are the engine's
+_KEEP_AFTER = 0.005  # seconds after which a body is remembered, if its answer has not gone out before: by then most requests are the engine's
 _SESSION = re.compile(r"^/s/([^/]+)(/.*)$")
 Finisher = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
 
@@ -179,7 +179,7 @@ class Front:
             return
         with telemetry.behind(request.headers):  # the turn is a part of its agent's trace
             exchange = session.open(call, digest=body.digest)
-        keeping = _Later(_LATER, functools.partial(session.keep, body, call.messages))
+        keeping = _Later(_KEEP_AFTER, functools.partial(session.keep, body, call.messages))
         exchange.waiting += 1
         extensions: Mapping[str, Any] = request.scope.get("extensions", {})
         lost = extensions.get(LOST)

@@ -456,7 +456,7 @@ class Session:
             self._check(call)
         self.used = time.monotonic()
         self.prompted += len(prompt)
-        shown = tuple(prompt.tokens.tolist()) if call.told.get("ids") else ()
+        shown = tuple(prompt.token_array.tolist()) if call.told.get("ids") else ()
         return Reply(
             exchange.name,
             tuple(choices),

@@ -72,8 +72,8 @@ def training_trace(session: Session) -> dict[str, Any]:
 def _turn(session: Session, answer: Answer, index: int, sequence: int) -> dict[str, Any]:
     ledger = answer.transcript
     span = ledger.spans[-1]
-    prompt = ledger.tokens[: span.start].tolist()
-    sampled = ledger.tokens[span.start : span.end].tolist()
+    prompt = ledger.token_array[: span.start].tolist()
+    sampled = ledger.token_array[span.start : span.end].tolist()
     scores = ledger.log_probs[span.start : span.end].tolist()
     if not ledger.scored:
         raise ValueError(

@@ -443,7 +443,7 @@ def _masked(leaf: Answer, trained: Sequence[Answer]) -> Transcript:
     transcript = leaf.transcript
     if sum(1 for _ in _line(leaf)) == len(trained):
         return transcript
-    tape = Tape.of(transcript.tokens.tolist())
+    tape = Tape.of(transcript.token_array.tolist())
     source = transcript.tape.arrays
     for answer in trained:
         last = answer.transcript.spans[-1]

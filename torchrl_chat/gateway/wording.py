@@ -142,7 +142,7 @@ def told(
     log_probs: tuple[float, ...] | None = None
     if call.told.get("log_probs") or call.told.get("ids"):
         last = after.spans[-1]
-        row = after.tokens[last.start : last.end].tolist()
+        row = after.token_array[last.start : last.end].tolist()
         ids, pieces = tuple(row), tuple(template.codec.decode([[token] for token in row]))
         if after.scored:
             log_probs = tuple(after.log_probs[last.start : last.end].tolist())

@@ -154,7 +154,7 @@ class AddThinkingPrompt(Transform):
         if not self.random_prompt:
             return self.prompt
         if seed is None:
-            seed = zlib.crc32(transcript.tokens.numpy().tobytes())
+            seed = zlib.crc32(transcript.token_array.tobytes())
         return random.Random(f"{self.seed} {seed}").choice(self.prompts)
 
 

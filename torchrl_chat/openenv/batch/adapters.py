@@ -43,7 +43,7 @@ class Answer:
         span = transcript.spans[-1]
         return cls(
             message=transcript.messages[-1],
-            ids=transcript.tokens[span.start : span.end].tolist(),
+            ids=transcript.token_array[span.start : span.end].tolist(),
             finish_reason="stop" if transcript.ended else "length",
             messages=transcript.messages,
         )

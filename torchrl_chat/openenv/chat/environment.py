@@ -171,7 +171,7 @@ class ChatEnvironment(Conversation):
             raise MessageError("the message has no 'content': expected {'role': ..., 'content': ...}.")
         checked = check_message(message)
         ledger = self._written(self._current, [checked], None)
-        return ChatAction(tokens=ledger.transcript.tokens[ledger.kept[1] :].tolist(), messages=[checked])
+        return ChatAction(tokens=ledger.transcript.token_array[ledger.kept[1] :].tolist(), messages=[checked])
 
     def get_metadata(self) -> EnvironmentMetadata:
         """Name, description and version."""

@@ -54,7 +54,7 @@ class StepOutcome:
         # The ledger is valid; checking each message and token again would cost more than the turn.
         return ChatObservation.model_construct(
             messages=[dict(message) for message in self.messages],
-            tokens=TokenRow(self.ledger.transcript.tokens.tolist()),
+            tokens=TokenRow(self.ledger.transcript.token_array.tolist()),
             reward=self.reward,
             done=self.done,
             metadata=dict(self.metadata),

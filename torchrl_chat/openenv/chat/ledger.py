@@ -58,7 +58,7 @@ class Ledger:
         kept = min(was, length)
         if answered is not transcript:  # what was not answered yet may have been written anew
             same = 0 if self.answered is None else len(self.answered)
-            old, new = (ledger.tokens.numpy()[same:kept] for ledger in (self.transcript, transcript))
+            old, new = (ledger.token_array[same:kept] for ledger in (self.transcript, transcript))
             differs = (old != new).nonzero()[0]
             kept = same + int(differs[0]) if len(differs) else kept
         before, now = len(self.ends), len(transcript.messages)
@@ -69,7 +69,7 @@ class Ledger:
     def segments(self) -> list[list[int]]:
         """The tokens that each message brought."""
         starts = (0, *self.ends)
-        return [self.transcript.tokens[a:b].tolist() for a, b in zip(starts, self.ends, strict=False)]
+        return [self.transcript.token_array[a:b].tolist() for a, b in zip(starts, self.ends, strict=False)]
 
 
 @dataclass

@@ -104,7 +104,7 @@ class _Page:
             raise HTTPException(409, "it is not the policy's turn.")
         async with self._turn:
             try:
-                tokens, log_probs = await asyncio.to_thread(self._policy, transcript.tokens.tolist())
+                tokens, log_probs = await asyncio.to_thread(self._policy, transcript.token_array.tolist())
             except Exception as error:  # of any model: the person is told, the page goes on
                 raise HTTPException(
                     500, f"the model has no answer: {type(error).__name__}: {error}"[:2000]
